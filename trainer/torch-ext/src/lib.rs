@@ -1,1 +1,43 @@
-//! mentee-torch-ext
+//! What tch does not offer of libtorch: parameters as views of flat buffers, batch normalisation over several ranks
+//! and fused with what follows it, and one-pass updates of flat buffers. The only crate with C++.
+//!
+//! Three levels: `cpp/` (C interface, nothing throws across), `sys` (declarations), and the safe functions here.
+
+mod batch_norm;
+mod flat;
+mod sys;
+
+pub use batch_norm::{BatchNormStatistics, Norm, StatReduce, batch_norm_apply, batch_norm_train};
+pub use flat::{adamw, ema, leaf, lars, norm, set_grad, sgd, slice_f32, slice_f64};
+pub use tch;
+
+/// libtorch refused a call.
+#[derive(Debug, thiserror::Error)]
+#[error("libtorch: {0}")]
+pub struct TorchError(String);
+
+fn check(code: std::ffi::c_int) -> Result<(), TorchError> {
+    if code == 0 {
+        return Ok(());
+    }
+    // SAFETY: the shim returns a NUL-terminated string that lives until this thread's next failing call.
+    let message = unsafe { std::ffi::CStr::from_ptr(sys::mentee_last_error()) };
+    Err(TorchError(message.to_string_lossy().into_owned()))
+}
+
+/// Lets the allocator keep what a step frees, so that whole-batch buffers are not mapped and faulted in anew at every
+/// step. Call once, before other threads start. A no-op where the C library is not glibc.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        const M_TRIM_THRESHOLD: std::ffi::c_int = -1;
+        const M_TOP_PAD: std::ffi::c_int = -2;
+        const M_MMAP_MAX: std::ffi::c_int = -4;
+        // SAFETY: mallopt only changes allocator settings; it is called before other threads allocate.
+        unsafe {
+            sys::mallopt(M_MMAP_MAX, 0);
+            sys::mallopt(M_TRIM_THRESHOLD, std::ffi::c_int::MAX);
+            sys::mallopt(M_TOP_PAD, 64 << 20);
+        }
+    }
+}

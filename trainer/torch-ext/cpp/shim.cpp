@@ -1,0 +1,41 @@
+#include "shim.h"
+
+#include <string>
+
+namespace {
+thread_local std::string last_error;
+}
+
+void mentee::set_last_error(const char* message) {
+  // The first line says it; what follows is libtorch's own stack.
+  last_error = message;
+  const auto newline = last_error.find('\n');
+  if (newline != std::string::npos) last_error.resize(newline);
+}
+
+extern "C" {
+
+const char* mentee_last_error() { return last_error.c_str(); }
+
+int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
+                at::Tensor** out) {
+  return mentee::guarded([&] {
+    at::NoGradGuard no_grad;
+    const at::IntArrayRef dims(shape, ndim);
+    int64_t len = 1;
+    for (const auto dim : dims) len *= dim;
+    auto view = flat->narrow(0, offset, len);
+    if (ndim == 4) {
+      view = view.view({shape[0], shape[2], shape[3], shape[1]}).permute({0, 3, 1, 2});
+    } else {
+      view = view.view(dims);
+    }
+    if (requires_grad) view.set_requires_grad(true);
+    *out = new at::Tensor(view);
+  });
+}
+
+int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad) {
+  return mentee::guarded([&] { leaf->mutable_grad() = *grad; });
+}
+}

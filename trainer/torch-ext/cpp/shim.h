@@ -1,0 +1,67 @@
+// The C interface between mentee's Rust and libtorch: what tch does not offer.
+// Every function returns 0, or 1 after storing a message for mentee_last_error (per thread). Nothing throws across.
+#pragma once
+#include <cstdint>
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+extern "C" {
+
+// All-reduces n doubles in place (sum over ranks). Not 0: failed; the caller then throws.
+typedef int (*mentee_reduce_fn)(void* context, double* values, int64_t n);
+typedef void (*mentee_drop_fn)(void* context);
+
+const char* mentee_last_error();
+
+// A view of `flat` at `offset` with `shape`; 4-d shapes lie in memory as channels-last (O, H, W, I).
+int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
+                at::Tensor** out);
+// The gradient of `leaf` accumulates into `grad` from now on.
+int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad);
+
+// See batch_norm.cpp. The callback's context is dropped with the last node that needs it.
+int mentee_batch_norm_train(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
+                            const at::Tensor* residual, int64_t groups, double eps, int relu, mentee_reduce_fn reduce,
+                            void* context, mentee_drop_fn drop, double* mean, double* variance, double* count,
+                            at::Tensor** out);
+int mentee_batch_norm_apply(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
+                            const at::Tensor* residual, const double* mean, const double* variance, double eps, int relu,
+                            at::Tensor** out);
+
+// See update.cpp.
+int mentee_sgd(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, int64_t begin, int64_t len, double lr,
+               double mu, double weight_decay);
+int mentee_lars(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, int64_t begin, int64_t len, double lr,
+                double mu, double weight_decay, double eta);
+int mentee_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, at::Tensor* second, int64_t begin,
+                 int64_t len, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step);
+int mentee_ema(at::Tensor* teacher, const at::Tensor* student, int64_t teacher_begin, int64_t student_begin, int64_t len,
+               double tau);
+int mentee_norm(const at::Tensor* flat, double* norm);
+}
+
+namespace mentee {
+void set_last_error(const char* message);
+
+template <typename F>
+int guarded(F&& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& error) {
+    set_last_error(error.what());
+  } catch (...) {
+    set_last_error("an unknown C++ exception");
+  }
+  return 1;
+}
+}  // namespace mentee
+
+// Compiles a function once for each x86-64 level and picks one at load time.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MENTEE_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define MENTEE_MULTIVERSION
+#endif
+#define MENTEE_INLINE inline __attribute__((always_inline))

@@ -1,0 +1,130 @@
+//! Batch normalisation fused with the residual add and ReLU behind it, its statistics per view and over all ranks.
+
+use std::ffi::{c_int, c_void};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use crate::{TorchError, check, sys};
+
+/// Sums a buffer over all ranks in place; `false` when that failed (the pass then ends with an error). Called on
+/// the thread that runs forward or backward, once a layer in each direction.
+pub type StatReduce = Arc<dyn Fn(&mut [f64]) -> bool + Send + Sync>;
+
+/// The parameters of one normalisation layer.
+#[derive(Clone, Copy)]
+pub struct Norm<'a> {
+    /// [C] each, or none for a layer without scale and offset.
+    pub affine: Option<(&'a Tensor, &'a Tensor)>,
+    /// Added to the variance.
+    pub eps: f64,
+    /// Whether a ReLU follows.
+    pub relu: bool,
+}
+
+/// Statistics of one training batch over all ranks.
+#[derive(Debug, Clone)]
+pub struct BatchNormStatistics {
+    /// [G][C]: the mean of every channel in every view.
+    pub mean: Vec<f64>,
+    /// [G][C]: the biased variance.
+    pub variance: Vec<f64>,
+    /// [G]: how many values each mean is over.
+    pub count: Vec<f64>,
+}
+
+unsafe extern "C" fn call_reduce(context: *mut c_void, values: *mut f64, n: i64) -> c_int {
+    // SAFETY: `context` is the boxed StatReduce handed to the shim, alive until drop_reduce; values holds n doubles.
+    let (reduce, values) = unsafe {
+        (&*context.cast::<StatReduce>(), std::slice::from_raw_parts_mut(values, usize::try_from(n).unwrap_or(0)))
+    };
+    // A panic must not unwind into C++.
+    match catch_unwind(AssertUnwindSafe(|| reduce(values))) {
+        Ok(true) => 0,
+        Ok(false) | Err(_) => 1,
+    }
+}
+
+unsafe extern "C" fn drop_reduce(context: *mut c_void) {
+    // SAFETY: called once, with the pointer made by Box::into_raw below.
+    drop(unsafe { Box::from_raw(context.cast::<StatReduce>()) });
+}
+
+fn pointer(tensor: Option<&Tensor>) -> *const torch_sys::C_tensor {
+    tensor.map_or(std::ptr::null(), |t| t.as_ptr())
+}
+
+/// act(norm(x) + residual) with the statistics of this batch: x is [N, C, H, W] (channels-last) or [N, C], `groups`
+/// the number of views stacked along N, each with its own statistics. Differentiable in x, the affine parameters and
+/// the residual. Gradients of the affine parameters are this rank's share; those of x account for all ranks.
+pub fn batch_norm_train(
+    x: &Tensor,
+    norm: Norm,
+    residual: Option<&Tensor>,
+    groups: i64,
+    reduce: Option<&StatReduce>,
+) -> Result<(Tensor, BatchNormStatistics), TorchError> {
+    let (groups_len, channels) = (groups as usize, x.size()[1] as usize);
+    let mut statistics = BatchNormStatistics {
+        mean: vec![0.0; groups_len * channels],
+        variance: vec![0.0; groups_len * channels],
+        count: vec![0.0; groups_len],
+    };
+    let (call, context, drop): (Option<sys::ReduceFn>, _, Option<sys::DropFn>) = match reduce {
+        Some(reduce) => {
+            (Some(call_reduce), Box::into_raw(Box::new(reduce.clone())).cast(), Some(drop_reduce))
+        }
+        None => (None, std::ptr::null_mut(), None),
+    };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors outlive the call; the statistics hold G*C, G*C and G doubles; the shim owns `context` from
+    // here on and drops it once.
+    unsafe {
+        check(sys::mentee_batch_norm_train(
+            x.as_ptr(),
+            pointer(norm.affine.map(|a| a.0)),
+            pointer(norm.affine.map(|a| a.1)),
+            pointer(residual),
+            groups,
+            norm.eps,
+            norm.relu.into(),
+            call,
+            context,
+            drop,
+            statistics.mean.as_mut_ptr(),
+            statistics.variance.as_mut_ptr(),
+            statistics.count.as_mut_ptr(),
+            &mut out,
+        ))?;
+        Ok((Tensor::from_ptr(out), statistics))
+    }
+}
+
+/// act(norm(x) + residual) with given statistics ([C] each), without a graph.
+pub fn batch_norm_apply(
+    x: &Tensor,
+    norm: Norm,
+    residual: Option<&Tensor>,
+    mean: &[f64],
+    variance: &[f64],
+) -> Result<Tensor, TorchError> {
+    let channels = x.size()[1] as usize;
+    assert!(mean.len() == channels && variance.len() == channels, "statistics of another layer");
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors outlive the call; mean and variance hold C doubles.
+    unsafe {
+        check(sys::mentee_batch_norm_apply(
+            x.as_ptr(),
+            pointer(norm.affine.map(|a| a.0)),
+            pointer(norm.affine.map(|a| a.1)),
+            pointer(residual),
+            mean.as_ptr(),
+            variance.as_ptr(),
+            norm.eps,
+            norm.relu.into(),
+            &mut out,
+        ))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}

@@ -1,0 +1,167 @@
+//! Flat buffers: parameters as views of one contiguous tensor, and updates of ranges of it in one pass over memory.
+//!
+//! All views of a buffer share one version counter: nothing that changes between a forward pass and its backward may
+//! live in a parameter buffer (running statistics have their own).
+
+use std::ops::Range;
+
+use tch::{Kind, Tensor};
+
+use crate::{TorchError, check, sys};
+
+/// The elements `offset..` of `flat` as a tensor of `shape`. Four-dimensional shapes [O, I, H, W] lie in memory as
+/// [O, H, W, I] (channels-last).
+pub fn leaf(flat: &Tensor, offset: i64, shape: &[i64], requires_grad: bool) -> Result<Tensor, TorchError> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: the tensors and the shape outlive the call; `out` receives a tensor that we own.
+    unsafe {
+        check(sys::mentee_leaf(
+            flat.as_ptr(),
+            offset,
+            shape.as_ptr(),
+            shape.len() as i64,
+            requires_grad.into(),
+            &mut out,
+        ))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}
+
+/// Makes backward accumulate the gradient of `leaf` into `grad`, a view of the same shape and strides.
+pub fn set_grad(leaf: &mut Tensor, grad: &Tensor) -> Result<(), TorchError> {
+    // SAFETY: both tensors outlive the call; the leaf keeps its own reference to `grad`.
+    unsafe { check(sys::mentee_set_grad(leaf.as_mut_ptr(), grad.as_ptr())) }
+}
+
+/// v ← mu·v + (g + wd·p); p ← p − lr·v, over `range` of the flat buffers (`torch.optim.SGD` without Nesterov).
+pub fn sgd(
+    param: &mut Tensor,
+    grad: &Tensor,
+    momentum: &mut Tensor,
+    range: Range<i64>,
+    lr: f64,
+    mu: f64,
+    weight_decay: f64,
+) -> Result<(), TorchError> {
+    let len = range.end - range.start;
+    // SAFETY: the tensors are distinct and outlive the call; the shim checks the range.
+    unsafe {
+        check(sys::mentee_sgd(
+            param.as_mut_ptr(),
+            grad.as_ptr(),
+            momentum.as_mut_ptr(),
+            range.start,
+            len,
+            lr,
+            mu,
+            weight_decay,
+        ))
+    }
+}
+
+/// LARS over `range`, which must be one tensor: u = g + wd·p, scaled by eta·|p|/|u| where both norms are positive;
+/// v ← mu·v + u; p ← p − lr·v (arXiv:1708.03888, in the form of DeepMind's `byol/utils/optimizers.py`).
+#[expect(clippy::too_many_arguments, reason = "the symbols of one equation")]
+pub fn lars(
+    param: &mut Tensor,
+    grad: &Tensor,
+    momentum: &mut Tensor,
+    range: Range<i64>,
+    lr: f64,
+    mu: f64,
+    weight_decay: f64,
+    eta: f64,
+) -> Result<(), TorchError> {
+    let len = range.end - range.start;
+    // SAFETY: the tensors are distinct and outlive the call; the shim checks the range.
+    unsafe {
+        check(sys::mentee_lars(
+            param.as_mut_ptr(),
+            grad.as_ptr(),
+            momentum.as_mut_ptr(),
+            range.start,
+            len,
+            lr,
+            mu,
+            weight_decay,
+            eta,
+        ))
+    }
+}
+
+/// AdamW over `range` (arXiv:1711.05101, algorithm 2); `moments` are the first and second, `step` counts from 1.
+#[expect(clippy::too_many_arguments, reason = "the symbols of one equation")]
+pub fn adamw(
+    param: &mut Tensor,
+    grad: &Tensor,
+    moments: (&mut Tensor, &mut Tensor),
+    range: Range<i64>,
+    lr: f64,
+    betas: [f64; 2],
+    eps: f64,
+    weight_decay: f64,
+    step: u64,
+) -> Result<(), TorchError> {
+    let len = range.end - range.start;
+    // SAFETY: the tensors are distinct and outlive the call; the shim checks the range.
+    unsafe {
+        check(sys::mentee_adamw(
+            param.as_mut_ptr(),
+            grad.as_ptr(),
+            moments.0.as_mut_ptr(),
+            moments.1.as_mut_ptr(),
+            range.start,
+            len,
+            lr,
+            betas[0],
+            betas[1],
+            eps,
+            weight_decay,
+            step as i64,
+        ))
+    }
+}
+
+/// teacher ← tau·teacher + (1 − tau)·student over `len` elements at each buffer's own offset.
+pub fn ema(
+    teacher: &mut Tensor,
+    student: &Tensor,
+    teacher_begin: i64,
+    student_begin: i64,
+    len: i64,
+    tau: f64,
+) -> Result<(), TorchError> {
+    // SAFETY: the tensors are distinct and outlive the call; the shim checks the ranges.
+    unsafe {
+        check(sys::mentee_ema(
+            teacher.as_mut_ptr(),
+            student.as_ptr(),
+            teacher_begin,
+            student_begin,
+            len,
+            tau,
+        ))
+    }
+}
+
+/// The Euclidean norm of a flat buffer, summed in double.
+pub fn norm(flat: &Tensor) -> Result<f64, TorchError> {
+    let mut norm = 0.0;
+    // SAFETY: the tensor and the result outlive the call.
+    unsafe { check(sys::mentee_norm(flat.as_ptr(), &mut norm)) }?;
+    Ok(norm)
+}
+
+/// The elements of a flat f32 buffer on the CPU.
+pub fn slice_f32(flat: &mut Tensor) -> &mut [f32] {
+    assert_eq!((flat.kind(), flat.is_contiguous()), (Kind::Float, true), "not a contiguous f32 buffer");
+    // SAFETY: contiguous f32 memory of numel elements, borrowed mutably for as long as the slice lives.
+    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast(), flat.numel()) }
+}
+
+/// The elements of a flat f64 buffer on the CPU.
+pub fn slice_f64(flat: &mut Tensor) -> &mut [f64] {
+    assert_eq!((flat.kind(), flat.is_contiguous()), (Kind::Double, true), "not a contiguous f64 buffer");
+    // SAFETY: contiguous f64 memory of numel elements, borrowed mutably for as long as the slice lives.
+    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast(), flat.numel()) }
+}

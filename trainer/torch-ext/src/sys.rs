@@ -1,0 +1,95 @@
+//! Declarations of `cpp/shim.h`.
+
+use std::ffi::{c_char, c_int, c_void};
+
+use torch_sys::C_tensor;
+
+pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *mut f64, i64) -> c_int;
+pub type DropFn = unsafe extern "C" fn(*mut c_void);
+
+unsafe extern "C" {
+    pub fn mentee_last_error() -> *const c_char;
+    pub fn mentee_leaf(
+        flat: *const C_tensor,
+        offset: i64,
+        shape: *const i64,
+        ndim: i64,
+        requires_grad: c_int,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_set_grad(leaf: *mut C_tensor, grad: *const C_tensor) -> c_int;
+    pub fn mentee_batch_norm_train(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        residual: *const C_tensor,
+        groups: i64,
+        eps: f64,
+        relu: c_int,
+        reduce: Option<ReduceFn>,
+        context: *mut c_void,
+        drop: Option<DropFn>,
+        mean: *mut f64,
+        variance: *mut f64,
+        count: *mut f64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_batch_norm_apply(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        residual: *const C_tensor,
+        mean: *const f64,
+        variance: *const f64,
+        eps: f64,
+        relu: c_int,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_sgd(
+        param: *mut C_tensor,
+        grad: *const C_tensor,
+        momentum: *mut C_tensor,
+        begin: i64,
+        len: i64,
+        lr: f64,
+        mu: f64,
+        weight_decay: f64,
+    ) -> c_int;
+    pub fn mentee_lars(
+        param: *mut C_tensor,
+        grad: *const C_tensor,
+        momentum: *mut C_tensor,
+        begin: i64,
+        len: i64,
+        lr: f64,
+        mu: f64,
+        weight_decay: f64,
+        eta: f64,
+    ) -> c_int;
+    pub fn mentee_adamw(
+        param: *mut C_tensor,
+        grad: *const C_tensor,
+        first: *mut C_tensor,
+        second: *mut C_tensor,
+        begin: i64,
+        len: i64,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        weight_decay: f64,
+        step: i64,
+    ) -> c_int;
+    pub fn mentee_ema(
+        teacher: *mut C_tensor,
+        student: *const C_tensor,
+        teacher_begin: i64,
+        student_begin: i64,
+        len: i64,
+        tau: f64,
+    ) -> c_int;
+    pub fn mentee_norm(flat: *const C_tensor, norm: *mut f64) -> c_int;
+
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    pub fn mallopt(parameter: c_int, value: c_int) -> c_int;
+}
