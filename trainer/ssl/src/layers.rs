@@ -1,0 +1,188 @@
+//! Layers are descriptions; a [`Pass`] runs them on one set of weights. So the student and the teacher are the same
+//! network on two buffers.
+
+use std::cell::RefCell;
+
+use mentee_torch_ext::{self as ext, StatReduce};
+use tch::Tensor;
+
+use crate::SslError;
+use crate::params::{Declaration, Declarations, Init, ParamId, Role, StatId, Stats, Weights};
+
+/// Added to variances: PyTorch's and DeepMind's default.
+pub const NORM_EPS: f64 = 1e-5;
+/// Weight of a new batch in the running statistics: PyTorch's 0.1, DeepMind's decay of 0.9.
+pub const NORM_MOMENTUM: f64 = 0.1;
+
+/// One forward pass of a network.
+pub struct Pass<'a> {
+    weights: &'a Weights,
+    mode: Mode<'a>,
+}
+
+enum Mode<'a> {
+    Train { stats: RefCell<&'a mut Stats>, views: i64, reduce: Option<&'a StatReduce> },
+    Eval { stats: &'a Stats },
+}
+
+impl<'a> Pass<'a> {
+    /// Normalises each of `views` by its own batch (over all ranks, given `reduce`) and updates running statistics.
+    pub fn train(
+        weights: &'a Weights,
+        stats: &'a mut Stats,
+        views: i64,
+        reduce: Option<&'a StatReduce>,
+    ) -> Self {
+        Self { weights, mode: Mode::Train { stats: RefCell::new(stats), views, reduce } }
+    }
+
+    /// Normalises by the running statistics; keeps no graph through the norms.
+    pub fn eval(weights: &'a Weights, stats: &'a Stats) -> Self {
+        Self { weights, mode: Mode::Eval { stats } }
+    }
+
+    /// The type activations have.
+    fn compute_kind(&self, id: ParamId) -> tch::Kind {
+        self.weights.leaf(id).kind()
+    }
+}
+
+/// A convolution without bias.
+#[derive(Debug, Clone)]
+pub struct Conv {
+    weight: ParamId,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv {
+    /// `kernel` x `kernel` of stride `stride`, padded so that stride 1 keeps the size.
+    pub fn new(d: &mut Declarations, name: &str, [c_in, c_out]: [i64; 2], kernel: i64, stride: i64) -> Self {
+        let weight = d.param(Declaration {
+            name: format!("{name}.weight"),
+            shape: vec![c_out, c_in, kernel, kernel],
+            role: Role::Weight,
+            init: Init::KaimingFanOut,
+            frozen: false,
+        });
+        Self { weight, stride, padding: kernel / 2 }
+    }
+
+    /// [N, C, H, W] to [N, C', H/stride, W/stride].
+    pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
+        let x = x.f_to_kind(pass.compute_kind(self.weight))?;
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        Ok(x.f_conv2d(pass.weights.leaf(self.weight), None::<&Tensor>, stride, padding, [1, 1], 1)?)
+    }
+}
+
+/// A batch normalisation.
+#[derive(Debug, Clone)]
+pub struct Norm {
+    affine: Option<(ParamId, ParamId)>,
+    stat: StatId,
+}
+
+impl Norm {
+    /// Over `channels`, scale starting at `scale`.
+    pub fn new(d: &mut Declarations, name: &str, channels: i64, scale: f64) -> Self {
+        let mut param = |suffix: &str, init| {
+            d.param(Declaration {
+                name: format!("{name}.{suffix}"),
+                shape: vec![channels],
+                role: Role::Norm,
+                init: Init::Constant(init),
+                frozen: false,
+            })
+        };
+        let affine = Some((param("weight", scale), param("bias", 0.0)));
+        Self { affine, stat: d.stat(name, channels) }
+    }
+
+    /// Over `channels`, without scale and offset.
+    pub fn plain(d: &mut Declarations, name: &str, channels: i64) -> Self {
+        Self { affine: None, stat: d.stat(name, channels) }
+    }
+
+    /// norm(x).
+    pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
+        self.run(pass, x, None, false)
+    }
+
+    /// relu(norm(x)).
+    pub fn relu(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
+        self.run(pass, x, None, true)
+    }
+
+    /// relu(norm(x) + residual).
+    pub fn add_relu(&self, pass: &Pass, x: &Tensor, residual: &Tensor) -> Result<Tensor, SslError> {
+        self.run(pass, x, Some(residual), true)
+    }
+
+    fn run(&self, pass: &Pass, x: &Tensor, residual: Option<&Tensor>, relu: bool) -> Result<Tensor, SslError> {
+        let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
+        let norm = ext::Norm { affine, eps: NORM_EPS, relu };
+        match &pass.mode {
+            Mode::Train { stats, views, reduce } => {
+                let (y, batch) = ext::batch_norm_train(x, norm, residual, *views, *reduce)?;
+                stats.borrow_mut().update(self.stat, &batch, NORM_MOMENTUM);
+                Ok(y)
+            }
+            Mode::Eval { stats } => {
+                let running = stats.layer(self.stat);
+                Ok(ext::batch_norm_apply(x, norm, residual, &running.mean, &running.variance)?)
+            }
+        }
+    }
+}
+
+/// Whose initialisation a linear layer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearInit {
+    /// `torch.nn.Linear`.
+    Torch,
+    /// Haiku's `Linear`: truncated normal weights, zero biases.
+    Haiku,
+}
+
+/// Whether a linear layer has a bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bias {
+    /// None.
+    No,
+    /// Trained.
+    Yes,
+    /// Kept at its initial value.
+    Frozen,
+}
+
+/// A linear layer.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: ParamId,
+    bias: Option<ParamId>,
+}
+
+impl Linear {
+    /// `c_in` to `c_out`.
+    pub fn new(d: &mut Declarations, name: &str, [c_in, c_out]: [i64; 2], bias: Bias, init: LinearInit) -> Self {
+        let (weight_init, bias_init) = match init {
+            LinearInit::Torch => (Init::Uniform { fan_in: c_in }, Init::Uniform { fan_in: c_in }),
+            LinearInit::Haiku => (Init::TruncatedNormal { fan_in: c_in }, Init::Constant(0.0)),
+        };
+        let mut param = |suffix: &str, shape, role, init, frozen| {
+            d.param(Declaration { name: format!("{name}.{suffix}"), shape, role, init, frozen })
+        };
+        let weight = param("weight", vec![c_out, c_in], Role::Weight, weight_init, false);
+        let bias = (bias != Bias::No)
+            .then(|| param("bias", vec![c_out], Role::Bias, bias_init, bias == Bias::Frozen));
+        Self { weight, bias }
+    }
+
+    /// [N, in] to [N, out].
+    pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
+        let x = x.f_to_kind(pass.compute_kind(self.weight))?;
+        let bias = self.bias.map(|id| pass.weights.leaf(id));
+        Ok(x.f_linear(pass.weights.leaf(self.weight), bias)?)
+    }
+}

@@ -1,0 +1,374 @@
+//! Parameters as views of flat buffers.
+//!
+//! A network declares what it needs ([`Declarations`]); a [`Layout`] gives every parameter its place in one flat
+//! buffer; [`Weights`] are one such buffer (the student's or the teacher's) with a leaf tensor per parameter.
+//!
+//! The buffer is ordered so that the parts that are treated alike lie together:
+//!
+//! ```text
+//! | weights of backbone, projector | weights of predictor | norms of backbone, projector | norms of predictor |
+//! |<------------------ computed in bf16 when asked ----->|<--------------------- always f32 ---------------->|
+//! ```
+//!
+//! The teacher has no predictor; its two parts are copies of the student's first and third.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use mentee_torch_ext as ext;
+use tch::{Device, Kind, Tensor, no_grad};
+
+use crate::SslError;
+
+/// Elements to which every parameter's place is rounded up: 64 bytes of f32.
+const ALIGN: i64 = 16;
+
+/// What a parameter is: decides weight decay and LARS adaptation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// A convolution's or linear layer's weight.
+    Weight,
+    /// A linear layer's bias.
+    Bias,
+    /// Scale or offset of a normalisation.
+    Norm,
+}
+
+/// How a parameter starts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Init {
+    /// Normal with variance 2 / (kernel area · out channels): torchvision's convolutions (arXiv:1502.01852).
+    KaimingFanOut,
+    /// Uniform in ±1/sqrt(fan in): `torch.nn.Linear`, weights and biases.
+    Uniform {
+        /// Inputs of the layer.
+        fan_in: i64,
+    },
+    /// Normal cut at two standard deviations, of standard deviation 1/sqrt(fan in): Haiku's `Linear`.
+    TruncatedNormal {
+        /// Inputs of the layer.
+        fan_in: i64,
+    },
+    /// One value everywhere.
+    Constant(f64),
+}
+
+/// One parameter as a network declares it.
+#[derive(Debug, Clone)]
+pub struct Declaration {
+    /// `backbone.conv1.weight`, `projector.0.bias`, …
+    pub name: String,
+    /// [O, I, H, W], [out, in] or [C].
+    pub shape: Vec<i64>,
+    /// What it is.
+    pub role: Role,
+    /// How it starts.
+    pub init: Init,
+    /// Never updated (SimSiam's last projector bias).
+    pub frozen: bool,
+}
+
+/// Index of a parameter among the declarations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ParamId(usize);
+
+/// Index of a batch-norm layer among the declarations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StatId(usize);
+
+/// What a network needs: parameters, and batch-norm layers with their channels.
+#[derive(Debug, Clone, Default)]
+pub struct Declarations {
+    params: Vec<Declaration>,
+    stats: Vec<(String, i64)>,
+}
+
+impl Declarations {
+    /// Declares a parameter.
+    pub fn param(&mut self, declaration: Declaration) -> ParamId {
+        self.params.push(declaration);
+        ParamId(self.params.len() - 1)
+    }
+
+    /// Declares running statistics `name.running_mean` and `name.running_var` of `channels` values.
+    pub fn stat(&mut self, name: &str, channels: i64) -> StatId {
+        self.stats.push((name.to_owned(), channels));
+        StatId(self.stats.len() - 1)
+    }
+}
+
+fn is_predictor(name: &str) -> bool {
+    name.starts_with("predictor.")
+}
+
+/// Where a parameter lies.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// What was declared.
+    pub declaration: Declaration,
+    /// Elements of the flat buffer (without padding).
+    pub range: Range<i64>,
+}
+
+/// The place of every parameter of a network in its flat buffer.
+#[derive(Debug)]
+pub struct Layout {
+    places: Vec<Option<Place>>,
+    stats: Vec<Option<(String, i64)>>,
+    /// Elements in all, padding included.
+    pub len: i64,
+    /// The first so many elements are convolution and linear parameters.
+    pub compute_len: i64,
+    /// The parts that student and teacher share, in the order of both buffers.
+    pub shared: [Range<i64>; 2],
+}
+
+impl Layout {
+    /// The student's layout, or (without predictor) the teacher's.
+    pub fn new(declarations: &Declarations, with_predictor: bool) -> Self {
+        let mut places = vec![None; declarations.params.len()];
+        let mut offset = 0;
+        let mut part = |norm: bool, predictor: bool| {
+            let begin = offset;
+            for (place, declaration) in places.iter_mut().zip(&declarations.params) {
+                if (declaration.role == Role::Norm) == norm && is_predictor(&declaration.name) == predictor {
+                    let len: i64 = declaration.shape.iter().product();
+                    *place = Some(Place { declaration: declaration.clone(), range: offset..offset + len });
+                    offset += (len + ALIGN - 1) / ALIGN * ALIGN;
+                }
+            }
+            begin..offset
+        };
+        let weights = part(false, false);
+        let compute_len = if with_predictor { part(false, true).end } else { weights.end };
+        let norms = part(true, false);
+        let len = if with_predictor { part(true, true).end } else { norms.end };
+        let stats = declarations
+            .stats
+            .iter()
+            .map(|stat| (with_predictor || !is_predictor(&stat.0)).then(|| stat.clone()))
+            .collect();
+        Self { places, stats, len, compute_len, shared: [weights, norms] }
+    }
+
+    /// Every parameter of this layout, in the order of declaration.
+    pub fn params(&self) -> impl Iterator<Item = &Place> {
+        self.places.iter().flatten()
+    }
+
+    /// How many numbers are trained.
+    pub fn num_parameters(&self) -> i64 {
+        self.params().map(|place| place.range.end - place.range.start).sum()
+    }
+}
+
+/// The types a network is kept and computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kinds {
+    /// Parameters, gradients after reduction, moments.
+    pub master: Kind,
+    /// Convolutions, linear layers and activations.
+    pub compute: Kind,
+}
+
+/// One flat buffer of parameters, with a leaf tensor for each.
+#[derive(Debug)]
+pub struct Weights {
+    /// The places.
+    pub layout: Arc<Layout>,
+    /// All parameters, f32 or f64.
+    pub master: Tensor,
+    /// The convolution and linear parameters rounded to bf16, when computing in bf16.
+    compute: Option<Tensor>,
+    leaves: Vec<Option<Tensor>>,
+}
+
+impl Weights {
+    /// A buffer of zeros with its leaves; `gradients` makes them trainable.
+    pub fn new(layout: Arc<Layout>, kinds: Kinds, gradients: Option<&Gradients>) -> Result<Self, SslError> {
+        let master = Tensor::zeros([layout.len], (kinds.master, Device::Cpu));
+        let compute = (kinds.compute != kinds.master)
+            .then(|| Tensor::zeros([layout.compute_len], (kinds.compute, Device::Cpu)));
+        let mut leaves = Vec::with_capacity(layout.places.len());
+        for place in &layout.places {
+            let Some(Place { declaration, range }) = place else {
+                leaves.push(None);
+                continue;
+            };
+            let in_compute = range.start < layout.compute_len;
+            let buffer = compute.as_ref().filter(|_| in_compute).unwrap_or(&master);
+            let trainable = gradients.is_some() && !declaration.frozen;
+            let mut leaf = ext::leaf(buffer, range.start, &declaration.shape, trainable)?;
+            if let Some(gradients) = gradients.filter(|_| trainable) {
+                let buffer = gradients.compute.as_ref().filter(|_| in_compute).unwrap_or(&gradients.flat);
+                ext::set_grad(&mut leaf, &ext::leaf(buffer, range.start, &declaration.shape, false)?)?;
+            }
+            leaves.push(Some(leaf));
+        }
+        Ok(Self { layout, master, compute, leaves })
+    }
+
+    /// Draws the initial values: a function of the seed and the declarations alone.
+    pub fn initialise(&mut self, seed: u64) -> Result<(), SslError> {
+        tch::manual_seed(seed.cast_signed());
+        for place in self.layout.params() {
+            let Declaration { shape, init, .. } = &place.declaration;
+            let options = (Kind::Float, Device::Cpu);
+            let values = match *init {
+                Init::KaimingFanOut => {
+                    let fan_out = shape[0] * shape[2] * shape[3];
+                    Tensor::randn(shape, options) * (2.0 / fan_out as f64).sqrt()
+                }
+                Init::Uniform { fan_in } => {
+                    (Tensor::rand(shape, options) * 2.0 - 1.0) * (1.0 / fan_in as f64).sqrt()
+                }
+                Init::TruncatedNormal { fan_in } => {
+                    // erf(2 / sqrt 2): the normal distribution's mass within two standard deviations.
+                    const MASS: f64 = 0.954_499_736_103_641_6;
+                    ((Tensor::rand(shape, options) * 2.0 - 1.0) * MASS).erfinv() * (2.0 / fan_in as f64).sqrt()
+                }
+                Init::Constant(value) => Tensor::full(shape, value, options),
+            };
+            self.named_view(place)?.f_copy_(&values)?;
+        }
+        self.refresh()
+    }
+
+    /// Rounds the parameters that are computed with to bf16 again; call after every change of `master`.
+    pub fn refresh(&mut self) -> Result<(), SslError> {
+        if let Some(compute) = &mut self.compute {
+            let prefix = self.master.f_narrow(0, 0, self.layout.compute_len)?;
+            no_grad(|| compute.f_copy_(&prefix))?;
+        }
+        Ok(())
+    }
+
+    /// The parameter as the network computes with it. Panics when this network has none of that name: layers are
+    /// only run on weights of a layout that was made from their declarations.
+    pub fn leaf(&self, id: ParamId) -> &Tensor {
+        self.leaves[id.0].as_ref().expect("the teacher has no predictor")
+    }
+
+    /// The parameter in the master buffer, as a view.
+    pub fn named_view(&self, place: &Place) -> Result<Tensor, SslError> {
+        view(&self.master, place)
+    }
+
+    /// This teacher's parameters become the student's.
+    pub fn copy_from(&mut self, student: &Weights) -> Result<(), SslError> {
+        self.mix(student, 0.0)
+    }
+
+    /// teacher ← tau·teacher + (1 − tau)·student.
+    pub fn mix(&mut self, student: &Weights, tau: f64) -> Result<(), SslError> {
+        for (to, from) in self.layout.shared.clone().iter().zip(&student.layout.shared) {
+            ext::ema(&mut self.master, &student.master, to.start, from.start, to.end - to.start, tau)?;
+        }
+        self.refresh()
+    }
+}
+
+/// A parameter's place in any buffer that has its layout.
+pub fn view(buffer: &Tensor, place: &Place) -> Result<Tensor, SslError> {
+    Ok(ext::leaf(buffer, place.range.start, &place.declaration.shape, false)?)
+}
+
+/// The student's gradients: one flat buffer of the master type, which is what ranks all-reduce.
+#[derive(Debug)]
+pub struct Gradients {
+    /// All gradients, in the student's layout.
+    pub flat: Tensor,
+    compute: Option<Tensor>,
+}
+
+impl Gradients {
+    /// Zeros.
+    pub fn new(layout: &Layout, kinds: Kinds) -> Self {
+        Self {
+            flat: Tensor::zeros([layout.len], (kinds.master, Device::Cpu)),
+            compute: (kinds.compute != kinds.master)
+                .then(|| Tensor::zeros([layout.compute_len], (kinds.compute, Device::Cpu))),
+        }
+    }
+
+    /// Before a backward pass.
+    pub fn zero(&mut self) -> Result<(), SslError> {
+        let _ = self.flat.f_zero_()?;
+        if let Some(compute) = &mut self.compute {
+            let _ = compute.f_zero_()?;
+        }
+        Ok(())
+    }
+
+    /// After a backward pass: gradients computed in bf16 join the flat buffer.
+    pub fn gather(&mut self) -> Result<(), SslError> {
+        if let Some(compute) = &self.compute {
+            no_grad(|| self.flat.f_narrow(0, 0, compute.numel() as i64)?.f_copy_(compute))?;
+        }
+        Ok(())
+    }
+}
+
+/// Running statistics of every batch-norm layer of one network; apart from the parameters, because they change
+/// between a forward pass and its backward.
+#[derive(Debug, Clone)]
+pub struct Stats {
+    layers: Vec<Option<RunningStatistics>>,
+}
+
+/// Running statistics of one layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunningStatistics {
+    /// `backbone.bn1`, `projector.1`, …
+    pub name: String,
+    /// [C]
+    pub mean: Vec<f64>,
+    /// [C], unbiased.
+    pub variance: Vec<f64>,
+}
+
+impl Stats {
+    /// Mean 0 and variance 1, as PyTorch starts.
+    pub fn new(layout: &Layout) -> Self {
+        let layers = layout
+            .stats
+            .iter()
+            .map(|stat| {
+                stat.as_ref().map(|(name, channels)| RunningStatistics {
+                    name: name.clone(),
+                    mean: vec![0.0; *channels as usize],
+                    variance: vec![1.0; *channels as usize],
+                })
+            })
+            .collect();
+        Self { layers }
+    }
+
+    /// Every layer, in the order of declaration.
+    pub fn layers(&self) -> impl Iterator<Item = &RunningStatistics> {
+        self.layers.iter().flatten()
+    }
+
+    /// Every layer, for loading.
+    pub fn layers_mut(&mut self) -> impl Iterator<Item = &mut RunningStatistics> {
+        self.layers.iter_mut().flatten()
+    }
+
+    pub(crate) fn layer(&self, id: StatId) -> &RunningStatistics {
+        self.layers[id.0].as_ref().expect("the teacher has no predictor")
+    }
+
+    /// running ← (1 − momentum)·running + momentum·batch, view by view, the variance unbiased.
+    pub(crate) fn update(&mut self, id: StatId, batch: &ext::BatchNormStatistics, momentum: f64) {
+        let running = self.layers[id.0].as_mut().expect("the teacher has no predictor");
+        let channels = running.mean.len();
+        for (view, &count) in batch.count.iter().enumerate() {
+            for c in 0..channels {
+                let (mean, variance) = (batch.mean[view * channels + c], batch.variance[view * channels + c]);
+                let unbiased = variance * count / (count - 1.0);
+                running.mean[c] += momentum * (mean - running.mean[c]);
+                running.variance[c] += momentum * (unbiased - running.variance[c]);
+            }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! All training state, in one struct: what a checkpoint holds and what ranks must agree on.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mentee_config::recipe::{Precision, Recipe, Teacher as TeacherKind};
+use mentee_torch_ext::StatReduce;
+use tch::{Kind, Tensor, no_grad};
+
+use crate::layers::Pass;
+use crate::method::{Method, StepLoss};
+use crate::optimizer::Optimizer;
+use crate::params::{Declarations, Gradients, Kinds, Layout, Stats, Weights, view};
+use crate::schedule::Rates;
+use crate::{SslError, method};
+
+/// How many views of each image a batch holds.
+pub const VIEWS: i64 = 2;
+
+/// A network's parameters and running statistics.
+#[derive(Debug)]
+pub struct Network {
+    /// Parameters.
+    pub weights: Weights,
+    /// Running statistics of its batch norms.
+    pub stats: Stats,
+}
+
+/// Everything that training changes.
+#[derive(Debug)]
+pub struct State {
+    /// Trained by gradient.
+    pub student: Network,
+    /// The student's gradients: in use only within a step.
+    pub gradients: Gradients,
+    /// Follows the student; none when the student is its own teacher.
+    pub teacher: Option<Network>,
+    /// Momentum.
+    pub optimizer: Optimizer,
+}
+
+/// The types that a precision means.
+pub fn kinds(precision: Precision) -> Kinds {
+    let (master, compute) = match precision {
+        Precision::F32 => (Kind::Float, Kind::Float),
+        Precision::Bf16 => (Kind::Float, Kind::BFloat16),
+        Precision::F64 => (Kind::Double, Kind::Double),
+    };
+    Kinds { master, compute }
+}
+
+/// The method of a recipe and its state before the first step: a function of the recipe alone.
+pub fn new(recipe: &Recipe) -> Result<(Box<dyn Method>, State), SslError> {
+    let mut declarations = Declarations::default();
+    let method = method::new(recipe, &mut declarations);
+    let state = State::new(recipe, &declarations)?;
+    Ok((method, state))
+}
+
+impl State {
+    fn new(recipe: &Recipe, declarations: &Declarations) -> Result<Self, SslError> {
+        let kinds = kinds(recipe.parallel.precision);
+        let layout = Arc::new(Layout::new(declarations, true));
+        let gradients = Gradients::new(&layout, kinds);
+        let mut student = Network {
+            weights: Weights::new(layout.clone(), kinds, Some(&gradients))?,
+            stats: Stats::new(&layout),
+        };
+        student.weights.initialise(recipe.run.seed)?;
+        let teacher = match recipe.method.teacher {
+            TeacherKind::Shared => None,
+            TeacherKind::Ema | TeacherKind::CopyEachEpoch => {
+                let layout = Arc::new(Layout::new(declarations, false));
+                let mut weights = Weights::new(layout.clone(), kinds, None)?;
+                weights.copy_from(&student.weights)?;
+                Some(Network { weights, stats: Stats::new(&layout) })
+            }
+        };
+        let optimizer = Optimizer::new(&recipe.optimizer, &student.weights);
+        Ok(Self { student, gradients, teacher, optimizer })
+    }
+
+    /// The loss of a batch [V·N, 3, H, W] of this rank, with batch-norm statistics over all ranks given `reduce`.
+    pub fn loss(
+        &mut self,
+        method: &dyn Method,
+        views: &Tensor,
+        global_batch: u64,
+        reduce: Option<&StatReduce>,
+    ) -> Result<StepLoss, SslError> {
+        let Network { weights, stats } = &mut self.student;
+        let student = Pass::train(weights, stats, VIEWS, reduce);
+        let teacher = self.teacher.as_mut().map(|t| Pass::train(&t.weights, &mut t.stats, VIEWS, reduce));
+        method.loss(&student, teacher.as_ref(), views, global_batch)
+    }
+
+    /// Gradients of this rank's share of the loss, in `gradients.flat`.
+    pub fn backward(&mut self, loss: &Tensor) -> Result<(), SslError> {
+        self.gradients.zero()?;
+        loss.f_backward()?;
+        self.gradients.gather()
+    }
+
+    /// The student moves along the mean gradient over the global batch.
+    pub fn update(&mut self, rates: &Rates, step: u64) -> Result<(), SslError> {
+        self.optimizer.step(&mut self.student.weights, &self.gradients, rates, step)
+    }
+
+    /// The teacher follows, once an update: teacher ← tau·teacher + (1 − tau)·student, or a copy at an epoch's end.
+    pub fn move_teacher(&mut self, kind: TeacherKind, rates: &Rates, epoch_ends: bool) -> Result<(), SslError> {
+        match (&mut self.teacher, kind) {
+            (Some(teacher), TeacherKind::Ema) => teacher.weights.mix(&self.student.weights, rates.tau),
+            (Some(teacher), TeacherKind::CopyEachEpoch) if epoch_ends => {
+                teacher.weights.copy_from(&self.student.weights)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Features of images [N, 3, H, W] by the student's backbone with its running statistics: [N, feature_dim], f32.
+    pub fn features(&self, method: &dyn Method, images: &Tensor) -> Result<Tensor, SslError> {
+        no_grad(|| {
+            let pass = Pass::eval(&self.student.weights, &self.student.stats);
+            Ok(method.networks().backbone.forward(&pass, images)?.f_to_kind(Kind::Float)?)
+        })
+    }
+
+    /// Every tensor of the state under its name, as views of the master buffers (running statistics are copies).
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>, SslError> {
+        let mut out = Vec::new();
+        let networks = [("student", Some(&self.student)), ("teacher", self.teacher.as_ref())];
+        for (prefix, network) in networks.iter().filter_map(|(p, n)| n.map(|n| (p, n))) {
+            for place in network.weights.layout.params() {
+                out.push((
+                    format!("{prefix}.{}", place.declaration.name),
+                    network.weights.named_view(place)?,
+                ));
+            }
+            for layer in network.stats.layers() {
+                out.push((format!("{prefix}.{}.running_mean", layer.name), Tensor::from_slice(&layer.mean)));
+                out.push((format!("{prefix}.{}.running_var", layer.name), Tensor::from_slice(&layer.variance)));
+            }
+        }
+        for (prefix, buffer) in self.moments() {
+            for place in self.student.weights.layout.params() {
+                out.push((format!("{prefix}.student.{}", place.declaration.name), view(buffer, place)?));
+            }
+        }
+        Ok(out)
+    }
+
+    fn moments(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        let second = self.optimizer.second_moment.as_ref().map(|t| ("second_moment", t));
+        std::iter::once(("momentum", &self.optimizer.momentum)).chain(second)
+    }
+
+    /// Takes every tensor of the state from `tensors`, which must hold exactly the names that [`Self::tensors`]
+    /// yields, of the same shapes and types. Nothing is changed on an error in names or shapes.
+    pub fn load(&mut self, tensors: &BTreeMap<String, Tensor>) -> Result<(), SslError> {
+        let own = self.tensors()?;
+        for (name, expected) in &own {
+            let Some(found) = tensors.get(name) else {
+                return Err(SslError::Load { name: name.clone(), problem: "missing".into() });
+            };
+            if found.size() != expected.size() || found.kind() != expected.kind() {
+                let problem = format!(
+                    "{:?} of {:?} there, {:?} of {:?} in this recipe's network",
+                    found.size(),
+                    found.kind(),
+                    expected.size(),
+                    expected.kind()
+                );
+                return Err(SslError::Load { name: name.clone(), problem });
+            }
+        }
+        if let Some(name) = tensors.keys().find(|name| !own.iter().any(|(own, _)| own == *name)) {
+            return Err(SslError::Load { name: name.clone(), problem: "not part of this recipe".into() });
+        }
+        for (name, mut own) in own {
+            no_grad(|| own.f_copy_(&tensors[&name]))?;
+        }
+        let networks = [("student", Some(&mut self.student)), ("teacher", self.teacher.as_mut())];
+        for (prefix, network) in networks {
+            let Some(network) = network else { continue };
+            for layer in network.stats.layers_mut() {
+                let values = |suffix: &str| -> Result<Vec<f64>, SslError> {
+                    Ok(Vec::<f64>::try_from(&tensors[&format!("{prefix}.{}.{suffix}", layer.name)])?)
+                };
+                let (mean, variance) = (values("running_mean")?, values("running_var")?);
+                layer.mean = mean;
+                layer.variance = variance;
+            }
+            network.weights.refresh()?;
+        }
+        Ok(())
+    }
+}
