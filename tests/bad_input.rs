@@ -143,14 +143,14 @@ fn bad_data() {
     assert_refused(supervised(&recipe(cifar), &at("run"), &[]), DATA, &["data_batch_1.bin"]);
 }
 
-/// A run of four steps with one checkpoint, at its end.
-fn short_run(dir: &Path) -> (PathBuf, PathBuf) {
-    let recipe = TinyRecipe::new(&images(dir))
-        .set("schedule.max_steps", "4")
-        .set("checkpoint.every_steps", "0")
-        .write(dir.join("tiny.toml"));
+/// A run that has one checkpoint, at step 3, and more steps to go: as if it had been killed there.
+fn unfinished_run(dir: &Path) -> (PathBuf, PathBuf) {
+    let recipe = TinyRecipe::new(&images(dir)).write(dir.join("tiny.toml"));
     let run_dir = dir.join("run");
     supervised(&recipe, &run_dir, &[]).expect(0);
+    for (_, later) in checkpoints(&run_dir).iter().filter(|(step, _)| *step > 3) {
+        fs::remove_dir_all(later).expect("a later checkpoint can be removed");
+    }
     assert_eq!(checkpoints(&run_dir).len(), 1);
     (recipe, run_dir)
 }
@@ -159,7 +159,7 @@ fn short_run(dir: &Path) -> (PathBuf, PathBuf) {
 fn a_bad_checkpoint() {
     let _machine = machine();
     let dir = temp_dir();
-    let (recipe, run_dir) = short_run(dir.path());
+    let (recipe, run_dir) = unfinished_run(dir.path());
     let folder = checkpoints(&run_dir).remove(0).1;
     let state = fs::read_dir(&folder)
         .expect("the checkpoint")
@@ -169,7 +169,6 @@ fn a_bad_checkpoint() {
         .expect("a file of tensors");
     let whole = fs::read(&state).expect("the tensors");
     let manifest = fs::read(folder.join("manifest.json")).expect("the manifest");
-    let longer = ["--set", "schedule.max_steps=6"];
 
     let mut flipped = whole.clone();
     let middle = flipped.len() / 2;
@@ -185,8 +184,8 @@ fn a_bad_checkpoint() {
         fs::write(path, damaged).expect("the file can be damaged");
         let before = snapshot(&run_dir);
         println!("{name}");
-        assert_refused(supervised(&recipe, &run_dir, &longer), CHECKPOINT, &["step-00000004"]);
-        assert_refused(alone(&recipe, &run_dir, &longer), CHECKPOINT, &["step-00000004"]);
+        assert_refused(supervised(&recipe, &run_dir, &[]), CHECKPOINT, &["step-00000003"]);
+        assert_refused(alone(&recipe, &run_dir, &[]), CHECKPOINT, &["step-00000003"]);
         assert_kept(&before, &run_dir);
         let mut verify = mentee();
         verify.arg("checkpoints").arg(&run_dir).arg("--verify");
@@ -194,14 +193,14 @@ fn a_bad_checkpoint() {
         fs::write(path, original).expect("the file can be restored");
     }
     // Nothing was lost: with its bytes back the run goes on.
-    supervised(&recipe, &run_dir, &longer).expect(0);
+    supervised(&recipe, &run_dir, &[]).expect(0);
 }
 
 #[test]
 fn a_run_directory_of_another_recipe() {
     let _machine = machine();
     let dir = temp_dir();
-    let (recipe, run_dir) = short_run(dir.path());
+    let (recipe, run_dir) = unfinished_run(dir.path());
     let before = snapshot(&run_dir);
     for (set, words) in [
         ("run.seed=8", ["seed", "7", "8"]),
