@@ -7,8 +7,8 @@
 //! defaults/ ───┘          (schema: every key, its type, its range, its meaning)          (plan.toml)
 //! ```
 //!
-//! Every mistake is a [`ConfigError`]: one line with the key, the file and line (or the `--set`) it stands in,
-//! and what would be right. The command ends with [`exit_code::USAGE`].
+//! Every mistake is a [`ConfigError`]: one line with the key, the file and line (or the `--set`) it stands
+//! in, and what would be right. The command ends with [`exit_code::USAGE`].
 
 mod defaults;
 mod difference;

@@ -54,6 +54,8 @@ pub struct Run {
 pub struct Data {
     /// Training images: a folder of tar shards, an image folder, CIFAR binary or IDX files. When it holds a
     /// `train` folder (and `test` or `val`), that split is meant.
+    ///
+    /// Relative to the current directory of the command, not to the recipe.
     pub path: PathBuf,
     /// How the images are stored.
     pub format: DataFormat,
@@ -354,7 +356,8 @@ pub struct Checkpoint {
 #[serde(deny_unknown_fields)]
 pub struct Eval {
     /// Labelled images to classify; empty = the `test` or `val` folder beside the training split, else a
-    /// tenth of the training images, left out of the bank.
+    /// tenth of the training images, left out of the bank. Relative to the current
+    /// directory.
     pub path: PathBuf,
     /// 0 = off; otherwise also once at the end.
     pub knn_every_epochs: u64,
