@@ -198,6 +198,7 @@ enum State {
 #[derive(Debug)]
 pub struct Supervisor {
     max_restarts: u32,
+    direct: bool,
     state: State,
     generation: u32,
     restarts: u32,
@@ -208,10 +209,13 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A run that may start its workers again `max_restarts` times; returns its first actions too.
-    pub fn new(max_restarts: u32) -> (Supervisor, Vec<Action>) {
+    /// A run that may start its workers again `max_restarts` times; returns its first actions too. `direct`: the
+    /// supervised process is the worker itself, so its exit code is the worker's; `mpirun` mixes those of all ranks
+    /// with signal numbers, and is believed only when no rank has spoken.
+    pub fn new(max_restarts: u32, direct: bool) -> (Supervisor, Vec<Action>) {
         let supervisor = Supervisor {
             max_restarts,
+            direct,
             state: State::Running,
             generation: 0,
             restarts: 0,
@@ -360,7 +364,11 @@ impl Supervisor {
             Some(code @ (DONE | PREEMPTED)) if culprit.is_none() || self.finished.is_some() => {
                 return self.finish(code, None);
             }
-            Some(code) if FINAL.contains(&code) && culprit.is_none() => return self.finish(code, None),
+            Some(code) if self.direct && FINAL.contains(&code) => return self.finish(code, None),
+            // 6 may be SIGABRT.
+            Some(code) if culprit.is_none() && FINAL.contains(&code) && code != DIVERGED => {
+                return self.finish(code, None);
+            }
             _ => {}
         }
         if self.stop.is_some() {
@@ -436,7 +444,7 @@ mod tests {
     }
 
     fn run(max_restarts: u32, events: Vec<Event>) -> Vec<Action> {
-        let (mut supervisor, mut actions) = Supervisor::new(max_restarts);
+        let (mut supervisor, mut actions) = Supervisor::new(max_restarts, false);
         for (second, event) in events.into_iter().enumerate() {
             actions.extend(supervisor.handle_event(Duration::from_secs(10 * second as u64), event));
         }
@@ -484,6 +492,20 @@ mod tests {
             let actions = run(0, events);
             assert_eq!(end(&actions).map(|(code, _)| code), Some(code), "{name}: {actions:?}");
         }
+    }
+
+    #[test]
+    fn the_exit_code_of_a_single_worker_is_its_own() {
+        let end = |direct| {
+            let (mut supervisor, _) = Supervisor::new(0, direct);
+            let mut actions = Vec::new();
+            for event in [go(), lost(0), Event::Exited(Exit::Code(DIVERGED)), SETTLED] {
+                actions.extend(supervisor.handle_event(Duration::ZERO, event));
+            }
+            end(&actions).map(|(code, _)| code)
+        };
+        assert_eq!(end(true), Some(DIVERGED));
+        assert_eq!(end(false), Some(RANK_FAILED), "mpirun's 6 may be an abort");
     }
 
     #[test]
@@ -545,14 +567,14 @@ mod tests {
 
     #[test]
     fn a_schedulers_double_sigterm_is_one() {
-        let (mut supervisor, _) = Supervisor::new(0);
+        let (mut supervisor, _) = Supervisor::new(0, false);
         let mut send = |milliseconds, signal| {
             supervisor.handle_event(Duration::from_millis(milliseconds), Event::Signal(signal))
         };
         assert!(!send(0, StopSignal::Terminate).is_empty());
         assert!(send(100, StopSignal::Terminate).is_empty());
         assert!(send(2500, StopSignal::Terminate).contains(&Action::Kill));
-        let (mut supervisor, _) = Supervisor::new(0);
+        let (mut supervisor, _) = Supervisor::new(0, false);
         assert!(!supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt)).is_empty());
         let again = supervisor.handle_event(Duration::from_millis(300), Event::Signal(StopSignal::Interrupt));
         assert!(again.contains(&Action::Kill), "a person pressing Ctrl-C twice means it");
