@@ -17,8 +17,8 @@ pub(crate) const METHODS: &[(&str, &str)] = layers!["byol", "simsiam"];
 pub(crate) const VIEWS: &[(&str, &str)] =
     layers!["views-byol", "views-simsiam", "views-byol-cifar", "views-simsiam-cifar"];
 
-/// A method's layer holds these for its own optimizer; under another one its learning rate would be wrong by orders
-/// of magnitude, so it is asked for instead.
+/// A method's layer holds these for its own optimizer; under another one its learning rate would be wrong by
+/// orders of magnitude, so it is asked for instead.
 const OF_THE_METHODS_OPTIMIZER: &[&str] =
     &["optimizer.base_lr", "optimizer.weight_decay", "optimizer.exclude_bias_and_norm"];
 

@@ -5,12 +5,11 @@ use crate::schema::{Decides, KEYS};
 
 impl Recipe {
     /// 16 hexadecimal digits over everything that decides the loss curve: `run.seed`, `[views]`, `[model]`,
-    /// `[method]`, `[optimizer]`, `[schedule]` without `max_steps`, `parallel.precision` and `parallel.sync_batch_norm`.
-    /// Not the data (its own digest says what it is), not names, paths, threads, logging, checkpoints or evaluation;
-    /// nor `views.preset`, as the values that it stands for are in there.
+    /// `[method]`, `[optimizer]`, `[schedule]` without `max_steps`, `parallel.precision` and
+    /// `parallel.sync_batch_norm`. Not the data (its own digest says what it is), not names, paths, threads,
+    /// logging, checkpoints or evaluation; nor `views.preset`, as the values that it stands for are in there.
     ///
-    /// # Panics
-    /// As [`Recipe::to_toml`].
+    /// # Panics As [`Recipe::to_toml`].
     pub fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
         for (key, value) in self.deciding() {

@@ -42,7 +42,7 @@ pub enum ConfigError {
         hint: String,
     },
     /// A value of the wrong type, or not one of the words a key knows.
-    #[error("`{key}` in {place}: expected {expected}, found {found}{hint}")]
+    #[error("`{key}` in {place}: expected {expected}, found {found}")]
     Type {
         /// The key as `section.key`.
         key: String,
@@ -50,10 +50,8 @@ pub enum ConfigError {
         place: Place,
         /// The type, or the words allowed.
         expected: String,
-        /// What stands there.
+        /// What stands there, and the nearest allowed word if there is one.
         found: String,
-        /// Empty, or the nearest allowed word.
-        hint: String,
     },
     /// A key without a default is not given.
     #[error("missing key `{key}` in {place}: {hint}")]

@@ -51,7 +51,6 @@ impl Entries {
                         place: at(offset),
                         expected: format!("a section, [{section}]"),
                         found: "a value".into(),
-                        hint: String::new(),
                     });
                 }
                 _ => {
@@ -62,7 +61,8 @@ impl Entries {
         Ok(entries)
     }
 
-    /// Applies `--set section.key=value`. The value is read as TOML; what is not TOML is a string as it stands.
+    /// Applies `--set section.key=value`. The value is read as TOML; what is not TOML is a string as it
+    /// stands.
     pub fn set(&mut self, argument: &str) -> Result<(), ConfigError> {
         let (path, text) =
             argument.split_once('=').ok_or_else(|| ConfigError::Set { argument: argument.to_owned() })?;
@@ -89,7 +89,6 @@ impl Entries {
                 place,
                 expected: mismatch.expected,
                 found: mismatch.found,
-                hint: mismatch.hint,
             }),
         }
     }

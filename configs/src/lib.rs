@@ -1,4 +1,5 @@
-//! What a run is: the recipe a user writes, the resolved recipe that really runs, the plan for a data set and a world.
+//! What a run is: the recipe a user writes, the resolved recipe that really runs, and the plan for a data
+//! set and a world.
 //!
 //! ```text
 //! recipe file ─┐
@@ -6,8 +7,8 @@
 //! defaults/ ───┘          (schema: every key, its type, its range, its meaning)          (plan.toml)
 //! ```
 //!
-//! Every mistake is a [`ConfigError`]: one line with the key, the file and line (or the `--set`) it stands in, and
-//! what would be right. The command ends with [`exit_code::USAGE`].
+//! Every mistake is a [`ConfigError`]: one line with the key, the file and line (or the `--set`) it stands
+//! in, and what would be right. The command ends with [`exit_code::USAGE`].
 
 mod defaults;
 mod difference;

@@ -26,13 +26,13 @@ const BUILT_IN: &[(&str, &str)] = recipes![
 ];
 
 impl Recipe {
-    /// Reads the recipe in a file, or the built-in one of that name, applies `--set section.key=value` arguments in
-    /// order, fills in the defaults and checks everything. A resolved recipe (`plan.toml`) is a recipe too.
+    /// Reads the recipe in a file, or the built-in one of that name, applies `--set section.key=value`
+    /// arguments in order, fills in the defaults and checks everything. A resolved recipe (`plan.toml`) is a
+    /// recipe too.
     ///
     /// A name without `/` and `.toml` that is no file means a built-in recipe.
     ///
-    /// # Errors
-    /// Any [`ConfigError`] but those of a plan.
+    /// # Errors Any [`ConfigError`] but those of a plan.
     pub fn load(name_or_path: &str, sets: &[String]) -> Result<Recipe, ConfigError> {
         let path = Path::new(name_or_path);
         let is_name = !name_or_path.contains('/') && !name_or_path.ends_with(".toml");
@@ -54,11 +54,10 @@ impl Recipe {
         resolve(&text, path, &stem, sets)
     }
 
-    /// Reads a `plan.toml`: like a recipe, but every key must be there, as a default may change between versions of
-    /// mentee and a run's plan may not.
+    /// Reads a `plan.toml`: like a recipe, but every key must be there, as a default may change between
+    /// versions of mentee and a run's plan may not.
     ///
-    /// # Errors
-    /// [`ConfigError::Missing`] for a key that is not there, else as [`Recipe::load`].
+    /// # Errors [`ConfigError::Missing`] for a key that is not there, else as [`Recipe::load`].
     pub fn from_plan(path: &Path) -> Result<Recipe, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -81,9 +80,8 @@ impl Recipe {
 
     /// As `plan.toml` holds it: every key with its value. [`Recipe::from_plan`] reads it back exactly.
     ///
-    /// # Panics
-    /// If the recipe was made in Rust and TOML cannot hold it, which [`Recipe::validate`] would have said: a seed
-    /// beyond 63 bits or a path that is not UTF-8.
+    /// # Panics If the recipe was made in Rust and TOML cannot hold it, which [`Recipe::validate`] would have
+    /// said: a seed beyond 63 bits or a path that is not UTF-8.
     pub fn to_toml(&self) -> String {
         let body = toml::to_string(self).expect("a validated recipe can be written as TOML");
         format!(

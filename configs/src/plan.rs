@@ -1,4 +1,5 @@
-//! A recipe applied to a data set and a world: how many steps there are, and which samples of a batch are whose.
+//! A recipe applied to a data set and a world: how many steps there are, and which samples of a batch are
+//! whose.
 
 use std::ops::Range;
 
@@ -12,14 +13,15 @@ pub struct Plan {
     pub recipe: Recipe,
     /// Training images.
     pub num_samples: u64,
-    /// Updates an epoch: `num_samples / global_batch`. The samples left over do not fill a batch and are dropped;
-    /// every epoch is shuffled anew, so they are other ones each time.
+    /// Updates an epoch: `num_samples / global_batch`. The samples left over do not fill a batch and are
+    /// dropped; every epoch is shuffled anew, so they are other ones each time.
     pub steps_per_epoch: u64,
     /// The steps that the schedules of learning rate and tau span: `epochs * steps_per_epoch`.
     pub total_steps: u64,
     /// `warmup_epochs * steps_per_epoch`, rounded.
     pub warmup_steps: u64,
-    /// The learning rate after warm-up: `base_lr * global_batch / 256`, the linear scaling rule of both papers.
+    /// The learning rate after warm-up: `base_lr * global_batch / 256`, the linear scaling rule of both
+    /// papers.
     pub peak_lr: f64,
 }
 
@@ -34,20 +36,23 @@ impl Plan {
         let bad_batch = |why: String| ConfigError::Plan { key: "schedule.global_batch", value: batch, why };
         if batch > num_samples {
             return Err(bad_batch(format!(
-                "larger than the data set of {num_samples} images ({}); lower it, as not one batch would be full",
+                "larger than the data set of {num_samples} images ({}); lower it, as not one batch would be \
+                 full",
                 recipe.data.path.display()
             )));
         }
         if world_size == 0 {
             return Err(bad_batch("a world of 0 ranks cannot share it; start at least one worker".into()));
         }
-        // Unsynchronised statistics need two samples in every rank's share; a synchronised batch needs them in all.
+        // Unsynchronised statistics need two samples in every rank's share; a synchronised batch needs them
+        // in all.
         let per_rank = if recipe.parallel.sync_batch_norm { 1 } else { 2 };
         if batch / u64::from(world_size) < per_rank {
             return Err(bad_batch(match per_rank {
                 1 => format!("smaller than the world of {world_size} ranks; raise it or start fewer workers"),
                 _ => format!(
-                    "leaves fewer than 2 samples to some of {world_size} ranks, too few for batch-norm statistics with \
+                    "leaves fewer than 2 samples to some of {world_size} ranks, too few for batch-norm \
+                     statistics with \
                      `parallel.sync_batch_norm` = false; raise it or start fewer workers"
                 ),
             }));
@@ -126,7 +131,8 @@ mod tests {
         };
         assert_eq!(
             message(&["data.path=photos"], 100, 1),
-            "`schedule.global_batch` = 4096: larger than the data set of 100 images (photos); lower it, as not one \
+            "`schedule.global_batch` = 4096: larger than the data set of 100 images (photos); lower it, as \
+             not one \
              batch would be full"
         );
         assert_eq!(
@@ -135,7 +141,8 @@ mod tests {
         );
         assert_eq!(
             message(&["schedule.global_batch=4", "parallel.sync_batch_norm=false"], 100, 3),
-            "`schedule.global_batch` = 4: leaves fewer than 2 samples to some of 3 ranks, too few for batch-norm \
+            "`schedule.global_batch` = 4: leaves fewer than 2 samples to some of 3 ranks, too few for \
+             batch-norm \
              statistics with `parallel.sync_batch_norm` = false; raise it or start fewer workers"
         );
         assert_eq!(

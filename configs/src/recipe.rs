@@ -1,7 +1,8 @@
-//! The resolved recipe: every key has its value. This is what `plan.toml` holds and what the crates are handed.
+//! The resolved recipe: every key has its value. This is what `plan.toml` holds and what the crates are
+//! handed.
 //!
-//! What a user writes may leave out any key that has a default; [`Recipe::load`] fills it in from the preset and the
-//! method. `docs/recipes.md` lists every key with its default, unit and source.
+//! What a user writes may leave out any key that has a default; [`Recipe::load`] fills it in from the preset
+//! and the method. `docs/recipes.md` lists every key with its default, unit and source.
 //!
 //! "BYOL's code" is google-deepmind/deepmind-research `byol/`, "SimSiam's" is facebookresearch/simsiam.
 
@@ -53,6 +54,8 @@ pub struct Run {
 pub struct Data {
     /// Training images: a folder of tar shards, an image folder, CIFAR binary or IDX files. When it holds a
     /// `train` folder (and `test` or `val`), that split is meant.
+    ///
+    /// Relative to the current directory of the command, not to the recipe.
     pub path: PathBuf,
     /// How the images are stored.
     pub format: DataFormat,
@@ -94,8 +97,8 @@ pub struct Views {
     pub flip: f64,
     /// Probability that colours are jittered at all.
     pub jitter: f64,
-    /// Largest change of brightness: added to RGB in [0, 1] by [`Definition::Byol`], a factor's distance from 1 by
-    /// [`Definition::Torchvision`].
+    /// Largest change of brightness: added to RGB in [0, 1] by [`Definition::Byol`], a factor's distance from
+    /// 1 by [`Definition::Torchvision`].
     pub brightness: f64,
     /// Largest change of contrast, a factor's distance from 1.
     pub contrast: f64,
@@ -135,8 +138,8 @@ pub enum ViewPreset {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Definition {
-    /// DeepMind's code: crop clipped to the image (no retries), brightness added, contrast about each channel's mean,
-    /// clip after each operation, 23-tap blur at 224 pixels (kernel side = size / 10).
+    /// DeepMind's code: crop clipped to the image (no retries), brightness added, contrast about each
+    /// channel's mean, clip after each operation, 23-tap blur at 224 pixels (kernel side = size / 10).
     Byol,
     /// torchvision's: ten tries then a centre crop, brightness and contrast multiplied, Gaussian blur.
     Torchvision,
@@ -352,8 +355,9 @@ pub struct Checkpoint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Eval {
-    /// Labelled images to classify; empty = the `test` or `val` folder beside the training split, else a tenth of
-    /// the training images, left out of the bank.
+    /// Labelled images to classify; empty = the `test` or `val` folder beside the training split, else a
+    /// tenth of the training images, left out of the bank. Relative to the current
+    /// directory.
     pub path: PathBuf,
     /// 0 = off; otherwise also once at the end.
     pub knn_every_epochs: u64,

@@ -10,27 +10,28 @@ use crate::schema::{Decides, KEYS, Kind};
 const HEAD: &str = "\
 # Recipes
 
-<!-- Written from the table of keys by the tests of mentee-config: MENTEE_BLESS=1 cargo test --release -p mentee-config -->
+<!-- Written by a test from the table of keys: MENTEE_BLESS=1 cargo test --release -p mentee-config -->
 
-A recipe is a TOML file. What it leaves out is filled in from the method's defaults, from the preset of the views and from
-what holds for all (`configs/defaults/`); what it writes wins over those, and `--set section.key=value` wins over the file.
-A value after `--set` is read as TOML; what is not TOML is a string as it stands, so quotes can be left out.
-Unknown keys, wrong types and values out of range are refused with exit code 2.
+A recipe is a TOML file. What it leaves out is filled in from the method's defaults, from the preset of the
+views and from what holds for all (`configs/defaults/`); what it writes wins over those, and
+`--set section.key=value` wins over the file. A value after `--set` is read as TOML; what is not TOML is a
+string as it stands, so quotes can be left out. Unknown keys, wrong types and values out of range are refused
+with exit code 2.
 
 `data.path` and `eval.path` are relative to the current directory of the command, not to the recipe.
 
-The resolved recipe is written to `RUN/plan.toml`. Keys marked • decide the numbers of a run: a run directory is resumed only
-by a recipe that agrees in all of them.
+The resolved recipe is written to `RUN/plan.toml`. Keys marked • decide the numbers of a run: a run directory
+is resumed only by a recipe that agrees in all of them.
 
-\"BYOL\" sources are files of google-deepmind/deepmind-research, \"SimSiam\" sources of facebookresearch/simsiam (or folders
-named in `code`); \"the preset\" stands for the source at the head of `configs/defaults/views-PRESET.toml`; \"ours\" comes from
-no paper.
+Sources: `byol/…` are files of google-deepmind/deepmind-research, `main_simsiam.py` and `simsiam/…` of
+facebookresearch/simsiam; \"the preset\" stands for the source at the head of
+`configs/defaults/views-PRESET.toml`; \"ours\" comes from no paper.
 ";
 
-/// The page in Markdown: every key with its values, default, unit, meaning and source, and the built-in recipes.
+/// The page in Markdown: every key with its values, default, unit, meaning and source, and the built-in
+/// recipes.
 ///
-/// # Errors
-/// Only if a file in `configs/defaults/` is not right, which the tests exclude.
+/// # Errors Only if a file in `configs/defaults/` is not right, which the tests exclude.
 pub fn markdown() -> Result<String, ConfigError> {
     let mut page = HEAD.to_owned();
     let mut section = "";
@@ -63,10 +64,13 @@ pub fn markdown() -> Result<String, ConfigError> {
          - `model.backbone` = \"resnet20\" needs `model.stem` = \"cifar\".\n\
          - `model.stem` = \"imagenet\" needs `views.size` of 32 or more.\n\
          - `eval.knn_bank` is 0 or at least `eval.knn_k`.\n\
-         - `schedule.global_batch` is at most the number of training images, and at least the number of ranks (twice that\n  \
+         - `schedule.global_batch` is at most the number of training images, and at least the number of \
+         ranks (twice that\n  \
            with `parallel.sync_batch_norm` = false).\n\
-         - `optimizer.base_lr` and `optimizer.weight_decay` have no default under another optimizer than the method's.\n\
-         \n## Built-in recipes\n\nThey can be given by name: `mentee run demo`. Their files are in `configs/recipes/`.\n\n",
+         - `optimizer.base_lr` and `optimizer.weight_decay` have no default under another optimizer than the \
+         method's.\n\
+         \n## Built-in recipes\n\nThey can be given by name: `mentee run demo`. Their files are in \
+         `configs/recipes/`.\n\n",
     );
     for name in Recipe::built_in_names() {
         let _ = writeln!(page, "- `{name}`");
@@ -85,13 +89,17 @@ fn values(kind: &Kind) -> String {
     }
 }
 
-/// The default as the layers hold it: one value, or one for each method or preset, those with equal values together.
+/// The default as the layers hold it: one value, or one for each method or preset, those with equal values
+/// together.
 fn default(path: &str) -> Result<String, ConfigError> {
     let mut by_value: Vec<(String, Vec<&str>)> = Vec::new();
     for (layers, prefix) in [(defaults::METHODS, ""), (defaults::VIEWS, "views-"), (defaults::BASE, "")] {
         for (name, _) in layers {
             if let Some(entry) = layer(layers, name)?.0.get(path) {
-                let value = format!("`{}`", entry.value);
+                let value = match entry.value {
+                    toml::Value::Float(small) if small != 0.0 && small.abs() < 1e-3 => format!("`{small:e}`"),
+                    ref value => format!("`{value}`"),
+                };
                 let whose = name.strip_prefix(prefix).unwrap_or(name);
                 match by_value.iter_mut().find(|(known, _)| *known == value) {
                     Some((_, names)) => names.push(whose),

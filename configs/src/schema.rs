@@ -1,7 +1,7 @@
 //! Every key of a recipe: its type, its range, what it means, where its default comes from.
 //!
-//! Reading, range checks, suggestions, the hash and `docs/recipes.md` all follow this one table. Tests hold it equal
-//! to the types in [`crate::recipe`].
+//! Reading, range checks, suggestions, the hash and `docs/recipes.md` all follow this one table. Tests hold
+//! it equal to the types in [`crate::recipe`].
 
 use std::fmt;
 
@@ -60,8 +60,8 @@ pub(crate) struct Bounds {
 /// A value that is not of a key's kind.
 pub(crate) struct Mismatch {
     pub expected: String,
+    /// What is there, and the nearest allowed word if there is one.
     pub found: String,
-    pub hint: String,
 }
 
 const fn closed(min: f64, max: f64) -> Bounds {
@@ -70,6 +70,7 @@ const fn closed(min: f64, max: f64) -> Bounds {
 const UNIT: Bounds = closed(0.0, 1.0);
 const UNIT_OPEN_BELOW: Bounds = Bounds { open_min: true, ..UNIT };
 const UNIT_OPEN_ABOVE: Bounds = Bounds { open_max: true, ..UNIT };
+const SIGMA: Bounds = Bounds { max: 100.0, ..UNIT_OPEN_BELOW };
 const POSITIVE: Bounds = Bounds { min: 0.0, max: f64::INFINITY, open_min: true, open_max: true };
 const NOT_NEGATIVE: Bounds = Bounds { open_min: false, ..POSITIVE };
 const ANY_COUNT: Kind = Kind::Count { min: 0, max: i64::MAX };
@@ -98,76 +99,157 @@ const VIEWS: &str = "the preset";
 /// In the order of [`crate::recipe::Recipe`]'s fields.
 #[rustfmt::skip]
 pub(crate) const KEYS: &[Key] = &[
-    key("run.name", Kind::Name, Decides::No, "", "names the run in logs and reports", "the recipe file's name"),
-    key("run.seed", ANY_COUNT, Decides::Yes, "", "keys the initial weights, the order of samples and every augmentation", "`byol/configs/byol.py`"),
-    key("run.log_every_steps", POSITIVE_COUNT, Decides::No, "steps", "one train line in `metrics.jsonl` every so many steps", "ours"),
+    key("run.name", Kind::Name, Decides::No, "",
+        "names the run in logs and reports", "the recipe file's name"),
+    key("run.seed", ANY_COUNT, Decides::Yes, "",
+        "keys the initial weights, the order of samples and every augmentation", "`byol/configs/byol.py`"),
+    key("run.log_every_steps", POSITIVE_COUNT, Decides::No, "steps",
+        "one train line in `metrics.jsonl` every so many steps", "ours"),
 
-    key("data.path", Kind::Path { may_be_empty: false }, Decides::No, "path", "training images; a folder with `train/` (and `test/` or `val/`) means that split; relative to the current directory", ""),
-    key("data.format", Kind::Choice(&["auto", "tar", "folder", "cifar", "idx"]), Decides::No, "", "how the images are stored; `auto` looks", "ours"),
+    key("data.path", Kind::Path { may_be_empty: false }, Decides::No, "path",
+        "training images; a folder with `train/` (and `test/` or `val/`) means that split; relative to the \
+         current directory",
+        ""),
+    key("data.format", Kind::Choice(&["auto", "tar", "folder", "cifar", "idx"]), Decides::No, "",
+        "how the images are stored; `auto` looks", "ours"),
 
-    key("views.preset", Kind::Choice(&["byol", "simsiam", "byol-cifar", "simsiam-cifar"]), Decides::No, "", "fills in the rest of `[views]` (and `model.stem`)", "the method"),
-    key("views.definition", Kind::Choice(&["byol", "torchvision"]), Decides::Yes, "", "whose crop, jitter and blur", VIEWS),
-    key("views.size", Kind::Count { min: 8, max: 2048 }, Decides::Yes, "pixels", "side of a view", VIEWS),
-    key("views.resize", Kind::Choice(&["bicubic", "bilinear"]), Decides::Yes, "", "interpolation of the crop", VIEWS),
-    key("views.crop_area", Kind::Reals { len: 2, each: UNIT_OPEN_BELOW, ordered: true }, Decides::Yes, "fraction of the image", "range of the crop's area", VIEWS),
-    key("views.crop_ratio", Kind::Reals { len: 2, each: closed(0.01, 100.0), ordered: true }, Decides::Yes, "width / height", "range of the crop's shape, uniform in its logarithm", VIEWS),
-    key("views.flip", PROBABILITY, Decides::Yes, "probability", "horizontal flip", VIEWS),
-    key("views.jitter", PROBABILITY, Decides::Yes, "probability", "colours are jittered at all", VIEWS),
-    key("views.brightness", Kind::Real(UNIT), Decides::Yes, "largest change", "`byol`: added, RGB in [0, 1]; `torchvision`: a factor's distance from 1", VIEWS),
-    key("views.contrast", Kind::Real(UNIT), Decides::Yes, "largest change", "a factor's distance from 1", VIEWS),
-    key("views.saturation", Kind::Real(UNIT), Decides::Yes, "largest change", "a factor's distance from 1", VIEWS),
-    key("views.hue", Kind::Real(closed(0.0, 0.5)), Decides::Yes, "turns", "largest rotation of the hue", VIEWS),
-    key("views.grayscale", PROBABILITY, Decides::Yes, "probability", "grayscale", VIEWS),
-    key("views.blur", Kind::Reals { len: 2, each: UNIT, ordered: false }, Decides::Yes, "probability", "Gaussian blur, `[view 1, view 2]`", VIEWS),
-    key("views.blur_sigma", Kind::Reals { len: 2, each: Bounds { min: 0.0, max: 100.0, open_min: true, open_max: false }, ordered: true }, Decides::Yes, "pixels", "range of the blur's standard deviation", VIEWS),
-    key("views.solarize", Kind::Reals { len: 2, each: UNIT, ordered: false }, Decides::Yes, "probability", "solarization (threshold 0.5), `[view 1, view 2]`", VIEWS),
-    key("views.mean", Kind::Reals { len: 3, each: UNIT, ordered: false }, Decides::Yes, "RGB in [0, 1]", "subtracted per channel", VIEWS),
-    key("views.std", Kind::Reals { len: 3, each: UNIT_OPEN_BELOW, ordered: false }, Decides::Yes, "RGB in [0, 1]", "divided by per channel", VIEWS),
+    key("views.preset", Kind::Choice(&["byol", "simsiam", "byol-cifar", "simsiam-cifar"]), Decides::No, "",
+        "fills in the rest of `[views]` (and `model.stem`)", "the method"),
+    key("views.definition", Kind::Choice(&["byol", "torchvision"]), Decides::Yes, "",
+        "whose crop, jitter and blur", VIEWS),
+    key("views.size", Kind::Count { min: 8, max: 2048 }, Decides::Yes, "pixels",
+        "side of a view", VIEWS),
+    key("views.resize", Kind::Choice(&["bicubic", "bilinear"]), Decides::Yes, "",
+        "interpolation of the crop", VIEWS),
+    key("views.crop_area",
+        Kind::Reals { len: 2, each: UNIT_OPEN_BELOW, ordered: true },
+        Decides::Yes, "fraction of the image",
+        "range of the crop's area", VIEWS),
+    key("views.crop_ratio",
+        Kind::Reals { len: 2, each: closed(0.01, 100.0), ordered: true },
+        Decides::Yes, "width / height",
+        "range of the crop's shape, uniform in its logarithm", VIEWS),
+    key("views.flip", PROBABILITY, Decides::Yes, "probability",
+        "horizontal flip", VIEWS),
+    key("views.jitter", PROBABILITY, Decides::Yes, "probability",
+        "colours are jittered at all", VIEWS),
+    key("views.brightness", Kind::Real(UNIT), Decides::Yes, "largest change",
+        "`byol`: added, RGB in [0, 1]; `torchvision`: a factor's distance from 1", VIEWS),
+    key("views.contrast", Kind::Real(UNIT), Decides::Yes, "largest change",
+        "a factor's distance from 1", VIEWS),
+    key("views.saturation", Kind::Real(UNIT), Decides::Yes, "largest change",
+        "a factor's distance from 1", VIEWS),
+    key("views.hue", Kind::Real(closed(0.0, 0.5)), Decides::Yes, "turns",
+        "largest rotation of the hue", VIEWS),
+    key("views.grayscale", PROBABILITY, Decides::Yes, "probability",
+        "grayscale", VIEWS),
+    key("views.blur", Kind::Reals { len: 2, each: UNIT, ordered: false }, Decides::Yes, "probability",
+        "Gaussian blur, `[view 1, view 2]`", VIEWS),
+    key("views.blur_sigma",
+        Kind::Reals { len: 2, each: SIGMA, ordered: true },
+        Decides::Yes, "pixels",
+        "range of the blur's standard deviation", VIEWS),
+    key("views.solarize", Kind::Reals { len: 2, each: UNIT, ordered: false }, Decides::Yes, "probability",
+        "solarization (threshold 0.5), `[view 1, view 2]`", VIEWS),
+    key("views.mean", Kind::Reals { len: 3, each: UNIT, ordered: false }, Decides::Yes, "RGB in [0, 1]",
+        "subtracted per channel", VIEWS),
+    key("views.std",
+        Kind::Reals { len: 3, each: UNIT_OPEN_BELOW, ordered: false },
+        Decides::Yes, "RGB in [0, 1]",
+        "divided by per channel", VIEWS),
 
-    key("model.backbone", Kind::Choice(&["resnet18", "resnet34", "resnet50", "resnet101", "resnet20"]), Decides::Yes, "", "the encoder", "both papers"),
-    key("model.stem", Kind::Choice(&["imagenet", "cifar"]), Decides::Yes, "", "`imagenet`: 7x7 of stride 2 and max-pooling; `cifar`: 3x3 of stride 1", "the preset; `cifar` with `resnet20`"),
-    key("model.zero_init_residual", Kind::Switch, Decides::Yes, "", "the last batch-norm weight of each residual block starts at zero", "both official codes (BYOL's paper ran without: `byol/README.md`)"),
+    key("model.backbone",
+        Kind::Choice(&["resnet18", "resnet34", "resnet50", "resnet101", "resnet20"]),
+        Decides::Yes, "",
+        "the encoder", "both papers"),
+    key("model.stem", Kind::Choice(&["imagenet", "cifar"]), Decides::Yes, "",
+        "`imagenet`: 7x7 of stride 2 and max-pooling; `cifar`: 3x3 of stride 1",
+        "the preset; `cifar` with `resnet20`"),
+    key("model.zero_init_residual", Kind::Switch, Decides::Yes, "",
+        "the last batch-norm weight of each residual block starts at zero",
+        "both official codes (BYOL's paper ran without: `byol/README.md`)"),
 
-    key("method.name", Kind::Choice(&["byol", "simsiam"]), Decides::Yes, "", "the method", ""),
-    key("method.projector_layers", Kind::Count { min: 1, max: 8 }, Decides::Yes, "layers", "linear layers of the projector", HEADS),
-    key("method.projector_hidden", WIDTH, Decides::Yes, "units", "width of the projector's hidden layers", HEADS),
-    key("method.projector_out", WIDTH, Decides::Yes, "units", "width of a projection", HEADS),
-    key("method.predictor_hidden", WIDTH, Decides::Yes, "units", "width of the predictor's hidden layer", HEADS),
-    key("method.predictor", Kind::Switch, Decides::Yes, "", "off: the student's projection itself is compared with the teacher's", "both papers"),
-    key("method.stop_gradient", Kind::Switch, Decides::Yes, "", "off: gradients flow into the target branch too; needs `teacher` = \"shared\"", "both papers"),
-    key("method.teacher", Kind::Choice(&["ema", "shared", "copy-each-epoch"]), Decides::Yes, "", "what the student is compared with: its moving average, itself, or its copy from the start of the epoch", "both papers"),
-    key("method.tau_base", Kind::Real(UNIT), Decides::Yes, "", "momentum of an `ema` teacher at the first step", "`byol/configs/byol.py`, 100 and 300 epochs"),
-    key("method.tau_schedule", Kind::Choice(&["cosine", "constant"]), Decides::Yes, "", "`cosine`: tau rises to 1 over the run", "arXiv:2006.07733, section 3.3"),
-    key("method.fixed_predictor_lr", Kind::Switch, Decides::Yes, "", "the predictor keeps the peak learning rate", "`main_simsiam.py --fix-pred-lr`; false without a predictor"),
+    key("method.name", Kind::Choice(&["byol", "simsiam"]), Decides::Yes, "",
+        "the method", ""),
+    key("method.projector_layers", Kind::Count { min: 1, max: 8 }, Decides::Yes, "layers",
+        "linear layers of the projector", HEADS),
+    key("method.projector_hidden", WIDTH, Decides::Yes, "units",
+        "width of the projector's hidden layers", HEADS),
+    key("method.projector_out", WIDTH, Decides::Yes, "units",
+        "width of a projection", HEADS),
+    key("method.predictor_hidden", WIDTH, Decides::Yes, "units",
+        "width of the predictor's hidden layer", HEADS),
+    key("method.predictor", Kind::Switch, Decides::Yes, "",
+        "off: the student's projection itself is compared with the teacher's", "both papers"),
+    key("method.stop_gradient", Kind::Switch, Decides::Yes, "",
+        "off: gradients flow into the target branch too; needs `teacher` = \"shared\"", "both papers"),
+    key("method.teacher", Kind::Choice(&["ema", "shared", "copy-each-epoch"]), Decides::Yes, "",
+        "what the student is compared with: its moving average, itself, or its copy from the start of the \
+         epoch",
+        "both papers"),
+    key("method.tau_base", Kind::Real(UNIT), Decides::Yes, "",
+        "momentum of an `ema` teacher at the first step", "`byol/configs/byol.py`, 100 and 300 epochs"),
+    key("method.tau_schedule", Kind::Choice(&["cosine", "constant"]), Decides::Yes, "",
+        "`cosine`: tau rises to 1 over the run", "arXiv:2006.07733, section 3.3"),
+    key("method.fixed_predictor_lr", Kind::Switch, Decides::Yes, "",
+        "the predictor keeps the peak learning rate",
+        "`main_simsiam.py --fix-pred-lr`; false without a predictor"),
 
-    key("optimizer.name", Kind::Choice(&["lars", "sgd", "adamw"]), Decides::Yes, "", "the optimizer", BYOL_CODE),
-    key("optimizer.base_lr", Kind::Real(POSITIVE), Decides::Yes, "per 256 samples", "learning rate; times `global_batch` / 256 it is the peak", BYOL_CODE),
-    key("optimizer.momentum", Kind::Real(UNIT_OPEN_ABOVE), Decides::Yes, "", "of `lars` and `sgd`", BYOL_CODE),
-    key("optimizer.weight_decay", Kind::Real(NOT_NEGATIVE), Decides::Yes, "", "added to the gradient times the weight (`adamw`: decoupled)", BYOL_CODE),
-    key("optimizer.lars_eta", Kind::Real(POSITIVE), Decides::Yes, "", "trust coefficient of `lars`", "`byol/configs/byol.py`"),
-    key("optimizer.exclude_bias_and_norm", Kind::Switch, Decides::Yes, "", "biases and norm parameters get no weight decay and no LARS adaptation", BYOL_CODE),
-    key("optimizer.betas", Kind::Reals { len: 2, each: UNIT_OPEN_ABOVE, ordered: false }, Decides::Yes, "", "decay rates of `adamw`'s moments", "arXiv:1412.6980, algorithm 1"),
+    key("optimizer.name", Kind::Choice(&["lars", "sgd", "adamw"]), Decides::Yes, "",
+        "the optimizer", BYOL_CODE),
+    key("optimizer.base_lr", Kind::Real(POSITIVE), Decides::Yes, "per 256 samples",
+        "learning rate; times `global_batch` / 256 it is the peak", BYOL_CODE),
+    key("optimizer.momentum", Kind::Real(UNIT_OPEN_ABOVE), Decides::Yes, "",
+        "of `lars` and `sgd`", BYOL_CODE),
+    key("optimizer.weight_decay", Kind::Real(NOT_NEGATIVE), Decides::Yes, "",
+        "added to the gradient times the weight (`adamw`: decoupled)", BYOL_CODE),
+    key("optimizer.lars_eta", Kind::Real(POSITIVE), Decides::Yes, "",
+        "trust coefficient of `lars`", "`byol/configs/byol.py`"),
+    key("optimizer.exclude_bias_and_norm", Kind::Switch, Decides::Yes, "",
+        "biases and norm parameters get no weight decay and no LARS adaptation", BYOL_CODE),
+    key("optimizer.betas", Kind::Reals { len: 2, each: UNIT_OPEN_ABOVE, ordered: false }, Decides::Yes, "",
+        "decay rates of `adamw`'s moments", "arXiv:1412.6980, algorithm 1"),
 
-    key("schedule.epochs", Kind::Count { min: 1, max: 1_000_000 }, Decides::Yes, "epochs", "length of the run", BYOL_CODE),
-    key("schedule.global_batch", Kind::Count { min: 2, max: 1 << 24 }, Decides::Yes, "images", "images an update over all ranks; never changed by the number of ranks", BYOL_CODE),
-    key("schedule.warmup_epochs", Kind::Real(NOT_NEGATIVE), Decides::Yes, "epochs", "the learning rate rises linearly from 0", BYOL_CODE),
-    key("schedule.decay", Kind::Choice(&["cosine", "cosine-per-epoch", "constant"]), Decides::Yes, "", "after warm-up, to 0 at the end; moving every step or every epoch", "BYOL: `byol/utils/schedules.py`; SimSiam: `main_simsiam.py`"),
-    key("schedule.max_steps", ANY_COUNT, Decides::No, "steps", "ends the run early, the schedules still span `epochs`; 0 = off", "ours"),
+    key("schedule.epochs", Kind::Count { min: 1, max: 1_000_000 }, Decides::Yes, "epochs",
+        "length of the run", BYOL_CODE),
+    key("schedule.global_batch", Kind::Count { min: 2, max: 1 << 24 }, Decides::Yes, "images",
+        "images an update over all ranks; never changed by the number of ranks", BYOL_CODE),
+    key("schedule.warmup_epochs", Kind::Real(NOT_NEGATIVE), Decides::Yes, "epochs",
+        "the learning rate rises linearly from 0", BYOL_CODE),
+    key("schedule.decay", Kind::Choice(&["cosine", "cosine-per-epoch", "constant"]), Decides::Yes, "",
+        "after warm-up, to 0 at the end; moving every step or every epoch",
+        "BYOL: `byol/utils/schedules.py`; SimSiam: `main_simsiam.py`"),
+    key("schedule.max_steps", ANY_COUNT, Decides::No, "steps",
+        "ends the run early, the schedules still span `epochs`; 0 = off", "ours"),
 
-    key("parallel.precision", Kind::Choice(&["f32", "bf16", "f64"]), Decides::Yes, "", "`bf16`: compute only, weights stay f32; `f64`: for exactness tests", "`main_simsiam.py`"),
-    key("parallel.sync_batch_norm", Kind::Switch, Decides::Yes, "", "batch-norm statistics over the global batch, not each rank's share", "both official codes"),
-    key("parallel.threads", THREADS, Decides::No, "threads per rank", "compute; 0 = the cores this rank may use", "ours"),
-    key("parallel.decode_threads", THREADS, Decides::No, "threads per rank", "decoding and augmentation; 0 = the cores this rank may use", "ours"),
+    key("parallel.precision", Kind::Choice(&["f32", "bf16", "f64"]), Decides::Yes, "",
+        "`bf16`: compute only, weights stay f32; `f64`: for exactness tests", "`main_simsiam.py`"),
+    key("parallel.sync_batch_norm", Kind::Switch, Decides::Yes, "",
+        "batch-norm statistics over the global batch, not each rank's share", "both official codes"),
+    key("parallel.threads", THREADS, Decides::No, "threads per rank",
+        "compute; 0 = the cores this rank may use", "ours"),
+    key("parallel.decode_threads", THREADS, Decides::No, "threads per rank",
+        "decoding and augmentation; 0 = the cores this rank may use", "ours"),
 
-    key("checkpoint.every_epochs", ANY_COUNT, Decides::No, "epochs", "0 = off; the end of a run and a preemption always write one", "ours"),
-    key("checkpoint.every_steps", ANY_COUNT, Decides::No, "steps", "0 = off", "ours"),
-    key("checkpoint.keep", POSITIVE_COUNT, Decides::No, "checkpoints", "how many complete ones stay", "ours"),
+    key("checkpoint.every_epochs", ANY_COUNT, Decides::No, "epochs",
+        "0 = off; the end of a run and a preemption always write one", "ours"),
+    key("checkpoint.every_steps", ANY_COUNT, Decides::No, "steps",
+        "0 = off", "ours"),
+    key("checkpoint.keep", POSITIVE_COUNT, Decides::No, "checkpoints",
+        "how many complete ones stay", "ours"),
 
-    key("eval.path", Kind::Path { may_be_empty: true }, Decides::No, "path", "labelled images to classify; empty = `test/` or `val/` beside the training split, else a tenth of the training images; relative to the current directory", "ours"),
-    key("eval.knn_every_epochs", ANY_COUNT, Decides::No, "epochs", "0 = off; otherwise also once at the end", "ours"),
-    key("eval.knn_k", POSITIVE_COUNT, Decides::No, "neighbours", "how many vote", "arXiv:1805.01978, section 3.4"),
-    key("eval.knn_temperature", Kind::Real(POSITIVE), Decides::No, "", "a vote weighs exp(cosine / temperature)", "lightly's benchmarks (arXiv:1805.01978 has 0.07)"),
-    key("eval.knn_bank", ANY_COUNT, Decides::No, "images", "at most so many labelled training images in the bank; 0 = all", "ours"),
+    key("eval.path", Kind::Path { may_be_empty: true }, Decides::No, "path",
+        "labelled images to classify; empty = `test/` or `val/` beside the training split, else a tenth of \
+         the training images; relative to the current directory",
+        "ours"),
+    key("eval.knn_every_epochs", ANY_COUNT, Decides::No, "epochs",
+        "0 = off; otherwise also once at the end", "ours"),
+    key("eval.knn_k", POSITIVE_COUNT, Decides::No, "neighbours",
+        "how many vote", "arXiv:1805.01978, section 3.4"),
+    key("eval.knn_temperature", Kind::Real(POSITIVE), Decides::No, "",
+        "a vote weighs exp(cosine / temperature)", "lightly's benchmarks (arXiv:1805.01978 has 0.07)"),
+    key("eval.knn_bank", ANY_COUNT, Decides::No, "images",
+        "at most so many labelled training images in the bank; 0 = all", "ours"),
 ];
 
 impl Key {
@@ -230,7 +312,8 @@ pub(crate) fn suggest_section(name: &str) -> String {
     }
 }
 
-/// The known word nearest to `word`, if it is near enough that it may be meant: a third of the letters may differ.
+/// The known word nearest to `word`, if it is near enough that it may be meant: a third of the letters may
+/// differ.
 pub(crate) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
     let allowed = 1 + word.chars().count() / 3;
@@ -245,11 +328,7 @@ pub(crate) fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) 
 impl Kind {
     /// The value in the form the recipe holds it (whole numbers widened where a real one is meant).
     pub fn accept(&self, value: Value) -> Result<Value, Mismatch> {
-        let mismatch = |value: &Value, hint: String| Mismatch {
-            expected: self.expected(),
-            found: describe(value),
-            hint: if hint.is_empty() { hint } else { format!(": {hint}") },
-        };
+        let mismatch = |value: &Value| Mismatch { expected: self.expected(), found: describe(value) };
         match (self, value) {
             (Kind::Name | Kind::Path { .. }, value @ Value::String(_)) => Ok(value),
             (Kind::Switch, value @ Value::Boolean(_)) => Ok(value),
@@ -259,24 +338,24 @@ impl Kind {
                 if beyond.abs() >= 2f64.powi(63) && beyond.is_finite() =>
             {
                 let expected = "a whole number below 2^63".into();
-                Err(Mismatch { expected, found: format!("{beyond:e}"), hint: String::new() })
+                Err(Mismatch { expected, found: format!("{beyond:e}") })
             }
-            (Kind::Real(_), value) => real(&value).ok_or_else(|| mismatch(&value, String::new())),
+            (Kind::Real(_), value) => real(&value).ok_or_else(|| mismatch(&value)),
             (Kind::Choice(words), Value::String(word)) if words.contains(&word.as_str()) => {
                 Ok(Value::String(word))
             }
             (Kind::Choice(words), value) => {
-                let near = value.as_str().and_then(|word| nearest(word, words.iter().copied()));
-                Err(mismatch(
-                    &value,
-                    near.map(|near| format!("did you mean \"{near}\"?")).unwrap_or_default(),
-                ))
+                let mut mismatch = mismatch(&value);
+                if let Some(near) = value.as_str().and_then(|word| nearest(word, words.iter().copied())) {
+                    mismatch.found += &format!(": did you mean \"{near}\"?");
+                }
+                Err(mismatch)
             }
             (Kind::Reals { len, .. }, Value::Array(items)) if items.len() == *len => {
                 let reals: Option<Vec<_>> = items.iter().map(real).collect();
-                reals.map(Value::Array).ok_or_else(|| mismatch(&Value::Array(items), String::new()))
+                reals.map(Value::Array).ok_or_else(|| mismatch(&Value::Array(items)))
             }
-            (_, value) => Err(mismatch(&value, String::new())),
+            (_, value) => Err(mismatch(&value)),
         }
     }
 
@@ -430,7 +509,8 @@ mod tests {
             let Kind::Choice(words) = &key.kind else { continue };
             let mut table = Recipe::load("demo", &[]).unwrap().to_table().unwrap();
             table[key.section()][key.name()] = Value::String("no such word".into());
-            // serde lists the variants: unknown variant `no such word`, expected `a` or `b` / one of `a`, `b`, `c`.
+            // serde lists the variants: unknown variant `no such word`, expected `a` or `b` / one of `a`,
+            // `b`, `c`.
             let message = Recipe::from_table(table).unwrap_err().to_string();
             let (_, expected) = message.split_once("expected ").expect(&message);
             let mut variants: Vec<_> = expected.split('`').skip(1).step_by(2).take(words.len() + 1).collect();

@@ -8,11 +8,10 @@ use crate::recipe::{Backbone, Recipe, Stem, Teacher};
 use crate::schema;
 
 impl Recipe {
-    /// Checks every range and every rule between keys. What [`Recipe::load`] returns has passed already; this is for
-    /// recipes changed or made in Rust.
+    /// Checks every range and every rule between keys. What [`Recipe::load`] returns has passed already; this
+    /// is for recipes changed or made in Rust.
     ///
-    /// # Errors
-    /// [`ConfigError::Range`] or [`ConfigError::Conflict`], naming the first key that is wrong.
+    /// # Errors [`ConfigError::Range`] or [`ConfigError::Conflict`], naming the first key that is wrong.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let table = self.to_table()?;
         for key in schema::KEYS {
@@ -46,7 +45,8 @@ impl Recipe {
         let (method, schedule) = (&self.method, &self.schedule);
 
         if !method.stop_gradient && method.teacher != Teacher::Shared {
-            let why = "gradients can only flow into a target that is the student itself; set `method.teacher` = \"shared\"";
+            let why = "gradients can only flow into a target that is the student itself; set \
+                       `method.teacher` = \"shared\"";
             return conflict("method.stop_gradient", "false".into(), why.into());
         }
         if method.fixed_predictor_lr && !method.predictor {
@@ -66,7 +66,8 @@ impl Recipe {
             return conflict("model.stem", "\"imagenet\"".into(), why.into());
         }
         if self.model.stem == Stem::Imagenet && self.views.size < 32 {
-            let why = "the stem \"imagenet\" and four stages halve a view five times, so it needs 32 pixels; raise it or \
+            let why = "the stem \"imagenet\" and four stages halve a view five times, so it needs 32 pixels; \
+                       raise it or \
                        set `model.stem` = \"cifar\"";
             return conflict("views.size", self.views.size.to_string(), why.into());
         }

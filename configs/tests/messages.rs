@@ -54,7 +54,8 @@ fn unknown_keys_name_the_nearest_known_one() {
     says("epochs = 3\n", "unknown key `epochs` in my.toml (line 1): did you mean `schedule.epochs`?");
     says(
         "[checkpoint]\nzzzzzzzz = 1\n",
-        "unknown key `checkpoint.zzzzzzzz` in my.toml (line 2): [checkpoint] has every_epochs, every_steps, keep",
+        "unknown key `checkpoint.zzzzzzzz` in my.toml (line 2): [checkpoint] has every_epochs, every_steps, \
+         keep",
     );
     says(
         "[views]\n[views.crop]\narea = 1\n",
@@ -70,7 +71,8 @@ fn unknown_sections_name_the_nearest_known_one() {
     );
     says(
         "[cluster]\nx = 1\n",
-        "unknown section `[cluster]` in my.toml (line 1): the sections are run, data, views, model, method, optimizer, \
+        "unknown section `[cluster]` in my.toml (line 1): the sections are run, data, views, model, method, \
+         optimizer, \
          schedule, parallel, checkpoint, eval",
     );
 }
@@ -133,17 +135,20 @@ fn wrong_types_say_what_was_expected_and_found() {
 fn unknown_words_name_the_known_ones() {
     says(
         "[method]\nname = \"boyl\"\n",
-        "`method.name` in my.toml (line 2): expected one of \"byol\", \"simsiam\", found the string \"boyl\": did you \
+        "`method.name` in my.toml (line 2): expected one of \"byol\", \"simsiam\", found the string \
+         \"boyl\": did you \
          mean \"byol\"?",
     );
     says(
         "[parallel]\nprecision = \"fp16\"\n",
-        "`parallel.precision` in my.toml (line 2): expected one of \"f32\", \"bf16\", \"f64\", found the string \
+        "`parallel.precision` in my.toml (line 2): expected one of \"f32\", \"bf16\", \"f64\", found the \
+         string \
          \"fp16\": did you mean \"bf16\"?",
     );
     says(
         "[optimizer]\nname = \"rmsprop\"\n",
-        "`optimizer.name` in my.toml (line 2): expected one of \"lars\", \"sgd\", \"adamw\", found the string \
+        "`optimizer.name` in my.toml (line 2): expected one of \"lars\", \"sgd\", \"adamw\", found the \
+         string \
          \"rmsprop\"",
     );
 }
@@ -197,7 +202,8 @@ fn ranges_name_key_value_and_range() {
         (
             "views",
             "crop_area = [1, 0.08]",
-            "`views.crop_area` = [1.0, 0.08] in my.toml (line 6): must be 2 numbers in (0, 1], the smaller one first",
+            "`views.crop_area` = [1.0, 0.08] in my.toml (line 6): must be 2 numbers in (0, 1], the smaller \
+             one first",
         ),
         (
             "views",
@@ -214,7 +220,8 @@ fn ranges_name_key_value_and_range() {
         (
             "run",
             "name = \"a/b\"",
-            "`run.name` = \"a/b\" in my.toml (line 6): must be a name without `/`, control characters or a leading dot",
+            "`run.name` = \"a/b\" in my.toml (line 6): must be a name without `/`, control characters or a \
+             leading dot",
         ),
         ("checkpoint", "keep = 0", "`checkpoint.keep` = 0 in my.toml (line 6): must be at least 1"),
         ("eval", "knn_k = 0", "`eval.knn_k` = 0 in my.toml (line 6): must be at least 1"),
@@ -244,12 +251,14 @@ fn missing_keys_say_what_they_are_for() {
     says("[data]\npath = \"x\"\n", "missing key `method.name` in my.toml: byol or simsiam");
     says(
         "[method]\nname = \"byol\"\n",
-        "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/` or `val/`) means that \
+        "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/` or `val/`) \
+         means that \
          split; relative to the current directory",
     );
     set_says(
         "optimizer.name=adamw",
-        "missing key `optimizer.base_lr` in my.toml: byol has a default for the optimizer lars, none for adamw; give it a \
+        "missing key `optimizer.base_lr` in my.toml: byol has a default for the optimizer lars, none for \
+         adamw; give it a \
          value",
     );
     says("", "missing key `method.name` in my.toml: byol or simsiam");
@@ -259,32 +268,38 @@ fn missing_keys_say_what_they_are_for() {
 fn rules_between_keys_name_both() {
     set_says(
         "method.stop_gradient=false",
-        "`method.stop_gradient` = false in --set method.stop_gradient=false: gradients can only flow into a target that is \
+        "`method.stop_gradient` = false in --set method.stop_gradient=false: gradients can only flow into a \
+         target that is \
          the student itself; set `method.teacher` = \"shared\"",
     );
     assert_eq!(
         message(SMALL, &["method.predictor=false", "method.fixed_predictor_lr=true"]),
-        "`method.fixed_predictor_lr` = true in --set method.fixed_predictor_lr=true: there is no predictor as \
+        "`method.fixed_predictor_lr` = true in --set method.fixed_predictor_lr=true: there is no predictor \
+         as \
          `method.predictor` = false; leave one of them out"
     );
     set_says(
         "schedule.epochs=10",
-        "`schedule.warmup_epochs` = 10.0 in the defaults: warm-up must end before the run of `schedule.epochs` = 10 does; \
+        "`schedule.warmup_epochs` = 10.0 in the defaults: warm-up must end before the run of \
+         `schedule.epochs` = 10 does; \
          lower it",
     );
     assert_eq!(
         message(SMALL, &["model.backbone=resnet20", "model.stem=imagenet"]),
-        "`model.stem` = \"imagenet\" in --set model.stem=imagenet: `model.backbone` = \"resnet20\" is made for small images \
+        "`model.stem` = \"imagenet\" in --set model.stem=imagenet: `model.backbone` = \"resnet20\" is made \
+         for small images \
          and has only the stem \"cifar\""
     );
     set_says(
         "views.size=16",
-        "`views.size` = 16 in --set views.size=16: the stem \"imagenet\" and four stages halve a view five times, so it \
+        "`views.size` = 16 in --set views.size=16: the stem \"imagenet\" and four stages halve a view five \
+         times, so it \
          needs 32 pixels; raise it or set `model.stem` = \"cifar\"",
     );
     set_says(
         "eval.knn_bank=100",
-        "`eval.knn_bank` = 100 in --set eval.knn_bank=100: smaller than the `eval.knn_k` = 200 neighbours that vote; raise \
+        "`eval.knn_bank` = 100 in --set eval.knn_bank=100: smaller than the `eval.knn_k` = 200 neighbours \
+         that vote; raise \
          it",
     );
 }
@@ -320,7 +335,8 @@ fn set_names_the_key() {
     // A value cannot smuggle in another key.
     set_says(
         "schedule.epochs=3\n[optimizer]",
-        "`schedule.epochs` in --set schedule.epochs=3\\n[optimizer]: expected a whole number, found the string \
+        "`schedule.epochs` in --set schedule.epochs=3\\n[optimizer]: expected a whole number, found the \
+         string \
          \"3\\n[optimizer]\"",
     );
 }
@@ -370,7 +386,8 @@ fn a_plan_must_be_whole() {
     };
     assert_eq!(
         of(plan.replace("tau_base = 0.99\n", "")),
-        "missing key `method.tau_base` in plan.toml: a plan holds every key; it was altered, or written by another version \
+        "missing key `method.tau_base` in plan.toml: a plan holds every key; it was altered, or written by \
+         another version \
          of mentee"
     );
     let line = plan.lines().position(|line| line.starts_with("tau_base")).unwrap() + 1;
@@ -384,4 +401,36 @@ fn a_plan_must_be_whole() {
     );
     let missing = Recipe::from_plan(Path::new("nowhere/plan.toml")).unwrap_err().to_string();
     assert!(missing.starts_with("cannot read nowhere/plan.toml: "), "{missing}");
+}
+
+#[test]
+fn a_spoiled_file_is_an_error_of_one_line_and_never_a_panic() {
+    let recipe =
+        std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/demo.toml")).unwrap();
+    let text: String =
+        recipe.lines().filter(|line| !line.starts_with('#')).map(|line| format!("{line}\n")).collect();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("x.toml");
+    let (mut refused, mut taken) = (0, 0);
+    let mut check = |spoiled: String| {
+        std::fs::write(&path, &spoiled).unwrap();
+        match Recipe::load(path.to_str().unwrap(), &[]) {
+            Ok(recipe) => {
+                taken += 1;
+                recipe.validate().unwrap_or_else(|error| panic!("{error}\n{spoiled}"));
+            }
+            Err(error) => {
+                refused += 1;
+                assert!(!error.to_string().contains(['\n', '\0']), "{error}");
+            }
+        }
+    };
+    for (at, _) in text.char_indices() {
+        check(text[..at].to_owned());
+        for other in 0..3 {
+            let other = ["", "\0", "\n", "\"", "=", "[", ".", "-", "9", "é"][(3 * at + other) % 10];
+            check(format!("{}{other}{}", &text[..at], &text[at + 1..]));
+        }
+    }
+    assert!(refused > 1000 && taken > 100, "{refused} refused, {taken} taken");
 }

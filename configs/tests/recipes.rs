@@ -1,4 +1,5 @@
-//! The built-in recipes, what fills a short one in, the round trip through `plan.toml`, and which keys make a run.
+//! The built-in recipes, what fills a short one in, the round trip through `plan.toml`, and which keys make a
+//! run.
 
 use std::path::Path;
 
