@@ -1,0 +1,197 @@
+"""One measurement of BYOL's training step in plain PyTorch, the other side of `mentee-worker bench step`.
+
+A step is what the official code does: two forwards of the student (encoder, projector, predictor), two of the teacher
+(encoder, projector; train mode, no gradients), the loss summed over both directions, backward, the optimizer, the moving
+average. The views are drawn once and stay in memory: no data loading is measured on either side.
+
+Prints one JSON object: images_per_s, step_ms (median), n (steps measured), peak_rss_mb, loss (of the last step).
+"""
+
+import argparse
+import copy
+import json
+import math
+import resource
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions (arXiv:1512.03385, figure 5 left), torchvision's layout."""
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 (figure 5 right); the stride is on the 3x3, as in torchvision."""
+
+    def __init__(self, inputs, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inputs != 4 * width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x):
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + shortcut)
+
+
+# block, channels of the stem, width of each stage, blocks in each stage
+BACKBONES = {
+    "resnet18": (BasicBlock, 64, (64, 128, 256, 512), (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, 64, (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, 64, (64, 128, 256, 512), (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, 64, (64, 128, 256, 512), (3, 4, 23, 3)),
+    "resnet20": (BasicBlock, 16, (16, 32, 64), (3, 3, 3)),
+}
+
+
+def resnet(name, stem):
+    """The encoder up to and with global average pooling, and its number of features."""
+    block, channels, widths, depths = BACKBONES[name]
+    if stem == "cifar":
+        layers = [nn.Conv2d(3, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    else:
+        layers = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        layers.append(nn.MaxPool2d(3, 2, 1))
+    expansion = 4 if block is Bottleneck else 1
+    for stage, (width, depth) in enumerate(zip(widths, depths)):
+        for index in range(depth):
+            layers.append(block(channels, width, 2 if stage > 0 and index == 0 else 1))
+            channels = width * expansion
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers), channels
+
+
+def head(inputs, hidden, outputs):
+    """BYOL's projector and predictor: the last layer has neither bias nor norm."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, outputs, bias=False),
+    )
+
+
+class Lars(torch.optim.Optimizer):
+    """u = g + wd p; u *= eta |p| / |u|; m = momentum m + u; p -= lr m. One-dimensional parameters: plain momentum."""
+
+    def __init__(self, parameters, lr, momentum, weight_decay, eta):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, eta=eta))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                u = p.grad
+                if p.ndim > 1:
+                    u = u.add(p, alpha=group["weight_decay"])
+                    p_norm, u_norm = p.norm(), u.norm()
+                    adapted = group["eta"] * p_norm / u_norm
+                    u = u.mul(torch.where((p_norm > 0) & (u_norm > 0), adapted, 1.0))
+                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                m.mul_(group["momentum"]).add_(u)
+                p.add_(m, alpha=-group["lr"])
+
+
+def main():
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--backbone", choices=sorted(BACKBONES), default="resnet20")
+    arguments.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar")
+    arguments.add_argument("--size", type=int, default=32, help="side of a view, pixels")
+    arguments.add_argument("--batch", type=int, default=128, help="samples a step; each gives two views")
+    arguments.add_argument("--projector-hidden", type=int, default=512)
+    arguments.add_argument("--projector-out", type=int, default=128)
+    arguments.add_argument("--predictor-hidden", type=int, default=512)
+    arguments.add_argument("--precision", choices=("f32", "bf16"), default="f32")
+    arguments.add_argument("--layout", choices=("channels-last", "contiguous"), default="channels-last")
+    arguments.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
+    arguments.add_argument("--steps", type=int, default=5, help="steps measured")
+    a = arguments.parse_args()
+
+    torch.manual_seed(0)
+    torch.set_num_threads(a.threads)
+    layout = torch.channels_last if a.layout == "channels-last" else torch.contiguous_format
+    encoder, features = resnet(a.backbone, a.stem)
+    student = nn.Sequential(encoder, head(features, a.projector_hidden, a.projector_out))
+    student.to(memory_format=layout)
+    predictor = head(a.projector_out, a.predictor_hidden, a.projector_out)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    online, moving = list(student.parameters()), list(teacher.parameters())
+
+    parameters = online + list(predictor.parameters())
+    if a.optimizer == "sgd":
+        optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9, weight_decay=5e-4, foreach=True)
+    else:
+        optimizer = Lars(parameters, lr=0.2, momentum=0.9, weight_decay=1.5e-6, eta=1e-3)
+    views = [torch.randn(a.batch, 3, a.size, a.size).contiguous(memory_format=layout) for _ in range(2)]
+    tau = 0.996
+
+    def step():
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.precision == "bf16"):
+            p1, p2 = (predictor(student(view)) for view in views)
+            with torch.no_grad():
+                z1, z2 = (teacher(view) for view in views)
+        loss = 4 - 2 * (
+            F.cosine_similarity(p1.float(), z2.float()).mean() + F.cosine_similarity(p2.float(), z1.float()).mean()
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(moving, online, 1 - tau)
+        return loss.item()
+
+    for _ in range(a.warmup):
+        step()
+    times = []
+    for _ in range(a.steps):
+        began = time.perf_counter()
+        loss = step()
+        times.append(time.perf_counter() - began)
+    if not math.isfinite(loss):
+        raise SystemExit(f"error: the loss became {loss}; these times mean nothing")
+    median = statistics.median(times)
+    print(
+        json.dumps(
+            {
+                "images_per_s": a.batch / median,
+                "step_ms": 1000 * median,
+                "n": a.steps,
+                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+                "loss": loss,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+//! One run through the commands a user types after training: shard, data, checkpoints, eval, report, status, logs.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+use system_tests::process::{Outcome, finish, mentee};
+use system_tests::recipe::{NUM_TEST, NUM_TRAIN, TinyRecipe, write_images};
+use system_tests::run_dir::{losses, metrics};
+use system_tests::{machine, temp_dir};
+
+fn run(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> Outcome {
+    let mut command = mentee();
+    command.args(arguments.iter().map(|argument| argument.as_ref()));
+    finish(command)
+}
+
+fn json(outcome: &Outcome) -> Value {
+    serde_json::from_str(&outcome.stdout).unwrap_or_else(|error| panic!("{error}:\n{}", outcome.told()))
+}
+
+fn first_shard(dir: &Path) -> std::path::PathBuf {
+    let mut queue = vec![dir.to_path_buf()];
+    while let Some(folder) = queue.pop() {
+        let mut entries: Vec<_> =
+            fs::read_dir(&folder).expect("a folder").flatten().map(|e| e.path()).collect();
+        entries.sort();
+        for path in entries {
+            if path.extension().is_some_and(|e| e == "tar") {
+                return path;
+            } else if path.is_dir() {
+                queue.push(path);
+            }
+        }
+    }
+    panic!("no shard below {}", dir.display());
+}
+
+#[test]
+fn from_images_to_a_report() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let (images, shards, run_dir) =
+        (dir.path().join("images"), dir.path().join("shards"), dir.path().join("run"));
+    write_images(&images);
+
+    run(&[&"shard", &images, &"--out", &shards]).expect(0);
+    run(&[&"data", &"verify", &shards]).expect(0);
+    let stats = run(&[&"data", &"stats", &shards]).expect(0).stdout;
+    assert!(stats.contains(&NUM_TRAIN.to_string()), "no {NUM_TRAIN} images in:\n{stats}");
+
+    let tiny = |data: &Path| {
+        TinyRecipe::new(data)
+            .set("eval.knn_every_epochs", "1")
+            .set("eval.knn_k", "5")
+            .set("parallel.precision", "\"f32\"")
+    };
+    let recipe = tiny(&shards).write(dir.path().join("tiny.toml"));
+    run(&[&"run", &recipe, &"--workers", &"2", &"--run-dir", &run_dir]).expect(0);
+    assert_eq!(losses(&run_dir).len(), 8);
+    for file in ["plan.toml", "metrics.jsonl", "logs/rank-00000.jsonl", "logs/rank-00001.jsonl"] {
+        assert!(run_dir.join(file).is_file(), "{file} is missing");
+    }
+    let lines = metrics(&run_dir);
+    for key in [
+        "epoch",
+        "time",
+        "lr",
+        "tau",
+        "grad_norm",
+        "z_std",
+        "images_per_s",
+        "step_ms",
+        "data_wait_ms",
+        "world_size",
+    ] {
+        let line = lines.iter().find(|line| line["kind"] == "train").expect("a train line");
+        assert!(line[key].is_number() || line[key].is_string(), "no {key} in {line}");
+    }
+    let evals: Vec<_> = lines.iter().filter(|line| line["kind"] == "eval").collect();
+    assert!(!evals.is_empty(), "no evaluation in {lines:?}");
+    for key in ["knn_top1", "knn_random_init", "knn_raw_pixels"] {
+        let percent = evals[0][key].as_f64().unwrap_or_else(|| panic!("no {key} in {}", evals[0]));
+        assert!((0.0..=100.0).contains(&percent), "{key} = {percent}");
+        let correct = percent / 100.0 * NUM_TEST as f64;
+        assert!(
+            (correct - correct.round()).abs() < 1e-6,
+            "{key} = {percent} is no part of {NUM_TEST} images"
+        );
+    }
+
+    // Training on shards and on what they were made of is the same training: they hold the same pixels in the same order.
+    let plain = dir.path().join("plain");
+    run(&[
+        &"run",
+        &tiny(&images).write(dir.path().join("plain.toml")),
+        &"--workers",
+        &"2",
+        &"--run-dir",
+        &plain,
+    ])
+    .expect(0);
+    assert_eq!(losses(&plain), losses(&run_dir));
+
+    let listed = json(&run(&[&"checkpoints", &run_dir, &"--verify", &"--json"]).expect(0));
+    let newest =
+        listed.as_array().and_then(|list| list.last()).unwrap_or_else(|| panic!("no list: {listed}"));
+    assert_eq!(newest["step"], 8, "{listed}");
+    assert_eq!(newest["world_size"], 2, "{listed}");
+
+    let evaluate = || json(&run(&[&"eval", &run_dir, &"--data", &shards, &"--knn", &"--json"]).expect(0));
+    let first = evaluate();
+    let last = evals.last().expect("an evaluation");
+    for key in ["knn_top1", "knn_random_init", "knn_raw_pixels"] {
+        assert_eq!(first[key], last[key], "the same checkpoint, another number: {first} and {last}");
+    }
+    assert!(first["protocol"].is_string() || first["protocol"].is_object(), "{first}");
+    assert_eq!(evaluate(), first, "evaluated twice");
+
+    let page = dir.path().join("page.html");
+    run(&[&"report", &run_dir, &"--out", &page]).expect(0);
+    let page = fs::read_to_string(page).expect("the report");
+    assert!(page.contains("<svg") || page.contains("<canvas"), "a report without curves");
+    assert!(page.contains("data:image/png;base64,"), "a report without example views");
+    for outside in ["src=\"http", "href=\"http", "src='http", "@import", "url(http"] {
+        assert!(!page.contains(outside), "the report loads something from elsewhere: {outside}");
+    }
+
+    let status = json(&run(&[&"status", &run_dir, &"--json"]).expect(0));
+    assert!(status.to_string().contains('8'), "{status}");
+    assert!(!run(&[&"logs", &run_dir, &"--rank", &"1"]).expect(0).stdout.is_empty(), "no logs of rank 1");
+
+    // One altered byte in a shard is found.
+    let shard = first_shard(&shards);
+    let mut bytes = fs::read(&shard).expect("a shard");
+    bytes[700] ^= 0x20;
+    fs::write(&shard, bytes).expect("the shard can be altered");
+    let refused = run(&[&"data", &"verify", &shards]).expect(3);
+    assert!(refused.error_line().contains("00000.tar"), "{}", refused.told());
+}

@@ -1,0 +1,98 @@
+//! The promise: the loss curve is a function of the recipe, not of the number of ranks.
+//!
+//! In f64, because the order of sums differs between worlds and f32's rounding grows by a factor of several every step.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use system_tests::process::{binary, finish, mentee, mpirun};
+use system_tests::recipe::{TinyRecipe, write_images};
+use system_tests::run_dir::{final_state, losses, metrics};
+use system_tests::{machine, temp_dir};
+
+const STEPS: u64 = 8;
+/// Largest relative difference of a loss: rounding starts at 1e-16 and grows over eight steps.
+const ROUNDING: f64 = 1e-9;
+
+fn train(recipe: &Path, run_dir: &Path, workers: u32) -> BTreeMap<u64, f64> {
+    let mut command = mentee();
+    command.arg("run").arg(recipe).arg("--run-dir").arg(run_dir).args(["--workers", &workers.to_string()]);
+    finish(command).expect(0);
+    let world = |line: &serde_json::Value| line["world_size"].as_u64();
+    let trained = metrics(run_dir);
+    let trained: Vec<_> = trained.iter().filter(|line| line["kind"] == "train").collect();
+    assert!(trained.iter().all(|line| world(line) == Some(u64::from(workers))), "another world: {trained:?}");
+    losses(run_dir)
+}
+
+fn assert_same_curve(one: &BTreeMap<u64, f64>, other: &BTreeMap<u64, f64>, name: &str) {
+    assert_eq!(one.len() as u64, STEPS, "{one:?}");
+    assert_eq!(one.keys().collect::<Vec<_>>(), other.keys().collect::<Vec<_>>(), "{name}");
+    for (step, loss) in one {
+        let difference = (loss - other[step]).abs() / loss.abs();
+        assert!(
+            difference <= ROUNDING,
+            "{name}: step {step}: {loss:e} and {:e}\n{one:?}\n{other:?}",
+            other[step]
+        );
+    }
+}
+
+#[test]
+fn byol_on_one_two_and_three_ranks_and_under_bare_mpirun() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images")).write(dir.path().join("tiny.toml"));
+
+    let one = train(&recipe, &dir.path().join("one"), 1);
+    assert!(one.values().all(|loss| loss.is_finite() && *loss > 0.0), "{one:?}");
+    let spread =
+        one.values().fold(0.0f64, |most, loss| most.max((loss - one.values().next().unwrap_or(loss)).abs()));
+    assert!(spread > 1e-3, "nothing is learned, so nothing is compared: {one:?}");
+
+    let two = train(&recipe, &dir.path().join("two"), 2);
+    assert_same_curve(&one, &two, "two ranks");
+    // 16 samples over 3 ranks: shares of 5, 5 and 6.
+    let three = train(&recipe, &dir.path().join("three"), 3);
+    assert_same_curve(&one, &three, "three ranks");
+
+    let bare = dir.path().join("bare");
+    let mut command = mpirun(2);
+    command.arg(binary("mentee-worker")).arg(&recipe).arg("--run-dir").arg(&bare);
+    finish(command).expect(0);
+    // The same world: not one bit may differ, whoever started it.
+    assert_eq!(losses(&bare), two);
+    assert_eq!(final_state(&bare), final_state(&dir.path().join("two")));
+}
+
+#[test]
+fn simsiam_with_lars_on_one_and_two_ranks() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images"))
+        .set("method.name", "\"simsiam\"")
+        .set("views.preset", "\"simsiam-cifar\"")
+        .set("optimizer.name", "\"lars\"")
+        .write(dir.path().join("tiny.toml"));
+    let one = train(&recipe, &dir.path().join("one"), 1);
+    assert_same_curve(&one, &train(&recipe, &dir.path().join("two"), 2), "two ranks");
+}
+
+#[test]
+fn the_order_of_samples_and_every_byte_of_a_view_do_not_depend_on_the_world() {
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images")).write(dir.path().join("tiny.toml"));
+    let digest = |more: &[&str]| {
+        let mut command = mentee();
+        command.args(["data", "order"]).arg(&recipe).arg("--hash").args(more);
+        finish(command).expect(0).stdout.trim().to_owned()
+    };
+    let one = digest(&["--world", "1"]);
+    assert!(!one.is_empty());
+    assert_eq!(digest(&["--world", "2"]), one);
+    assert_eq!(digest(&["--world", "5"]), one);
+    assert_ne!(digest(&["--world", "1", "--epochs", "2"]), one, "the digest covers nothing");
+}
