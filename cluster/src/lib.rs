@@ -1,1 +1,22 @@
-//! mentee-cluster
+//! How the processes of one job find each other and agree: who am I ([`identity`]), who keeps the job together
+//! ([`coordinator`]), and the wire between the two ([`server`] beside the coordinator, [`link`] in each worker).
+//!
+//! ```text
+//!  worker process                                     supervisor, or rank 0 of a bare `mpirun`
+//!  training thread ─► Link ─ one thread ══ TCP ══ server (sockets, clock) ─► coordinator (pure) ─► Output
+//! ```
+//!
+//! Nothing here knows torch, MPI or files. Every decision is in `coordinator.rs` and tested without a socket.
+
+pub mod coordinator;
+pub mod identity;
+pub mod link;
+pub mod message;
+pub mod server;
+pub mod wire;
+
+pub use coordinator::{Agreement, Coordinator, Output};
+pub use identity::{Identity, IdentityError, discover};
+pub use link::{Link, LinkError, StopReason};
+pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, WorkerEvent};
+pub use server::{CoordinatorHandle, Events};

@@ -1,4 +1,27 @@
-//! What a run is: recipes (what a user writes), the resolved plan (what really runs), their errors.
-#![expect(missing_docs, reason = "fields whose name and type say it all")]
+//! What a run is: the recipe a user writes, the resolved recipe that really runs, and the plan for a data
+//! set and a world.
+//!
+//! ```text
+//! recipe file ─┐
+//! --set k=v ───┼─► file: keys and types ─► defaults: fill in ─► validate: ranges, rules ─► Recipe ─► Plan
+//! defaults/ ───┘          (schema: every key, its type, its range, its meaning)          (plan.toml)
+//! ```
+//!
+//! Every mistake is a [`ConfigError`]: one line with the key, the file and line (or the `--set`) it stands
+//! in, and what would be right. The command ends with [`exit_code::USAGE`].
 
+mod defaults;
+mod difference;
+mod error;
+pub mod exit_code;
+mod file;
+mod load;
+pub mod plan;
 pub mod recipe;
+pub mod reference;
+mod schema;
+mod validate;
+
+pub use error::{ConfigError, Place};
+pub use plan::Plan;
+pub use recipe::Recipe;

@@ -1,6 +1,10 @@
-//! The resolved recipe: every key has its value. This is what `plan.toml` holds and what the crates are handed.
+//! The resolved recipe: every key has its value. This is what `plan.toml` holds and what the crates are
+//! handed.
 //!
-//! What a user writes may leave out any key; [`crate::file`] fills it in from the preset and the method.
+//! What a user writes may leave out any key that has a default; [`Recipe::load`] fills it in from the preset
+//! and the method. `docs/recipes.md` lists every key with its default, unit and source.
+//!
+//! "BYOL's code" is google-deepmind/deepmind-research `byol/`, "SimSiam's" is facebookresearch/simsiam.
 
 use std::path::PathBuf;
 
@@ -10,15 +14,25 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recipe {
+    /// `[run]`: name, seed, logging.
     pub run: Run,
+    /// `[data]`: where the training images are.
     pub data: Data,
+    /// `[views]`: the augmentations.
     pub views: Views,
+    /// `[model]`: the encoder.
     pub model: Model,
+    /// `[method]`: heads, teacher, and which asymmetries are on.
     pub method: Method,
+    /// `[optimizer]`: the update.
     pub optimizer: Optimizer,
+    /// `[schedule]`: length, batch, learning-rate curve.
     pub schedule: Schedule,
+    /// `[parallel]`: precision, batch-norm statistics, threads.
     pub parallel: Parallel,
+    /// `[checkpoint]`: how often, how many.
     pub checkpoint: Checkpoint,
+    /// `[eval]`: kNN on frozen features.
     pub eval: Eval,
 }
 
@@ -40,17 +54,26 @@ pub struct Run {
 pub struct Data {
     /// Training images: a folder of tar shards, an image folder, CIFAR binary or IDX files. When it holds a
     /// `train` folder (and `test` or `val`), that split is meant.
+    ///
+    /// Relative to the current directory of the command, not to the recipe.
     pub path: PathBuf,
+    /// How the images are stored.
     pub format: DataFormat,
 }
 
+/// How images are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DataFormat {
+    /// Looks at what is in the folder.
     Auto,
+    /// Tar shards, WebDataset naming.
     Tar,
+    /// A folder of images; sub-folders are classes.
     Folder,
+    /// CIFAR-10 or CIFAR-100, binary version.
     Cifar,
+    /// IDX files as of MNIST and Fashion-MNIST, `.gz` too.
     Idx,
 }
 
@@ -58,11 +81,13 @@ pub enum DataFormat {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Views {
+    /// Filled in the keys below that the recipe left out.
     pub preset: ViewPreset,
     /// Whose definitions of crop, jitter and blur are meant (they differ, see [`Definition`]).
     pub definition: Definition,
     /// Side of a view, pixels.
     pub size: u32,
+    /// Interpolation of the crop to `size`.
     pub resize: Interpolation,
     /// Range of the crop's area as a fraction of the image.
     pub crop_area: [f64; 2],
@@ -72,9 +97,14 @@ pub struct Views {
     pub flip: f64,
     /// Probability that colours are jittered at all.
     pub jitter: f64,
+    /// Largest change of brightness: added to RGB in [0, 1] by [`Definition::Byol`], a factor's distance from
+    /// 1 by [`Definition::Torchvision`].
     pub brightness: f64,
+    /// Largest change of contrast, a factor's distance from 1.
     pub contrast: f64,
+    /// Largest change of saturation, a factor's distance from 1.
     pub saturation: f64,
+    /// Largest rotation of the hue, in turns (0.5 = any hue).
     pub hue: f64,
     /// Probability of grayscale.
     pub grayscale: f64,
@@ -90,6 +120,7 @@ pub struct Views {
     pub std: [f64; 3],
 }
 
+/// A published set of augmentations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ViewPreset {
@@ -103,20 +134,24 @@ pub enum ViewPreset {
     SimsiamCifar,
 }
 
+/// Whose definitions of crop, jitter and blur.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Definition {
-    /// DeepMind's code: crop clipped to the image (no retries), brightness added, contrast about each channel's mean,
-    /// clip after each operation, 23-tap blur at 224 pixels (kernel side = size / 10).
+    /// DeepMind's code: crop clipped to the image (no retries), brightness added, contrast about each
+    /// channel's mean, clip after each operation, 23-tap blur at 224 pixels (kernel side = size / 10).
     Byol,
     /// torchvision's: ten tries then a centre crop, brightness and contrast multiplied, Gaussian blur.
     Torchvision,
 }
 
+/// How pixels between pixels are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Interpolation {
+    /// Of BYOL.
     Bicubic,
+    /// Of SimSiam (torchvision's default).
     Bilinear,
 }
 
@@ -124,23 +159,31 @@ pub enum Interpolation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Model {
+    /// The residual network.
     pub backbone: Backbone,
+    /// Its first layers.
     pub stem: Stem,
     /// The last batch-norm weight of each residual block starts at zero.
     pub zero_init_residual: bool,
 }
 
+/// Residual networks (arXiv:1512.03385) with torchvision's parameter names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backbone {
+    /// Basic blocks, 2-2-2-2, 512 features.
     Resnet18,
+    /// Basic blocks, 3-4-6-3, 512 features.
     Resnet34,
+    /// Bottleneck blocks, 3-4-6-3, 2048 features.
     Resnet50,
+    /// Bottleneck blocks, 3-4-23-3, 2048 features.
     Resnet101,
     /// The 16-32-64 network for 32-pixel images (arXiv:1512.03385, section 4.2).
     Resnet20,
 }
 
+/// The first layers of the backbone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stem {
@@ -154,30 +197,41 @@ pub enum Stem {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Method {
+    /// Which method.
     pub name: MethodName,
+    /// Linear layers of the projector (2 in BYOL, 3 in SimSiam on ImageNet).
     pub projector_layers: u64,
+    /// Width of the projector's hidden layers.
     pub projector_hidden: u64,
+    /// Width of a projection, and of a prediction.
     pub projector_out: u64,
+    /// Width of the predictor's hidden layer.
     pub predictor_hidden: u64,
     /// Off: the student's projection itself is compared with the teacher's.
     pub predictor: bool,
     /// Off: gradients flow into the target branch too (only meaningful with a shared teacher).
     pub stop_gradient: bool,
+    /// What the student is compared with.
     pub teacher: Teacher,
     /// The teacher's momentum at the first step.
     pub tau_base: f64,
+    /// How the teacher's momentum goes from `tau_base`.
     pub tau_schedule: TauSchedule,
     /// The predictor keeps the peak learning rate (SimSiam's `--fix-pred-lr`).
     pub fixed_predictor_lr: bool,
 }
 
+/// A way of learning without labels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MethodName {
+    /// arXiv:2006.07733.
     Byol,
+    /// arXiv:2011.10566.
     Simsiam,
 }
 
+/// The branch that gives the targets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Teacher {
@@ -189,11 +243,13 @@ pub enum Teacher {
     CopyEachEpoch,
 }
 
+/// The teacher's momentum over the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TauSchedule {
     /// tau = 1 − (1 − tau_base)·(cos(πk/K) + 1)/2 (arXiv:2006.07733, section 3.3).
     Cosine,
+    /// tau stays at `tau_base`.
     Constant,
 }
 
@@ -201,10 +257,13 @@ pub enum TauSchedule {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Optimizer {
+    /// Which update rule.
     pub name: OptimizerName,
     /// Learning rate per 256 samples of global batch.
     pub base_lr: f64,
+    /// Of LARS and SGD.
     pub momentum: f64,
+    /// Times the weight, added to the gradient (AdamW: decoupled).
     pub weight_decay: f64,
     /// LARS trust coefficient.
     pub lars_eta: f64,
@@ -214,11 +273,15 @@ pub struct Optimizer {
     pub betas: [f64; 2],
 }
 
+/// An update rule.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerName {
+    /// Layer-wise adaptive rates in the |g + wd·p| form of BYOL's code (`byol/utils/optimizers.py`).
     Lars,
+    /// Stochastic gradient descent with momentum, as torch's (no Nesterov, no dampening).
     Sgd,
+    /// arXiv:1711.05101.
     Adamw,
 }
 
@@ -226,15 +289,19 @@ pub enum OptimizerName {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Schedule {
+    /// Length of the run.
     pub epochs: u64,
     /// Samples per update over all ranks; never changed by the number of ranks.
     pub global_batch: u64,
+    /// The learning rate rises linearly from 0 over so many epochs.
     pub warmup_epochs: f64,
+    /// The learning rate after warm-up.
     pub decay: Decay,
     /// Ends the run after so many steps (the schedules still span `epochs`); 0 = off.
     pub max_steps: u64,
 }
 
+/// The learning rate after warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Decay {
@@ -242,6 +309,7 @@ pub enum Decay {
     Cosine,
     /// Cosine to zero, moving once an epoch (SimSiam's code).
     CosinePerEpoch,
+    /// The peak learning rate throughout.
     Constant,
 }
 
@@ -249,6 +317,7 @@ pub enum Decay {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Parallel {
+    /// What the network is computed in.
     pub precision: Precision,
     /// Batch-norm statistics over the global batch rather than each rank's share.
     pub sync_batch_norm: bool,
@@ -258,9 +327,11 @@ pub struct Parallel {
     pub decode_threads: u64,
 }
 
+/// What the network is computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
+    /// Everything in f32.
     F32,
     /// bf16 compute; master weights, statistics and updates in f32.
     Bf16,
@@ -284,8 +355,9 @@ pub struct Checkpoint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Eval {
-    /// Labelled images to classify; empty = the `test` or `val` folder beside the training split, else a tenth of
-    /// the training images, left out of the bank.
+    /// Labelled images to classify; empty = the `test` or `val` folder beside the training split, else a
+    /// tenth of the training images, left out of the bank. Relative to the current
+    /// directory.
     pub path: PathBuf,
     /// 0 = off; otherwise also once at the end.
     pub knn_every_epochs: u64,

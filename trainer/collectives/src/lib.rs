@@ -1,1 +1,114 @@
-//! mentee-collectives
+//! Collective operations on plain host memory: what the training step needs from a network, and nothing else.
+//!
+//! ```text
+//!   worker ──► dyn Collectives ◄── checked (do all ranks make the same call?)
+//!                   ▲          ◄── faulty  (fail, delay, hang, corrupt at (rank, call))
+//!       ┌───────────┼───────────┐
+//!    single        mpi       threads
+//!  world of one  processes   ranks as threads of one process, for tests
+//! ```
+//!
+//! # The contract of every implementation
+//!
+//! - All ranks of the world make the same calls in the same order with the same lengths and element types.
+//!   [`checked::Checked`] verifies that; [`threads`] always does; the others rely on it.
+//! - [`Collectives::all_reduce_sum`] adds **in rank order**, `((x₀ + x₁) + x₂) + …`, element by element, and every rank
+//!   receives the same bits. So the result depends on the values and the world size, not on the implementation, the message
+//!   length, its alignment or the time of day: [`threads`] and [`mpi`] agree bit for bit.
+//! - An error is final: the group may have ended the operation on some ranks and not on others. Nothing is retried in here;
+//!   the whole gang restarts from a checkpoint.
+//! - Calls are safe from any thread, one at a time per value; a second caller waits for the first.
+
+mod buffer;
+pub mod checked;
+mod error;
+pub mod faulty;
+pub mod mpi;
+mod single;
+pub mod threads;
+
+pub use buffer::{Buffer, ElementType};
+pub use error::{CollectiveError, ErrorKind, Operation, StartError};
+pub use single::Single;
+
+use std::sync::Arc;
+
+/// A group of ranks that can exchange data. See the crate documentation for the contract.
+pub trait Collectives: Send + Sync {
+    /// This process's number in the group, `0..world_size`.
+    fn rank(&self) -> u32;
+
+    /// How many ranks the group has; at least 1.
+    fn world_size(&self) -> u32;
+
+    /// Replaces each element by its sum over all ranks, added in rank order; integers wrap around.
+    ///
+    /// # Errors
+    /// When a peer failed, left or did not arrive in time, when the ranks were found to make different calls, or when the
+    /// network library reports a failure. What `buffer` holds is then unspecified.
+    fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError>;
+
+    /// Copies the buffer of rank `root` to all ranks.
+    ///
+    /// # Errors
+    /// As [`Collectives::all_reduce_sum`]; also when `root` is not a rank of the group.
+    fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError>;
+
+    /// Gives every rank the bytes of all ranks, in rank order. The lengths may differ from rank to rank.
+    ///
+    /// # Errors
+    /// As [`Collectives::all_reduce_sum`].
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError>;
+
+    /// Returns when all ranks have called it.
+    ///
+    /// # Errors
+    /// As [`Collectives::all_reduce_sum`].
+    fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// The orderly end: every rank calls it once, after its last operation; later operations are refused.
+    ///
+    /// A rank that ends because of an error must **not** call this (it would wait for the others) but
+    /// [`Collectives::abort`], or end its process with a code other than 0.
+    ///
+    /// # Errors
+    /// When the network library cannot be shut down, or when it was shut down before.
+    fn finish(&self) -> Result<(), CollectiveError>;
+
+    /// Ends every rank of the group at once, without waiting for anyone; `code` becomes the exit code where the
+    /// implementation can hand it on.
+    fn abort(&self, code: i32) -> !;
+}
+
+macro_rules! forward_collectives {
+    ($($pointer:ident),*) => {$(
+        impl<C: Collectives + ?Sized> Collectives for $pointer<C> {
+            fn rank(&self) -> u32 {
+                (**self).rank()
+            }
+            fn world_size(&self) -> u32 {
+                (**self).world_size()
+            }
+            fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError> {
+                (**self).all_reduce_sum(buffer)
+            }
+            fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError> {
+                (**self).broadcast(buffer, root)
+            }
+            fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+                (**self).all_gather(bytes)
+            }
+            fn barrier(&self) -> Result<(), CollectiveError> {
+                (**self).barrier()
+            }
+            fn finish(&self) -> Result<(), CollectiveError> {
+                (**self).finish()
+            }
+            fn abort(&self, code: i32) -> ! {
+                (**self).abort(code)
+            }
+        }
+    )*};
+}
+
+forward_collectives!(Box, Arc);

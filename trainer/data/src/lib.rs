@@ -1,1 +1,43 @@
-//! mentee-data
+//! Samples in, augmented batches out: everything between a path and `[V, N, H, W, C]` floats. Never sees torch.
+//!
+//! ```text
+//!  open(path) ─► Source ─┐                                 Order: which sample stands where (a pure function)
+//!  tar · folder · cifar  │                                   │
+//!  · idx                 ▼                                   ▼
+//!              decode ─► Augmenter (Philox: seed, epoch, sample, view) ─► Loader ─► Batch
+//! ```
+//!
+//! Three promises hold everywhere below:
+//! - **Order** is computed, not stored: [`order::Order`] is a keyed permutation in constant memory.
+//! - **Randomness** is keyed by `(seed, epoch, sample, view)` ([`rng`]), never by thread, rank or time of arrival:
+//!   a batch has the same bytes for any number of decode threads, any world size and any resume point.
+//! - **Damage is named**: a sample that cannot be used is a [`DataError`] with its shard or file, its key and the
+//!   reason.
+//!
+//! Shapes: V views (2), N samples of this rank's share, H = W = `views.size`, C = 3 (RGB).
+
+pub mod augment;
+pub mod check;
+pub mod decode;
+pub mod digest;
+pub mod error;
+pub mod eval;
+pub mod loader;
+pub mod order;
+pub mod rng;
+pub mod shard;
+pub mod source;
+pub mod synthetic;
+
+mod cifar;
+mod folder;
+mod idx;
+mod math;
+mod pool;
+mod tar;
+
+pub use decode::{RgbImage, decode};
+pub use error::DataError;
+pub use loader::{Batch, Loader, LoaderConfig};
+pub use order::Order;
+pub use source::{Encoding, Sample, Source, Split, open, open_split};

@@ -101,6 +101,22 @@ impl State {
         self.gradients.gather()
     }
 
+    /// The norm of the flat gradient.
+    pub fn grad_norm(&self) -> Result<f64, SslError> {
+        Ok(mentee_torch_ext::norm(&self.gradients.flat)?)
+    }
+
+    /// The first parameter whose gradient holds a value that is not finite; empty when all are.
+    pub fn non_finite_gradient(&self) -> Result<String, SslError> {
+        for place in self.student.weights.layout.params() {
+            let gradient = view(&self.gradients.flat, place)?;
+            if gradient.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                return Ok(format!("student.{}", place.declaration.name));
+            }
+        }
+        Ok(String::new())
+    }
+
     /// The student moves along the mean gradient over the global batch.
     pub fn update(&mut self, rates: &Rates, step: u64) -> Result<(), SslError> {
         self.optimizer.step(&mut self.student.weights, &self.gradients, rates, step)

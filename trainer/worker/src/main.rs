@@ -1,1 +1,91 @@
-fn main() {}
+//! One rank of a training run, and the commands that need libtorch. Read `train.rs` first.
+
+mod affinity;
+mod agree;
+mod bench;
+mod checkpoints;
+mod error;
+mod eval;
+mod link;
+mod logging;
+mod metrics;
+mod reducer;
+mod run_dir;
+mod setup;
+mod stop;
+mod train;
+mod views;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use mentee_config::exit_code;
+
+use crate::error::WorkerError;
+
+/// One rank of a mentee run.
+#[derive(Parser)]
+#[command(name = "mentee-worker", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: Option<TrainArgs>,
+}
+
+/// Which run this rank is part of.
+#[derive(Args)]
+pub struct TrainArgs {
+    /// A recipe file, the name of a built-in recipe, or a run's plan.toml.
+    recipe: String,
+    /// Where the run lives; an existing run is resumed [default: runs/<name>].
+    #[arg(long)]
+    run_dir: Option<PathBuf>,
+    /// Changes one key of the recipe.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Evaluate frozen features of a run or checkpoint.
+    Eval(eval::EvalArgs),
+    /// Measure this machine.
+    Bench {
+        #[command(subcommand)]
+        what: bench::BenchCommand,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let usage = error.use_stderr();
+            // Nothing to do about a closed terminal.
+            let _ = error.print();
+            return code(if usage { exit_code::USAGE } else { exit_code::DONE });
+        }
+    };
+    mentee_torch_ext::keep_freed_memory();
+    let result = match (cli.command, cli.train) {
+        (Some(Command::Eval(args)), _) => eval::command(&args),
+        (Some(Command::Bench { what }), _) => bench::command(&what),
+        (None, Some(args)) => train::command(&args),
+        (None, None) => Err(WorkerError::Usage("no recipe given: mentee-worker RECIPE, or --help".into())),
+    };
+    match result {
+        Ok(exit) => code(exit),
+        Err(error) => {
+            if !error.is_silent() {
+                eprintln!("error: {error}");
+            }
+            code(error.exit_code())
+        }
+    }
+}
+
+fn code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}

@@ -1,0 +1,431 @@
+//! The coordinator's decisions: a pure state machine, `handle(now, event) -> (effects, reason)`. Sockets and the
+//! clock are in [`crate::server`]; transcripts of whole jobs in `cluster/tests/golden/` show it at work.
+//!
+//! ```text
+//!              every rank said hello                 a stop was requested
+//!  Gathering ────────────────────────► Running ───────────────────────────► Running, stopping
+//!      ▲                                  │                                       │
+//!      └────────── NewGeneration ─────────┴────────── every rank finished ────────┴──► Ended
+//! ```
+//!
+//! The gang lives and dies together: a failed collective cannot be repaired from inside, so there is no joining
+//! later. What ends a generation is the supervisor's business ([`crate::Output`] tells it what happened); the next
+//! one starts with [`Event::NewGeneration`], and whoever still belongs to the last one is refused.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use crate::message::{Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent, clip};
+
+/// A connection, numbered by the server; never used twice.
+pub type Peer = u64;
+
+/// How long a gang may take to say hello. Loading libtorch and the list of a large data set from a cold network file
+/// system takes a minute or two; more than this is a rank that will never come.
+pub const GATHER_DEADLINE: Duration = Duration::from_secs(300);
+
+/// What every rank must agree on.
+#[derive(Debug, Clone)]
+pub struct Agreement {
+    /// The job's token.
+    pub token: String,
+    /// Ranks in the world.
+    pub world_size: u32,
+    /// Hash of the plan; `None` = that of the first rank to come counts.
+    pub plan_hash: Option<String>,
+    /// Version of mentee that every rank must run.
+    pub version: String,
+}
+
+/// What happens to the coordinator.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A connection delivered a message.
+    Message {
+        /// The connection.
+        peer: Peer,
+        /// The message.
+        message: ToCoordinator,
+    },
+    /// A connection is gone.
+    Gone {
+        /// The connection.
+        peer: Peer,
+        /// Why: closed, slow, or broken.
+        why: String,
+    },
+    /// The owner wants the ranks to stop at a step boundary.
+    StopRequested {
+        /// Why, for the ranks' logs.
+        reason: String,
+    },
+    /// The gang is started again.
+    NewGeneration {
+        /// Its number; greater than the last.
+        generation: u32,
+    },
+    /// Time passes.
+    Tick,
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Effect {
+    /// The connection has shown the token: it may send longer messages.
+    Admit(Peer),
+    /// Send a message.
+    Send(Peer, ToWorker),
+    /// Send what is queued, then close the connection.
+    Close(Peer),
+    /// Tell the owner.
+    Tell(Output),
+}
+
+/// What the owner of the coordinator (supervisor, or rank 0 of a bare `mpirun`) gets to know.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Every rank is there and was told to go.
+    Go {
+        /// Which start of the gang.
+        generation: u32,
+        /// The ranks, in order.
+        ranks: Vec<Hello>,
+    },
+    /// A rank's newest state.
+    Progress {
+        /// The rank.
+        rank: u32,
+        /// Its state.
+        progress: Progress,
+    },
+    /// A rank reported an event (of [`WorkerEvent::Failed`], see there).
+    Event {
+        /// The rank.
+        rank: u32,
+        /// The event.
+        event: WorkerEvent,
+    },
+    /// A rank's connection ended before the rank said that it was finished.
+    Lost {
+        /// The rank.
+        rank: u32,
+        /// The machine it ran on.
+        host: String,
+        /// Steps it had completed.
+        step: u64,
+        /// What it was doing last.
+        phase: Phase,
+        /// How the connection ended.
+        why: String,
+    },
+    /// A process that knows the token was turned away.
+    Refused {
+        /// The rank it claims.
+        rank: u32,
+        /// Why, as one line.
+        reason: String,
+        /// It belongs to this start of the gang: the gang cannot become complete.
+        ours: bool,
+    },
+    /// Ranks that have not come within [`GATHER_DEADLINE`]; said once a generation.
+    Missing {
+        /// The ranks.
+        ranks: Vec<u32>,
+    },
+    /// Every rank said it is finished.
+    AllFinished {
+        /// The greatest of their exit codes.
+        exit_code: i32,
+    },
+}
+
+/// Why the last decision was taken, for the log.
+pub type Reason = String;
+
+#[derive(Debug)]
+struct Member {
+    peer: Peer,
+    hello: Hello,
+    progress: Progress,
+    finished: Option<i32>,
+    failed: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Gathering { missing_told: bool },
+    Running,
+    Ended,
+}
+
+/// The state machine. Total: any event is legal in any state, and memory is bounded by the world size.
+#[derive(Debug)]
+pub struct Coordinator {
+    agreement: Agreement,
+    data_digest: Option<String>,
+    generation: u32,
+    generation_started: Duration,
+    state: State,
+    members: BTreeMap<u32, Member>,
+    stop: Option<String>,
+}
+
+impl Coordinator {
+    /// A job that waits for its ranks. `generation`: which start of the gang this is.
+    pub fn new(agreement: Agreement, generation: u32) -> Coordinator {
+        Coordinator {
+            agreement,
+            data_digest: None,
+            generation,
+            generation_started: Duration::ZERO,
+            state: State::Gathering { missing_told: false },
+            members: BTreeMap::new(),
+            stop: None,
+        }
+    }
+
+    /// Takes one event at time `now` (since the coordinator was made) and says what to do and why.
+    pub fn handle(&mut self, now: Duration, event: Event) -> (Vec<Effect>, Reason) {
+        match event {
+            Event::Message { peer, message: ToCoordinator::Hello { protocol, token, generation, hello } } => {
+                self.hello(peer, protocol, &token, generation, hello)
+            }
+            Event::Message { peer, message: ToCoordinator::Progress { progress } } => {
+                self.progress(peer, progress)
+            }
+            Event::Message { peer, message: ToCoordinator::Event { event } } => {
+                self.worker_event(peer, event)
+            }
+            Event::Gone { peer, why } => self.gone(peer, why),
+            Event::StopRequested { reason } => self.stop(reason),
+            Event::NewGeneration { generation } => self.new_generation(now, generation),
+            Event::Tick => self.tick(now),
+        }
+    }
+
+    fn hello(
+        &mut self,
+        peer: Peer,
+        protocol: u32,
+        token: &str,
+        generation: u32,
+        mut hello: Hello,
+    ) -> (Vec<Effect>, Reason) {
+        if !same_secret(token, &self.agreement.token) {
+            // Says nothing of the job, not even to the owner: anyone on the network can do this any number of times.
+            let refusal = ToWorker::Refused { reason: "wrong token".into() };
+            return (vec![Effect::Send(peer, refusal), Effect::Close(peer)], "wrong token".into());
+        }
+        clip(&mut hello.host);
+        if let Some((ours, reason)) = self.objection(peer, protocol, generation, &hello) {
+            let effects = vec![
+                Effect::Send(peer, ToWorker::Refused { reason: reason.clone() }),
+                Effect::Close(peer),
+                Effect::Tell(Output::Refused { rank: hello.rank, reason: reason.clone(), ours }),
+            ];
+            return (effects, reason);
+        }
+        self.agreement.plan_hash.get_or_insert_with(|| hello.plan_hash.clone());
+        self.data_digest.get_or_insert_with(|| hello.data_digest.clone());
+        let rank = hello.rank;
+        let member = Member { peer, hello, progress: Progress::default(), finished: None, failed: false };
+        self.members.insert(rank, member);
+        let mut effects = vec![Effect::Admit(peer)];
+        let (there, world) = (self.members.len(), self.agreement.world_size);
+        if there < world as usize {
+            return (effects, format!("rank {rank} is here, {there} of {world}"));
+        }
+        self.state = State::Running;
+        effects.extend(
+            self.members
+                .values()
+                .map(|member| Effect::Send(member.peer, ToWorker::Go { generation: self.generation })),
+        );
+        if let Some(reason) = &self.stop {
+            effects.extend(
+                self.members
+                    .values()
+                    .map(|member| Effect::Send(member.peer, ToWorker::Stop { reason: reason.clone() })),
+            );
+        }
+        let ranks = self.members.values().map(|member| member.hello.clone()).collect();
+        effects.push(Effect::Tell(Output::Go { generation: self.generation, ranks }));
+        (effects, format!("rank {rank} is here, all {world} are: go"))
+    }
+
+    /// Why a rank with the right token cannot take part, and whether that leaves this gang incomplete.
+    fn objection(&self, peer: Peer, protocol: u32, generation: u32, hello: &Hello) -> Option<(bool, String)> {
+        let Hello { rank, world_size, version, plan_hash, data_digest, .. } = hello;
+        let agreed = &self.agreement;
+        if generation != self.generation {
+            let reason =
+                format!("rank {rank} belongs to start {generation} of the run, this is {}", self.generation);
+            return Some((false, reason));
+        }
+        if protocol != PROTOCOL || *version != agreed.version {
+            let reason = format!(
+                "rank {rank} runs mentee {version} (protocol {protocol}), the job {} (protocol {PROTOCOL}): use one \
+                 version on all machines",
+                agreed.version
+            );
+            return Some((true, reason));
+        }
+        if *world_size != agreed.world_size {
+            let reason = format!(
+                "rank {rank} was started in a world of {world_size}, the job has {}: start all ranks with one launcher",
+                agreed.world_size
+            );
+            return Some((true, reason));
+        }
+        if *rank >= agreed.world_size {
+            return Some((true, format!("rank {rank} does not exist in a world of {}", agreed.world_size)));
+        }
+        if !matches!(self.state, State::Gathering { .. }) {
+            return Some((
+                false,
+                format!("rank {rank} comes too late: start {generation} of the run is under way"),
+            ));
+        }
+        if let Some(member) = self.members.get(rank) {
+            let Hello { host, pid, .. } = &member.hello;
+            let same = if member.peer == peer { " (the same connection)" } else { "" };
+            return Some((
+                true,
+                format!("rank {rank} is taken by process {pid} on {host}{same}: ranks must differ"),
+            ));
+        }
+        if let Some(expected) = agreed.plan_hash.as_ref().filter(|expected| *expected != plan_hash) {
+            let reason = format!(
+                "rank {rank} has plan {plan_hash}, the job {expected}: give every rank the same recipe and --set"
+            );
+            return Some((true, reason));
+        }
+        if let Some(expected) = self.data_digest.as_ref().filter(|expected| *expected != data_digest) {
+            let reason = format!(
+                "rank {rank} sees data set {data_digest}, the others {expected}: data.path must hold the same files on \
+                 every machine"
+            );
+            return Some((true, reason));
+        }
+        None
+    }
+
+    fn progress(&mut self, peer: Peer, progress: Progress) -> (Vec<Effect>, Reason) {
+        let Some((rank, member)) = find(&mut self.members, peer) else { return stranger(peer) };
+        member.progress = progress.clone();
+        let reason = format!("rank {rank} is at step {}, {}", progress.step, progress.phase);
+        (vec![Effect::Tell(Output::Progress { rank, progress })], reason)
+    }
+
+    fn worker_event(&mut self, peer: Peer, mut event: WorkerEvent) -> (Vec<Effect>, Reason) {
+        let Some((rank, member)) = find(&mut self.members, peer) else { return stranger(peer) };
+        event.clip();
+        let reason = match &event {
+            WorkerEvent::Checkpoint { step, .. } => format!("rank {rank} has checkpoint {step}"),
+            WorkerEvent::Eval { step, knn_top1, .. } => {
+                format!("rank {rank} evaluated step {step}: kNN {knn_top1}")
+            }
+            WorkerEvent::Failed { step, phase, .. } => {
+                member.failed = true;
+                format!("rank {rank} failed at step {step}, {phase}")
+            }
+            WorkerEvent::Finished { exit_code } => {
+                member.finished = Some(*exit_code);
+                format!("rank {rank} finished with {exit_code}")
+            }
+        };
+        let mut effects = vec![Effect::Tell(Output::Event { rank, event })];
+        let finished: Option<Vec<i32>> = self.members.values().map(|member| member.finished).collect();
+        if self.state == State::Running
+            && let Some(exit_code) = finished.and_then(|codes| codes.into_iter().max())
+        {
+            self.state = State::Ended;
+            effects.push(Effect::Tell(Output::AllFinished { exit_code }));
+            return (effects, format!("{reason}: all have"));
+        }
+        (effects, reason)
+    }
+
+    fn gone(&mut self, peer: Peer, mut why: String) -> (Vec<Effect>, Reason) {
+        clip(&mut why);
+        let gathering = matches!(self.state, State::Gathering { .. });
+        let Some((rank, member)) = find(&mut self.members, peer) else {
+            return (Vec::new(), format!("connection {peer} ended: {why}"));
+        };
+        if member.finished.is_some() || member.failed {
+            return (Vec::new(), format!("rank {rank} left as announced"));
+        }
+        let reason = format!("rank {rank} is lost: {why}");
+        let lost = Output::Lost {
+            rank,
+            host: member.hello.host.clone(),
+            step: member.progress.step,
+            phase: member.progress.phase,
+            why,
+        };
+        // So that it is told once. While gathering, the place is free again.
+        member.failed = true;
+        if gathering {
+            self.members.remove(&rank);
+        }
+        (vec![Effect::Tell(lost)], reason)
+    }
+
+    fn stop(&mut self, mut reason: String) -> (Vec<Effect>, Reason) {
+        clip(&mut reason);
+        if self.stop.is_some() {
+            return (Vec::new(), "a stop is under way".into());
+        }
+        self.stop = Some(reason.clone());
+        if self.state != State::Running {
+            return (Vec::new(), format!("no rank is running: stop when they go ({reason})"));
+        }
+        let effects = self
+            .members
+            .values()
+            .map(|member| Effect::Send(member.peer, ToWorker::Stop { reason: reason.clone() }))
+            .collect();
+        (effects, format!("every rank is told to stop: {reason}"))
+    }
+
+    fn new_generation(&mut self, now: Duration, generation: u32) -> (Vec<Effect>, Reason) {
+        if generation <= self.generation {
+            return (Vec::new(), format!("start {generation} is not after start {}", self.generation));
+        }
+        let effects = self.members.values().map(|member| Effect::Close(member.peer)).collect();
+        self.members.clear();
+        self.generation = generation;
+        self.generation_started = now;
+        self.state = State::Gathering { missing_told: false };
+        (effects, format!("start {generation} of the run waits for {} ranks", self.agreement.world_size))
+    }
+
+    fn tick(&mut self, now: Duration) -> (Vec<Effect>, Reason) {
+        let waited = now.saturating_sub(self.generation_started);
+        if self.state != (State::Gathering { missing_told: false }) || waited < GATHER_DEADLINE {
+            return (Vec::new(), "nothing is due".into());
+        }
+        self.state = State::Gathering { missing_told: true };
+        let ranks: Vec<u32> =
+            (0..self.agreement.world_size).filter(|rank| !self.members.contains_key(rank)).collect();
+        let reason = format!("{} ranks have not come in {} s", ranks.len(), GATHER_DEADLINE.as_secs());
+        (vec![Effect::Tell(Output::Missing { ranks })], reason)
+    }
+}
+
+fn find(members: &mut BTreeMap<u32, Member>, peer: Peer) -> Option<(u32, &mut Member)> {
+    members.iter_mut().find(|(_, member)| member.peer == peer).map(|(rank, member)| (*rank, member))
+}
+
+fn stranger(peer: Peer) -> (Vec<Effect>, Reason) {
+    (vec![Effect::Close(peer)], format!("connection {peer} speaks without having said hello"))
+}
+
+/// Compares in a time that depends on the lengths only.
+fn same_secret(a: &str, b: &str) -> bool {
+    let mut difference = a.len() ^ b.len();
+    for (a, b) in a.bytes().zip(b.bytes().cycle()) {
+        difference |= usize::from(a ^ b);
+    }
+    std::hint::black_box(difference) == 0 && !b.is_empty()
+}

@@ -1,0 +1,367 @@
+//! A worker's end of the wire: blocking calls for the training thread, one thread with the socket.
+//!
+//! Nothing here ever waits for the network but [`Link::connect`] and [`Link::close`]: reports overwrite each other
+//! (the newest wins), events queue up. When the coordinator goes away the worker is asked to stop, since nobody could
+//! ask it later.
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc as std_mpsc};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, mpsc};
+use tokio::time::{MissedTickBehavior, interval, timeout};
+
+use crate::message::{
+    CoordinatorAddress, Go, Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent,
+};
+use crate::wire::{self, Decoder, MAX_FRAME};
+
+/// Without news, this often.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// With news, at most this often: people read it, at ten a second.
+const REPORT_EVERY: Duration = Duration::from_millis(100);
+/// How long [`Link::close`] waits for the coordinator to have read everything.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(5);
+/// A frame is small; a coordinator that does not take one in this time has stopped.
+const WRITE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// Why a worker is not part of the job.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinkError {
+    /// Nobody listens there.
+    #[error(
+        "rank {rank} cannot reach the coordinator at {address}: {reason}; is the supervisor still running?"
+    )]
+    Unreachable {
+        /// This rank.
+        rank: u32,
+        /// Where the coordinator should be.
+        address: String,
+        /// The system's error.
+        reason: String,
+    },
+    /// The coordinator said no; trying again cannot help.
+    #[error("the coordinator at {address} refused rank {rank}: {reason}")]
+    Refused {
+        /// This rank.
+        rank: u32,
+        /// Where the coordinator is.
+        address: String,
+        /// What it said.
+        reason: String,
+    },
+    /// Not all ranks have come.
+    #[error("rank {rank} waited {} s for the other ranks at {address}: did all {world_size} start?", waited.as_secs())]
+    TimedOut {
+        /// This rank.
+        rank: u32,
+        /// Where the coordinator is.
+        address: String,
+        /// Ranks in the world.
+        world_size: u32,
+        /// How long.
+        waited: Duration,
+    },
+}
+
+/// Why the worker is to stop.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StopReason {
+    /// The owner asked; its words.
+    Requested(String),
+    /// The coordinator is gone; how.
+    CoordinatorLost(String),
+}
+
+impl std::fmt::Display for StopReason {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            StopReason::Requested(reason) => write!(f, "stop requested: {reason}"),
+            StopReason::CoordinatorLost(reason) => write!(f, "coordinator lost: {reason}"),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    /// Newest report; `phase` in it is replaced by that of `phase`.
+    progress: Mutex<Progress>,
+    fresh: AtomicBool,
+    phase: AtomicU8,
+    stop: AtomicBool,
+    stop_reason: Mutex<Option<StopReason>>,
+    wake: Notify,
+}
+
+impl Shared {
+    fn stop(&self, reason: StopReason) {
+        lock(&self.stop_reason).get_or_insert(reason);
+        self.stop.store(true, Ordering::Release);
+    }
+}
+
+/// A worker's link to its coordinator. Dropping it is [`Link::close`].
+#[derive(Debug)]
+pub struct Link {
+    shared: Arc<Shared>,
+    /// `None` once closed.
+    events: Option<mpsc::UnboundedSender<WorkerEvent>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Link {
+    /// Says hello and waits until every rank of the world has, at most `deadline`.
+    ///
+    /// # Errors
+    /// [`LinkError`]; no thread is left behind.
+    pub fn connect(
+        address: &CoordinatorAddress,
+        hello: Hello,
+        deadline: Duration,
+    ) -> Result<(Link, Go), LinkError> {
+        let (rank, world_size) = (hello.rank, hello.world_size);
+        let unreachable =
+            |reason: String| LinkError::Unreachable { rank, address: address.host_port.clone(), reason };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| unreachable(error.to_string()))?;
+        let shared = Arc::new(Shared::default());
+        let (events, queue) = mpsc::unbounded_channel();
+        let (answer, answered) = std_mpsc::sync_channel(1);
+        let thread = std::thread::Builder::new()
+            .name("link".into())
+            .spawn({
+                let (shared, address) = (shared.clone(), address.clone());
+                move || runtime.block_on(run(address, hello, deadline, shared, queue, answer))
+            })
+            .map_err(|error| unreachable(error.to_string()))?;
+        // The thread keeps the deadline itself and always answers; a panic there closes the channel.
+        let answer = answered.recv().unwrap_or(Answer::Unreachable("the link thread ended".into()));
+        let error = match answer {
+            Answer::Go(go) => return Ok((Link { shared, events: Some(events), thread: Some(thread) }, go)),
+            Answer::Unreachable(reason) => unreachable(reason),
+            Answer::Refused(reason) => {
+                LinkError::Refused { rank, address: address.host_port.clone(), reason }
+            }
+            Answer::TimedOut => {
+                LinkError::TimedOut { rank, address: address.host_port.clone(), world_size, waited: deadline }
+            }
+        };
+        let _ = thread.join();
+        Err(error)
+    }
+
+    /// Where this rank stands; never waits. The phase is taken over too.
+    pub fn report(&self, progress: Progress) {
+        self.shared.phase.store(progress.phase as u8, Ordering::Relaxed);
+        *lock(&self.shared.progress) = progress;
+        self.shared.fresh.store(true, Ordering::Release);
+        self.shared.wake.notify_one();
+    }
+
+    /// What this rank does now; one atomic store, sent with the next report or heartbeat.
+    pub fn phase(&self, phase: Phase) {
+        self.shared.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// Something that must not be lost; never waits. Delivered in order, at the latest by [`Link::close`].
+    pub fn event(&self, mut event: WorkerEvent) {
+        event.clip();
+        if let Some(events) = &self.events {
+            // A closed channel: the coordinator is lost, which `stop_reason` says.
+            let _ = events.send(event);
+        }
+    }
+
+    /// Whether the run is to checkpoint and stop at the next step boundary. Ranks may learn it a step apart: they must
+    /// agree on the step among themselves.
+    pub fn stop_requested(&self) -> bool {
+        self.shared.stop.load(Ordering::Acquire)
+    }
+
+    /// Why, when [`Link::stop_requested`].
+    pub fn stop_reason(&self) -> Option<StopReason> {
+        lock(&self.shared.stop_reason).clone()
+    }
+
+    /// Delivers what is queued and hangs up; waits at most a few seconds.
+    pub fn close(mut self) {
+        self.hang_up();
+    }
+
+    fn hang_up(&mut self) {
+        self.events = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.hang_up();
+    }
+}
+
+enum Answer {
+    Go(Go),
+    Refused(String),
+    Unreachable(String),
+    TimedOut,
+}
+
+async fn run(
+    address: CoordinatorAddress,
+    hello: Hello,
+    deadline: Duration,
+    shared: Arc<Shared>,
+    events: mpsc::UnboundedReceiver<WorkerEvent>,
+    answer: std_mpsc::SyncSender<Answer>,
+) {
+    let joined = timeout(deadline, join(&address, hello)).await.unwrap_or(Err(Answer::TimedOut));
+    let (stream, decoder) = match joined {
+        Ok((stream, decoder, go)) => {
+            let _ = answer.send(Answer::Go(go));
+            (stream, decoder)
+        }
+        Err(no) => {
+            let _ = answer.send(no);
+            return;
+        }
+    };
+    if let Err(reason) = exchange(stream, decoder, &shared, events).await {
+        shared.stop(StopReason::CoordinatorLost(reason));
+    }
+}
+
+async fn join(address: &CoordinatorAddress, hello: Hello) -> Result<(TcpStream, Decoder, Go), Answer> {
+    let lost = |error: std::io::Error| Answer::Unreachable(error.to_string());
+    let mut stream = dial(&address.host_port).await.map_err(lost)?;
+    let _ = stream.set_nodelay(true);
+    let message = ToCoordinator::Hello {
+        protocol: PROTOCOL,
+        token: address.token.clone(),
+        generation: address.generation,
+        hello,
+    };
+    let frame = wire::encode(&message).map_err(|error| Answer::Unreachable(error.to_string()))?;
+    stream.write_all(&frame).await.map_err(lost)?;
+    let mut decoder = Decoder::new(MAX_FRAME);
+    loop {
+        match decoder.next::<ToWorker>().map_err(|error| Answer::Unreachable(error.to_string()))? {
+            Some(ToWorker::Go { generation }) => return Ok((stream, decoder, Go { generation })),
+            Some(ToWorker::Refused { reason }) => return Err(Answer::Refused(reason)),
+            Some(ToWorker::Stop { .. }) => {}
+            None => read_into(&mut stream, &mut decoder).await.map_err(Answer::Unreachable)?,
+        }
+    }
+}
+
+/// The coordinator listens before any worker starts; a refused connection is tried again for a moment only, for
+/// machines whose accept queue overflows when thousands of ranks come at once.
+async fn dial(host_port: &str) -> std::io::Result<TcpStream> {
+    let started = Instant::now();
+    loop {
+        match TcpStream::connect(host_port).await {
+            Err(_) if started.elapsed() < Duration::from_secs(3) => {
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+async fn read_into(stream: &mut (impl AsyncReadExt + Unpin), decoder: &mut Decoder) -> Result<(), String> {
+    let mut buffer = [0; 4096];
+    match stream.read(&mut buffer).await {
+        Ok(0) => Err("it closed the connection".into()),
+        Ok(count) => {
+            decoder.push(&buffer[..count]);
+            Ok(())
+        }
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Moves messages both ways until the worker closes the link (`Ok`) or the coordinator is gone.
+async fn exchange(
+    stream: TcpStream,
+    mut decoder: Decoder,
+    shared: &Shared,
+    mut events: mpsc::UnboundedReceiver<WorkerEvent>,
+) -> Result<(), String> {
+    let (mut reader, mut writer) = stream.into_split();
+    let mut heartbeat = interval(HEARTBEAT);
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut next_report = tokio::time::Instant::now();
+    let reading = listen(&mut reader, &mut decoder, shared);
+    let writing = async {
+        loop {
+            tokio::select! {
+                biased;
+                event = events.recv() => match event {
+                    Some(event) => send(&mut writer, &ToCoordinator::Event { event }).await?,
+                    None => break,
+                },
+                () = async {
+                    shared.wake.notified().await;
+                    tokio::time::sleep_until(next_report).await;
+                } => {}
+                _ = heartbeat.tick() => shared.fresh.store(true, Ordering::Release),
+            }
+            let now = tokio::time::Instant::now();
+            if now >= next_report && shared.fresh.swap(false, Ordering::AcqRel) {
+                next_report = now + REPORT_EVERY;
+                send(&mut writer, &newest(shared)).await?;
+            }
+        }
+        send(&mut writer, &newest(shared)).await?;
+        writer.shutdown().await.map_err(|error| error.to_string())
+    };
+    tokio::pin!(reading);
+    tokio::select! {
+        Err(reason) = &mut reading => return Err(reason),
+        result = writing => result?,
+    }
+    // The coordinator has read everything when it closes its end too.
+    let _ = timeout(CLOSE_DEADLINE, reading).await;
+    Ok(())
+}
+
+/// Takes in what the coordinator sends until it is gone.
+async fn listen(
+    reader: &mut (impl AsyncReadExt + Unpin),
+    decoder: &mut Decoder,
+    shared: &Shared,
+) -> Result<Infallible, String> {
+    loop {
+        match decoder.next::<ToWorker>().map_err(|error| error.to_string())? {
+            Some(ToWorker::Stop { reason }) => shared.stop(StopReason::Requested(reason)),
+            Some(ToWorker::Refused { reason }) => return Err(reason),
+            Some(ToWorker::Go { .. }) => {}
+            None => read_into(reader, decoder).await?,
+        }
+    }
+}
+
+fn newest(shared: &Shared) -> ToCoordinator {
+    let phase = Phase::from_u8(shared.phase.load(Ordering::Relaxed));
+    ToCoordinator::Progress { progress: Progress { phase, ..lock(&shared.progress).clone() } }
+}
+
+async fn send(writer: &mut (impl AsyncWriteExt + Unpin), message: &ToCoordinator) -> Result<(), String> {
+    let frame = wire::encode(message).map_err(|error| error.to_string())?;
+    match timeout(WRITE_DEADLINE, writer.write_all(&frame)).await {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(_) => Err("it does not read what it is sent".into()),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}

@@ -1,0 +1,258 @@
+//! What workers and the coordinator say to each other. One JSON object a frame (see [`crate::wire`]); the table is
+//! the protocol.
+//!
+//! | from → to | message | when |
+//! |---|---|---|
+//! | worker → coordinator | `hello` | first, once: token, protocol, rank, and what every rank must agree on |
+//! | coordinator → worker | `go` | when every rank of the generation has said hello |
+//! | coordinator → worker | `refused` | instead of `go`, with the reason; the connection is then closed |
+//! | worker → coordinator | `progress` | at most ten times a second; once a second without news (heartbeat) |
+//! | worker → coordinator | `event` | in order: checkpoint, eval, failed, finished |
+//! | coordinator → worker | `stop` | stop at a step boundary, checkpoint, exit 75 |
+
+use serde::{Deserialize, Serialize};
+
+/// Version of this table. Both sides must speak the same.
+pub const PROTOCOL: u32 = 1;
+
+/// Where a coordinator listens, and the proof that a worker belongs to its job.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CoordinatorAddress {
+    /// `host:port`.
+    pub host_port: String,
+    /// The job's token; whoever does not know it is refused.
+    pub token: String,
+    /// Which start of the gang the worker belongs to; 0 for the first.
+    pub generation: u32,
+}
+
+/// What a worker says first. Every rank must agree on world size, plan, data and version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// This worker's rank.
+    pub rank: u32,
+    /// Ranks it believes to be in the world.
+    pub world_size: u32,
+    /// Its machine, for messages.
+    pub host: String,
+    /// Its process id there.
+    pub pid: u32,
+    /// Hash of what decides the numbers (`Recipe::hash`).
+    pub plan_hash: String,
+    /// Which data set it reads (`Source::digest`).
+    pub data_digest: String,
+    /// Version of its mentee.
+    pub version: String,
+}
+
+/// The answer when all ranks are there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Go {
+    /// Which start of the gang this is; 0 for the first.
+    pub generation: u32,
+}
+
+/// What a rank is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[repr(u8)]
+pub enum Phase {
+    /// Setting up: libraries, data, model, resume.
+    #[default]
+    Starting,
+    /// Waiting for the loader's next batch.
+    DataWait,
+    /// Forward pass and loss.
+    Forward,
+    /// Backward pass.
+    Backward,
+    /// Waiting for gradients of other ranks.
+    Reduce,
+    /// Optimizer and teacher update.
+    Update,
+    /// Writing or reading a checkpoint.
+    Checkpoint,
+    /// Evaluating.
+    Eval,
+    /// Training is over.
+    Done,
+}
+
+impl Phase {
+    const ALL: [Phase; 9] = [
+        Phase::Starting,
+        Phase::DataWait,
+        Phase::Forward,
+        Phase::Backward,
+        Phase::Reduce,
+        Phase::Update,
+        Phase::Checkpoint,
+        Phase::Eval,
+        Phase::Done,
+    ];
+
+    /// For an atomic; the inverse of `as u8`.
+    pub(crate) fn from_u8(value: u8) -> Phase {
+        Phase::ALL.get(usize::from(value)).copied().unwrap_or_default()
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Phase::Starting => "starting",
+            Phase::DataWait => "data wait",
+            Phase::Forward => "forward",
+            Phase::Backward => "backward",
+            Phase::Reduce => "reduce",
+            Phase::Update => "update",
+            Phase::Checkpoint => "checkpoint",
+            Phase::Eval => "eval",
+            Phase::Done => "done",
+        })
+    }
+}
+
+/// Where a rank stands. Only the newest counts.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Progress {
+    /// Steps completed.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+    /// Epochs completed, rounded down.
+    pub epoch: u64,
+    /// Epochs of the whole run.
+    pub epochs: u64,
+    /// What the rank is doing.
+    pub phase: Phase,
+    /// Loss of the last step, mean over the global batch.
+    pub loss: Option<f64>,
+    /// See `z_std` of metrics.jsonl: about 1 when healthy, 0 when collapsed.
+    pub z_std: Option<f64>,
+    /// Images a second, over all ranks.
+    pub images_per_s: Option<f64>,
+    /// Milliseconds of the last step.
+    pub step_ms: Option<f64>,
+}
+
+/// What must not be lost: delivered in order.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum WorkerEvent {
+    /// A checkpoint is complete on disk.
+    Checkpoint {
+        /// Its step.
+        step: u64,
+        /// Its folder.
+        path: String,
+        /// Digest of all state.
+        digest: String,
+    },
+    /// An evaluation is done; percent.
+    Eval {
+        /// Step it was made at.
+        step: u64,
+        /// Epochs completed then.
+        epoch: u64,
+        /// Weighted kNN on frozen features.
+        knn_top1: f64,
+        /// The same on the encoder's initial weights.
+        knn_random_init: Option<f64>,
+        /// The same on raw pixels.
+        knn_raw_pixels: Option<f64>,
+        /// How it was measured.
+        protocol: String,
+    },
+    /// This rank cannot go on.
+    Failed {
+        /// Step it was at.
+        step: u64,
+        /// What it was doing.
+        phase: Phase,
+        /// One line: what, where, what to do.
+        message: String,
+        /// Code it is about to exit with.
+        exit_code: i32,
+    },
+    /// This rank is done and about to exit.
+    Finished {
+        /// 0, or 75 when it stopped on request.
+        exit_code: i32,
+    },
+}
+
+/// Longest text of a worker that is sent, kept and passed on, bytes.
+const MAX_TEXT: usize = 2000;
+
+impl WorkerEvent {
+    /// Cuts texts to a length that fits a frame.
+    pub(crate) fn clip(&mut self) {
+        match self {
+            WorkerEvent::Checkpoint { path, digest, .. } => {
+                clip(path);
+                clip(digest);
+            }
+            WorkerEvent::Eval { protocol, .. } => clip(protocol),
+            WorkerEvent::Failed { message, .. } => clip(message),
+            WorkerEvent::Finished { .. } => {}
+        }
+    }
+}
+
+/// Cuts a peer's text at [`MAX_TEXT`].
+pub(crate) fn clip(text: &mut String) {
+    if text.len() > MAX_TEXT {
+        let end = (0..=MAX_TEXT).rev().find(|&end| text.is_char_boundary(end)).unwrap_or(0);
+        text.truncate(end);
+        text.push('…');
+    }
+}
+
+/// Worker → coordinator.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToCoordinator {
+    /// First message.
+    Hello {
+        /// [`PROTOCOL`] of the worker.
+        protocol: u32,
+        /// The job's token.
+        token: String,
+        /// The start of the gang it was made for.
+        generation: u32,
+        /// The rest.
+        hello: Hello,
+    },
+    /// Newest state, or a heartbeat.
+    Progress {
+        /// The state.
+        progress: Progress,
+    },
+    /// An event, in order.
+    Event {
+        /// The event.
+        event: WorkerEvent,
+    },
+}
+
+/// Coordinator → worker.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToWorker {
+    /// Everyone is there.
+    Go {
+        /// The start of the gang.
+        generation: u32,
+    },
+    /// Not in this job.
+    Refused {
+        /// Why, as one line.
+        reason: String,
+    },
+    /// Stop at a step boundary with a checkpoint.
+    Stop {
+        /// Why, for the log.
+        reason: String,
+    },
+}

@@ -1,0 +1,324 @@
+//! The coordinator's shell: sockets and the clock in, effects out. One task owns the state machine; each connection
+//! has a task that reads and one that writes, with bounded queues between.
+//!
+//! A peer cannot hurt the job: it may hold little memory before it has shown the token, must show it soon, and is
+//! dropped when it does not read what it is sent. An owner that does not read [`Events`] loses some, and never
+//! holds up the job.
+
+use std::collections::HashMap;
+use std::io;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::{Instant, timeout};
+
+use crate::coordinator::{Agreement, Coordinator, Effect, Event, Output, Peer};
+use crate::message::{CoordinatorAddress, ToCoordinator, ToWorker};
+use crate::wire::{self, Decoder, MAX_FRAME, MAX_HELLO};
+
+/// A peer must have said hello by then: it connects only to say it.
+const HELLO_DEADLINE: Duration = Duration::from_secs(10);
+/// A frame is a few hundred bytes; a peer that does not take it in this time has stopped.
+const WRITE_DEADLINE: Duration = Duration::from_secs(10);
+/// Messages to one worker are few (go, stop): a full queue means it does not read.
+const OUTBOUND: usize = 16;
+/// Between connections and the state machine; when full, TCP holds the workers' link threads back.
+const INBOUND: usize = 1024;
+/// Events an owner may leave unread.
+const EVENTS: usize = 4096;
+/// Of these, kept free for events other than progress.
+const RESERVED: usize = 1024;
+/// Connections beyond one a rank: those of the last generation that are not closed yet, and strangers.
+const SPARE_CONNECTIONS: usize = 64;
+
+/// A running coordinator. Dropping it ends the coordinator and closes every connection.
+#[derive(Debug)]
+pub struct CoordinatorHandle {
+    /// Where it listens, for the first generation; see [`CoordinatorHandle::new_generation`].
+    pub address: CoordinatorAddress,
+    /// What it has to say.
+    pub events: Events,
+    commands: mpsc::UnboundedSender<Event>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// What the coordinator has to say to its owner, in order.
+#[derive(Debug)]
+pub struct Events(mpsc::Receiver<Output>);
+
+impl Events {
+    /// The next one; `None` when the coordinator has ended. Cancel safe.
+    pub async fn recv(&mut self) -> Option<Output> {
+        self.0.recv().await
+    }
+
+    /// The next one if there is one now.
+    pub fn try_recv(&mut self) -> Option<Output> {
+        self.0.try_recv().ok()
+    }
+
+    /// The next one, from a thread without a runtime.
+    pub fn blocking_recv(&mut self) -> Option<Output> {
+        self.0.blocking_recv()
+    }
+}
+
+impl CoordinatorHandle {
+    /// Every rank is told to checkpoint and stop at a step boundary; those still to come as soon as they go.
+    pub fn request_stop(&self, reason: &str) {
+        self.send(Event::StopRequested { reason: reason.to_owned() });
+    }
+
+    /// Makes ready for the next start of the gang; returns the address its workers are to be given.
+    pub fn new_generation(&mut self, generation: u32) -> CoordinatorAddress {
+        self.send(Event::NewGeneration { generation });
+        self.address.generation = generation;
+        self.address.clone()
+    }
+
+    fn send(&self, event: Event) {
+        // The task ends only with the handle or its runtime; then there is nobody left to stop.
+        let _ = self.commands.send(event);
+    }
+}
+
+impl Drop for CoordinatorHandle {
+    fn drop(&mut self) {
+        // Closing the channel ends the core task, whose queues' ends end the connections.
+        self.commands = mpsc::unbounded_channel().0;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A token nobody can guess: 128 bits of the system's randomness, hex.
+///
+/// # Errors
+/// When the system has none to give.
+pub fn fresh_token() -> io::Result<String> {
+    let mut bytes = [0; 16];
+    io::Read::read_exact(&mut std::fs::File::open("/dev/urandom")?, &mut bytes)?;
+    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// Starts a coordinator on the current tokio runtime, on a free port of `interface`.
+///
+/// # Errors
+/// When no port can be bound there.
+pub async fn start(interface: IpAddr, agreement: Agreement) -> io::Result<CoordinatorHandle> {
+    let listener = TcpListener::bind((interface, 0)).await?;
+    let address = address(&listener, &agreement)?;
+    let (commands, command_queue) = mpsc::unbounded_channel();
+    let (tell, events) = mpsc::channel(EVENTS);
+    tokio::spawn(core(listener, agreement, command_queue, tell));
+    Ok(CoordinatorHandle { address, events: Events(events), commands, thread: None })
+}
+
+/// Starts a coordinator on a thread of its own, for an owner without a runtime (rank 0 of a bare `mpirun`).
+///
+/// # Errors
+/// When no port can be bound there, or no thread started.
+pub fn start_thread(interface: IpAddr, agreement: Agreement) -> io::Result<CoordinatorHandle> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let listener = runtime.block_on(TcpListener::bind((interface, 0)))?;
+    let address = address(&listener, &agreement)?;
+    let (commands, command_queue) = mpsc::unbounded_channel();
+    let (tell, events) = mpsc::channel(EVENTS);
+    let thread = std::thread::Builder::new()
+        .name("coordinator".into())
+        .spawn(move || runtime.block_on(core(listener, agreement, command_queue, tell)))?;
+    Ok(CoordinatorHandle { address, events: Events(events), commands, thread: Some(thread) })
+}
+
+fn address(listener: &TcpListener, agreement: &Agreement) -> io::Result<CoordinatorAddress> {
+    let bound = listener.local_addr()?;
+    // Bound to every interface: workers on other machines find it by this machine's name.
+    let host_port = if bound.ip().is_unspecified() {
+        format!("{}:{}", hostname(), bound.port())
+    } else {
+        bound.to_string()
+    };
+    Ok(CoordinatorAddress { host_port, token: agreement.token.clone(), generation: 0 })
+}
+
+/// This machine's name, as the kernel has it.
+pub fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or("localhost".into(), |name| name.trim().to_owned())
+}
+
+struct Connection {
+    outbound: mpsc::Sender<Vec<u8>>,
+    admitted: Arc<AtomicBool>,
+}
+
+/// The one task that owns the state machine.
+async fn core(
+    listener: TcpListener,
+    agreement: Agreement,
+    mut commands: mpsc::UnboundedReceiver<Event>,
+    tell: mpsc::Sender<Output>,
+) {
+    let slots = Arc::new(Semaphore::new(2 * agreement.world_size as usize + SPARE_CONNECTIONS));
+    let mut coordinator = Coordinator::new(agreement, 0);
+    let mut connections: HashMap<Peer, Connection> = HashMap::new();
+    let (inbound, mut arrivals) = mpsc::channel::<Event>(INBOUND);
+    let mut next_peer: Peer = 0;
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let started = Instant::now();
+    let mut last_reason = String::new();
+    loop {
+        let event = tokio::select! {
+            command = commands.recv() => match command {
+                Some(command) => command,
+                None => return,
+            },
+            Some(event) = arrivals.recv() => event,
+            accepted = listener.accept() => {
+                let Ok((stream, _)) = accepted else {
+                    // Out of file descriptors, most likely: give some the time to close.
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                };
+                // Above the bound the stream is dropped, that is closed.
+                if let Ok(slot) = slots.clone().try_acquire_owned() {
+                    let peer = next_peer;
+                    next_peer += 1;
+                    let (outbound, queue) = mpsc::channel(OUTBOUND);
+                    let admitted = Arc::new(AtomicBool::new(false));
+                    connections.insert(peer, Connection { outbound, admitted: admitted.clone() });
+                    let inbound = inbound.clone();
+                    tokio::spawn(async move {
+                        let why = connection(peer, stream, &inbound, queue, &admitted).await;
+                        let _ = inbound.send(Event::Gone { peer, why }).await;
+                        drop(slot);
+                    });
+                }
+                continue;
+            }
+            _ = ticks.tick() => Event::Tick,
+        };
+        let mut events = vec![event];
+        while let Some(event) = events.pop() {
+            if let Event::Gone { peer, .. } = &event {
+                connections.remove(peer);
+            }
+            let quiet = matches!(event, Event::Tick)
+                || matches!(event, Event::Message { message: ToCoordinator::Progress { .. }, .. });
+            let (effects, reason) = coordinator.handle(started.elapsed(), event);
+            if !quiet && reason != last_reason {
+                tracing::info!(target: "mentee::coordinator", "{reason}");
+                last_reason = reason;
+            }
+            for effect in effects {
+                match effect {
+                    Effect::Admit(peer) => {
+                        if let Some(connection) = connections.get(&peer) {
+                            connection.admitted.store(true, Ordering::Release);
+                        }
+                    }
+                    Effect::Send(peer, message) => {
+                        if !send(&connections, peer, &message) && connections.remove(&peer).is_some() {
+                            events.push(Event::Gone { peer, why: "it does not read what it is sent".into() });
+                        }
+                    }
+                    // Dropping the queue lets the connection send what is in it, then close.
+                    Effect::Close(peer) => drop(connections.remove(&peer)),
+                    Effect::Tell(output) => pass_on(&tell, output),
+                }
+            }
+        }
+    }
+}
+
+fn send(connections: &HashMap<Peer, Connection>, peer: Peer, message: &ToWorker) -> bool {
+    let Some(connection) = connections.get(&peer) else { return true };
+    match wire::encode(message) {
+        Ok(frame) => connection.outbound.try_send(frame).is_ok(),
+        Err(error) => {
+            tracing::error!(target: "mentee::coordinator", "{error}");
+            false
+        }
+    }
+}
+
+/// Progress is dropped when the owner is behind: newer comes soon.
+fn pass_on(tell: &mpsc::Sender<Output>, output: Output) {
+    if matches!(output, Output::Progress { .. }) && tell.capacity() < RESERVED {
+        return;
+    }
+    if let Err(mpsc::error::TrySendError::Full(output)) = tell.try_send(output) {
+        tracing::debug!(target: "mentee::coordinator", "nobody reads the coordinator's events; lost {output:?}");
+    }
+}
+
+/// Moves messages of one peer until it ends; returns why it did.
+async fn connection(
+    peer: Peer,
+    stream: TcpStream,
+    inbound: &mpsc::Sender<Event>,
+    mut outbound: mpsc::Receiver<Vec<u8>>,
+    admitted: &AtomicBool,
+) -> String {
+    let _ = stream.set_nodelay(true);
+    let (mut read_half, mut write_half) = stream.into_split();
+    let reading = async {
+        let mut decoder = Decoder::new(MAX_HELLO);
+        let mut buffer = [0; 4096];
+        let deadline = Instant::now() + HELLO_DEADLINE;
+        loop {
+            let known = admitted.load(Ordering::Acquire);
+            if known {
+                decoder.set_limit(MAX_FRAME);
+            }
+            loop {
+                match decoder.next::<ToCoordinator>() {
+                    Ok(Some(message)) => {
+                        if inbound.send(Event::Message { peer, message }).await.is_err() {
+                            return "the coordinator has ended".to_owned();
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => return error.to_string(),
+                }
+            }
+            let read = read_half.read(&mut buffer);
+            let count = if known {
+                read.await
+            } else {
+                match tokio::time::timeout_at(deadline, read).await {
+                    Ok(count) => count,
+                    // Said hello in time and waits for the rest of its gang.
+                    Err(_) if admitted.load(Ordering::Acquire) => continue,
+                    Err(_) => return format!("no hello within {} s", HELLO_DEADLINE.as_secs()),
+                }
+            };
+            match count {
+                Ok(0) => return "it closed the connection".to_owned(),
+                Ok(count) => decoder.push(&buffer[..count]),
+                Err(error) => return error.to_string(),
+            }
+        }
+    };
+    let writing = async {
+        while let Some(frame) = outbound.recv().await {
+            match timeout(WRITE_DEADLINE, write_half.write_all(&frame)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => return error.to_string(),
+                Err(_) => return "it does not read what it is sent".to_owned(),
+            }
+        }
+        let _ = timeout(WRITE_DEADLINE, write_half.shutdown()).await;
+        "closed by the coordinator".to_owned()
+    };
+    tokio::select! {
+        why = reading => why,
+        why = writing => why,
+    }
+}

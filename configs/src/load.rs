@@ -1,0 +1,131 @@
+//! Recipes from files, from the built-in set, and from the `plan.toml` of a run directory.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use crate::defaults;
+use crate::error::{ConfigError, Place};
+use crate::file::Entries;
+use crate::recipe::Recipe;
+use crate::schema;
+
+/// Names and texts of the recipes in `configs/recipes/`.
+macro_rules! recipes {
+    ($($name:literal),* $(,)?) => { &[$(($name, include_str!(concat!("../recipes/", $name, ".toml")))),*] };
+}
+const BUILT_IN: &[(&str, &str)] = recipes![
+    "byol-cifar10-resnet18",
+    "byol-cifar10-small",
+    "byol-imagenet-resnet50-100ep",
+    "byol-imagenet-resnet50-300ep",
+    "byol-imagenet-resnet50-1000ep",
+    "demo",
+    "simsiam-cifar10-resnet18",
+    "simsiam-imagenet-resnet50",
+];
+
+impl Recipe {
+    /// Reads the recipe in a file, or the built-in one of that name, applies `--set section.key=value`
+    /// arguments in order, fills in the defaults and checks everything. A resolved recipe (`plan.toml`) is a
+    /// recipe too.
+    ///
+    /// A name without `/` and `.toml` that is no file means a built-in recipe.
+    ///
+    /// # Errors Any [`ConfigError`] but those of a plan.
+    pub fn load(name_or_path: &str, sets: &[String]) -> Result<Recipe, ConfigError> {
+        let path = Path::new(name_or_path);
+        let is_name = !name_or_path.contains('/') && !name_or_path.ends_with(".toml");
+        if is_name && !path.is_file() {
+            let (name, text) = BUILT_IN
+                .iter()
+                .find(|(name, _)| *name == name_or_path)
+                .ok_or_else(|| not_found(name_or_path, name_or_path))?;
+            return resolve(text, Path::new(&format!("built-in {name}.toml")), name, sets);
+        }
+        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => {
+                let stem = path.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
+                not_found(name_or_path, &stem)
+            }
+            _ => ConfigError::Read { path: path.to_owned(), source },
+        })?;
+        let stem = path.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
+        resolve(&text, path, &stem, sets)
+    }
+
+    /// Reads a `plan.toml`: like a recipe, but every key must be there, as a default may change between
+    /// versions of mentee and a run's plan may not.
+    ///
+    /// # Errors [`ConfigError::Missing`] for a key that is not there, else as [`Recipe::load`].
+    pub fn from_plan(path: &Path) -> Result<Recipe, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let entries = Entries::parse(&text, path)?;
+        if let Some(key) = schema::KEYS.iter().find(|key| !entries.0.contains_key(key.path)) {
+            return Err(ConfigError::Missing {
+                key: key.path.to_owned(),
+                place: Place::file(path),
+                hint: "a plan holds every key; it was altered, or written by another version of mentee"
+                    .into(),
+            });
+        }
+        Recipe::from_entries(entries)
+    }
+
+    /// The names that [`Recipe::load`] knows without a file.
+    pub fn built_in_names() -> impl Iterator<Item = &'static str> {
+        BUILT_IN.iter().map(|(name, _)| *name)
+    }
+
+    /// As `plan.toml` holds it: every key with its value. [`Recipe::from_plan`] reads it back exactly.
+    ///
+    /// # Panics If the recipe was made in Rust and TOML cannot hold it, which [`Recipe::validate`] would have
+    /// said: a seed beyond 63 bits or a path that is not UTF-8.
+    pub fn to_toml(&self) -> String {
+        let body = toml::to_string(self).expect("a validated recipe can be written as TOML");
+        format!(
+            "# The resolved recipe: what really runs. Written by mentee {}; do not edit.\n\
+             # Its hash, over all that decides the numbers: {}\n\n{body}",
+            env!("CARGO_PKG_VERSION"),
+            self.hash()
+        )
+    }
+
+    pub(crate) fn to_table(&self) -> Result<toml::Table, ConfigError> {
+        toml::Table::try_from(self).map_err(|error| ConfigError::Range {
+            key: "recipe".into(),
+            value: error.to_string().trim().replace('\n', "; "),
+            place: Place::Recipe,
+            allowed: "what TOML can hold: whole numbers below 2^63 and UTF-8 paths".into(),
+        })
+    }
+
+    pub(crate) fn from_table(table: toml::Table) -> Result<Recipe, ConfigError> {
+        Recipe::deserialize(table)
+            .map_err(|error| ConfigError::Schema(error.to_string().trim().replace('\n', "; ")))
+    }
+}
+
+fn resolve(text: &str, path: &Path, name: &str, sets: &[String]) -> Result<Recipe, ConfigError> {
+    let mut entries = Entries::parse(text, path)?;
+    for argument in sets {
+        entries.set(argument)?;
+    }
+    defaults::fill(&mut entries, path, name)?;
+    Recipe::from_entries(entries)
+}
+
+fn not_found(asked: &str, stem: &str) -> ConfigError {
+    let hint = match schema::nearest(stem, Recipe::built_in_names()) {
+        Some(near) if near == stem => {
+            format!("no such file; the built-in recipe is called `{near}`, without a path")
+        }
+        Some(near) => format!("did you mean the built-in `{near}`?"),
+        None => {
+            let names: Vec<_> = Recipe::built_in_names().collect();
+            format!("no such file, and the built-in ones are {}", names.join(", "))
+        }
+    };
+    ConfigError::NotFound { name: asked.to_owned(), hint }
+}

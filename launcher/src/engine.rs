@@ -1,0 +1,274 @@
+//! Engines: the command line and environment that start N workers as one process to supervise.
+//!
+//! | engine | starts | world formed by |
+//! |---|---|---|
+//! | `direct` | the worker itself | nothing: a world of one |
+//! | `mpirun` | `mpirun -n N mentee-worker …` | MPI |
+//! | `srun` | `srun --ntasks N --kill-on-bad-exit=1 mentee-worker …` | MPI through Slurm's PMI |
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use mentee_cluster::CoordinatorAddress;
+use mentee_cluster::identity::{self, COORDINATOR, GENERATION, TOKEN};
+
+use crate::failure::Failure;
+
+/// The worker's executable.
+pub const WORKER: &str = "mentee-worker";
+
+/// How workers are started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+pub enum Engine {
+    /// direct for one worker, mpirun for more
+    #[default]
+    Auto,
+    /// the worker itself
+    Direct,
+    /// one mpirun
+    Mpirun,
+    /// one srun, inside a Slurm allocation
+    Srun,
+}
+
+/// Whose `mpirun` it is: their options differ.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flavour {
+    /// MPICH, Intel MPI, Cray MPICH, MVAPICH.
+    Hydra,
+    /// Open MPI 4 or 5.
+    OpenMpi,
+}
+
+impl Flavour {
+    /// From what `mpirun --version` prints.
+    pub fn of(version: &str) -> Flavour {
+        if version.contains("Open MPI") || version.contains("OpenRTE") || version.contains("PRRTE") {
+            Flavour::OpenMpi
+        } else {
+            Flavour::Hydra
+        }
+    }
+}
+
+/// What to execute.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CommandLine {
+    /// Executable.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+    /// Variables to set.
+    pub set: Vec<(&'static str, String)>,
+    /// Variables to take out first: what an outer launcher said of this process is not true of the workers.
+    pub clear: Vec<&'static str>,
+}
+
+/// Where the parts are; found once a run.
+#[derive(Debug, Clone)]
+pub struct Tools {
+    /// The worker's executable.
+    pub worker: PathBuf,
+    /// `mpirun` and whose it is, for engines that need MPI.
+    pub mpirun: Option<(PathBuf, Flavour)>,
+    /// This process has user id 0 (Open MPI refuses to run then unless told twice).
+    pub root: bool,
+}
+
+/// The engine that `auto` means, and whether `workers` of it can be had.
+///
+/// # Errors
+/// [`Failure`] with exit code 2.
+pub fn choose(engine: Engine, workers: u32) -> Result<Engine, Failure> {
+    match (engine, workers) {
+        (_, 0) => Err(Failure::usage("--workers 0 trains nothing: give 1 or more")),
+        (Engine::Auto, 1) => Ok(Engine::Direct),
+        (Engine::Auto, _) => Ok(Engine::Mpirun),
+        (Engine::Direct, 2..) => Err(Failure::usage(format!(
+            "--engine direct starts one worker, not {workers}: use --engine mpirun, or leave --engine out"
+        ))),
+        (engine, _) => Ok(engine),
+    }
+}
+
+/// The command line for `workers` workers with `arguments` each.
+pub fn command_line(
+    engine: Engine,
+    workers: u32,
+    tools: &Tools,
+    address: &CoordinatorAddress,
+    arguments: &[OsString],
+) -> CommandLine {
+    let mut set = vec![
+        (COORDINATOR, address.host_port.clone()),
+        (TOKEN, address.token.clone()),
+        (GENERATION, address.generation.to_string()),
+    ];
+    let clear: Vec<&'static str> = identity::variables().collect();
+    let (program, mut all): (PathBuf, Vec<OsString>) = match engine {
+        Engine::Direct | Engine::Auto => {
+            set.extend([
+                ("MENTEE_RANK", "0".to_owned()),
+                ("MENTEE_WORLD_SIZE", "1".to_owned()),
+                ("MENTEE_LOCAL_RANK", "0".to_owned()),
+                ("MENTEE_LOCAL_SIZE", "1".to_owned()),
+            ]);
+            return CommandLine { program: tools.worker.clone(), arguments: arguments.to_vec(), set, clear };
+        }
+        Engine::Mpirun => {
+            let (mpirun, flavour) = tools.mpirun.clone().unwrap_or(("mpirun".into(), Flavour::Hydra));
+            let mut all = vec!["-n".into(), workers.to_string().into()];
+            match flavour {
+                // Passes on the whole environment and binds nothing by itself.
+                Flavour::Hydra => {}
+                Flavour::OpenMpi => {
+                    // Its default binds each of two ranks to one core, where decode threads starve.
+                    all.extend(["--bind-to", "none", "--oversubscribe"].map(OsString::from));
+                    if tools.root {
+                        all.push("--allow-run-as-root".into());
+                    }
+                    for variable in [COORDINATOR, TOKEN, GENERATION] {
+                        all.extend([OsString::from("-x"), variable.into()]);
+                    }
+                }
+            }
+            (mpirun, all)
+        }
+        Engine::Srun => {
+            let pmi = match tools.mpirun {
+                Some((_, Flavour::OpenMpi)) => "--mpi=pmix",
+                _ => "--mpi=pmi2",
+            };
+            let all = vec![
+                "--ntasks".into(),
+                workers.to_string().into(),
+                "--kill-on-bad-exit=1".into(),
+                pmi.into(),
+            ];
+            ("srun".into(), all)
+        }
+    };
+    all.push(tools.worker.clone().into());
+    all.extend_from_slice(arguments);
+    CommandLine { program, arguments: all, set, clear }
+}
+
+/// Finds the worker beside this executable, else on `PATH`.
+///
+/// # Errors
+/// [`Failure`] that says where it was looked for.
+pub fn find_worker() -> Result<PathBuf, Failure> {
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join(WORKER)));
+    if let Some(beside) = beside.as_ref().filter(|path| path.is_file()) {
+        return Ok(beside.clone());
+    }
+    on_path(WORKER).ok_or_else(|| {
+        let place = beside.as_deref().and_then(Path::parent).unwrap_or(Path::new(".")).display().to_string();
+        Failure::failed(format!(
+            "{WORKER} is neither in {place} nor on PATH: build it with `cargo build --release -p {WORKER}`"
+        ))
+    })
+}
+
+/// Finds what `engine` needs.
+///
+/// # Errors
+/// [`Failure`] that names what is missing.
+pub fn find_tools(engine: Engine) -> Result<Tools, Failure> {
+    let worker = find_worker()?;
+    // SAFETY: getuid has no preconditions and cannot fail.
+    let root = unsafe { libc::getuid() } == 0;
+    let mpirun = match engine {
+        Engine::Direct | Engine::Auto => None,
+        Engine::Mpirun | Engine::Srun => find_mpirun(),
+    };
+    if engine == Engine::Mpirun && mpirun.is_none() {
+        return Err(Failure::failed(
+            "no mpirun: `ci/setup` installs one into .venv, or load your site's MPI; one worker (--workers 1) needs none",
+        ));
+    }
+    Ok(Tools { worker, mpirun, root })
+}
+
+/// The `mpirun` of the MPI that the worker was built with (beside its compiler wrapper), else the one on `PATH`: a
+/// worker under another MPI's `mpirun` would be a world of one.
+fn find_mpirun() -> Option<(PathBuf, Flavour)> {
+    let built_with = option_env!("MPICC").map(|mpicc| Path::new(mpicc).with_file_name("mpirun"));
+    let path = built_with.filter(|path| path.is_file()).or_else(|| on_path("mpirun"))?;
+    let version = std::process::Command::new(&path).arg("--version").output().ok()?;
+    let flavour = Flavour::of(&String::from_utf8_lossy(&version.stdout));
+    Some((path, flavour))
+}
+
+fn on_path(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(engine: Engine, workers: u32, flavour: Flavour, root: bool) -> String {
+        let tools = Tools { worker: "/bin/w".into(), mpirun: Some(("/mpi/mpirun".into(), flavour)), root };
+        let address = CoordinatorAddress { host_port: "h:1".into(), token: "t".into(), generation: 2 };
+        let command = command_line(engine, workers, &tools, &address, &["p.toml".into(), "--run-dir".into(), "r".into()]);
+        assert!(command.set.contains(&(COORDINATOR, "h:1".to_owned())));
+        assert!(command.set.contains(&(TOKEN, "t".to_owned())));
+        assert!(command.set.contains(&(GENERATION, "2".to_owned())));
+        assert!(command.clear.contains(&"PMI_RANK") && command.clear.contains(&"OMPI_COMM_WORLD_SIZE"));
+        assert_eq!(command.set.iter().any(|(name, _)| *name == "MENTEE_RANK"), engine == Engine::Direct);
+        let words = std::iter::once(command.program.into_os_string()).chain(command.arguments);
+        words.map(|word| word.into_string().expect("UTF-8")).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn command_lines() {
+        let table = [
+            ((Engine::Direct, 1, Flavour::Hydra, false), "/bin/w p.toml --run-dir r"),
+            ((Engine::Mpirun, 4, Flavour::Hydra, true), "/mpi/mpirun -n 4 /bin/w p.toml --run-dir r"),
+            (
+                (Engine::Mpirun, 2, Flavour::OpenMpi, false),
+                "/mpi/mpirun -n 2 --bind-to none --oversubscribe -x MENTEE_COORDINATOR -x MENTEE_TOKEN \
+                 -x MENTEE_GENERATION /bin/w p.toml --run-dir r",
+            ),
+            (
+                (Engine::Mpirun, 2, Flavour::OpenMpi, true),
+                "/mpi/mpirun -n 2 --bind-to none --oversubscribe --allow-run-as-root -x MENTEE_COORDINATOR \
+                 -x MENTEE_TOKEN -x MENTEE_GENERATION /bin/w p.toml --run-dir r",
+            ),
+            (
+                (Engine::Srun, 8, Flavour::Hydra, false),
+                "srun --ntasks 8 --kill-on-bad-exit=1 --mpi=pmi2 /bin/w p.toml --run-dir r",
+            ),
+            (
+                (Engine::Srun, 8, Flavour::OpenMpi, false),
+                "srun --ntasks 8 --kill-on-bad-exit=1 --mpi=pmix /bin/w p.toml --run-dir r",
+            ),
+        ];
+        for ((engine, workers, flavour, root), expected) in table {
+            assert_eq!(line(engine, workers, flavour, root), expected);
+        }
+    }
+
+    #[test]
+    fn auto_is_the_simplest_engine_that_works() {
+        assert_eq!(choose(Engine::Auto, 1).expect("one"), Engine::Direct);
+        assert_eq!(choose(Engine::Auto, 2).expect("two"), Engine::Mpirun);
+        assert_eq!(choose(Engine::Mpirun, 1).expect("one"), Engine::Mpirun);
+        assert_eq!(choose(Engine::Direct, 2).expect_err("no NCCL").exit_code, 2);
+        assert_eq!(choose(Engine::Auto, 0).expect_err("none").exit_code, 2);
+    }
+
+    #[test]
+    fn flavours_by_their_own_words() {
+        let table = [
+            ("mpirun (Open MPI) 4.1.4\n\nReport bugs to http://www.open-mpi.org/", Flavour::OpenMpi),
+            ("mpirun (Open MPI) 5.0.11", Flavour::OpenMpi),
+            ("HYDRA build details:\n    Version:                                 5.0.2", Flavour::Hydra),
+            ("Intel(R) MPI Library for Linux* OS, Version 2021.13", Flavour::Hydra),
+        ];
+        for (version, flavour) in table {
+            assert_eq!(Flavour::of(version), flavour, "{version}");
+        }
+    }
+}

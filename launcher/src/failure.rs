@@ -1,0 +1,49 @@
+//! How a command fails: one line (what, where, what to do) and the exit code that scripts rely on.
+
+use mentee_config::{ConfigError, exit_code};
+use mentee_data::DataError;
+
+/// A command's failure.
+#[derive(Debug, thiserror::Error)]
+#[error("{line}")]
+pub struct Failure {
+    /// See [`mentee_config::exit_code`].
+    pub exit_code: i32,
+    /// One line; empty when everything has been said already.
+    pub line: String,
+}
+
+impl Failure {
+    /// Bad command line or recipe.
+    pub fn usage(line: impl Into<String>) -> Failure {
+        Failure { exit_code: exit_code::USAGE, line: line.into() }
+    }
+
+    /// What no other code names.
+    pub fn failed(line: impl Into<String>) -> Failure {
+        Failure { exit_code: exit_code::FAILED, line: line.into() }
+    }
+
+    /// The system refused something.
+    pub fn io(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Failure {
+        Failure::failed(format!("cannot {doing} {}: {error}", path.display()))
+    }
+}
+
+impl From<ConfigError> for Failure {
+    fn from(error: ConfigError) -> Failure {
+        Failure::usage(error.to_string())
+    }
+}
+
+impl From<DataError> for Failure {
+    fn from(error: DataError) -> Failure {
+        Failure { exit_code: exit_code::DATA, line: error.to_string() }
+    }
+}
+
+impl From<mentee_checkpoint::CheckpointError> for Failure {
+    fn from(error: mentee_checkpoint::CheckpointError) -> Failure {
+        Failure { exit_code: exit_code::CHECKPOINT, line: error.to_string() }
+    }
+}

@@ -1,0 +1,170 @@
+//! How a run looks while it runs: a bar on a terminal, plain lines in a pipe or a log file.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use mentee_cluster::{Progress, WorkerEvent};
+
+/// Shows rank 0's progress.
+#[derive(Debug)]
+pub struct Display {
+    bar: Option<ProgressBar>,
+    started: Instant,
+    last_line: Option<Instant>,
+    last_step: Option<u64>,
+    eta: Eta,
+}
+
+impl Display {
+    /// On stderr when that is a terminal, else lines on stdout.
+    pub fn new() -> Display {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let bar = ProgressBar::new(0);
+            let style = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}")
+                .expect("the template is constant and valid");
+            bar.set_style(style);
+            bar
+        });
+        Display { bar, started: Instant::now(), last_line: None, last_step: None, eta: Eta::default() }
+    }
+
+    /// Takes rank 0's newest state.
+    pub fn progress(&mut self, progress: &Progress) {
+        let now = Instant::now();
+        self.eta.note(now, progress);
+        if let Some(bar) = &self.bar {
+            bar.set_length(progress.total_steps);
+            bar.set_position(progress.step);
+            bar.set_message(self.describe(progress));
+            return;
+        }
+        let last = progress.step == progress.total_steps;
+        let due = self.last_line.is_none_or(|line| now - line >= pause(now - self.started));
+        if progress.step > 0 && self.last_step != Some(progress.step) && (due || last) {
+            self.last_line = Some(now);
+            self.last_step = Some(progress.step);
+            println!("step {}/{}  {}", progress.step, progress.total_steps, self.describe(progress));
+        }
+    }
+
+    /// Takes an event worth a line.
+    pub fn event(&self, event: &WorkerEvent) {
+        if let WorkerEvent::Eval { step, knn_top1, knn_random_init, knn_raw_pixels, .. } = event {
+            let floor = |name: &str, value: &Option<f64>| value.map(|value| format!("{name} {value:.1}"));
+            let floors: Vec<String> =
+                [floor("random init", knn_random_init), floor("raw pixels", knn_raw_pixels)].into_iter().flatten().collect();
+            let floors = if floors.is_empty() { String::new() } else { format!(" ({})", floors.join(", ")) };
+            self.say(&format!("kNN top-1 at step {step}: {knn_top1:.1} %{floors}"));
+        }
+    }
+
+    /// A line for people, above the bar where there is one.
+    pub fn say(&self, line: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(line),
+            None => println!("{line}"),
+        }
+    }
+
+    /// The gang starts again: speeds are measured anew.
+    pub fn restart(&mut self) {
+        self.eta = Eta::default();
+        self.last_step = None;
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
+    fn describe(&self, progress: &Progress) -> String {
+        let mut text = format!("epoch {}/{}", progress.epoch, progress.epochs);
+        let mut add = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                text.push_str("  ");
+                text.push_str(name);
+                text.push_str(&value);
+            }
+        };
+        add("loss ", progress.loss.map(|loss| format!("{loss:.4}")));
+        add("z_std ", progress.z_std.map(|z_std| format!("{z_std:.2}")));
+        add("", progress.images_per_s.map(|rate| format!("{rate:.0} images/s")));
+        add("ETA ", self.eta.left(progress).map(clock));
+        text
+    }
+}
+
+/// Time left, from the steps this start of the gang has made.
+#[derive(Debug, Default)]
+pub struct Eta {
+    first: Option<(Instant, u64)>,
+    rate: Option<f64>, // steps a second
+}
+
+impl Eta {
+    /// Takes a state.
+    pub fn note(&mut self, now: Instant, progress: &Progress) {
+        let &mut (since, from) = self.first.get_or_insert((now, progress.step));
+        let elapsed = (now - since).as_secs_f64();
+        if progress.step > from && elapsed > 0.5 {
+            self.rate = Some((progress.step - from) as f64 / elapsed);
+        }
+    }
+
+    /// How long the rest takes at this rate.
+    pub fn left(&self, progress: &Progress) -> Option<Duration> {
+        let left = progress.total_steps.saturating_sub(progress.step) as f64 / self.rate?;
+        Duration::try_from_secs_f64(left).ok()
+    }
+}
+
+/// Between plain lines: 2 s at first, a minute after half an hour; a log of days stays readable.
+fn pause(elapsed: Duration) -> Duration {
+    (elapsed / 30).clamp(Duration::from_secs(2), Duration::from_secs(60))
+}
+
+/// `0:07`, `12:30`, `3:05:00`, `2 d 3 h`.
+pub fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    let (hours, minutes) = (seconds / 3600, seconds / 60 % 60);
+    match hours {
+        0 => format!("{minutes}:{:02}", seconds % 60),
+        1..48 => format!("{hours}:{minutes:02}:{:02}", seconds % 60),
+        _ => format!("{} d {} h", hours / 24, hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_well() {
+        let table = [(0, "0:00"), (7, "0:07"), (750, "12:30"), (11_100, "3:05:00"), (184_000, "2 d 3 h")];
+        for (seconds, text) in table {
+            assert_eq!(clock(Duration::from_secs(seconds)), text);
+        }
+    }
+
+    #[test]
+    fn the_time_left_follows_the_rate() {
+        let mut eta = Eta::default();
+        let start = Instant::now();
+        let at = |step| Progress { step, total_steps: 100, ..Progress::default() };
+        eta.note(start, &at(40));
+        assert_eq!(eta.left(&at(40)), None);
+        eta.note(start + Duration::from_secs(10), &at(60));
+        assert_eq!(eta.left(&at(60)), Some(Duration::from_secs(20)));
+        assert_eq!(eta.left(&at(200)), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn lines_thin_out() {
+        assert_eq!(pause(Duration::ZERO), Duration::from_secs(2));
+        assert_eq!(pause(Duration::from_secs(600)), Duration::from_secs(20));
+        assert_eq!(pause(Duration::from_secs(100_000)), Duration::from_secs(60));
+    }
+}

@@ -1,0 +1,219 @@
+//! A run directory: where its files are, and who may write to it.
+//!
+//! ```text
+//! RUN/plan.toml  metrics.jsonl  logs/*.jsonl  logs/worker-output.log  checkpoints/step-…/  views.png  report.html
+//! RUN/status.json   where the run stands, kept by the supervisor (see `status.rs`)
+//! RUN/.lock         held by the supervisor as long as it lives
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use mentee_config::Recipe;
+
+use crate::failure::Failure;
+
+/// A run directory, by its absolute path.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    /// One that may not exist yet; touches nothing.
+    ///
+    /// # Errors
+    /// An empty path.
+    pub fn at(path: &Path) -> Result<RunDir, Failure> {
+        // Symbolic links are resolved where they exist, so that one directory has one name in process lists.
+        let path = fs::canonicalize(path)
+            .or_else(|_| std::path::absolute(path))
+            .map_err(|error| Failure::usage(format!("--run-dir {}: {error}", path.display())))?;
+        Ok(RunDir(path))
+    }
+
+    /// One that must hold a run.
+    ///
+    /// # Errors
+    /// [`Failure`] with exit code 2 when there is none.
+    pub fn existing(path: &Path) -> Result<RunDir, Failure> {
+        let dir = RunDir::at(path)?;
+        if dir.plan().is_file() || dir.metrics().is_file() || dir.checkpoints().is_dir() {
+            return Ok(dir);
+        }
+        Err(Failure::usage(format!(
+            "{} is no run directory (no plan.toml in it): give the folder of `mentee run --run-dir`",
+            path.display()
+        )))
+    }
+
+    /// Its path.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The resolved recipe.
+    pub fn plan(&self) -> PathBuf {
+        self.0.join("plan.toml")
+    }
+
+    /// One JSON object a logged step.
+    pub fn metrics(&self) -> PathBuf {
+        self.0.join("metrics.jsonl")
+    }
+
+    /// Logs of all processes.
+    pub fn logs(&self) -> PathBuf {
+        self.0.join("logs")
+    }
+
+    /// What the workers wrote to stdout and stderr.
+    pub fn worker_output(&self) -> PathBuf {
+        self.logs().join("worker-output.log")
+    }
+
+    /// The log of one rank.
+    pub fn rank_log(&self, rank: u32) -> PathBuf {
+        self.logs().join(format!("rank-{rank:05}.jsonl"))
+    }
+
+    /// Checkpoints, one folder each.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+
+    /// Where the run stands.
+    pub fn status(&self) -> PathBuf {
+        self.0.join("status.json")
+    }
+
+    /// The self-contained page.
+    pub fn report(&self) -> PathBuf {
+        self.0.join("report.html")
+    }
+
+    /// Example views, written by rank 0.
+    pub fn views(&self) -> PathBuf {
+        self.0.join("views.png")
+    }
+
+    /// Refuses a directory that holds the run of another recipe.
+    ///
+    /// # Errors
+    /// [`Failure`] with exit code 2 that names the first difference.
+    pub fn check_recipe(&self, recipe: &Recipe) -> Result<(), Failure> {
+        if !self.plan().exists() {
+            return Ok(());
+        }
+        let there = Recipe::from_plan(&self.plan())?;
+        match recipe.first_difference(&there) {
+            None => Ok(()),
+            Some(difference) => Err(Failure::usage(format!(
+                "{} holds a run of another recipe ({difference}): give another --run-dir, or the recipe it was started \
+                 with",
+                self.0.display()
+            ))),
+        }
+    }
+
+    /// Makes the folders and takes the lock. The directory belongs to this process as long as the lock lives.
+    ///
+    /// # Errors
+    /// [`Failure`] when another supervisor holds it, or the system refuses.
+    pub fn lock(&self) -> Result<Lock, Failure> {
+        fs::create_dir_all(self.logs()).map_err(|error| Failure::io("create", &self.logs(), &error))?;
+        let path = self.0.join(".lock");
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|error| Failure::io("open", &path, &error))?;
+        // SAFETY: the descriptor is open as long as `file`.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::WouldBlock {
+                return Err(Failure::io("lock", &path, &error));
+            }
+            let mut holder = String::new();
+            let _ = file.read_to_string(&mut holder);
+            let holder = if holder.trim().is_empty() { "another mentee".to_owned() } else { holder.trim().to_owned() };
+            return Err(Failure::usage(format!(
+                "{} is in use by {holder}: wait for it, stop it, or give another --run-dir",
+                self.0.display()
+            )));
+        }
+        let holder = format!("process {} on {}\n", std::process::id(), mentee_cluster::server::hostname());
+        let _ = file.set_len(0);
+        let _ = file.write_all(holder.as_bytes());
+        Ok(Lock { _file: file })
+    }
+
+    /// Whether a supervisor is at work here.
+    pub fn is_locked(&self) -> bool {
+        let Ok(file) = File::open(self.0.join(".lock")) else { return false };
+        // SAFETY: the descriptor is open as long as `file`; a shared lock taken here ends with it.
+        unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) != 0 }
+    }
+
+    /// Appends one line to `metrics.jsonl`, also behind a line that a killed worker left unfinished.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn append_metric(&self, line: &serde_json::Value) -> io::Result<()> {
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(self.metrics())?;
+        let mut text = String::new();
+        if file.seek(SeekFrom::End(0))? > 0 {
+            let mut last = [0];
+            file.seek(SeekFrom::End(-1))?;
+            file.read_exact(&mut last)?;
+            if last != *b"\n" {
+                text.push('\n');
+            }
+        }
+        text.push_str(&line.to_string());
+        text.push('\n');
+        file.write_all(text.as_bytes())
+    }
+
+    /// Workers that name this directory on their command line and have no supervisor: those of one that was killed a
+    /// moment ago.
+    pub fn leftovers(&self) -> Vec<libc::pid_t> {
+        let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
+        let me = std::process::id();
+        processes
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<libc::pid_t>().ok())
+            .filter(|&pid| pid as u32 != me)
+            .filter(|pid| {
+                let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
+                let mut words = command.split(|&byte| byte == 0);
+                let program = words.next().unwrap_or_default();
+                program.ends_with(crate::engine::WORKER.as_bytes())
+                    && words.any(|word| word == self.0.as_os_str().as_encoded_bytes())
+            })
+            .collect()
+    }
+}
+
+/// The right to write to a run directory.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+/// Writes a file so that a reader sees the old or the new one, never half of it.
+///
+/// # Errors
+/// The system's.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let aside = path.with_extension("tmp");
+    fs::write(&aside, bytes)?;
+    fs::rename(&aside, path)
+}
+
+/// Seconds since 1970.
+pub fn unix_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}

@@ -1,0 +1,597 @@
+//! What the supervisor decides: [`Supervisor::handle_event`] takes one event and returns actions; it knows no
+//! process, socket or clock. The loop that feeds it is in `run.rs`.
+//!
+//! ```text
+//!  the workers' process ends ─┐
+//!  signals to the supervisor ─┤                               ┌─► Start, RequestStop, Terminate, Kill
+//!  coordinator's outputs ─────┼─► handle_event(now, event) ───┤
+//!  the one timer is due ──────┘                               └─► Arm, RecordRestart, Say, Finish
+//! ```
+//!
+//! The gang lives together: a failed collective cannot be repaired from inside, so when one rank fails all are ended
+//! and, while the budget lasts, started again from the last complete checkpoint. What a restart cannot help (a bad
+//! recipe, bad data, no usable checkpoint, divergence) ends the run at once with its own exit code.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use mentee_cluster::{Output, Phase, WorkerEvent};
+use mentee_config::exit_code::{CHECKPOINT, DATA, DIVERGED, DONE, PREEMPTED, RANK_FAILED, USAGE};
+
+/// Exit codes that another start cannot change.
+const FINAL: [i32; 4] = [USAGE, DATA, CHECKPOINT, DIVERGED];
+
+/// After the first signal: time to reach a step boundary and write a checkpoint.
+const STOP_GRACE: Duration = Duration::from_secs(60);
+/// After one rank failed: the others usually end by themselves, with the more useful messages.
+const END_GRACE: Duration = Duration::from_secs(5);
+/// After every rank said it is finished: time to leave MPI and exit.
+const EXIT_GRACE: Duration = Duration::from_secs(30);
+/// After SIGTERM, before SIGKILL.
+const KILL_GRACE: Duration = Duration::from_secs(5);
+/// After the process has ended: its ranks' last words may still be on their way through the sockets.
+const SETTLE: Duration = Duration::from_millis(300);
+/// Schedulers send SIGTERM twice at once (Slurm does); only a later one means impatience.
+const REPEAT: Duration = Duration::from_secs(2);
+/// Before the first restart; doubled each time.
+const BACKOFF: Duration = Duration::from_millis(500);
+/// Upper bound of the above.
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Exit {
+    /// By itself.
+    Code(i32),
+    /// By a signal.
+    Signal(i32),
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Exit::Code(code) => write!(f, "exit code {code}"),
+            Exit::Signal(libc::SIGKILL) => f.write_str("killed (SIGKILL)"),
+            Exit::Signal(libc::SIGTERM) => f.write_str("terminated (SIGTERM)"),
+            Exit::Signal(libc::SIGSEGV) => f.write_str("crashed (SIGSEGV)"),
+            Exit::Signal(libc::SIGABRT) => f.write_str("aborted (SIGABRT)"),
+            Exit::Signal(libc::SIGBUS) => f.write_str("crashed (SIGBUS)"),
+            Exit::Signal(signal) => write!(f, "ended by signal {signal}"),
+        }
+    }
+}
+
+/// The signals that ask for a stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopSignal {
+    /// Ctrl-C.
+    Interrupt,
+    /// A scheduler, or `kill`.
+    Terminate,
+    /// The terminal is gone.
+    HangUp,
+}
+
+impl StopSignal {
+    fn name(self) -> &'static str {
+        match self {
+            StopSignal::Interrupt => "SIGINT",
+            StopSignal::Terminate => "SIGTERM",
+            StopSignal::HangUp => "SIGHUP",
+        }
+    }
+}
+
+/// What the one timer is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Timer {
+    /// A requested stop takes too long, or what is left of a failed gang does not end.
+    End,
+    /// SIGTERM was not enough.
+    Kill,
+    /// The ranks' last words have had their time.
+    Settle,
+    /// Start again.
+    Backoff,
+}
+
+/// What happens to the supervisor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// The coordinator has something to say.
+    Coordinator(Output),
+    /// The process that stands for all workers (the one worker, `mpirun` or `srun`) ended.
+    Exited(Exit),
+    /// The supervisor got a signal.
+    Signal(StopSignal),
+    /// The timer is due.
+    Due(Timer),
+}
+
+/// What the shell is to do.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Action {
+    /// Start the workers.
+    Start {
+        /// Which start this is, from 0.
+        generation: u32,
+    },
+    /// Have every rank checkpoint and stop at a step boundary.
+    RequestStop {
+        /// Why.
+        reason: String,
+    },
+    /// SIGTERM to the workers' process.
+    Terminate,
+    /// SIGKILL to all of the workers.
+    Kill,
+    /// Set the timer; replaces what it was set to.
+    Arm(Timer, Duration),
+    /// Write the restart down in `metrics.jsonl`.
+    RecordRestart {
+        /// Which start is to come.
+        generation: u32,
+        /// What made it necessary.
+        culprit: Culprit,
+    },
+    /// Tell the user.
+    Say(String),
+    /// The run is over.
+    Finish(Outcome),
+}
+
+/// Who failed, where, and how.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Culprit {
+    /// The rank, when known.
+    pub rank: Option<u32>,
+    /// Its machine.
+    pub host: Option<String>,
+    /// Steps it had completed.
+    pub step: Option<u64>,
+    /// What it was doing.
+    pub phase: Option<Phase>,
+    /// In words, one line.
+    pub cause: String,
+    /// The exit code it announced.
+    pub exit_code: Option<i32>,
+}
+
+impl std::fmt::Display for Culprit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.rank {
+            Some(rank) => write!(f, "rank {rank}")?,
+            None => f.write_str("the workers")?,
+        }
+        if let Some(host) = &self.host {
+            write!(f, " on {host}")?;
+        }
+        if let Some(step) = self.step {
+            write!(f, " at step {step}")?;
+        }
+        if let Some(phase) = self.phase {
+            write!(f, " ({phase})")?;
+        }
+        write!(f, ": {}", self.cause)
+    }
+}
+
+/// How the run ended.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// The supervisor's exit code.
+    pub exit_code: i32,
+    /// What the ranks said of it, or why the budget is spent; `None` when it ended well or only the captured output
+    /// can tell.
+    pub culprit: Option<Culprit>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Running,
+    Settling(Exit),
+    Waiting,
+    Over,
+}
+
+/// Decides; see the module's text.
+#[derive(Debug)]
+pub struct Supervisor {
+    max_restarts: u32,
+    direct: bool,
+    state: State,
+    generation: u32,
+    restarts: u32,
+    stop: Option<Duration>,
+    culprit: Option<Culprit>,
+    finished: Option<i32>,
+    hosts: BTreeMap<u32, String>,
+}
+
+impl Supervisor {
+    /// A run that may start its workers again `max_restarts` times; returns its first actions too. `direct`: the
+    /// supervised process is the worker itself, so its exit code is the worker's; `mpirun` mixes those of all ranks
+    /// with signal numbers, and is believed only when no rank has spoken.
+    pub fn new(max_restarts: u32, direct: bool) -> (Supervisor, Vec<Action>) {
+        let supervisor = Supervisor {
+            max_restarts,
+            direct,
+            state: State::Running,
+            generation: 0,
+            restarts: 0,
+            stop: None,
+            culprit: None,
+            finished: None,
+            hosts: BTreeMap::new(),
+        };
+        (supervisor, vec![Action::Start { generation: 0 }])
+    }
+
+    /// Takes one event at time `now` (since any fixed moment) and says what to do.
+    pub fn handle_event(&mut self, now: Duration, event: Event) -> Vec<Action> {
+        match event {
+            _ if self.state == State::Over => Vec::new(),
+            Event::Coordinator(output) => self.output(output),
+            Event::Signal(signal) => self.signal(now, signal),
+            Event::Exited(exit) if self.state == State::Running => {
+                self.state = State::Settling(exit);
+                vec![Action::Arm(Timer::Settle, SETTLE)]
+            }
+            Event::Exited(_) => Vec::new(),
+            Event::Due(timer) => self.due(timer),
+        }
+    }
+
+    fn output(&mut self, output: Output) -> Vec<Action> {
+        match output {
+            Output::Go { ranks, .. } => {
+                self.hosts = ranks.into_iter().map(|hello| (hello.rank, hello.host)).collect();
+                Vec::new()
+            }
+            Output::Event { rank, event: WorkerEvent::Failed { step, phase, message, exit_code } } => {
+                let culprit = Culprit {
+                    rank: Some(rank),
+                    host: self.hosts.get(&rank).cloned(),
+                    step: Some(step),
+                    phase: Some(phase),
+                    cause: message,
+                    exit_code: Some(exit_code),
+                };
+                self.blame(culprit, END_GRACE)
+            }
+            Output::Lost { rank, host, step, phase, why: _ } => {
+                let culprit = Culprit {
+                    rank: Some(rank),
+                    host: Some(host),
+                    step: Some(step),
+                    phase: Some(phase),
+                    cause: "its process ended without a word".into(),
+                    exit_code: None,
+                };
+                self.blame(culprit, END_GRACE)
+            }
+            Output::Refused { rank, reason, ours: true } => {
+                let culprit =
+                    Culprit { rank: Some(rank), cause: reason, exit_code: Some(USAGE), ..Culprit::default() };
+                self.blame(culprit, Duration::ZERO)
+            }
+            Output::Missing { ranks } => {
+                let ranks: Vec<String> = ranks.iter().map(u32::to_string).collect();
+                let cause = format!("rank {} never came", ranks.join(", "));
+                self.blame(Culprit { cause, ..Culprit::default() }, Duration::ZERO)
+            }
+            Output::AllFinished { exit_code } => {
+                self.finished = Some(exit_code);
+                if self.state == State::Running { vec![Action::Arm(Timer::End, EXIT_GRACE)] } else { Vec::new() }
+            }
+            Output::Progress { .. } | Output::Event { .. } | Output::Refused { ours: false, .. } => Vec::new(),
+        }
+    }
+
+    /// The first failure is the cause, the rest follow from it; but one that names its own exit code explains more
+    /// than a connection that broke.
+    fn blame(&mut self, culprit: Culprit, grace: Duration) -> Vec<Action> {
+        let explains = |culprit: &Culprit| culprit.exit_code.is_some_and(|code| FINAL.contains(&code));
+        let first = self.culprit.is_none();
+        if first || explains(&culprit) && !self.culprit.as_ref().is_some_and(explains) {
+            self.culprit = Some(culprit);
+        }
+        if self.state != State::Running || !first {
+            return Vec::new();
+        }
+        vec![Action::Arm(Timer::End, grace)]
+    }
+
+    fn signal(&mut self, now: Duration, signal: StopSignal) -> Vec<Action> {
+        let name = signal.name();
+        match self.stop {
+            None => {
+                self.stop = Some(now);
+                match self.state {
+                    State::Waiting => self.finish(PREEMPTED, None),
+                    State::Running => vec![
+                        Action::RequestStop { reason: name.into() },
+                        Action::Arm(Timer::End, STOP_GRACE),
+                        Action::Say(format!(
+                            "{name}: the ranks stop at the next step with a checkpoint (once more: kill them)"
+                        )),
+                    ],
+                    State::Settling(_) | State::Over => Vec::new(),
+                }
+            }
+            Some(first) if signal != StopSignal::Interrupt && now.saturating_sub(first) < REPEAT => Vec::new(),
+            Some(_) if self.state == State::Running => vec![
+                Action::Say(format!("{name} again: the workers are killed; the last checkpoint stands")),
+                Action::Kill,
+                Action::Arm(Timer::Kill, KILL_GRACE),
+            ],
+            Some(_) => Vec::new(),
+        }
+    }
+
+    fn due(&mut self, timer: Timer) -> Vec<Action> {
+        match (timer, self.state) {
+            (Timer::End, State::Running) => {
+                let mut actions = vec![Action::Terminate, Action::Arm(Timer::Kill, KILL_GRACE)];
+                if self.stop.is_some() && self.culprit.is_none() && self.finished.is_none() {
+                    let line =
+                        format!("no stop within {} s: the workers are ended; the last checkpoint stands", STOP_GRACE.as_secs());
+                    actions.insert(0, Action::Say(line));
+                }
+                actions
+            }
+            (Timer::Kill, State::Running) => vec![Action::Kill, Action::Arm(Timer::Kill, KILL_GRACE)],
+            (Timer::Settle, State::Settling(exit)) => self.judge(exit),
+            (Timer::Backoff, State::Waiting) => {
+                self.state = State::Running;
+                vec![Action::Start { generation: self.generation }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// The workers are gone and all that they had to say is known.
+    fn judge(&mut self, exit: Exit) -> Vec<Action> {
+        let culprit = self.culprit.take();
+        if let Some(code) = culprit.as_ref().and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code)) {
+            return self.finish(code, culprit);
+        }
+        let code = match (self.finished, exit) {
+            (Some(code), _) | (None, Exit::Code(code)) => Some(code),
+            (None, Exit::Signal(_)) => None,
+        };
+        match code {
+            Some(code @ (DONE | PREEMPTED)) if culprit.is_none() || self.finished.is_some() => {
+                return self.finish(code, None);
+            }
+            Some(code) if self.direct && FINAL.contains(&code) => return self.finish(code, None),
+            // 6 may be SIGABRT.
+            Some(code) if culprit.is_none() && FINAL.contains(&code) && code != DIVERGED => {
+                return self.finish(code, None);
+            }
+            _ => {}
+        }
+        if self.stop.is_some() {
+            return self.finish(PREEMPTED, None);
+        }
+        let mut culprit = culprit.unwrap_or_default();
+        if culprit.cause.is_empty() {
+            culprit.cause = exit.to_string();
+        } else if culprit.exit_code.is_none() && culprit.rank.is_some() {
+            culprit.cause = format!("{} ({exit})", culprit.cause);
+        }
+        if self.restarts >= self.max_restarts {
+            return self.finish(RANK_FAILED, Some(culprit));
+        }
+        let wait = (BACKOFF * 2u32.saturating_pow(self.restarts)).min(MAX_BACKOFF);
+        self.restarts += 1;
+        self.generation += 1;
+        self.finished = None;
+        self.state = State::Waiting;
+        let line = format!(
+            "{culprit}; restart {} of {} from the last checkpoint in {:.1} s",
+            self.restarts,
+            self.max_restarts,
+            wait.as_secs_f64()
+        );
+        vec![
+            Action::Say(line),
+            Action::RecordRestart { generation: self.generation, culprit },
+            Action::Arm(Timer::Backoff, wait),
+        ]
+    }
+
+    fn finish(&mut self, exit_code: i32, culprit: Option<Culprit>) -> Vec<Action> {
+        self.state = State::Over;
+        vec![Action::Finish(Outcome { exit_code, culprit })]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mentee_cluster::Hello;
+
+    fn hello(rank: u32) -> Hello {
+        Hello {
+            rank,
+            world_size: 2,
+            host: format!("host{rank}"),
+            pid: 1,
+            plan_hash: "p".into(),
+            data_digest: "d".into(),
+            version: "0".into(),
+        }
+    }
+
+    fn go() -> Event {
+        Event::Coordinator(Output::Go { generation: 0, ranks: vec![hello(0), hello(1)] })
+    }
+
+    fn failed(rank: u32, exit_code: i32) -> Event {
+        let message = format!("rank {rank} says {exit_code}");
+        let event = WorkerEvent::Failed { step: 8, phase: Phase::Update, message, exit_code };
+        Event::Coordinator(Output::Event { rank, event })
+    }
+
+    fn lost(rank: u32) -> Event {
+        let host = format!("host{rank}");
+        Event::Coordinator(Output::Lost { rank, host, step: 7, phase: Phase::Backward, why: "x".into() })
+    }
+
+    fn finished(exit_code: i32) -> Event {
+        Event::Coordinator(Output::AllFinished { exit_code })
+    }
+
+    fn run(max_restarts: u32, events: Vec<Event>) -> Vec<Action> {
+        let (mut supervisor, mut actions) = Supervisor::new(max_restarts, false);
+        for (second, event) in events.into_iter().enumerate() {
+            actions.extend(supervisor.handle_event(Duration::from_secs(10 * second as u64), event));
+        }
+        actions
+    }
+
+    fn end(actions: &[Action]) -> Option<(i32, Option<&Culprit>)> {
+        match actions.last() {
+            Some(Action::Finish(outcome)) => Some((outcome.exit_code, outcome.culprit.as_ref())),
+            _ => None,
+        }
+    }
+
+    const SETTLED: Event = Event::Due(Timer::Settle);
+    const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
+
+    /// Events without any restart left, and the exit code they end with.
+    #[test]
+    fn how_a_run_ends() {
+        let exited = |code| Event::Exited(Exit::Code(code));
+        let interrupt = Event::Signal(StopSignal::Interrupt);
+        let table: Vec<(&str, Vec<Event>, i32)> = vec![
+            ("all is well", vec![go(), finished(0), exited(0), SETTLED], 0),
+            ("last words after the end of the process", vec![go(), exited(0), finished(0), SETTLED], 0),
+            ("a worker that knows no coordinator", vec![exited(0), SETTLED], 0),
+            ("mpirun stumbles after all ranks finished", vec![go(), finished(0), exited(9), SETTLED], 0),
+            ("bad recipe, before hello", vec![exited(2), SETTLED], 2),
+            ("bad data, said by the rank, mpirun adds its own code", vec![go(), failed(1, 3), exited(15), SETTLED], 3),
+            ("no usable checkpoint", vec![exited(4), SETTLED], 4),
+            ("diverged", vec![go(), failed(0, 6), failed(1, 1), exited(6), SETTLED], 6),
+            ("diverged, but the other rank's broken connection came first", vec![go(), lost(1), failed(0, 6), exited(6), SETTLED], 6),
+            ("a crash", vec![go(), lost(1), KILLED, SETTLED], 5),
+            ("a crash whose mpirun says 2", vec![go(), lost(1), exited(2), SETTLED], 5),
+            ("a failure of its own", vec![go(), failed(1, 1), exited(1), SETTLED], 5),
+            ("exit 0 of mpirun although a rank was lost", vec![go(), lost(1), exited(0), SETTLED], 5),
+            ("refused", vec![Event::Coordinator(Output::Refused { rank: 1, reason: "other plan".into(), ours: true }), exited(1), SETTLED], 2),
+            ("preempted by someone else", vec![go(), finished(75), exited(75), SETTLED], 75),
+            ("stopped", vec![go(), interrupt.clone(), finished(75), exited(75), SETTLED], 75),
+            ("stopped, but it was done already", vec![go(), interrupt.clone(), finished(0), exited(0), SETTLED], 0),
+            ("stopped, then killed", vec![go(), interrupt.clone(), interrupt.clone(), KILLED, SETTLED], 75),
+            ("a rank crashes while stopping", vec![go(), interrupt.clone(), lost(0), exited(1), SETTLED], 75),
+            ("a signal while the dust settles", vec![go(), lost(0), exited(1), interrupt, SETTLED], 75),
+        ];
+        for (name, events, code) in table {
+            let actions = run(0, events);
+            assert_eq!(end(&actions).map(|(code, _)| code), Some(code), "{name}: {actions:?}");
+        }
+    }
+
+    #[test]
+    fn the_exit_code_of_a_single_worker_is_its_own() {
+        let end = |direct| {
+            let (mut supervisor, _) = Supervisor::new(0, direct);
+            let mut actions = Vec::new();
+            for event in [go(), lost(0), Event::Exited(Exit::Code(DIVERGED)), SETTLED] {
+                actions.extend(supervisor.handle_event(Duration::ZERO, event));
+            }
+            end(&actions).map(|(code, _)| code)
+        };
+        assert_eq!(end(true), Some(DIVERGED));
+        assert_eq!(end(false), Some(RANK_FAILED), "mpirun's 6 may be an abort");
+    }
+
+    #[test]
+    fn a_crash_is_restarted_until_the_budget_is_spent() {
+        let crash = [go(), lost(1), KILLED, SETTLED, Event::Due(Timer::Backoff)];
+        let actions = run(2, crash.iter().cycle().take(15).cloned().collect());
+        let starts: Vec<u32> = actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::Start { generation } => Some(*generation),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(starts, [0, 1, 2]);
+        let waits: Vec<Duration> = actions
+            .iter()
+            .filter_map(|action| match action {
+                Action::Arm(Timer::Backoff, wait) => Some(*wait),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(waits, [BACKOFF, 2 * BACKOFF]);
+        let (code, culprit) = end(&actions).expect("over");
+        assert_eq!(code, RANK_FAILED);
+        assert_eq!(
+            culprit.expect("named").to_string(),
+            "rank 1 on host1 at step 7 (backward): its process ended without a word (killed (SIGKILL))"
+        );
+        assert_eq!(actions.iter().filter(|action| matches!(action, Action::RecordRestart { .. })).count(), 2);
+    }
+
+    #[test]
+    fn the_first_failure_is_the_cause() {
+        let actions = run(0, vec![go(), failed(1, 1), failed(0, 1), lost(0), Event::Exited(Exit::Code(1)), SETTLED]);
+        let (_, culprit) = end(&actions).expect("over");
+        assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 8 (update): rank 1 says 1");
+    }
+
+    #[test]
+    fn a_gang_that_does_not_end_is_ended() {
+        let actions = run(0, vec![go(), lost(1), lost(0), Event::Due(Timer::End), Event::Due(Timer::Kill)]);
+        let expected = [
+            Action::Start { generation: 0 },
+            Action::Arm(Timer::End, END_GRACE),
+            Action::Terminate,
+            Action::Arm(Timer::Kill, KILL_GRACE),
+            Action::Kill,
+            Action::Arm(Timer::Kill, KILL_GRACE),
+        ];
+        assert_eq!(actions, expected);
+    }
+
+    #[test]
+    fn a_stop_is_asked_for_once_and_then_enforced() {
+        let actions = run(3, vec![go(), Event::Signal(StopSignal::Terminate), Event::Due(Timer::End)]);
+        assert!(actions.contains(&Action::RequestStop { reason: "SIGTERM".into() }));
+        assert!(actions.ends_with(&[Action::Terminate, Action::Arm(Timer::Kill, KILL_GRACE)]), "{actions:?}");
+    }
+
+    #[test]
+    fn a_schedulers_double_sigterm_is_one() {
+        let (mut supervisor, _) = Supervisor::new(0, false);
+        let mut send = |milliseconds, signal| {
+            supervisor.handle_event(Duration::from_millis(milliseconds), Event::Signal(signal))
+        };
+        assert!(!send(0, StopSignal::Terminate).is_empty());
+        assert!(send(100, StopSignal::Terminate).is_empty());
+        assert!(send(2500, StopSignal::Terminate).contains(&Action::Kill));
+        let (mut supervisor, _) = Supervisor::new(0, false);
+        assert!(!supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt)).is_empty());
+        let again = supervisor.handle_event(Duration::from_millis(300), Event::Signal(StopSignal::Interrupt));
+        assert!(again.contains(&Action::Kill), "a person pressing Ctrl-C twice means it");
+    }
+
+    #[test]
+    fn a_stop_while_waiting_to_restart_ends_at_once() {
+        let actions =
+            run(3, vec![go(), lost(1), KILLED, SETTLED, Event::Signal(StopSignal::Interrupt), Event::Due(Timer::Backoff)]);
+        assert_eq!(end(&actions), Some((PREEMPTED, None)));
+    }
+
+    #[test]
+    fn late_events_of_a_finished_run_do_nothing() {
+        let mut events = vec![go(), finished(0), Event::Exited(Exit::Code(0)), SETTLED];
+        let over = run(0, events.clone()).len();
+        events.extend([lost(0), failed(1, 3), KILLED, SETTLED, Event::Signal(StopSignal::HangUp), Event::Due(Timer::Kill)]);
+        assert_eq!(run(0, events).len(), over);
+    }
+}

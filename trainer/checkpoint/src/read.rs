@@ -1,0 +1,317 @@
+//! Reading: nothing is used before it was checked. Also which checkpoints there are, and which may go.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read},
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use safetensors::SafeTensors;
+
+use crate::{
+    CheckpointError, Dtype, FileEntry, MANIFEST_NAME, Manifest, OwnedTensor,
+    disk::{Disk, NoProbe},
+    manifest::MAX_MANIFEST_BYTES,
+    parse_step_name, step_name,
+    tensor::{StateDigest, is_tensor_name},
+    write::is_in_progress,
+};
+
+/// A checkpoint with a valid manifest, whose files are there with the right lengths.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+/// One checkpoint folder, usable or not.
+#[derive(Debug)]
+pub struct Entry {
+    /// The step in the folder's name.
+    pub step: u64,
+    /// The folder.
+    pub path: PathBuf,
+    /// Its manifest if the checkpoint is complete (digests not verified), else why it cannot be used.
+    pub state: Result<Manifest, CheckpointError>,
+}
+
+/// The newest usable checkpoint.
+#[derive(Debug)]
+pub struct Newest {
+    /// The checkpoint; all its digests have been verified.
+    pub checkpoint: Checkpoint,
+    /// Newer ones that cannot be used, newest first, with the reason: worth a warning.
+    pub rejected: Vec<(PathBuf, CheckpointError)>,
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    move |source| CheckpointError::Io { action, path, source }
+}
+
+/// Opens one checkpoint folder: reads its manifest and looks at the lengths of its files. No digest is verified yet.
+///
+/// # Errors
+/// `NoManifest`, everything of [`Manifest::parse`], `MissingFile`, `FileLength`, `StepMismatch`, `Io`.
+pub fn open(checkpoint_dir: &Path) -> Result<Checkpoint, CheckpointError> {
+    let path = checkpoint_dir.join(MANIFEST_NAME);
+    let file = File::open(&path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => CheckpointError::NoManifest { folder: checkpoint_dir.into() },
+        _ => io_error("open", &path)(error),
+    })?;
+    let mut json = Vec::new();
+    // One byte more than allowed, for the parser to refuse.
+    file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut json).map_err(io_error("read", &path))?;
+    let manifest = Manifest::parse(&json, &path)?;
+    for entry in &manifest.files {
+        check_length(&checkpoint_dir.join(&entry.name), entry)?;
+    }
+    let name = checkpoint_dir.file_name().unwrap_or_default().to_string_lossy();
+    if let Some(folder_step) = parse_step_name(name.trim_start_matches(".old-"))
+        && folder_step != manifest.meta.step
+    {
+        let manifest_step = manifest.meta.step;
+        return Err(CheckpointError::StepMismatch {
+            folder: checkpoint_dir.into(),
+            folder_step,
+            manifest_step,
+        });
+    }
+    Ok(Checkpoint { folder: checkpoint_dir.into(), manifest })
+}
+
+fn check_length(path: &Path, entry: &FileEntry) -> Result<(), CheckpointError> {
+    let metadata = fs::metadata(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound => CheckpointError::MissingFile { path: path.into() },
+        _ => io_error("look at", path)(error),
+    })?;
+    if !metadata.is_file() {
+        return Err(CheckpointError::MissingFile { path: path.into() });
+    }
+    if metadata.len() != entry.bytes {
+        let (expected, found) = (entry.bytes, metadata.len());
+        return Err(CheckpointError::FileLength { path: path.into(), expected, found });
+    }
+    Ok(())
+}
+
+impl Checkpoint {
+    /// Reads all tensors. Each file's digest and the digest of the whole state are verified before anything is handed out.
+    ///
+    /// # Errors
+    /// `FileAltered`, `FileLength`, `MissingFile`, `Safetensors`, `UnsupportedDtype`, `TensorName`, `DuplicateTensor`, `StateDigest`,
+    /// `OutOfMemory`, `Io`.
+    pub fn load(&self) -> Result<BTreeMap<String, OwnedTensor>, CheckpointError> {
+        let mut state = BTreeMap::new();
+        let mut digest = StateDigest::default();
+        for entry in &self.manifest.files {
+            for (name, tensor) in self.read_file(entry)? {
+                digest.add(&name, tensor.dtype, &tensor.shape, tensor.bytes());
+                if state.insert(name.clone(), tensor).is_some() {
+                    return Err(CheckpointError::DuplicateTensor { path: self.folder.clone(), name });
+                }
+            }
+        }
+        self.check_state(digest)?;
+        Ok(state)
+    }
+
+    /// Verifies all digests, holding one file in memory at a time.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`].
+    pub fn verify(&self) -> Result<(), CheckpointError> {
+        let mut digest = StateDigest::default();
+        for entry in &self.manifest.files {
+            for (name, tensor) in self.read_file(entry)? {
+                digest.add(&name, tensor.dtype, &tensor.shape, tensor.bytes());
+            }
+        }
+        self.check_state(digest)
+    }
+
+    fn check_state(&self, digest: StateDigest) -> Result<(), CheckpointError> {
+        let (expected, found) = (self.manifest.state_digest.clone(), digest.finish());
+        if expected == found {
+            Ok(())
+        } else {
+            Err(CheckpointError::StateDigest { folder: self.folder.clone(), expected, found })
+        }
+    }
+
+    /// Reads one file, verifies it, and only then looks into it.
+    fn read_file(&self, entry: &FileEntry) -> Result<Vec<(String, OwnedTensor)>, CheckpointError> {
+        let path = self.folder.join(&entry.name);
+        let bytes = Arc::new(read_verified(&path, entry)?);
+        let broken = |error: safetensors::SafeTensorError| CheckpointError::Safetensors {
+            path: path.clone(),
+            problem: error.to_string(),
+        };
+        let (header_bytes, metadata) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
+        let data_start = 8 + header_bytes;
+        let mut tensors = Vec::with_capacity(metadata.tensors().len());
+        for (name, info) in metadata.tensors() {
+            if !is_tensor_name(&name) {
+                return Err(CheckpointError::TensorName { path, name });
+            }
+            let Some(dtype) = Dtype::from_safetensors(info.dtype) else {
+                return Err(CheckpointError::UnsupportedDtype { path, name, dtype: info.dtype.to_string() });
+            };
+            let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
+            tensors.push((
+                name,
+                OwnedTensor { dtype, shape: info.shape.clone(), file: Arc::clone(&bytes), range },
+            ));
+        }
+        Ok(tensors)
+    }
+}
+
+/// The file's bytes, if they are those of the manifest.
+fn read_verified(path: &Path, entry: &FileEntry) -> Result<Vec<u8>, CheckpointError> {
+    // Before memory is reserved: the length that the manifest claims is that of a real file.
+    check_length(path, entry)?;
+    let mut bytes = Vec::new();
+    let len = usize::try_from(entry.bytes).ok().filter(|len| bytes.try_reserve_exact(*len).is_ok());
+    if len.is_none() {
+        return Err(CheckpointError::OutOfMemory { path: path.into(), bytes: entry.bytes });
+    }
+    let file = File::open(path).map_err(io_error("open", path))?;
+    // Bounded even if the file grows meanwhile.
+    file.take(entry.bytes).read_to_end(&mut bytes).map_err(io_error("read", path))?;
+    let (expected, found) = (entry.blake3.clone(), blake3::hash(&bytes).to_hex().to_string());
+    if expected == found {
+        Ok(bytes)
+    } else {
+        Err(CheckpointError::FileAltered { path: path.into(), expected, found })
+    }
+}
+
+/// All checkpoints of a run, oldest first, each with its manifest or the reason why it cannot be used. A folder that does not exist
+/// holds none. Temporary folders are not listed.
+///
+/// # Errors
+/// `Io` if the folder cannot be read.
+pub fn list(checkpoints_dir: &Path) -> Result<Vec<Entry>, CheckpointError> {
+    let mut folders = BTreeMap::new();
+    let mut set_aside = Vec::new();
+    for name in names(checkpoints_dir)? {
+        let path = checkpoints_dir.join(&name);
+        if let Some(step) = parse_step_name(&name).filter(|_| path.is_dir()) {
+            folders.insert(step, path);
+        } else if let Some(step) = name.strip_prefix(".old-").and_then(parse_step_name) {
+            set_aside.push((step, path));
+        }
+    }
+    // A replacement that was cut between its two renames: the old checkpoint is the one there is.
+    for (step, path) in set_aside {
+        folders.entry(step).or_insert(path);
+    }
+    Ok(folders
+        .into_iter()
+        .map(|(step, path)| Entry { step, state: open(&path).map(|checkpoint| checkpoint.manifest), path })
+        .collect())
+}
+
+fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
+    let entries = match fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(io_error("list", folder)(error)),
+    };
+    let mut names = Vec::new();
+    for entry in entries {
+        // A name that is not UTF-8 is none of ours.
+        names.extend(entry.map_err(io_error("list", folder))?.file_name().into_string().ok());
+    }
+    Ok(names)
+}
+
+/// The newest checkpoint whose digests all verify; `None` if there is no checkpoint at all.
+///
+/// # Errors
+/// `NoneUsable` if there are checkpoints and none is intact: starting over silently would lose the run. `Io` if the folder cannot
+/// be read.
+pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError> {
+    let mut rejected = Vec::new();
+    for Entry { path, state, .. } in list(checkpoints_dir)?.into_iter().rev() {
+        let verified = state.and_then(|manifest| {
+            let checkpoint = Checkpoint { folder: path.clone(), manifest };
+            checkpoint.verify().map(|()| checkpoint)
+        });
+        match verified {
+            Ok(checkpoint) => return Ok(Some(Newest { checkpoint, rejected })),
+            Err(reason) => rejected.push((path, reason)),
+        }
+    }
+    if rejected.is_empty() {
+        return Ok(None);
+    }
+    let reasons = rejected.iter().map(|(_, reason)| reason.to_string()).collect();
+    Err(CheckpointError::NoneUsable { folder: checkpoints_dir.into(), reasons })
+}
+
+/// Removes the oldest complete checkpoints until `keep` are left, and what crashes left behind; returns the checkpoints removed.
+///
+/// The newest complete one always stays (`keep` of 0 counts as 1). Nothing is removed unless one of those that stay has been verified
+/// down to its last byte. Checkpoints that cannot be used are neither counted nor removed: someone may want to look at them. Only the
+/// process that writes into the folder may call this.
+///
+/// # Errors
+/// `Io` if the folder cannot be read or changed.
+pub fn retain(checkpoints_dir: &Path, keep: u64) -> Result<Vec<PathBuf>, CheckpointError> {
+    let mut probe = NoProbe;
+    let mut disk = Disk { probe: &mut probe };
+    sweep(checkpoints_dir, &mut disk)?;
+
+    let mut complete: Vec<Checkpoint> = list(checkpoints_dir)?
+        .into_iter()
+        .filter_map(|entry| Some(Checkpoint { folder: entry.path, manifest: entry.state.ok()? }))
+        .collect();
+    let keep = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
+    if complete.len() <= keep {
+        return Ok(Vec::new());
+    }
+    let stay = complete.split_off(complete.len() - keep);
+    if !stay.iter().rev().any(|checkpoint| checkpoint.verify().is_ok()) {
+        return Ok(Vec::new());
+    }
+    let mut removed = Vec::new();
+    for checkpoint in complete {
+        // First out of sight, so that a crash leaves no half checkpoint under a name that counts.
+        let name = checkpoint.folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let doomed = checkpoints_dir.join(format!(".tmp-removed-{}", name.trim_start_matches('.')));
+        if doomed.exists() {
+            disk.remove_folder(&doomed)?;
+        }
+        disk.rename(&checkpoint.folder, &doomed)?;
+        disk.remove_folder(&doomed)?;
+        removed.push(checkpoint.folder);
+    }
+    disk.sync_folder(checkpoints_dir)?;
+    Ok(removed)
+}
+
+/// Removes temporary folders nobody is writing, and brings a checkpoint that was set aside back under its name or, if the one
+/// that replaces it is complete, removes it.
+fn sweep(checkpoints_dir: &Path, disk: &mut Disk<'_>) -> Result<(), CheckpointError> {
+    for name in names(checkpoints_dir)? {
+        let path = checkpoints_dir.join(&name);
+        if name.starts_with(".tmp-") && !is_in_progress(&path) {
+            disk.remove_folder(&path)?;
+        } else if let Some(step) = name.strip_prefix(".old-").and_then(parse_step_name) {
+            let folder = checkpoints_dir.join(step_name(step));
+            if !folder.exists() {
+                disk.rename(&path, &folder)?;
+                disk.sync_folder(checkpoints_dir)?;
+            } else if open(&folder).is_ok_and(|checkpoint| checkpoint.verify().is_ok()) {
+                disk.remove_folder(&path)?;
+            }
+        }
+    }
+    Ok(())
+}

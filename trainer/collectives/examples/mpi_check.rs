@@ -1,0 +1,153 @@
+//! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose when asked to.
+//! `tests/mpi.rs` runs it under mpirun.
+//!
+//! `mpi_check sums | panic RANK | panic-elsewhere RANK | leave RANK | abort RANK CODE | expect RANK WORLD`
+
+use std::{env, process::ExitCode, thread, time::Duration};
+
+use mentee_collectives::{Buffer, Collectives, ErrorKind, StartError, checked::Checked, mpi::Mpi};
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let number = |index: usize| args[index].parse::<u32>().expect("a number");
+    let command = args.first().map(String::as_str).unwrap_or("sums");
+
+    let expected = (command == "expect").then(|| (number(1), number(2)));
+    let group = match Mpi::initialize(expected) {
+        Ok(group) => group,
+        Err(error) => {
+            eprintln!("error: {error}");
+            return ExitCode::from(2);
+        }
+    };
+    assert_eq!(Mpi::initialize(None).unwrap_err(), StartError::AlreadyStarted);
+    group.barrier().expect("barrier");
+
+    let chosen = args.len() > 1 && number(1) == group.rank();
+    match command {
+        "sums" => {
+            sums(&group);
+            broadcasts(&group);
+            gathers(&group);
+            other_threads(&group);
+            let group = Checked::new(group);
+            disagreements(&group);
+            group.finish().expect("finish");
+            assert_eq!(group.barrier().unwrap_err().kind, ErrorKind::Finished);
+            println!("rank {} of {}: all well", group.rank(), group.world_size());
+            ExitCode::SUCCESS
+        }
+        "panic" => {
+            assert!(!chosen, "a panic on purpose");
+            group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE)
+        }
+        "panic-elsewhere" => {
+            // The rank's main thread is inside MPI, waiting for peers that wait for it, when another thread panics.
+            if chosen {
+                thread::spawn(|| {
+                    thread::sleep(Duration::from_millis(100));
+                    panic!("a panic on purpose");
+                });
+                group.barrier().expect("barrier");
+            } else {
+                thread::sleep(Duration::from_secs(600));
+            }
+            group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE)
+        }
+        "leave" => {
+            if chosen {
+                return ExitCode::from(3);
+            }
+            group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE)
+        }
+        "abort" => {
+            if chosen {
+                group.abort(number(2) as i32);
+            }
+            group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE)
+        }
+        "expect" => {
+            println!("rank {} of {}: as expected", group.rank(), group.world_size());
+            group.finish().expect("finish");
+            ExitCode::SUCCESS
+        }
+        other => panic!("no command {other}"),
+    }
+}
+
+/// Values whose sums depend on the order of the additions.
+fn awkward(rank: u32, index: usize) -> f64 {
+    let bits = (u64::from(rank) + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        ^ (index as u64).wrapping_mul(0xd134_2543_de82_ef95);
+    ((bits >> 33) as f64 - 1_073_741_824.0) * 10f64.powi((bits % 13) as i32 - 6)
+}
+
+fn sums(group: &Mpi) {
+    let world = group.world_size();
+    let in_order = |i: usize| (1..world).fold(awkward(0, i), |sum, rank| sum + awkward(rank, i));
+    let in_order_f32 =
+        |i: usize| (1..world).fold(awkward(0, i) as f32, |sum, rank| sum + awkward(rank, i) as f32);
+    // Nothing, one element, fewer elements than ranks, both sides of the short limit, one piece, several and a rest.
+    for len in [0, 1, 2, 3, 5, 257, 1365, 1366, 4096, 5000, 100_003, 262_144, 600_001] {
+        let mut double: Vec<f64> = (0..len).map(|i| awkward(group.rank(), i)).collect();
+        let mut single: Vec<f32> = double.iter().map(|x| *x as f32).collect();
+        group.all_reduce_sum((&mut double).into()).expect("f64");
+        group.all_reduce_sum((&mut single).into()).expect("f32");
+        for i in 0..len {
+            assert_eq!(double[i].to_bits(), in_order(i).to_bits(), "f64 {i} of {len}");
+            assert_eq!(single[i].to_bits(), in_order_f32(i).to_bits(), "f32 {i} of {len}");
+        }
+    }
+    let mut counts = vec![u64::from(group.rank()) + 1; 100_000];
+    group.all_reduce_sum((&mut counts).into()).expect("u64");
+    assert!(counts.iter().all(|x| *x == u64::from(world * (world + 1) / 2)));
+    let mut bytes = vec![1u8; 70_001];
+    group.all_reduce_sum(Buffer::U8(&mut bytes)).expect("u8");
+    assert!(bytes.iter().all(|x| u32::from(*x) == world));
+}
+
+fn broadcasts(group: &Mpi) {
+    for root in 0..group.world_size() {
+        let mut values: Vec<f32> = (0..300_000).map(|i| awkward(group.rank(), i) as f32).collect();
+        group.broadcast((&mut values).into(), root).expect("broadcast");
+        assert!(values.iter().enumerate().all(|(i, x)| x.to_bits() == (awkward(root, i) as f32).to_bits()));
+    }
+    let root = group.world_size();
+    let error = group.broadcast((&mut vec![0u8]).into(), root).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::NoSuchRoot { root });
+}
+
+fn gathers(group: &Mpi) {
+    for unit in [0usize, 1, 1000] {
+        let own = vec![group.rank() as u8 + 1; unit * group.rank() as usize];
+        let all = group.all_gather(&own).expect("all-gather");
+        assert_eq!(all.len(), group.world_size() as usize);
+        for (rank, bytes) in all.iter().enumerate() {
+            assert_eq!(*bytes, vec![rank as u8 + 1; unit * rank]);
+        }
+    }
+}
+
+/// The reducer calls from a thread of its own: the calls of several threads must not mix.
+fn other_threads(group: &Mpi) {
+    let mut values = vec![1.0f32; 50_000];
+    thread::scope(|scope| {
+        scope.spawn(|| group.all_reduce_sum((&mut values).into()).expect("from another thread"));
+    });
+    assert!(values.iter().all(|x| *x == group.world_size() as f32));
+    let error = thread::scope(|scope| scope.spawn(|| group.finish()).join().expect("no panic").unwrap_err());
+    assert_eq!(error.kind, ErrorKind::WrongThread);
+}
+
+fn disagreements(group: &Checked<Mpi>) {
+    let len = if group.rank() == 1 { 9 } else { 8 };
+    let result = group.all_reduce_sum((&mut vec![0f32; len]).into());
+    if group.world_size() == 1 {
+        result.expect("alone");
+        return;
+    }
+    let text = result.unwrap_err().to_string();
+    let expected =
+        "rank 0 calls all-reduce of 8 f32 as its call 0, rank 1 calls all-reduce of 9 f32 as its call 0";
+    assert!(text.ends_with(expected), "{text}");
+}

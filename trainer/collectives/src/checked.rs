@@ -1,0 +1,226 @@
+//! A decorator that makes the ranks compare their calls before each one.
+//!
+//! A rank that skips a bucket or sends another length corrupts sums or hangs, far from the cause. With this around it, the
+//! same mistake is an error at the first call that differs, which names two ranks and what each wanted. It costs one small all-gather a call.
+
+use std::{
+    fmt,
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use crate::{Buffer, CollectiveError, Collectives, ElementType, ErrorKind, Operation};
+
+/// What a rank is about to do: equal on all ranks, or they do not fit together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Call {
+    pub(crate) operation: Operation,
+    /// Type and number of the elements, where they have to agree.
+    payload: Option<(ElementType, u64)>,
+    root: Option<u32>,
+}
+
+impl Call {
+    pub(crate) fn all_reduce_sum(buffer: &Buffer<'_>) -> Self {
+        let payload = Some((buffer.element_type(), buffer.len() as u64));
+        Call { operation: Operation::AllReduceSum, payload, root: None }
+    }
+
+    pub(crate) fn broadcast(buffer: &Buffer<'_>, root: u32) -> Self {
+        let payload = Some((buffer.element_type(), buffer.len() as u64));
+        Call { operation: Operation::Broadcast, payload, root: Some(root) }
+    }
+
+    /// An operation without a buffer whose length has to agree.
+    pub(crate) fn plain(operation: Operation) -> Self {
+        Call { operation, payload: None, root: None }
+    }
+
+    /// The first pair of ranks whose calls differ, as an error.
+    pub(crate) fn first_difference(calls: &[Call]) -> Option<ErrorKind> {
+        let first_call = calls.first()?;
+        let second = calls.iter().position(|call| call != first_call)?;
+        Some(ErrorKind::Disagreement {
+            first: 0,
+            first_call: first_call.to_string(),
+            second: second as u32,
+            second_call: calls[second].to_string(),
+        })
+    }
+
+    /// Operation, type and root as bytes (255 for none), then the length, little endian.
+    fn to_bytes(self, number: u64) -> [u8; 22] {
+        let mut bytes = [255u8; 22];
+        bytes[..8].copy_from_slice(&number.to_le_bytes());
+        bytes[8] = Operation::ALL.iter().position(|op| *op == self.operation).unwrap_or(255) as u8;
+        let (element, len) = match self.payload {
+            Some((element, len)) => (ElementType::ALL.iter().position(|e| *e == element), len),
+            None => (None, 0),
+        };
+        bytes[9] = element.unwrap_or(255) as u8;
+        bytes[10..18].copy_from_slice(&len.to_le_bytes());
+        bytes[18..].copy_from_slice(&self.root.unwrap_or(u32::MAX).to_le_bytes());
+        bytes
+    }
+
+    fn describe(bytes: &[u8]) -> String {
+        let Ok(bytes) = <&[u8; 22]>::try_from(bytes) else {
+            return format!("an unchecked all-gather of {} bytes", bytes.len());
+        };
+        let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+        let root = u32::from_le_bytes(std::array::from_fn(|i| bytes[18 + i]));
+        let Some(&operation) = Operation::ALL.get(bytes[8] as usize) else {
+            return "an unknown operation".into();
+        };
+        let payload = ElementType::ALL.get(bytes[9] as usize).map(|element| (*element, word(10)));
+        let call = Call { operation, payload, root: (root != u32::MAX).then_some(root) };
+        format!("{call} as its call {}", word(0))
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.operation)?;
+        if let Some((element, len)) = self.payload {
+            write!(f, " of {len} {element}")?;
+        }
+        if let Some(root) = self.root {
+            write!(f, " from rank {root}")?;
+        }
+        Ok(())
+    }
+}
+
+/// The decorator. All ranks of a group wear it, or none.
+#[derive(Debug)]
+pub struct Checked<C> {
+    inner: C,
+    calls: AtomicU64,
+    /// Keeps a comparison and the operation it belongs to together when several threads call.
+    turn: Mutex<()>,
+}
+
+impl<C: Collectives> Checked<C> {
+    /// Compares the calls of `inner` across ranks from here on.
+    pub fn new(inner: C) -> Self {
+        Checked { inner, calls: AtomicU64::new(0), turn: Mutex::new(()) }
+    }
+
+    fn compare<R>(
+        &self,
+        call: Call,
+        work: impl FnOnce() -> Result<R, CollectiveError>,
+    ) -> Result<R, CollectiveError> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = self.calls.fetch_add(1, Ordering::Relaxed);
+        let calls = self.inner.all_gather(&call.to_bytes(number))?;
+        match calls.iter().position(|other| *other != calls[0]) {
+            None => work(),
+            Some(second) => Err(CollectiveError {
+                operation: call.operation,
+                call: number,
+                rank: self.rank(),
+                world_size: self.world_size(),
+                kind: ErrorKind::Disagreement {
+                    first: 0,
+                    first_call: Call::describe(&calls[0]),
+                    second: second as u32,
+                    second_call: Call::describe(&calls[second]),
+                },
+            }),
+        }
+    }
+}
+
+impl<C: Collectives> Collectives for Checked<C> {
+    fn rank(&self) -> u32 {
+        self.inner.rank()
+    }
+
+    fn world_size(&self) -> u32 {
+        self.inner.world_size()
+    }
+
+    fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError> {
+        self.compare(Call::all_reduce_sum(&buffer), || self.inner.all_reduce_sum(buffer))
+    }
+
+    fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError> {
+        self.compare(Call::broadcast(&buffer, root), || self.inner.broadcast(buffer, root))
+    }
+
+    fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        self.compare(Call::plain(Operation::AllGather), || self.inner.all_gather(bytes))
+    }
+
+    fn barrier(&self) -> Result<(), CollectiveError> {
+        self.compare(Call::plain(Operation::Barrier), || self.inner.barrier())
+    }
+
+    fn finish(&self) -> Result<(), CollectiveError> {
+        self.compare(Call::plain(Operation::Finish), || self.inner.finish())
+    }
+
+    fn abort(&self, code: i32) -> ! {
+        self.inner.abort(code)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::threads;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn equal_calls_pass_through() {
+        let results = threads::run(3, PATIENCE, |rank| {
+            let group = Checked::new(rank);
+            let mut values = vec![1.0f64; 5];
+            group.all_reduce_sum((&mut values).into())?;
+            group.broadcast((&mut values).into(), 2)?;
+            group.barrier()?;
+            let all = group.all_gather(&[group.rank() as u8])?;
+            group.finish()?;
+            Ok::<_, CollectiveError>((values[0], all))
+        });
+        for result in results {
+            assert_eq!(result.unwrap(), (3.0, vec![vec![0], vec![1], vec![2]]));
+        }
+    }
+
+    #[test]
+    fn a_skipped_call_is_an_error_on_every_rank_that_names_both() {
+        let results = threads::run(3, PATIENCE, |rank| {
+            let group = Checked::new(rank);
+            let mut bucket = vec![0f32; 8];
+            group.all_reduce_sum((&mut bucket).into())?;
+            if group.rank() != 2 {
+                group.all_reduce_sum((&mut bucket[..4]).into())?;
+            }
+            group.barrier()
+        });
+        for result in results {
+            let text = result.unwrap_err().to_string();
+            let expected =
+                "rank 0 calls all-reduce of 4 f32 as its call 1, rank 2 calls barrier as its call 1";
+            assert!(text.ends_with(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_different_root_is_noticed() {
+        let results = threads::run(2, PATIENCE, |rank| {
+            let root = rank.rank();
+            Checked::new(rank).broadcast((&mut vec![0u64; 2]).into(), root)
+        });
+        let text = results[0].as_ref().unwrap_err().to_string();
+        let expected = "rank 0 calls broadcast of 2 u64 from rank 0 as its call 0, rank 1 calls broadcast of 2 u64 from rank 1 as its call 0";
+        assert!(text.ends_with(expected), "{text}");
+    }
+}

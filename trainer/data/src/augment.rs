@@ -1,0 +1,648 @@
+//! The views: crop, flip, colour jitter, grayscale, blur, solarize, normalise. Two views are drawn from an image.
+//!
+//! Two definitions, chosen by `views.definition`; they differ in more than their numbers:
+//!
+//! | step | [`Definition::Byol`] | [`Definition::Torchvision`] |
+//! |---|---|---|
+//! | crop | area and log-ratio drawn once, sides clipped to the image | ten tries, then a centre crop |
+//! | brightness | `x + delta` | `x · factor` |
+//! | contrast | about each channel's mean | about the mean of the gray image |
+//! | saturation | S of HSV times a factor | blend with the gray image |
+//! | hue | rotation of H | rotation of H |
+//! | grayscale | .2989 .5870 .1140 | .299 .587 .114 |
+//! | blur | 2·int(size/20)+1 taps, zero padding | Gaussian to 4 sigma, edges repeated |
+//! | order | flip, jitter, gray, blur, solarize | jitter, gray, blur, solarize, flip |
+//!
+//! Sources. Byol: `byol/utils/augmentations.py` and `byol/utils/dataset.py` of google-deepmind/deepmind-research,
+//! and arXiv:2006.07733, appendix B. Torchvision: `RandomResizedCrop` and `ColorJitter` of torchvision 0.26,
+//! `main_simsiam.py` and `simsiam/loader.py` of facebookresearch/simsiam, and arXiv:2011.10566, section 3.
+//!
+//! Where this differs from those, on purpose:
+//! - Resizing is antialiased (as PIL does it) under both definitions; TensorFlow's `tf.image.resize` does not
+//!   antialias. The two agree whenever a crop is enlarged. Its result has 8 bits a channel; all else is f32.
+//! - torchvision on PIL images rounds to 8 bits after every operation, and PIL's `GaussianBlur` is three box blurs;
+//!   here colours stay f32 and the blur is the Gaussian those boxes stand for.
+//! - Flipping is done while the resized image is widened to f32, not at its place in the order: it commutes with
+//!   every step above.
+//!
+//! Draws ([`ViewDraw`]) are separate from what is done with them ([`Augmenter::apply`]): the first is a pure
+//! function of the image's size and the key, and every quantity has a slot of its own, so that a changed
+//! probability of one step leaves the draws of the others alone.
+
+use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
+use mentee_config::recipe::{Definition, Interpolation, Views};
+
+use crate::decode::RgbImage;
+use crate::math;
+use crate::rng::Stream;
+
+/// What keys the randomness of one view.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ViewKey {
+    /// `run.seed`.
+    pub seed: u64,
+    /// The epoch.
+    pub epoch: u64,
+    /// The sample's index in its source.
+    pub sample: u64,
+    /// 0 or 1.
+    pub view: u8,
+}
+
+/// A part of an image, whole pixels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CropBox {
+    /// First column.
+    pub x: u32,
+    /// First row.
+    pub y: u32,
+    /// Columns, at least 1.
+    pub width: u32,
+    /// Rows, at least 1.
+    pub height: u32,
+}
+
+/// One colour operation with its drawn strength.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ColourOp {
+    /// Byol: added to every channel; Torchvision: multiplied.
+    Brightness(f32),
+    /// Factor about the mean.
+    Contrast(f32),
+    /// Factor of saturation.
+    Saturation(f32),
+    /// Rotation of hue, in turns.
+    Hue(f32),
+}
+
+/// Everything random about one view, decided.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ViewDraw {
+    /// Which part of the image is resized to the view.
+    pub crop: CropBox,
+    /// Mirrored left to right.
+    pub flip: bool,
+    /// Colour operations in the order they are applied; empty when this view is not jittered.
+    pub jitter: Vec<ColourOp>,
+    /// Reduced to gray.
+    pub grayscale: bool,
+    /// Standard deviation of the blur, pixels of the view.
+    pub blur: Option<f64>,
+    /// Values of 0.5 and above inverted.
+    pub solarize: bool,
+}
+
+/// Slots of the draws within a view's [`Stream`]. Fixed: changing one changes every run.
+mod slot {
+    pub const FLIP: u32 = 0;
+    pub const JITTER: u32 = 1;
+    pub const ORDER: u32 = 2; // and the two after it
+    pub const BRIGHTNESS: u32 = 5;
+    pub const CONTRAST: u32 = 6;
+    pub const SATURATION: u32 = 7;
+    pub const HUE: u32 = 8;
+    pub const GRAYSCALE: u32 = 9;
+    pub const BLUR: u32 = 10;
+    pub const SIGMA: u32 = 11;
+    pub const SOLARIZE: u32 = 12;
+    /// Four for each try: area, ratio, column, row.
+    pub const CROP: u32 = 16;
+}
+
+/// torchvision's `RandomResizedCrop` gives up after so many tries.
+const CROP_TRIES: u32 = 10;
+
+/// A blur tap lighter than this fraction of the middle one is below what f32 can add to it.
+const NEGLIGIBLE_TAP: f64 = 1e-8;
+
+/// Work memory of one thread, reused from image to image.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    resizer: Resizer,
+    /// `[H, W, 3]` of the resized crop.
+    resized: Vec<u8>,
+    /// `[3, H, W]`, in [0, 1].
+    planes: Vec<f32>,
+    /// `[H, W]`, one plane between the two passes of a blur.
+    plane: Vec<f32>,
+    /// One row and its padding.
+    row: Vec<f32>,
+}
+
+/// Draws and makes views as a recipe's `[views]` says.
+#[derive(Debug, Clone)]
+pub struct Augmenter {
+    views: Views,
+    size: usize,
+    log_ratio: [f64; 2],
+    normalise: Normalise,
+}
+
+impl Augmenter {
+    /// An augmenter for these settings.
+    #[must_use]
+    pub fn new(views: &Views) -> Self {
+        Self {
+            size: views.size as usize,
+            log_ratio: views.crop_ratio.map(math::ln),
+            normalise: Normalise::new(views),
+            views: views.clone(),
+        }
+    }
+
+    /// Floats in a view: size · size · 3.
+    #[must_use]
+    pub fn view_len(&self) -> usize {
+        self.size * self.size * 3
+    }
+
+    /// Makes view `key.view` of `image`: `[H, W, 3]` normalised floats into `out`.
+    ///
+    /// # Panics
+    /// If `out` is not [`Self::view_len`] long or `image` has no pixels (decoding never yields one).
+    pub fn view(&self, scratch: &mut Scratch, image: &RgbImage, key: ViewKey, out: &mut [f32]) {
+        let draw = self.draw(image.width, image.height, key);
+        self.apply(scratch, image, &draw, out);
+    }
+
+    /// Decides everything random about a view of an image of `width` x `height` pixels.
+    #[must_use]
+    pub fn draw(&self, width: u32, height: u32, key: ViewKey) -> ViewDraw {
+        let v = &self.views;
+        let view = usize::from(key.view).min(1);
+        let draws = Stream::new(key.seed, key.epoch, key.sample, key.view);
+        let crop = match v.definition {
+            Definition::Byol => self.crop_byol(width, height, &draws),
+            Definition::Torchvision => self.crop_torchvision(width, height, &draws),
+        };
+        let jitter = if draws.chance(slot::JITTER, v.jitter) { self.jitter(&draws) } else { Vec::new() };
+        let [low, high] = v.blur_sigma;
+        ViewDraw {
+            crop,
+            flip: draws.chance(slot::FLIP, v.flip),
+            jitter,
+            grayscale: draws.chance(slot::GRAYSCALE, v.grayscale),
+            blur: draws.chance(slot::BLUR, v.blur[view]).then(|| draws.between(slot::SIGMA, low, high)),
+            solarize: draws.chance(slot::SOLARIZE, v.solarize[view]),
+        }
+    }
+
+    /// `_decode_and_random_crop` of DeepMind's `dataset.py`: no retries; a side longer than the image is cut.
+    fn crop_byol(&self, width: u32, height: u32, draws: &Stream) -> CropBox {
+        let (w, h) = self.drawn_sides(width, height, draws, 0);
+        let w = (w.min(f64::from(width)) as u32).max(1);
+        let h = (h.min(f64::from(height)) as u32).max(1);
+        Self::place(width, height, w, h, draws, 0)
+    }
+
+    /// `RandomResizedCrop.get_params` of torchvision.
+    fn crop_torchvision(&self, width: u32, height: u32, draws: &Stream) -> CropBox {
+        for attempt in 0..CROP_TRIES {
+            let (w, h) = self.drawn_sides(width, height, draws, attempt);
+            if w >= 1.0 && h >= 1.0 && w <= f64::from(width) && h <= f64::from(height) {
+                return Self::place(width, height, w as u32, h as u32, draws, attempt);
+            }
+        }
+        let [low, high] = self.views.crop_ratio;
+        let ratio = f64::from(width) / f64::from(height);
+        let (w, h) = if ratio < low {
+            (width, (f64::from(width) / low).round_ties_even() as u32)
+        } else if ratio > high {
+            ((f64::from(height) * high).round_ties_even() as u32, height)
+        } else {
+            (width, height)
+        };
+        let (w, h) = (w.clamp(1, width), h.clamp(1, height));
+        CropBox { x: (width - w) / 2, y: (height - h) / 2, width: w, height: h }
+    }
+
+    /// Width and height of one drawn crop, rounded half to even as both Python and TensorFlow do.
+    fn drawn_sides(&self, width: u32, height: u32, draws: &Stream, attempt: u32) -> (f64, f64) {
+        let [smallest, largest] = self.views.crop_area;
+        let first = slot::CROP + 4 * attempt;
+        let area = f64::from(width) * f64::from(height) * draws.between(first, smallest, largest);
+        let ratio = math::exp(draws.between(first + 1, self.log_ratio[0], self.log_ratio[1]));
+        ((area * ratio).sqrt().round_ties_even(), (area / ratio).sqrt().round_ties_even())
+    }
+
+    fn place(width: u32, height: u32, w: u32, h: u32, draws: &Stream, attempt: u32) -> CropBox {
+        let first = slot::CROP + 4 * attempt;
+        let x = draws.below(first + 2, u64::from(width - w) + 1) as u32;
+        let y = draws.below(first + 3, u64::from(height - h) + 1) as u32;
+        CropBox { x, y, width: w, height: h }
+    }
+
+    fn jitter(&self, draws: &Stream) -> Vec<ColourOp> {
+        let v = &self.views;
+        let mut order = [0, 1, 2, 3];
+        for i in 0..3 {
+            order.swap(i, i + draws.below(slot::ORDER + i as u32, 4 - i as u64) as usize);
+        }
+        let about = |slot, centre: f64, reach: f64, least: f64| {
+            draws.between(slot, (centre - reach).max(least), centre + reach) as f32
+        };
+        order
+            .into_iter()
+            .filter_map(|op| match op {
+                0 if v.brightness > 0.0 => Some(ColourOp::Brightness(match v.definition {
+                    Definition::Byol => about(slot::BRIGHTNESS, 0.0, v.brightness, f64::NEG_INFINITY),
+                    Definition::Torchvision => about(slot::BRIGHTNESS, 1.0, v.brightness, 0.0),
+                })),
+                1 if v.contrast > 0.0 => {
+                    Some(ColourOp::Contrast(about(slot::CONTRAST, 1.0, v.contrast, 0.0)))
+                }
+                2 if v.saturation > 0.0 => {
+                    Some(ColourOp::Saturation(about(slot::SATURATION, 1.0, v.saturation, 0.0)))
+                }
+                3 if v.hue > 0.0 => Some(ColourOp::Hue(about(slot::HUE, 0.0, v.hue, f64::NEG_INFINITY))),
+                _ => None,
+            })
+            .collect()
+    }
+
+    /// Makes the view that `draw` describes: `[H, W, 3]` normalised floats into `out`.
+    ///
+    /// # Panics
+    /// If `out` is not [`Self::view_len`] long, or `draw.crop` is not within `image`.
+    pub fn apply(&self, scratch: &mut Scratch, image: &RgbImage, draw: &ViewDraw, out: &mut [f32]) {
+        assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
+        resize(scratch, image, draw.crop, self.views.resize, self.size);
+        colour_and_write(self, scratch, draw, out);
+    }
+}
+
+/// `crop` of `image`, antialiased to `size` x `size`, into `scratch.resized`. Pixels outside the crop play no part.
+fn resize(scratch: &mut Scratch, image: &RgbImage, crop: CropBox, how: Interpolation, size: usize) {
+    let whole = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.data)
+        .expect("an RgbImage holds width · height · 3 bytes");
+    let part = TypedCroppedImage::from_ref(&whole, crop.x, crop.y, crop.width, crop.height)
+        .expect("a crop lies within its image");
+    scratch.resized.resize(size * size * 3, 0);
+    let mut out = TypedImage::<U8x3>::from_buffer(size as u32, size as u32, &mut scratch.resized)
+        .expect("the buffer was sized for it");
+    scratch.resizer.resize_typed(&part, &mut out, &filter(how)).expect("crop and view have pixels");
+}
+
+/// PIL's filters: bicubic is Catmull-Rom (a = −0.5); both widen with the scale when shrinking.
+pub(crate) fn filter(how: Interpolation) -> ResizeOptions {
+    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(match how {
+        Interpolation::Bicubic => FilterType::CatmullRom,
+        Interpolation::Bilinear => FilterType::Bilinear,
+    }))
+}
+
+/// (x − mean) / std per channel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Normalise {
+    mean: [f32; 3],
+    inverse_std: [f32; 3],
+}
+
+impl Normalise {
+    pub(crate) fn new(views: &Views) -> Self {
+        Self { mean: views.mean.map(|m| m as f32), inverse_std: views.std.map(|s| (1.0 / s) as f32) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn of(&self, channel: usize, x: f32) -> f32 {
+        (x - self.mean[channel]) * self.inverse_std[channel]
+    }
+}
+
+/// Everything after the resize. With AVX2 where there is one: the same operations in the same order on wider
+/// registers (no fused multiply-add), so the same bits.
+fn colour_and_write(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx2")]
+        fn with_avx2(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
+            colour_and_write_on(augmenter, scratch, draw, out);
+        }
+        if std::arch::is_x86_feature_detected!("avx2") {
+            // SAFETY: the processor has AVX2, the only thing `with_avx2` asks for.
+            return unsafe { with_avx2(augmenter, scratch, draw, out) };
+        }
+    }
+    colour_and_write_on(augmenter, scratch, draw, out);
+}
+
+#[inline(always)]
+fn colour_and_write_on(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
+    let size = augmenter.size;
+    scratch.planes.resize(3 * size * size, 0.0);
+    widen(&scratch.resized, size, draw.flip, &mut scratch.planes);
+    let mut planes = Planes::of(&mut scratch.planes, size * size);
+    let definition = augmenter.views.definition;
+    for &op in &draw.jitter {
+        match (op, definition) {
+            (ColourOp::Brightness(delta), Definition::Byol) => planes.each(|x| clip(x + delta)),
+            (ColourOp::Brightness(factor), Definition::Torchvision) => planes.each(|x| clip(x * factor)),
+            (ColourOp::Contrast(factor), Definition::Byol) => planes.contrast_byol(factor),
+            (ColourOp::Contrast(factor), Definition::Torchvision) => planes.contrast_torchvision(factor),
+            (ColourOp::Saturation(factor), Definition::Byol) => planes.saturation_byol(factor),
+            (ColourOp::Saturation(factor), Definition::Torchvision) => planes.saturation_torchvision(factor),
+            (ColourOp::Hue(turns), _) => planes.hue(turns),
+        }
+    }
+    if draw.grayscale {
+        planes.grayscale(match definition {
+            Definition::Byol => GRAY_TENSOR,
+            Definition::Torchvision => GRAY_PIL,
+        });
+    }
+    if let Some(sigma) = draw.blur {
+        let (taps, edge) = match definition {
+            Definition::Byol => (gaussian_taps(sigma, size / 20), Edge::Zero),
+            Definition::Torchvision => (gaussian_taps(sigma, (4.0 * sigma).ceil() as usize), Edge::Repeat),
+        };
+        if taps.len() > 1 {
+            for plane in [&mut *planes.r, &mut *planes.g, &mut *planes.b] {
+                blur(plane, size, &taps, edge, &mut scratch.plane, &mut scratch.row);
+            }
+        }
+    }
+    write(&planes, draw.solarize, augmenter.normalise, out);
+}
+
+/// Weights of red, green and blue in gray: JAX and torchvision tensors; PIL (ITU-R 601-2).
+const GRAY_TENSOR: [f32; 3] = [0.2989, 0.5870, 0.1140];
+const GRAY_PIL: [f32; 3] = [0.299, 0.587, 0.114];
+
+#[inline(always)]
+fn min(a: f32, b: f32) -> f32 {
+    if a < b { a } else { b }
+}
+
+#[inline(always)]
+fn max(a: f32, b: f32) -> f32 {
+    if a > b { a } else { b }
+}
+
+#[inline(always)]
+fn clip(x: f32) -> f32 {
+    max(min(x, 1.0), 0.0)
+}
+
+/// `[H, W, 3]` bytes to `[3, H, W]` floats in [0, 1], mirrored if asked.
+#[inline(always)]
+fn widen(resized: &[u8], size: usize, flip: bool, planes: &mut [f32]) {
+    const SCALE: f32 = 1.0 / 255.0;
+    let (r, rest) = planes.split_at_mut(size * size);
+    let (g, b) = rest.split_at_mut(size * size);
+    for y in 0..size {
+        let row = y * size..(y + 1) * size;
+        let (r, g, b) = (&mut r[row.clone()], &mut g[row.clone()], &mut b[row.clone()]);
+        let pixels = resized[3 * row.start..3 * row.end].chunks_exact(3);
+        for (((pixel, r), g), b) in pixels.zip(r.iter_mut()).zip(g.iter_mut()).zip(b.iter_mut()) {
+            *r = f32::from(pixel[0]) * SCALE;
+            *g = f32::from(pixel[1]) * SCALE;
+            *b = f32::from(pixel[2]) * SCALE;
+        }
+        if flip {
+            r.reverse();
+            g.reverse();
+            b.reverse();
+        }
+    }
+}
+
+/// The three channels of a view being made, each `[H, W]`.
+struct Planes<'a> {
+    r: &'a mut [f32],
+    g: &'a mut [f32],
+    b: &'a mut [f32],
+}
+
+impl<'a> Planes<'a> {
+    #[inline(always)]
+    fn of(planes: &'a mut [f32], len: usize) -> Self {
+        let (r, rest) = planes.split_at_mut(len);
+        let (g, b) = rest.split_at_mut(len);
+        Self { r, g, b }
+    }
+
+    #[inline(always)]
+    fn each(&mut self, f: impl Fn(f32) -> f32) {
+        for plane in [&mut *self.r, &mut *self.g, &mut *self.b] {
+            plane.iter_mut().for_each(|x| *x = f(*x));
+        }
+    }
+
+    #[inline(always)]
+    fn each_pixel(&mut self, f: impl Fn(f32, f32, f32) -> (f32, f32, f32)) {
+        for ((r, g), b) in self.r.iter_mut().zip(self.g.iter_mut()).zip(self.b.iter_mut()) {
+            (*r, *g, *b) = f(*r, *g, *b);
+        }
+    }
+
+    #[inline(always)]
+    fn contrast_byol(&mut self, factor: f32) {
+        for plane in [&mut *self.r, &mut *self.g, &mut *self.b] {
+            let mean = mean(plane);
+            plane.iter_mut().for_each(|x| *x = clip(factor * (*x - mean) + mean));
+        }
+    }
+
+    #[inline(always)]
+    fn contrast_torchvision(&mut self, factor: f32) {
+        let [wr, wg, wb] = GRAY_PIL;
+        // The mean is linear: the gray image's mean is the gray of the means.
+        let mean = wr * mean(self.r) + wg * mean(self.g) + wb * mean(self.b);
+        self.each(|x| clip(factor * x + (1.0 - factor) * mean));
+    }
+
+    /// HSV with S' = clip(S · factor), H and V kept. In RGB every channel is V − (V − x) with V − x proportional to
+    /// S, so the conversion there and back is the one factor S'/S = min(factor, 1/S).
+    #[inline(always)]
+    fn saturation_byol(&mut self, factor: f32) {
+        self.each_pixel(|r, g, b| {
+            let v = max(max(r, g), b);
+            let range = v - min(min(r, g), b);
+            let ratio = if range > 0.0 { min(factor, v / range) } else { 0.0 };
+            (clip(v - (v - r) * ratio), clip(v - (v - g) * ratio), clip(v - (v - b) * ratio))
+        });
+    }
+
+    #[inline(always)]
+    fn saturation_torchvision(&mut self, factor: f32) {
+        let [wr, wg, wb] = GRAY_PIL;
+        self.each_pixel(|r, g, b| {
+            let gray = (1.0 - factor) * (wr * r + wg * g + wb * b);
+            (clip(factor * r + gray), clip(factor * g + gray), clip(factor * b + gray))
+        });
+    }
+
+    /// H' = H + turns (mod 1) in HSV.
+    #[inline(always)]
+    fn hue(&mut self, turns: f32) {
+        self.each_pixel(|r, g, b| {
+            let v = max(max(r, g), b);
+            let range = v - min(min(r, g), b);
+            let inverse = if range > 0.0 { 1.0 / range } else { 0.0 };
+            // Hue in sixths of a turn.
+            let on_r = (g - b) * inverse;
+            let on_g = (b - r) * inverse + 2.0;
+            let on_b = (r - g) * inverse + 4.0;
+            let h = if r == v {
+                on_r
+            } else if g == v {
+                on_g
+            } else {
+                on_b
+            };
+            let h = h + 6.0 * turns;
+            // |turns| <= 0.5 and h in [−1, 5]: one correction each way brings it into [0, 6).
+            let h = if h < 0.0 { h + 6.0 } else { h };
+            let h = if h >= 6.0 { h - 6.0 } else { h };
+            // Channel n of HSV: V − range · clip(min(k, 4 − k)), k = (n + h) mod 6, n = 5, 3, 1.
+            let channel = |n: f32| {
+                let k = n + h;
+                let k = if k >= 6.0 { k - 6.0 } else { k };
+                clip(v - range * clip(min(k, 4.0 - k)))
+            };
+            (channel(5.0), channel(3.0), channel(1.0))
+        });
+    }
+
+    #[inline(always)]
+    fn grayscale(&mut self, weights: [f32; 3]) {
+        self.each_pixel(|r, g, b| {
+            let gray = clip(weights[0] * r + weights[1] * g + weights[2] * b);
+            (gray, gray, gray)
+        });
+    }
+}
+
+/// Mean of a plane: sixteen running sums (so that the order of additions is fixed at any register width), emptied
+/// into f64 often enough to lose nothing.
+#[inline(always)]
+fn mean(plane: &[f32]) -> f32 {
+    const LANES: usize = 16;
+    let mut total = 0.0f64;
+    for block in plane.chunks(64 * LANES) {
+        let mut sums = [0.0f32; LANES];
+        let lanes = block.chunks_exact(LANES);
+        let rest: f64 = lanes.remainder().iter().map(|&x| f64::from(x)).sum();
+        for lane in lanes {
+            for (sum, x) in sums.iter_mut().zip(lane) {
+                *sum += x;
+            }
+        }
+        total += rest + sums.iter().map(|&x| f64::from(x)).sum::<f64>();
+    }
+    (total / plane.len() as f64) as f32
+}
+
+/// What a blur sees beyond the border.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Edge {
+    /// Nothing, as `padding="SAME"` of a convolution: borders darken.
+    Zero,
+    /// The border pixel, as PIL.
+    Repeat,
+}
+
+/// Weights of a Gaussian from its middle outwards, at most `radius` steps, normalised over both sides; negligible
+/// ones are left off.
+fn gaussian_taps(sigma: f64, radius: usize) -> Vec<f32> {
+    let weights: Vec<f64> = (0..=radius)
+        .map(|k| math::exp(-((k * k) as f64) / (2.0 * sigma * sigma)))
+        .take_while(|&w| w > NEGLIGIBLE_TAP)
+        .collect();
+    let sum = weights[0] + 2.0 * weights[1..].iter().sum::<f64>();
+    weights.iter().map(|w| (w / sum) as f32).collect()
+}
+
+/// Separable blur of a `[size, size]` plane: rows, then columns.
+#[inline(always)]
+fn blur(
+    plane: &mut [f32],
+    size: usize,
+    taps: &[f32],
+    edge: Edge,
+    between: &mut Vec<f32>,
+    row: &mut Vec<f32>,
+) {
+    /// Columns that are summed together in registers.
+    const WIDE: usize = 32;
+    let radius = taps.len() - 1;
+    between.resize(size * size, 0.0);
+    row.resize(size + 2 * radius, 0.0);
+    for (line, out) in plane.chunks_exact(size).zip(between.chunks_exact_mut(size)) {
+        let (left, right) = match edge {
+            Edge::Zero => (0.0, 0.0),
+            Edge::Repeat => (line[0], line[size - 1]),
+        };
+        row[..radius].fill(left);
+        row[radius..radius + size].copy_from_slice(line);
+        row[radius + size..radius + size + radius].fill(right);
+        let mut x = 0;
+        while x < size {
+            let wide = WIDE.min(size - x);
+            let mut sums = [0.0f32; WIDE];
+            if wide == WIDE {
+                for (sum, value) in sums.iter_mut().zip(&row[radius + x..radius + x + WIDE]) {
+                    *sum = taps[0] * value;
+                }
+                for (k, &tap) in taps.iter().enumerate().skip(1) {
+                    let before = &row[radius + x - k..radius + x - k + WIDE];
+                    let after = &row[radius + x + k..radius + x + k + WIDE];
+                    for ((sum, a), b) in sums.iter_mut().zip(before).zip(after) {
+                        *sum += tap * (a + b);
+                    }
+                }
+            } else {
+                for (i, sum) in sums.iter_mut().enumerate().take(wide) {
+                    *sum = taps[0] * row[radius + x + i];
+                    for (k, &tap) in taps.iter().enumerate().skip(1) {
+                        *sum += tap * (row[radius + x + i - k] + row[radius + x + i + k]);
+                    }
+                }
+            }
+            out[x..x + wide].copy_from_slice(&sums[..wide]);
+            x += wide;
+        }
+    }
+    // A row beyond the border: none, or the border row.
+    let line = |y: isize| -> Option<usize> {
+        let inside = y.clamp(0, size as isize - 1);
+        (inside == y || edge == Edge::Repeat).then_some(inside as usize * size)
+    };
+    for y in 0..size {
+        let out = &mut plane[y * size..(y + 1) * size];
+        for (sum, value) in out.iter_mut().zip(&between[y * size..(y + 1) * size]) {
+            *sum = taps[0] * value;
+        }
+        for (k, &tap) in taps.iter().enumerate().skip(1) {
+            let (above, below) = (line(y as isize - k as isize), line(y as isize + k as isize));
+            match (above, below) {
+                (Some(a), Some(b)) => {
+                    let (above, below) = (&between[a..a + size], &between[b..b + size]);
+                    for ((sum, a), b) in out.iter_mut().zip(above).zip(below) {
+                        *sum += tap * (a + b);
+                    }
+                }
+                (Some(a), None) | (None, Some(a)) => {
+                    for (sum, a) in out.iter_mut().zip(&between[a..a + size]) {
+                        *sum += tap * a;
+                    }
+                }
+                (None, None) => {}
+            }
+        }
+    }
+}
+
+/// `[3, H, W]` to normalised `[H, W, 3]`, solarized if asked (`where(x < 0.5, x, 1 − x)`), clipped.
+#[inline(always)]
+fn write(planes: &Planes<'_>, solarize: bool, normalise: Normalise, out: &mut [f32]) {
+    let solarized = |x: f32| if solarize && x >= 0.5 { 1.0 - x } else { x };
+    let pixels = planes.r.iter().zip(planes.g.iter()).zip(planes.b.iter());
+    for (((&r, &g), &b), out) in pixels.zip(out.chunks_exact_mut(3)) {
+        out[0] = normalise.of(0, clip(solarized(r)));
+        out[1] = normalise.of(1, clip(solarized(g)));
+        out[2] = normalise.of(2, clip(solarized(b)));
+    }
+}

@@ -1,0 +1,221 @@
+//! What a data set holds, and what is wrong with it: `mentee data stats` and `mentee data verify`.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use mentee_config::recipe::DataFormat;
+use serde::Serialize;
+
+use crate::decode::RgbImage;
+use crate::error::DataError;
+use crate::source::{self, Source, read_image};
+use crate::tar::TarShards;
+
+/// What [`stats`] found in one part of a data set.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Stats {
+    /// The folder, or the split of a set that is divided by file names.
+    pub part: String,
+    /// Images.
+    pub samples: u64,
+    /// Files they are in.
+    pub files: u64,
+    /// Bytes of the images as stored.
+    pub bytes: u64,
+    /// Name and number of images of each class; empty when unlabelled.
+    pub classes: Vec<(String, u64)>,
+    /// Images without a label.
+    pub unlabelled: u64,
+    /// Smallest, median and largest width, pixels, of the images looked at.
+    pub width: [u32; 3],
+    /// The same of the height.
+    pub height: [u32; 3],
+    /// Mean of each channel (R, G, B) over the pixels looked at, in [0, 1].
+    pub mean: [f64; 3],
+    /// Standard deviation of each channel over those pixels.
+    pub std: [f64; 3],
+    /// How many images were decoded for the sizes and colours: evenly spaced ones.
+    pub decoded: u64,
+    /// Identifies the data set.
+    pub digest: String,
+}
+
+/// What [`verify`] found in all parts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Report {
+    /// Images that were decoded, or tried to be.
+    pub samples: u64,
+    /// Files they are in.
+    pub files: u64,
+    /// Bytes of the images as stored.
+    pub bytes: u64,
+    /// Everything that is wrong: shards and containers first, then samples in order.
+    pub problems: Vec<String>,
+}
+
+/// Images decoded by [`stats`], at most.
+const STATS_SAMPLE: u64 = 2048;
+
+/// The parts of a data set, named: `train` and `test` or `val` when it is divided, else the whole.
+fn parts(path: &Path, format: DataFormat) -> Result<Vec<(String, Part)>, DataError> {
+    let folders = source::parts(path);
+    if folders.is_empty() {
+        let (path, format) = source::resolve(path, format)?;
+        return Ok(vec![(path.display().to_string(), (path, format))]);
+    }
+    folders
+        .into_iter()
+        .map(|folder| Ok((folder.display().to_string(), source::resolve(&folder, format)?)))
+        .collect()
+}
+
+type Part = (PathBuf, DataFormat);
+
+/// Counts what is at `path`, each part by itself. Decodes up to 2,048 images a part for sizes and colours.
+///
+/// # Errors
+/// [`DataError`]: nothing there, or an image among those decoded is damaged.
+pub fn stats(path: &Path, format: DataFormat, threads: usize) -> Result<Vec<Stats>, DataError> {
+    parts(path, format)?
+        .into_iter()
+        .map(|(name, (path, format))| part_stats(name, &*source::open_as(&path, format, None)?, threads))
+        .collect()
+}
+
+fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats, DataError> {
+    let samples = source.len();
+    let mut counts: Vec<(String, u64)> = source.classes().iter().map(|name| (name.clone(), 0)).collect();
+    let mut unlabelled = 0;
+    for index in 0..samples {
+        match source.label(index).and_then(|label| counts.get_mut(label as usize)) {
+            Some((_, count)) => *count += 1,
+            None => unlabelled += 1,
+        }
+    }
+    let decoded = samples.min(STATS_SAMPLE);
+    let found = Mutex::new(Vec::with_capacity(decoded as usize));
+    each_image(source, decoded, |i| i * samples / decoded, threads, &|i, image| {
+        let one = image.map(|image| (i, image.width, image.height, moments(image)));
+        found.lock().unwrap_or_else(PoisonError::into_inner).push(one);
+    });
+    let mut found = found
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner)
+        .into_iter()
+        .collect::<Result<Vec<_>, _>>()?;
+    // Sums of floats depend on their order.
+    found.sort_by_key(|one| one.0);
+    let spread = |mut sides: Vec<u32>| {
+        sides.sort_unstable();
+        [sides[0], sides[sides.len() / 2], sides[sides.len() - 1]]
+    };
+    let pixels: f64 = found.iter().map(|one| f64::from(one.1) * f64::from(one.2)).sum();
+    let channel = |c: usize, power: usize| found.iter().map(|one| one.3[c][power]).sum::<f64>() / pixels;
+    let mean: [f64; 3] = std::array::from_fn(|c| channel(c, 0));
+    let (bytes, files) = source.stored();
+    Ok(Stats {
+        part,
+        samples,
+        files,
+        bytes,
+        classes: counts,
+        unlabelled,
+        width: spread(found.iter().map(|one| one.1).collect()),
+        height: spread(found.iter().map(|one| one.2).collect()),
+        mean,
+        std: std::array::from_fn(|c| (channel(c, 1) - mean[c] * mean[c]).max(0.0).sqrt()),
+        decoded,
+        digest: source.digest(),
+    })
+}
+
+/// Sums of each channel's values and of their squares, values in [0, 1].
+fn moments(image: &RgbImage) -> [[f64; 2]; 3] {
+    let mut sums = [[0u64; 2]; 3];
+    for pixel in image.data.chunks_exact(3) {
+        for (sum, &value) in sums.iter_mut().zip(pixel) {
+            sum[0] += u64::from(value);
+            sum[1] += u64::from(value) * u64::from(value);
+        }
+    }
+    sums.map(|[sum, squares]| [sum as f64 / 255.0, squares as f64 / (255.0 * 255.0)])
+}
+
+/// Checks everything at `path`, all parts: every shard against the digests in its index, every image by decoding it.
+/// Goes on after a problem and reports them all. `progress` hears (done, total) images of the part at hand.
+///
+/// # Errors
+/// [`DataError`] only when there is nothing to check: no such path, or no image in it.
+pub fn verify(
+    path: &Path,
+    format: DataFormat,
+    threads: usize,
+    progress: &(dyn Fn(u64, u64) + Sync),
+) -> Result<Report, DataError> {
+    let mut report = Report { samples: 0, files: 0, bytes: 0, problems: Vec::new() };
+    for (_, (path, format)) in parts(path, format)? {
+        let mut note = |error: DataError| {
+            report.problems.push(error.to_string());
+            Ok(())
+        };
+        let source: Arc<dyn Source> = if format == DataFormat::Tar {
+            let shards = match TarShards::open_reporting(&path, &mut note) {
+                Ok(shards) => shards,
+                // Every shard is unreadable: that is a finding, not a reason to stop.
+                Err(DataError::NoImages { .. }) if !report.problems.is_empty() => continue,
+                Err(error) => return Err(error),
+            };
+            shards.verify_shards(&mut note)?;
+            Arc::new(shards)
+        } else {
+            source::open_as(&path, format, None)?
+        };
+        let bad = Mutex::new(Vec::new());
+        let done = AtomicU64::new(0);
+        let total = source.len();
+        each_image(&*source, total, |i| i, threads, &|i, image| {
+            if let Err(error) = image {
+                bad.lock().unwrap_or_else(PoisonError::into_inner).push((i, error));
+            }
+            progress(done.fetch_add(1, Ordering::Relaxed) + 1, total);
+        });
+        let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
+        bad.sort_by_key(|(i, _)| *i);
+        report.problems.extend(bad.into_iter().map(|(_, error)| match error {
+            DataError::BadSample { sample, reason } => format!("{sample}: {reason}"),
+            other => other.to_string(),
+        }));
+        let (bytes, files) = source.stored();
+        report.samples += total;
+        report.files += files;
+        report.bytes += bytes;
+    }
+    Ok(report)
+}
+
+/// Decodes the images `index(0)` … `index(count − 1)` on `threads` threads and hands each, or its error, to `visit`.
+fn each_image(
+    source: &dyn Source,
+    count: u64,
+    index: impl Fn(u64) -> u64 + Sync,
+    threads: usize,
+    visit: &(dyn Fn(u64, Result<&RgbImage, DataError>) + Sync),
+) {
+    let next = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..threads.max(1) {
+            scope.spawn(|| {
+                let (mut bytes, mut image) = (Vec::new(), RgbImage::default());
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= count {
+                        return;
+                    }
+                    let read = read_image(source, index(i), &mut bytes, &mut image);
+                    visit(i, read.map(|()| &image));
+                }
+            });
+        }
+    });
+}

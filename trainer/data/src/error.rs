@@ -1,0 +1,105 @@
+//! What can be wrong with data, each with the place and the remedy. A caller maps every one to exit code 3.
+
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+/// Bad or missing data. One line: what, where (file and key), what to do.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+pub enum DataError {
+    /// The path does not exist.
+    #[error(
+        "{key}: no such folder `{}`: give a folder of tar shards, a folder of images, or one with CIFAR binary or \
+         IDX files",
+        path.display()
+    )]
+    Missing {
+        /// The recipe key (or argument) that named the path.
+        key: String,
+        /// What was looked for.
+        path: PathBuf,
+    },
+    /// The path exists but holds nothing of the wanted format.
+    #[error("no image found in `{}`: looked for {looked_for}", path.display())]
+    NoImages {
+        /// Where.
+        path: PathBuf,
+        /// What would have been accepted.
+        looked_for: String,
+    },
+    /// The operating system refused.
+    #[error("cannot {action} `{}`: {reason}", path.display())]
+    Io {
+        /// "open", "read", "write", …
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's words.
+        reason: String,
+    },
+    /// A container (tar, index, CIFAR or IDX file) is not what its format says.
+    #[error("`{}`: {reason}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it, and the remedy where there is one.
+        reason: String,
+    },
+    /// One sample cannot be read or decoded.
+    #[error("bad sample {sample}: {reason}: repair or remove it (`mentee data verify` finds all such)")]
+    BadSample {
+        /// Shard and key, or the file's path.
+        sample: String,
+        /// Why.
+        reason: String,
+    },
+    /// A label was needed and the sample has none.
+    #[error("sample {sample} has no label: evaluation needs labelled images (class folders or .cls entries)")]
+    NoLabel {
+        /// Shard and key, or the file's path.
+        sample: String,
+    },
+    /// The output of a writer would overwrite something.
+    #[error("`{}` already exists and is not empty: choose another folder or remove it", path.display())]
+    OutputExists {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// A bug: making a view panicked.
+    #[error(
+        "making the views of sample {sample} in epoch {epoch} panicked (the message is above): please report it"
+    )]
+    Panicked {
+        /// The epoch.
+        epoch: u64,
+        /// The sample's index in its source.
+        sample: u64,
+    },
+    /// A decode thread could not be started.
+    #[error("cannot start decode thread {thread}: {reason}")]
+    Thread {
+        /// Which of them.
+        thread: usize,
+        /// The system's words.
+        reason: String,
+    },
+}
+
+impl DataError {
+    /// Names the recipe key or argument a missing path came from (`data.path` unless told).
+    #[must_use]
+    pub fn with_key(self, name: &str) -> Self {
+        match self {
+            Self::Missing { path, .. } => Self::Missing { key: name.to_owned(), path },
+            other => other,
+        }
+    }
+
+    pub(crate) fn io(action: &'static str, path: &Path, error: &std::io::Error) -> Self {
+        Self::Io { action, path: path.to_owned(), reason: error.to_string() }
+    }
+
+    pub(crate) fn bad_file(path: &Path, reason: impl Into<String>) -> Self {
+        Self::BadFile { path: path.to_owned(), reason: reason.into() }
+    }
+}

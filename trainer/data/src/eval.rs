@@ -1,0 +1,240 @@
+//! Images as an evaluation sees them: no randomness, every image once, in the order asked for.
+//!
+//! The view is torchvision's standard one: the shorter side resized to `size · 256/224`, the centre `size` x `size`
+//! cut out, normalised. Small views (below [`SMALL`] pixels, as for CIFAR) are resized to `size` itself, and an
+//! image that is `size` x `size` already is taken as it is.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8x3;
+use fast_image_resize::{ResizeOptions, Resizer};
+use mentee_config::recipe::Views;
+
+use crate::augment::{Normalise, filter};
+use crate::decode::RgbImage;
+use crate::error::DataError;
+use crate::pool::{Pool, Scratch, Work};
+use crate::source::{Source, read_image};
+
+/// Views below this side lose nothing to a margin: they are not resized to 256/224 first.
+pub const SMALL: u32 = 64;
+
+/// Batches that are decoded ahead.
+const QUEUE: usize = 3;
+
+/// Makes evaluation views.
+#[derive(Debug, Clone)]
+pub struct EvalView {
+    size: usize,
+    options: ResizeOptions,
+    normalise: Normalise,
+}
+
+impl EvalView {
+    /// For these settings (`size`, `resize`, `mean` and `std` count).
+    #[must_use]
+    pub fn new(views: &Views) -> Self {
+        Self { size: views.size as usize, options: filter(views.resize), normalise: Normalise::new(views) }
+    }
+
+    /// Floats in a view: size · size · 3.
+    #[must_use]
+    pub fn view_len(&self) -> usize {
+        self.size * self.size * 3
+    }
+
+    /// The part of a `width` x `height` image that is resized to the view: (x, y, width, height), pixels.
+    #[must_use]
+    pub fn crop(&self, width: u32, height: u32) -> (f64, f64, f64, f64) {
+        let size = self.size as u64;
+        let short = if self.size < SMALL as usize { size } else { (size * 256 + 112) / 224 };
+        let (width, height) = (u64::from(width), u64::from(height));
+        // torchvision: the shorter side becomes `short`, the longer int(short · long / short side).
+        let (resized_w, resized_h) = if width <= height {
+            (short, (short * height / width).max(size))
+        } else {
+            ((short * width / height).max(size), short)
+        };
+        if (width, height) == (size, size) {
+            return (0.0, 0.0, width as f64, height as f64);
+        }
+        let axis = |length: u64, resized: u64| {
+            let scale = length as f64 / resized as f64;
+            let offset = ((resized - size) as f64 / 2.0).round_ties_even();
+            (offset * scale, size as f64 * scale)
+        };
+        let (x, w) = axis(width, resized_w);
+        let (y, h) = axis(height, resized_h);
+        (x, y, w.min(width as f64 - x), h.min(height as f64 - y))
+    }
+
+    /// The 8-bit view into `bytes`, `[H, W, 3]`.
+    fn resize(&self, resizer: &mut Resizer, image: &RgbImage, bytes: &mut Vec<u8>) {
+        let (x, y, w, h) = self.crop(image.width, image.height);
+        bytes.resize(self.view_len(), 0);
+        let whole = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.data)
+            .expect("an RgbImage holds width · height · 3 bytes");
+        let mut out = TypedImage::<U8x3>::from_buffer(self.size as u32, self.size as u32, bytes)
+            .expect("the buffer was sized for it");
+        resizer
+            .resize_typed(&whole, &mut out, &self.options.crop(x, y, w, h))
+            .expect("the crop lies within the image and has pixels");
+    }
+
+    /// The evaluation view of `image`: `[H, W, 3]` normalised floats into `out`, and if asked the same pixels as RGB
+    /// in [0, 1] into `raw`.
+    ///
+    /// # Panics
+    /// If `out` or `raw` is not [`Self::view_len`] long, or `image` has no pixels.
+    pub fn view(&self, work: &mut EvalScratch, image: &RgbImage, out: &mut [f32], raw: Option<&mut [f32]>) {
+        assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
+        self.resize(&mut work.resizer, image, &mut work.bytes);
+        const SCALE: f32 = 1.0 / 255.0;
+        for (pixel, out) in work.bytes.chunks_exact(3).zip(out.chunks_exact_mut(3)) {
+            for channel in 0..3 {
+                out[channel] = self.normalise.of(channel, f32::from(pixel[channel]) * SCALE);
+            }
+        }
+        if let Some(raw) = raw {
+            assert_eq!(raw.len(), self.view_len(), "raw pixels are [H, W, 3]");
+            for (byte, out) in work.bytes.iter().zip(raw) {
+                *out = f32::from(*byte) * SCALE;
+            }
+        }
+    }
+}
+
+/// Work memory of [`EvalView::view`].
+#[derive(Debug, Default)]
+pub struct EvalScratch {
+    resizer: Resizer,
+    bytes: Vec<u8>,
+}
+
+/// A few labelled images.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EvalBatch {
+    /// Which samples. `[N]`
+    pub ids: Vec<u64>,
+    /// Their classes. `[N]`
+    pub labels: Vec<u32>,
+    /// Normalised, channels last. `[N, H, W, C]`
+    pub images: Vec<f32>,
+    /// The same pixels as RGB in [0, 1], for the floor that any feature must beat; when asked for. `[N, H, W, C]`
+    pub raw: Option<Vec<f32>>,
+}
+
+/// How [`eval_images`] goes about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EvalOptions {
+    /// Images in a batch; the last may have fewer.
+    pub batch: usize,
+    /// Decode threads; 0 counts as 1.
+    pub threads: usize,
+    /// Whether raw pixels are wanted too.
+    pub raw: bool,
+}
+
+/// The images `indices` of `source`, in that order, in batches. Every one must be labelled.
+///
+/// # Errors
+/// [`DataError::NoLabel`] naming the first unlabelled one; [`DataError::Thread`]. The iterator yields
+/// [`DataError`] for an image that cannot be read, and ends there.
+pub fn eval_images(
+    source: Arc<dyn Source>,
+    indices: Vec<u64>,
+    views: &Views,
+    options: EvalOptions,
+) -> Result<EvalImages, DataError> {
+    let labels = indices
+        .iter()
+        .map(|&index| source.label(index).ok_or_else(|| DataError::NoLabel { sample: source.key(index) }))
+        .collect::<Result<Vec<u32>, _>>()?;
+    let batch = options.batch.max(1);
+    let work = EvalWork { view: EvalView::new(views), source, indices, batch, raw: options.raw };
+    let pool = Pool::start(Box::new(work), options.threads, QUEUE, batch)?;
+    Ok(EvalImages { pool, labels, batch, raw: options.raw, done: false })
+}
+
+/// The batches of [`eval_images`].
+pub struct EvalImages {
+    pool: Pool,
+    labels: Vec<u32>,
+    batch: usize,
+    raw: bool,
+    done: bool,
+}
+
+impl Iterator for EvalImages {
+    type Item = Result<EvalBatch, DataError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.done {
+            return None;
+        }
+        match self.pool.next() {
+            Ok(Some(filled)) => {
+                let first = filled.step as usize * self.batch;
+                let labels = self.labels[first..first + filled.ids.len()].to_vec();
+                let mut images = filled.buffer;
+                let raw = self.raw.then(|| images.split_off(images.len() / 2));
+                Some(Ok(EvalBatch { ids: filled.ids, labels, images, raw }))
+            }
+            Ok(None) => {
+                self.done = true;
+                None
+            }
+            Err(error) => {
+                self.done = true;
+                Some(Err(error))
+            }
+        }
+    }
+}
+
+struct EvalWork {
+    view: EvalView,
+    source: Arc<dyn Source>,
+    indices: Vec<u64>,
+    batch: usize,
+    raw: bool,
+}
+
+impl Work for EvalWork {
+    fn sample_len(&self) -> usize {
+        self.view.view_len()
+    }
+
+    fn planes(&self) -> usize {
+        if self.raw { 2 } else { 1 }
+    }
+
+    fn steps(&self) -> Range<u64> {
+        0..self.indices.len().div_ceil(self.batch) as u64
+    }
+
+    fn samples(&self, step: u64) -> (u64, Vec<u64>) {
+        let first = step as usize * self.batch;
+        (0, self.indices[first..(first + self.batch).min(self.indices.len())].to_vec())
+    }
+
+    fn fill(
+        &self,
+        scratch: &mut Scratch,
+        _epoch: u64,
+        id: u64,
+        out: &mut [&mut [f32]],
+    ) -> Result<(), DataError> {
+        read_image(&*self.source, id, &mut scratch.bytes, &mut scratch.image)?;
+        let (images, raw) = out.split_at_mut(1);
+        self.view.view(
+            &mut scratch.eval,
+            &scratch.image,
+            &mut *images[0],
+            raw.first_mut().map(|raw| &mut **raw),
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,177 @@
+//! A folder of images: `ROOT/class/…/image.jpg`, or images without classes.
+//!
+//! Labels are the sub-folders of the root, sorted by name (torchvision's `ImageFolder`). A root that holds images of
+//! its own, and no sub-folder with any, is unlabelled. Within a class files are taken in the order of their paths.
+//! Names that start with a dot, and extensions other than jpg, jpeg and png, are passed over.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+use crate::error::DataError;
+use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
+
+/// Folders within folders that are followed; a link that leads back to its parent ends here.
+const MAX_DEPTH: usize = 16;
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct ImageFolder {
+    root: PathBuf,
+    /// Paths relative to the root, in sample order.
+    files: Names,
+    /// First sample of each class and, last, their number; empty when unlabelled.
+    starts: Vec<u64>,
+    classes: Vec<String>,
+    bytes: u64,
+    digest: String,
+}
+
+impl ImageFolder {
+    pub(crate) fn open(root: &Path) -> Result<Self, DataError> {
+        if !root.is_dir() {
+            return Err(DataError::bad_file(
+                root,
+                "not a folder: an image folder was asked for (data.format)",
+            ));
+        }
+        let mut found = Found { files: Names::default(), bytes: 0, hasher: blake3::Hasher::new() };
+        let mut classes = Vec::new();
+        let mut starts = Vec::new();
+        let mut own = Vec::new();
+        for entry in sorted_entries(root)? {
+            let name = utf8_name(&entry)?;
+            if name.starts_with('.') {
+                continue;
+            }
+            if entry.path().is_dir() {
+                let before = found.files.len();
+                found.walk(&entry.path(), &name, 1)?;
+                if found.files.len() > before {
+                    classes.push(name);
+                    starts.push(before as u64);
+                }
+            } else if is_image(&name) {
+                own.push((name, entry));
+            }
+        }
+        if classes.is_empty() {
+            for (name, entry) in own {
+                found.add(&name, &entry)?;
+            }
+        } else if !own.is_empty() {
+            return Err(DataError::bad_file(
+                root,
+                format!(
+                    "{} images beside {} class folders: move them into a class folder or away",
+                    own.len(),
+                    classes.len()
+                ),
+            ));
+        } else {
+            starts.push(found.files.len() as u64);
+        }
+        if found.files.len() == 0 {
+            return Err(DataError::NoImages {
+                path: root.to_owned(),
+                looked_for:
+                    "tar shards (*.tar), CIFAR binary (data_batch_1.bin), IDX (train-images-idx3-ubyte), \
+                             images (*.jpg, *.jpeg, *.png) in class folders or at the top"
+                        .to_owned(),
+            });
+        }
+        let digest = found.hasher.finalize().to_hex().to_string();
+        Ok(Self { root: root.to_owned(), files: found.files, starts, classes, bytes: found.bytes, digest })
+    }
+
+    fn path(&self, index: u64) -> PathBuf {
+        self.root.join(self.files.get(index as usize))
+    }
+}
+
+struct Found {
+    files: Names,
+    bytes: u64,
+    hasher: blake3::Hasher,
+}
+
+impl Found {
+    fn walk(&mut self, dir: &Path, relative: &str, depth: usize) -> Result<(), DataError> {
+        if depth > MAX_DEPTH {
+            return Err(DataError::bad_file(
+                dir,
+                format!("more than {MAX_DEPTH} folders deep: is a link circular?"),
+            ));
+        }
+        for entry in sorted_entries(dir)? {
+            let name = utf8_name(&entry)?;
+            if name.starts_with('.') {
+                continue;
+            }
+            let below = format!("{relative}/{name}");
+            if is_image(&name) {
+                self.add(&below, &entry)?;
+            } else if entry.path().is_dir() {
+                self.walk(&entry.path(), &below, depth + 1)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, relative: &str, entry: &fs::DirEntry) -> Result<(), DataError> {
+        let path = entry.path();
+        let size = fs::metadata(&path).map_err(|e| DataError::io("read", &path, &e))?.len();
+        self.files.push(relative);
+        self.bytes += size;
+        self.hasher.update(&(relative.len() as u64).to_le_bytes());
+        self.hasher.update(relative.as_bytes());
+        self.hasher.update(&size.to_le_bytes());
+        Ok(())
+    }
+}
+
+fn utf8_name(entry: &fs::DirEntry) -> Result<String, DataError> {
+    entry
+        .file_name()
+        .into_string()
+        .map_err(|_| DataError::bad_file(&entry.path(), "the name is not UTF-8: rename it"))
+}
+
+fn is_image(name: &str) -> bool {
+    name.rsplit_once('.').is_some_and(|(_, extension)| is_image_name(extension))
+}
+
+impl Source for ImageFolder {
+    fn len(&self) -> u64 {
+        self.files.len() as u64
+    }
+
+    fn read_into(&self, index: u64, buffer: &mut Vec<u8>) -> Result<Encoding, DataError> {
+        let path = self.path(index);
+        buffer.clear();
+        fs::File::open(&path)
+            .and_then(|mut file| file.read_to_end(buffer))
+            .map_err(|e| DataError::io("read", &path, &e))?;
+        Ok(Encoding::File)
+    }
+
+    fn label(&self, index: u64) -> Option<u32> {
+        (!self.classes.is_empty()).then(|| self.starts.partition_point(|&start| start <= index) as u32 - 1)
+    }
+
+    fn key(&self, index: u64) -> String {
+        self.path(index).display().to_string()
+    }
+
+    fn classes(&self) -> &[String] {
+        &self.classes
+    }
+
+    fn digest(&self) -> String {
+        self.digest.clone()
+    }
+
+    fn stored(&self) -> (u64, u64) {
+        (self.bytes, self.len())
+    }
+}

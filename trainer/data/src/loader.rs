@@ -1,0 +1,131 @@
+//! Batches of augmented views, in step order, made ahead of time by decode threads.
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use mentee_config::recipe::Views;
+
+use crate::augment::{Augmenter, ViewKey};
+use crate::error::DataError;
+use crate::order::Order;
+use crate::pool::{Pool, Scratch, Work};
+use crate::source::{Source, read_image};
+
+/// Views drawn from every image.
+pub const NUM_VIEWS: usize = 2;
+
+/// What a [`Loader`] delivers, and with what.
+#[derive(Clone)]
+pub struct LoaderConfig {
+    /// Where samples come from.
+    pub source: Arc<dyn Source>,
+    /// Which sample stands where.
+    pub order: Order,
+    /// The augmentations.
+    pub views: Views,
+    /// Keys the augmentations (`run.seed`).
+    pub seed: u64,
+    /// This rank's positions within the global batch.
+    pub rank_share: Range<u64>,
+    /// The first step delivered: 0, or where a checkpoint left off. Costs nothing to be anywhere.
+    pub first_step: u64,
+    /// One past the last step delivered.
+    pub last_step: u64,
+    /// Decode threads; 0 counts as 1.
+    pub threads: usize,
+    /// Batches held ahead, finished or being filled; 0 counts as 1. Bounds the memory.
+    pub queue_steps: usize,
+}
+
+/// One rank's share of a step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// The step.
+    pub step: u64,
+    /// Its epoch.
+    pub epoch: u64,
+    /// The samples, in the order of the global batch. `[N]`
+    pub ids: Vec<u64>,
+    /// Normalised views, channels last. `[V, N, H, W, C]`, V = 2, C = 3
+    pub views: Vec<f32>,
+    /// How long [`Loader::next`] blocked for it.
+    pub wait: Duration,
+}
+
+/// See the module. Dropping it stops and joins its threads, after the samples they are at.
+pub struct Loader {
+    pool: Pool,
+}
+
+struct Views2 {
+    config: LoaderConfig,
+    augmenter: Augmenter,
+}
+
+impl Work for Views2 {
+    fn sample_len(&self) -> usize {
+        self.augmenter.view_len()
+    }
+
+    fn planes(&self) -> usize {
+        NUM_VIEWS
+    }
+
+    fn steps(&self) -> Range<u64> {
+        self.config.first_step..self.config.last_step
+    }
+
+    fn samples(&self, step: u64) -> (u64, Vec<u64>) {
+        self.config.order.share(step, self.config.rank_share.clone())
+    }
+
+    fn fill(
+        &self,
+        scratch: &mut Scratch,
+        epoch: u64,
+        id: u64,
+        out: &mut [&mut [f32]],
+    ) -> Result<(), DataError> {
+        read_image(&*self.config.source, id, &mut scratch.bytes, &mut scratch.image)?;
+        for (view, out) in (0u8..).zip(out) {
+            let key = ViewKey { seed: self.config.seed, epoch, sample: id, view };
+            self.augmenter.view(&mut scratch.augment, &scratch.image, key, out);
+        }
+        Ok(())
+    }
+}
+
+impl Loader {
+    /// Starts the decode threads.
+    ///
+    /// # Errors
+    /// [`DataError::Thread`] when the system refuses one.
+    pub fn new(config: LoaderConfig) -> Result<Self, DataError> {
+        let share = config.rank_share.end.saturating_sub(config.rank_share.start) as usize;
+        let (threads, queue) = (config.threads, config.queue_steps);
+        let augmenter = Augmenter::new(&config.views);
+        let pool = Pool::start(Box::new(Views2 { config, augmenter }), threads, queue, share)?;
+        Ok(Self { pool })
+    }
+
+    /// The next step's batch; `None` after the last. Blocks until it is ready; [`Batch::wait`] says how long.
+    ///
+    /// # Errors
+    /// [`DataError`] of the first sample, in order, that cannot be read or decoded; again on every further call.
+    #[expect(clippy::should_implement_trait, reason = "an iterator could not lend `recycle`")]
+    pub fn next(&mut self) -> Result<Option<Batch>, DataError> {
+        Ok(self.pool.next()?.map(|filled| Batch {
+            step: filled.step,
+            epoch: filled.epoch,
+            ids: filled.ids,
+            views: filled.buffer,
+            wait: filled.wait,
+        }))
+    }
+
+    /// Gives a batch's memory back, to be filled again.
+    pub fn recycle(&self, batch: Batch) {
+        self.pool.recycle(batch.views);
+    }
+}

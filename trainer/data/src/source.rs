@@ -1,0 +1,272 @@
+//! Where samples come from: random access to encoded or raw images, whatever the format on disk.
+//!
+//! | format | what it looks like | file |
+//! |---|---|---|
+//! | tar shards | `*.tar` with WebDataset names, `index.json` when written by `mentee shard` | `tar.rs` |
+//! | image folder | `class/…/image.jpg` | `folder.rs` |
+//! | CIFAR binary | `data_batch_*.bin`, `test_batch.bin`; `train.bin`, `test.bin` | `cifar.rs` |
+//! | IDX | `train-images-idx3-ubyte[.gz]`, … | `idx.rs` |
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mentee_config::recipe::DataFormat;
+
+use crate::decode::{self, DecodeError, RgbImage};
+use crate::error::DataError;
+use crate::{cifar, folder, idx, tar};
+
+/// How the bytes of a sample stand for an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoding {
+    /// A JPEG or PNG file.
+    File,
+    /// `[height, width, 3]` pixels.
+    Raw {
+        /// Columns.
+        width: u32,
+        /// Rows.
+        height: u32,
+    },
+}
+
+/// One sample as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Sample {
+    /// What the bytes are.
+    pub encoding: Encoding,
+    /// The bytes.
+    pub bytes: Vec<u8>,
+}
+
+/// Samples by index, from any thread.
+pub trait Source: Send + Sync {
+    /// Number of samples.
+    fn len(&self) -> u64;
+
+    /// No samples. (Opening refuses such a set.)
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Reads sample `index` (below [`Self::len`]) into `buffer`, replacing what it held.
+    ///
+    /// # Errors
+    /// [`DataError`] naming the file when it cannot be read.
+    fn read_into(&self, index: u64, buffer: &mut Vec<u8>) -> Result<Encoding, DataError>;
+
+    /// Reads sample `index`.
+    ///
+    /// # Errors
+    /// As [`Self::read_into`].
+    fn read(&self, index: u64) -> Result<Sample, DataError> {
+        let mut bytes = Vec::new();
+        let encoding = self.read_into(index, &mut bytes)?;
+        Ok(Sample { encoding, bytes })
+    }
+
+    /// The class of sample `index`, an index into [`Self::classes`] where those are named.
+    fn label(&self, index: u64) -> Option<u32>;
+
+    /// Where sample `index` is, for messages: `shard.tar:key`, or a file's path.
+    fn key(&self, index: u64) -> String;
+
+    /// Names of the classes; empty when unlabelled.
+    fn classes(&self) -> &[String];
+
+    /// Identifies the data set (hex): a digest of names, sizes and labels, not of the images themselves.
+    fn digest(&self) -> String;
+
+    /// Bytes of the images as stored, and the number of files they are in.
+    fn stored(&self) -> (u64, u64);
+}
+
+/// Reads and decodes sample `index` into `image`, naming the sample in any error.
+///
+/// # Errors
+/// [`DataError::BadSample`] for a damaged one, [`DataError::Io`] for an unreadable file.
+pub fn read_image(
+    source: &dyn Source,
+    index: u64,
+    bytes: &mut Vec<u8>,
+    image: &mut RgbImage,
+) -> Result<(), DataError> {
+    let encoding = source.read_into(index, bytes)?;
+    // A decoder that panics on hostile bytes must not take the run's threads down without a name.
+    let decoded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match encoding {
+        Encoding::File => decode::decode_into(bytes, image),
+        Encoding::Raw { width, height } => decode::raw_into(bytes, width, height, image),
+    }));
+    let reason = match decoded {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(_) => DecodeError::Damaged { format: "image", reason: "the decoder panicked".to_owned() },
+    };
+    Err(DataError::BadSample { sample: source.key(index), reason: reason.to_string() })
+}
+
+/// Which part of a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Split {
+    /// What is trained on.
+    Train,
+    /// What is held out.
+    Eval,
+}
+
+/// Opens everything at `path` as one data set; see [`open_split`] for sets divided into train and test.
+///
+/// # Errors
+/// [`DataError`]: no such path, no image in it, an unreadable or malformed file.
+pub fn open(path: &Path, format: DataFormat) -> Result<Arc<dyn Source>, DataError> {
+    let (path, format) = resolve(path, format)?;
+    open_as(&path, format, None)
+}
+
+/// Opens the training or the held-out part of the data set at `path`; `None` when it has no held-out part.
+///
+/// A folder is divided when it holds `train` and one of `test` and `val`, or `train` alone; its held-out part is
+/// `test`, else `val`. For a path that is itself named `train` the held-out part is looked for beside it. CIFAR and
+/// IDX files are divided by their names. Any other path is all training.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_split(
+    path: &Path,
+    format: DataFormat,
+    split: Split,
+) -> Result<Option<Arc<dyn Source>>, DataError> {
+    let (base, train) = split_base(path);
+    let Some(train) = train else {
+        let (path, format) = resolve(path, format)?;
+        let by_name = matches!(format, DataFormat::Cifar | DataFormat::Idx);
+        return match split {
+            Split::Train => open_as(&path, format, by_name.then_some(Split::Train)).map(Some),
+            Split::Eval if by_name => match open_as(&path, format, Some(Split::Eval)) {
+                Ok(source) => Ok(Some(source)),
+                Err(DataError::NoImages { .. }) => Ok(None),
+                Err(error) => Err(error),
+            },
+            Split::Eval => Ok(None),
+        };
+    };
+    match split {
+        Split::Train => open(&train, format).map(Some),
+        Split::Eval => match ["test", "val"].map(|name| base.join(name)).into_iter().find(|dir| dir.is_dir())
+        {
+            Some(dir) => open(&dir, format).map(Some),
+            None => Ok(None),
+        },
+    }
+}
+
+/// The folder that is divided, and its training part; the latter `None` when nothing is divided.
+fn split_base(path: &Path) -> (PathBuf, Option<PathBuf>) {
+    let train = path.join("train");
+    if train.is_dir() {
+        let held_out = path.join("test").is_dir() || path.join("val").is_dir();
+        let others = || {
+            fs::read_dir(path).map_or(0, |entries| {
+                entries.flatten().filter(|e| e.file_name() != "train" && e.path().is_dir()).count()
+            })
+        };
+        if held_out || others() == 0 {
+            return (path.to_owned(), Some(train));
+        }
+    }
+    if path.file_name().is_some_and(|name| name == "train")
+        && path.is_dir()
+        && let Some(parent) = path.parent()
+    {
+        return (parent.to_owned(), Some(path.to_owned()));
+    }
+    (path.to_owned(), None)
+}
+
+/// The folders a divided set consists of, training first; none when nothing at `path` is divided into folders.
+pub(crate) fn parts(path: &Path) -> Vec<PathBuf> {
+    match split_base(path) {
+        (base, Some(train)) if base == path => {
+            let held_out = ["test", "val"].map(|name| base.join(name));
+            std::iter::once(train).chain(held_out.into_iter().filter(|dir| dir.is_dir())).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// The path that really holds the files, and their format.
+pub(crate) fn resolve(path: &Path, format: DataFormat) -> Result<(PathBuf, DataFormat), DataError> {
+    match fs::metadata(path) {
+        Ok(_) => {}
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            return Err(DataError::Missing { key: "data.path".to_owned(), path: path.to_owned() });
+        }
+        Err(e) => return Err(DataError::io("open", path, &e)),
+    }
+    if path.is_file() {
+        return Ok((path.to_owned(), if format == DataFormat::Auto { DataFormat::Tar } else { format }));
+    }
+    // The folders these sets unpack to.
+    let nested = ["", "cifar-10-batches-bin", "cifar-100-binary", "raw", "MNIST/raw", "FashionMNIST/raw"];
+    for dir in nested.map(|sub| if sub.is_empty() { path.to_owned() } else { path.join(sub) }) {
+        let found = match format {
+            DataFormat::Auto if tar::is_here(&dir) => DataFormat::Tar,
+            DataFormat::Auto | DataFormat::Cifar if cifar::is_here(&dir) => DataFormat::Cifar,
+            DataFormat::Auto | DataFormat::Idx if idx::is_here(&dir) => DataFormat::Idx,
+            _ => continue,
+        };
+        return Ok((dir, found));
+    }
+    Ok((path.to_owned(), if format == DataFormat::Auto { DataFormat::Folder } else { format }))
+}
+
+pub(crate) fn open_as(
+    path: &Path,
+    format: DataFormat,
+    split: Option<Split>,
+) -> Result<Arc<dyn Source>, DataError> {
+    Ok(match format {
+        DataFormat::Tar => Arc::new(tar::TarShards::open(path)?),
+        DataFormat::Cifar => Arc::new(cifar::Cifar::open(path, split)?),
+        DataFormat::Idx => Arc::new(idx::Idx::open(path, split)?),
+        DataFormat::Folder | DataFormat::Auto => Arc::new(folder::ImageFolder::open(path)?),
+    })
+}
+
+/// Names of the entries of a folder, sorted by bytes.
+pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError> {
+    let mut entries = fs::read_dir(dir)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| DataError::io("list", dir, &e))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    Ok(entries)
+}
+
+/// Whether a file name ends like an image that can be decoded.
+pub(crate) fn is_image_name(extension: &str) -> bool {
+    ["jpg", "jpeg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+/// Texts one after the other in one buffer: 8 bytes of overhead each.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    text: String,
+    ends: Vec<u64>,
+}
+
+impl Names {
+    pub(crate) fn push(&mut self, name: &str) {
+        self.text.push_str(name);
+        self.ends.push(self.text.len() as u64);
+    }
+
+    pub(crate) fn get(&self, index: usize) -> &str {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        &self.text[start as usize..self.ends[index] as usize]
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.ends.len()
+    }
+}

@@ -1,0 +1,281 @@
+//! A procedural image set for demonstrations: small pictures of one kind of figure each.
+//!
+//! The class is the figure (ring, square, cross, …). Everything that raw pixels show first varies freely within a
+//! class: the colours of figures and ground, how many figures there are, where, how large and how turned, the
+//! gradient and the noise behind them. So neighbours in pixel space, or in the features of an untrained network,
+//! share their colours rather than their figure, and a method has to learn what a figure is.
+//!
+//! A picture is a pure function of (seed, split, index), computed with +, −, ×, ÷ and square roots only: the same
+//! bytes on every machine.
+
+use std::path::Path;
+
+use crate::decode::{RgbImage, encode_png};
+use crate::error::DataError;
+use crate::rng::{Sequence, Stream, purpose};
+use crate::shard::{ShardWriter, Written};
+use crate::source::Split;
+
+/// The figures, in the order of their labels.
+pub const CLASSES: [&str; 8] = ["bars", "checker", "crescent", "cross", "dots", "ring", "square", "triangle"];
+
+/// What the set looks like. The default is the demo's.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SyntheticConfig {
+    /// Keys every picture.
+    pub seed: u64,
+    /// Pictures to train on.
+    pub train: u64,
+    /// Pictures to test on.
+    pub test: u64,
+    /// Side, pixels.
+    pub size: u32,
+    /// Fewest and most figures in a picture.
+    pub figures: [u64; 2],
+    /// Smallest and largest radius of a figure, as a fraction of the side.
+    pub radius: [f64; 2],
+    /// Least difference in brightness (0 to 1) between a figure and the ground's mean.
+    pub contrast: f64,
+    /// How far the ground's corners stray from its colour, in [0, 1].
+    pub gradient: f64,
+    /// Amplitude of the smooth noise in the ground, in [0, 1].
+    pub blotches: f64,
+    /// Amplitude of the noise of single pixels, in [0, 1].
+    pub grain: f64,
+    /// Thin strokes of random colour that belong to no class: at most so many.
+    pub strokes: u64,
+    /// Bytes of a shard.
+    pub shard_bytes: u64,
+}
+
+impl Default for SyntheticConfig {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            train: 4000,
+            test: 1000,
+            size: 32,
+            figures: [2, 4],
+            radius: [0.16, 0.30],
+            contrast: 0.25,
+            gradient: 0.25,
+            blotches: 0.08,
+            grain: 0.03,
+            strokes: 2,
+            shard_bytes: 4 << 20,
+        }
+    }
+}
+
+/// Samples along each side of a pixel.
+const OVERSAMPLING: usize = 3;
+
+/// Cells along each side of the smooth noise.
+const BLOTCHES: usize = 5;
+
+type Colour = [f64; 3];
+
+struct Figure {
+    x: f64,
+    y: f64,
+    radius: f64,
+    /// Cosine and sine of its turn.
+    turn: [f64; 2],
+    colour: Colour,
+}
+
+struct Stroke {
+    from: [f64; 2],
+    to: [f64; 2],
+    half_width: f64,
+    colour: Colour,
+}
+
+/// Draws picture `index` of a split: its pixels and its label.
+#[must_use]
+pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u32) {
+    let epoch = match split {
+        Split::Train => 0,
+        Split::Eval => 1,
+    };
+    let mut random = Sequence::new(Stream::new(config.seed, epoch, index, purpose::SYNTHETIC));
+    // Classes take turns, so that they are equally frequent; the order of samples is shuffled by whoever reads.
+    let class = (index % CLASSES.len() as u64) as usize;
+    let ground: Colour = std::array::from_fn(|_| random.between(0.0, 1.0));
+    let corners: [Colour; 4] = std::array::from_fn(|_| {
+        std::array::from_fn(|c| ground[c] + random.between(-config.gradient, config.gradient))
+    });
+    let blotches: [[Colour; BLOTCHES + 1]; BLOTCHES + 1] = std::array::from_fn(|_| {
+        std::array::from_fn(|_| std::array::from_fn(|_| random.between(-config.blotches, config.blotches)))
+    });
+    let strokes: Vec<Stroke> = (0..random.below(config.strokes + 1))
+        .map(|_| Stroke {
+            from: [random.between(-0.2, 1.2), random.between(-0.2, 1.2)],
+            to: [random.between(-0.2, 1.2), random.between(-0.2, 1.2)],
+            half_width: random.between(0.008, 0.02),
+            colour: std::array::from_fn(|_| random.between(0.0, 1.0)),
+        })
+        .collect();
+    let count = config.figures[0] + random.below(config.figures[1].saturating_sub(config.figures[0]) + 1);
+    let mut figures: Vec<Figure> = Vec::with_capacity(count as usize);
+    for _ in 0..count {
+        let mut figure = random_figure(config, &mut random, ground);
+        // Keep figures apart while there is room; where there is none, the last try overlaps.
+        for _ in 0..20 {
+            let clear = figures.iter().all(|other| {
+                let (dx, dy) = (figure.x - other.x, figure.y - other.y);
+                let reach = 0.85 * (figure.radius + other.radius);
+                dx * dx + dy * dy > reach * reach
+            });
+            if clear {
+                break;
+            }
+            figure = random_figure(config, &mut random, ground);
+        }
+        figures.push(figure);
+    }
+
+    let size = config.size as usize;
+    let mut data = Vec::with_capacity(size * size * 3);
+    let step = 1.0 / (size * OVERSAMPLING) as f64;
+    for row in 0..size {
+        for column in 0..size {
+            let mut sum = [0.0; 3];
+            for sub in 0..OVERSAMPLING * OVERSAMPLING {
+                let x = ((column * OVERSAMPLING + sub % OVERSAMPLING) as f64 + 0.5) * step;
+                let y = ((row * OVERSAMPLING + sub / OVERSAMPLING) as f64 + 0.5) * step;
+                let colour = figures
+                    .iter()
+                    .rev()
+                    .find(|figure| covers(class, figure, x, y))
+                    .map(|figure| figure.colour)
+                    .or_else(|| strokes.iter().find(|s| on_stroke(s, x, y)).map(|s| s.colour))
+                    .unwrap_or_else(|| ground_at(&corners, &blotches, x, y));
+                for c in 0..3 {
+                    sum[c] += colour[c];
+                }
+            }
+            for channel in sum {
+                let grain = random.between(-config.grain, config.grain);
+                let value = channel / (OVERSAMPLING * OVERSAMPLING) as f64 + grain;
+                data.push((value.clamp(0.0, 1.0) * 255.0 + 0.5) as u8);
+            }
+        }
+    }
+    (RgbImage { width: config.size, height: config.size, data }, class as u32)
+}
+
+fn luma(colour: Colour) -> f64 {
+    0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+}
+
+fn random_figure(config: &SyntheticConfig, random: &mut Sequence, ground: Colour) -> Figure {
+    let radius = random.between(config.radius[0], config.radius[1]);
+    let turn = loop {
+        let (x, y) = (random.between(-1.0, 1.0), random.between(-1.0, 1.0));
+        let length = (x * x + y * y).sqrt();
+        if length > 0.1 && length <= 1.0 {
+            break [x / length, y / length];
+        }
+    };
+    let mut colour = [0.0; 3];
+    // A ground of middling brightness leaves few colours; after many tries take what there is.
+    for _ in 0..64 {
+        colour = std::array::from_fn(|_| random.between(0.0, 1.0));
+        if (luma(colour) - luma(ground)).abs() >= config.contrast {
+            break;
+        }
+    }
+    let margin = 0.7 * radius;
+    Figure {
+        x: random.between(margin, 1.0 - margin),
+        y: random.between(margin, 1.0 - margin),
+        radius,
+        turn,
+        colour,
+    }
+}
+
+/// Whether a figure of `class` covers the point; coordinates are fractions of the side.
+fn covers(class: usize, figure: &Figure, x: f64, y: f64) -> bool {
+    let (dx, dy) = ((x - figure.x) / figure.radius, (y - figure.y) / figure.radius);
+    let r2 = dx * dx + dy * dy;
+    if r2 >= 1.0 {
+        return false;
+    }
+    let [cos, sin] = figure.turn;
+    let (u, v) = (cos * dx + sin * dy, cos * dy - sin * dx);
+    match CLASSES[class] {
+        "bars" => ((u + 1.0) * 2.5) as i64 % 2 == 0,
+        "checker" => (((u + 1.0) * 2.0) as i64 + ((v + 1.0) * 2.0) as i64) % 2 == 0,
+        "crescent" => (u - 0.5) * (u - 0.5) + v * v > 0.62,
+        "cross" => u.abs() < 0.27 || v.abs() < 0.27,
+        "dots" => {
+            let near = |a: f64, b: f64| (u - a) * (u - a) + (v - b) * (v - b) < 0.28 * 0.28;
+            near(0.62, 0.0) || near(-0.62, 0.0) || near(0.0, 0.62) || near(0.0, -0.62)
+        }
+        "ring" => r2 > 0.36,
+        "square" => u.abs() < 0.7 && v.abs() < 0.7,
+        _ => v > -0.5 && 1.732_050_807_568_877_2 * u.abs() + v < 1.0,
+    }
+}
+
+fn on_stroke(stroke: &Stroke, x: f64, y: f64) -> bool {
+    let (ax, ay) = (x - stroke.from[0], y - stroke.from[1]);
+    let (bx, by) = (stroke.to[0] - stroke.from[0], stroke.to[1] - stroke.from[1]);
+    let length2 = bx * bx + by * by;
+    let along = if length2 > 0.0 { ((ax * bx + ay * by) / length2).clamp(0.0, 1.0) } else { 0.0 };
+    let (dx, dy) = (ax - along * bx, ay - along * by);
+    dx * dx + dy * dy < stroke.half_width * stroke.half_width
+}
+
+/// The gradient between the corners, plus smooth noise.
+fn ground_at(
+    corners: &[Colour; 4],
+    blotches: &[[Colour; BLOTCHES + 1]; BLOTCHES + 1],
+    x: f64,
+    y: f64,
+) -> Colour {
+    let (cell_x, cell_y) = (x * BLOTCHES as f64, y * BLOTCHES as f64);
+    let (i, j) = ((cell_x as usize).min(BLOTCHES - 1), (cell_y as usize).min(BLOTCHES - 1));
+    let (fx, fy) = (smooth(cell_x - i as f64), smooth(cell_y - j as f64));
+    std::array::from_fn(|c| {
+        let mix = |a: f64, b: f64, t: f64| a + (b - a) * t;
+        let gradient = mix(mix(corners[0][c], corners[1][c], x), mix(corners[2][c], corners[3][c], x), y);
+        let above = mix(blotches[j][i][c], blotches[j][i + 1][c], fx);
+        let below = mix(blotches[j + 1][i][c], blotches[j + 1][i + 1][c], fx);
+        gradient + mix(above, below, fy)
+    })
+}
+
+fn smooth(t: f64) -> f64 {
+    t * t * (3.0 - 2.0 * t)
+}
+
+/// Writes the set as tar shards of PNG files into `out/train` and `out/test`, both of which must be new or empty.
+/// `progress` hears (done, total) pictures. Returns what was written of each.
+///
+/// # Errors
+/// [`DataError`] when the folders hold something or the disk refuses.
+pub fn write_synthetic(
+    out: &Path,
+    config: &SyntheticConfig,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<[Written; 2], DataError> {
+    let classes = CLASSES.map(str::to_owned);
+    let total = config.train + config.test;
+    let mut part = |name: &str, split: Split, count: u64, before: u64| {
+        let mut writer = ShardWriter::create(&out.join(name), config.shard_bytes, &classes)?;
+        for index in 0..count {
+            let (image, label) = draw(config, split, index);
+            let png = encode_png(image.width, image.height, &image.data)
+                .map_err(|reason| DataError::BadSample { sample: format!("{name} {index}"), reason })?;
+            writer.add(&png, Some(label))?;
+            if (index + 1) % 100 == 0 || index + 1 == count {
+                progress(before + index + 1, total);
+            }
+        }
+        writer.finish()
+    };
+    Ok([part("train", Split::Train, config.train, 0)?, part("test", Split::Eval, config.test, config.train)?])
+}

@@ -1,0 +1,149 @@
+//! What all ranks must agree on: before the first step that they are about to do the same, and at every step whether
+//! to go on.
+
+use mentee_collectives::{Buffer, Collectives};
+use mentee_ssl::loss::l2_normalise;
+use mentee_ssl::{State, StepLoss};
+use tch::Kind;
+
+use crate::error::WorkerError;
+
+/// What every rank must have alike before step 0.
+#[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
+pub struct Start {
+    pub version: String,
+    pub plan_hash: String,
+    pub data_digest: String,
+    pub next_step: u64,
+    /// Of student, teacher, momentum and running statistics.
+    pub state_digest: String,
+}
+
+/// Compares every rank's start with rank 0's.
+pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), WorkerError> {
+    let bytes = serde_json::to_vec(own).map_err(|error| WorkerError::Failed(error.to_string()))?;
+    let all = collectives
+        .all_gather(&bytes)
+        .map_err(|source| WorkerError::Collective { step: own.next_step, source })?;
+    let mut starts = Vec::with_capacity(all.len());
+    for (rank, bytes) in all.iter().enumerate() {
+        let start: Start = serde_json::from_slice(bytes).map_err(|error| {
+            WorkerError::Failed(format!("rank {rank} sent no valid start ({error}); use one version of mentee"))
+        })?;
+        starts.push(start);
+    }
+    let first = &starts[0];
+    for (rank, start) in starts.iter().enumerate() {
+        let pairs = [
+            ("version", &start.version, &first.version),
+            ("plan hash", &start.plan_hash, &first.plan_hash),
+            ("data digest", &start.data_digest, &first.data_digest),
+            ("next step", &start.next_step.to_string(), &first.next_step.to_string()),
+            ("digest of the initial state", &start.state_digest, &first.state_digest),
+        ];
+        for (what, found, expected) in pairs {
+            if found != expected {
+                let (found, expected) = (found.clone(), expected.clone());
+                let error = WorkerError::Disagreement { rank, what, found, expected };
+                return Err(error.known(collectives.rank() == 0));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// All ranks take their own `result` together: when one has failed, all fail, with the failure of the lowest of them.
+/// So a mistake that every rank finds is reported once, and no rank waits for one that is gone.
+pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>) -> Result<T, WorkerError> {
+    let own = result.as_ref().err().map_or(0, WorkerError::exit_code);
+    let all = collectives
+        .all_gather(&own.to_le_bytes())
+        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let failed = all.iter().enumerate().find_map(|(rank, bytes)| {
+        let exit_code = i32::from_le_bytes(bytes.as_slice().try_into().ok()?);
+        (exit_code != 0).then_some((rank, exit_code))
+    });
+    match (result, failed) {
+        (result, None) => result,
+        (Err(error), Some((rank, _))) if rank == collectives.rank() as usize => Err(error.known(true)),
+        (_, Some((_, exit_code))) => Err(WorkerError::Known { says: None, exit_code }),
+    }
+}
+
+/// The end of a rank that failed. When all ranks know, they part in order; when only this one does, it says why and
+/// ends the others, which would wait for it.
+pub fn leave(collectives: &dyn Collectives, error: WorkerError) -> WorkerError {
+    if collectives.world_size() > 1 && !matches!(error, WorkerError::Known { .. }) {
+        eprintln!("error: rank {}: {error}", collectives.rank());
+        collectives.abort(error.exit_code());
+    }
+    // The exit code tells how the run went; a network that cannot be shut down does not change that.
+    let _ = collectives.finish();
+    error
+}
+
+/// What the ranks agreed on after one backward pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Agreed {
+    /// Mean over the global batch.
+    pub loss: f64,
+    /// Standard deviation of the L2-normalised student projections over the global batch, mean over dimensions,
+    /// times sqrt(D): about 1 when healthy, 0 when collapsed.
+    pub z_std: f64,
+    /// Some rank was asked to stop.
+    pub stop: bool,
+}
+
+/// One small all-reduce: the loss, its spread, and whether anyone wants to stop. An error when the loss of any rank
+/// is not finite.
+pub fn on_step(
+    collectives: &dyn Collectives,
+    step: u64,
+    own: &StepLoss,
+    stop: bool,
+) -> Result<Agreed, WorkerError> {
+    let (world, rank) = (collectives.world_size() as usize, collectives.rank() as usize);
+    let share = own.loss.f_double_value(&[])?;
+    let z = l2_normalise(&own.projections).map_err(|source| WorkerError::Step { step, source })?;
+    let z = z.f_to_kind(Kind::Double)?; // [V·N, D]
+    let sums = Vec::<f64>::try_from(z.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
+    let squares = Vec::<f64>::try_from(z.f_square()?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
+    let dim = sums.len();
+
+    // [loss, stop, rows, not finite by rank, sums, squares]
+    let mut message = vec![0.0; 3 + world];
+    message[0] = if share.is_finite() { share } else { 0.0 };
+    message[1] = f64::from(u8::from(stop));
+    message[2] = z.size()[0] as f64;
+    message[3 + rank] = f64::from(u8::from(!share.is_finite()));
+    message.extend(sums);
+    message.extend(squares);
+    collectives
+        .all_reduce_sum(Buffer::F64(&mut message))
+        .map_err(|source| WorkerError::Collective { step, source })?;
+
+    let bad: Vec<String> = (0..world).filter(|r| message[3 + r] > 0.0).map(|r| r.to_string()).collect();
+    if !bad.is_empty() {
+        let error = WorkerError::LossNotFinite { step, ranks: bad.join(", ") };
+        return Err(error.known(rank == 0));
+    }
+    let rows = message[2];
+    let (sums, squares) = message[3 + world..].split_at(dim);
+    let spread: f64 = sums
+        .iter()
+        .zip(squares)
+        .map(|(sum, square)| ((square / rows - (sum / rows).powi(2)).max(0.0) * rows / (rows - 1.0)).sqrt())
+        .sum();
+    Ok(Agreed { loss: message[0], z_std: spread / dim as f64 * (dim as f64).sqrt(), stop: message[1] > 0.0 })
+}
+
+/// The norm of the mean gradient, which every rank holds; an error naming the first tensor when it is not finite.
+pub fn on_gradient(collectives: &dyn Collectives, step: u64, state: &State) -> Result<f64, WorkerError> {
+    let at_step = |source| WorkerError::Step { step, source };
+    let norm = state.grad_norm().map_err(at_step)?;
+    if norm.is_finite() {
+        return Ok(norm);
+    }
+    let tensor = state.non_finite_gradient().map_err(at_step)?;
+    Err(WorkerError::GradientNotFinite { step, tensor }.known(collectives.rank() == 0))
+}

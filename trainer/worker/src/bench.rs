@@ -1,0 +1,156 @@
+//! `mentee-worker bench step`: the training step on made-up views, without loader and checkpoints.
+
+use std::time::Instant;
+
+use mentee_config::{Plan, Recipe, exit_code};
+use mentee_config::plan::share;
+use mentee_ssl::state::VIEWS;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::WorkerError;
+use crate::reducer::GradientReducer;
+use crate::{agree, metrics, setup};
+
+/// What to measure.
+#[derive(clap::Subcommand)]
+pub enum BenchCommand {
+    /// The training step: forward, backward, reduction, update, teacher.
+    Step(StepArgs),
+}
+
+/// `bench step`
+#[derive(clap::Args)]
+pub struct StepArgs {
+    /// The recipe whose networks, batch and precision are measured.
+    #[arg(default_value = "byol-cifar10-small")]
+    recipe: String,
+    /// Changes one key of the recipe.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+    /// Measured steps.
+    #[arg(long, default_value_t = 10)]
+    steps: u64,
+    /// Steps before those.
+    #[arg(long, default_value_t = 3)]
+    warmup: u64,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Medians over the measured steps.
+#[derive(serde::Serialize)]
+struct Report {
+    images_per_s: f64,
+    step_ms: f64,
+    breakdown_ms: Breakdown,
+    peak_rss_mb: f64,
+    n: u64,
+    world_size: u32,
+    threads: i32,
+}
+
+#[derive(serde::Serialize)]
+struct Breakdown {
+    forward: f64,
+    backward: f64,
+    reduce: f64,
+    update: f64,
+}
+
+/// Runs a benchmark.
+pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
+    let BenchCommand::Step(args) = command;
+    let place = setup::place()?;
+    match step(args, &place) {
+        Ok(()) => {
+            place
+                .collectives
+                .finish()
+                .map_err(|source| WorkerError::Collective { step: args.steps, source })?;
+            Ok(exit_code::DONE)
+        }
+        Err(error) => Err(agree::leave(&*place.collectives, error)),
+    }
+}
+
+fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
+    let (identity, collectives) = (place.identity, &place.collectives);
+    let recipe = Recipe::load(&args.recipe, &args.sets)?;
+    let batch = recipe.schedule.global_batch;
+    let plan = Plan::new(recipe, batch.saturating_mul(args.steps.max(1)), identity.world_size)?;
+    let recipe = &plan.recipe;
+    setup::threads(recipe, &identity);
+    let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    let reducer = GradientReducer::new(collectives.clone());
+    let stat_reduce = setup::stat_reduce(recipe, collectives);
+    let schedule = mentee_ssl::Schedule::new(&plan);
+
+    let own = share(batch, identity.rank, identity.world_size);
+    let side = i64::from(recipe.views.size);
+    let shape = [VIEWS * (own.end - own.start) as i64, side, side, 3];
+    tch::manual_seed(1);
+    let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
+    let views = views.f_to_kind(state.student.weights.master.kind())?;
+
+    // [forward, backward, reduce, update] of each measured step, milliseconds.
+    let mut times: Vec<[f64; 4]> = Vec::new();
+    for n in 0..args.warmup + args.steps {
+        let at_step = |source| WorkerError::Step { step: n, source };
+        let rates = schedule.at(n);
+        let start = Instant::now();
+        let out = state.loss(&*method, &views, batch, stat_reduce.as_ref()).map_err(at_step)?;
+        let forward = start.elapsed();
+        state.backward(&out.loss).map_err(at_step)?;
+        let backward = start.elapsed();
+        let reduce = reducer
+            .finish(&mut state.gradients)
+            .map_err(|source| WorkerError::Collective { step: n, source })?;
+        agree::on_step(&**collectives, n, &out, false)?;
+        agree::on_gradient(&**collectives, n, &state)?;
+        let updating = start.elapsed();
+        state.update(&rates, n).map_err(at_step)?;
+        state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;
+        let end = start.elapsed();
+        if n >= args.warmup {
+            times.push(
+                [forward, backward - forward, reduce, end - updating].map(|time| time.as_secs_f64() * 1e3),
+            );
+        }
+    }
+    let median = |of: &dyn Fn(&[f64; 4]) -> f64| {
+        let mut values: Vec<f64> = times.iter().map(of).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or(0.0)
+    };
+    let step_ms = median(&|t| t.iter().sum());
+    let report = Report {
+        images_per_s: batch as f64 * 1e3 / step_ms,
+        step_ms,
+        breakdown_ms: Breakdown {
+            forward: median(&|t| t[0]),
+            backward: median(&|t| t[1]),
+            reduce: median(&|t| t[2]),
+            update: median(&|t| t[3]),
+        },
+        peak_rss_mb: metrics::peak_rss_mb(),
+        n: args.steps,
+        world_size: identity.world_size,
+        threads: tch::get_num_threads(),
+    };
+    if identity.rank != 0 {
+        return Ok(());
+    }
+    if args.json {
+        let text = serde_json::to_string(&report).map_err(|error| WorkerError::Failed(error.to_string()))?;
+        println!("{text}");
+    } else {
+        let Breakdown { forward, backward, reduce, update } = report.breakdown_ms;
+        println!(
+            "{:.1} images/s · step {step_ms:.1} ms (forward {forward:.1}, backward {backward:.1}, reduce \
+             {reduce:.1}, update {update:.1}) · peak {:.0} MiB · {} ranks of {} threads · n = {}",
+            report.images_per_s, report.peak_rss_mb, report.world_size, report.threads, report.n
+        );
+    }
+    Ok(())
+}

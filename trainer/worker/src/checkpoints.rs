@@ -1,0 +1,87 @@
+//! Training state to and from checkpoints.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use mentee_checkpoint::{self as checkpoint, Checkpoint, Dtype, Meta};
+use mentee_ssl::State;
+use tch::{Kind, Tensor};
+
+use crate::error::WorkerError;
+
+/// The folder of a run's checkpoints.
+pub fn folder(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
+fn bytes(tensor: &Tensor) -> Result<Vec<u8>, WorkerError> {
+    let dense = tensor.f_contiguous()?;
+    let mut bytes = vec![0u8; dense.numel() * dense.kind().elt_size_in_bytes()];
+    dense.f_copy_data_u8(&mut bytes, dense.numel())?;
+    Ok(bytes)
+}
+
+fn dtype(kind: Kind) -> Result<Dtype, WorkerError> {
+    match kind {
+        Kind::Float => Ok(Dtype::F32),
+        Kind::Double => Ok(Dtype::F64),
+        other => Err(WorkerError::Failed(format!("a checkpoint holds f32 or f64, not {other:?}"))),
+    }
+}
+
+/// The state as a checkpoint holds it: every tensor dense, [O, I, H, W].
+fn tensors(state: &State) -> Result<Vec<checkpoint::Tensor<'static>>, WorkerError> {
+    state
+        .tensors()?
+        .into_iter()
+        .map(|(name, tensor)| {
+            Ok(checkpoint::Tensor {
+                name,
+                dtype: dtype(tensor.kind())?,
+                shape: tensor.size().iter().map(|&dim| dim as usize).collect(),
+                bytes: Cow::Owned(bytes(&tensor)?),
+            })
+        })
+        .collect()
+}
+
+/// Digest of the whole state, for agreement between ranks.
+pub fn digest(state: &State) -> Result<String, WorkerError> {
+    let mut hasher = blake3::Hasher::new();
+    for (name, tensor) in state.tensors()? {
+        hasher.update(name.as_bytes());
+        hasher.update(&bytes(&tensor)?);
+    }
+    Ok(hasher.finalize().to_hex()[..16].to_owned())
+}
+
+/// Writes the state, drops checkpoints beyond `keep`, and returns the folder and the digest of all state.
+pub fn write(run_dir: &Path, state: &State, meta: &Meta, keep: u64) -> Result<(PathBuf, String), WorkerError> {
+    let folder = folder(run_dir);
+    std::fs::create_dir_all(&folder).map_err(WorkerError::io("create", &folder))?;
+    let files = [("state.safetensors".to_owned(), tensors(state)?)];
+    let path = checkpoint::write(&folder, meta, &files)?;
+    let digest = checkpoint::open(&path)?.manifest.state_digest;
+    checkpoint::retain(&folder, keep)?;
+    Ok((path, digest))
+}
+
+/// Takes the state from a checkpoint; nothing is changed when it does not fit.
+pub fn load(state: &mut State, checkpoint: &Checkpoint, path: &Path) -> Result<(), WorkerError> {
+    let mut tensors = BTreeMap::new();
+    for (name, tensor) in checkpoint.load()? {
+        let kind = match tensor.dtype {
+            Dtype::F32 => Kind::Float,
+            Dtype::F64 => Kind::Double,
+            Dtype::Bf16 => Kind::BFloat16,
+            Dtype::I64 => Kind::Int64,
+            Dtype::U8 => Kind::Uint8,
+        };
+        let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
+        tensors.insert(name, Tensor::f_from_data_size(&tensor.bytes, &shape, kind)?);
+    }
+    state
+        .load(&tensors)
+        .map_err(|source| WorkerError::CheckpointContent { path: path.to_owned(), source })
+}

@@ -1,0 +1,95 @@
+//! What ends a worker, and with which exit code.
+
+use std::path::PathBuf;
+
+use mentee_checkpoint::CheckpointError;
+use mentee_cluster::{IdentityError, LinkError};
+use mentee_collectives::{CollectiveError, StartError};
+use mentee_config::{ConfigError, exit_code};
+use mentee_data::DataError;
+use mentee_ssl::SslError;
+
+/// Everything a worker can fail with: one line each.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    #[error("{0}")]
+    Usage(String),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    #[error(
+        "{run_dir}: is a run of another recipe ({difference}); choose another --run-dir, or go back to its plan.toml"
+    )]
+    OtherRecipe { run_dir: PathBuf, difference: String },
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error("{run_dir}: the images at {data} are not those of this run's checkpoint (data digest {found}, was {expected}); restore data.path, or choose another --run-dir")]
+    OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
+    #[error("{0}; restore or remove that checkpoint to go on from an older one")]
+    Checkpoint(#[from] CheckpointError),
+    #[error("{path}: {source}; this checkpoint does not fit the recipe it names")]
+    CheckpointContent { path: PathBuf, source: SslError },
+    #[error(transparent)]
+    Start(#[from] StartError),
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("rank {rank}: {what} = {found} there, {expected} on rank 0; start all ranks with the same recipe, data and version")]
+    Disagreement { rank: usize, what: &'static str, found: String, expected: String },
+    #[error("step {step}: {source}")]
+    Collective { step: u64, source: CollectiveError },
+    #[error("step {step}: {source}")]
+    Step { step: u64, source: SslError },
+    #[error(transparent)]
+    Ssl(#[from] SslError),
+    #[error("step {step}: the loss on rank {ranks} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs")]
+    LossNotFinite { step: u64, ranks: String },
+    #[error("step {step}: the gradient of {tensor} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs")]
+    GradientNotFinite { step: u64, tensor: String },
+    #[error("failed to {action} {path}: {source}")]
+    Io { action: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{0}")]
+    Failed(String),
+    /// Every rank knows of the failure; one of them says it.
+    #[error("{}", says.as_ref().map_or("another rank failed and has said why".to_owned(), |e| e.to_string()))]
+    Known { says: Option<Box<WorkerError>>, exit_code: i32 },
+}
+
+impl WorkerError {
+    /// The documented code of a process that ends with this.
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Usage(_) | Self::Config(_) | Self::Identity(_) | Self::OtherRecipe { .. } | Self::Start(_) => {
+                exit_code::USAGE
+            }
+            Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
+            Self::Checkpoint(_) | Self::CheckpointContent { .. } => exit_code::CHECKPOINT,
+            Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } => exit_code::DIVERGED,
+            Self::Known { exit_code, .. } => *exit_code,
+            _ => exit_code::FAILED,
+        }
+    }
+
+    /// Marks a failure that every rank has found; the rank for which `says` holds reports it.
+    pub fn known(self, says: bool) -> Self {
+        let exit_code = self.exit_code();
+        Self::Known { says: says.then(|| Box::new(self)), exit_code }
+    }
+
+    /// Whether this rank is the one to report it.
+    pub fn is_silent(&self) -> bool {
+        matches!(self, Self::Known { says: None, .. })
+    }
+
+    /// For `map_err` on file operations.
+    pub fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+impl From<tch::TchError> for WorkerError {
+    fn from(error: tch::TchError) -> Self {
+        Self::Ssl(error.into())
+    }
+}

@@ -1,0 +1,43 @@
+//! The run directory: made on the first start, checked on every other.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use mentee_config::Recipe;
+
+use crate::error::WorkerError;
+
+/// Where a run of this recipe lives unless the user says otherwise.
+pub fn default_path(recipe: &Recipe) -> PathBuf {
+    Path::new("runs").join(&recipe.run.name)
+}
+
+/// Checks that `run_dir` is new or a run of this recipe; nothing is changed.
+pub fn check(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
+    let path = run_dir.join("plan.toml");
+    if !path.exists() {
+        return Ok(());
+    }
+    let plan = Recipe::from_plan(&path)?;
+    match plan.first_difference(recipe) {
+        Some(difference) => Err(WorkerError::OtherRecipe { run_dir: run_dir.to_owned(), difference }),
+        None => Ok(()),
+    }
+}
+
+/// Rank 0: makes the directory and writes `plan.toml` if it is not there.
+pub fn create(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
+    std::fs::create_dir_all(run_dir).map_err(WorkerError::io("create", run_dir))?;
+    let path = run_dir.join("plan.toml");
+    if path.exists() {
+        return Ok(());
+    }
+    let partial = run_dir.join(format!(".plan.toml.{}", std::process::id()));
+    let write = || {
+        let mut file = std::fs::File::create(&partial)?;
+        file.write_all(recipe.to_toml().as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&partial, &path)
+    };
+    write().map_err(WorkerError::io("write", &path))
+}

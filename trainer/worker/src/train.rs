@@ -1,0 +1,221 @@
+//! Training: the step, and what happens between steps. Start reading at [`train`].
+
+use std::time::Instant;
+
+use mentee_checkpoint::Meta;
+use mentee_cluster::{Phase, Progress, WorkerEvent};
+use mentee_config::exit_code;
+
+use crate::agree::{self, Agreed};
+use crate::error::WorkerError;
+use crate::metrics::{self, CheckpointLine, Meter, TrainLine};
+use crate::setup::{self, Run};
+use crate::{TrainArgs, checkpoints, views};
+
+/// How a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Done,
+    /// Asked to stop; the checkpoint is written.
+    Preempted,
+}
+
+/// Trains until every step of the plan is done, or until any rank is asked to stop.
+fn train(run: &mut Run) -> Result<Outcome, WorkerError> {
+    let recipe = run.plan.recipe.clone();
+    let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
+    let mut meter = Meter::default();
+    while run.next_step < end {
+        let step = run.next_step;
+        let start = Instant::now();
+        let rates = run.schedule.at(step); // learning rate, weight decay, tau: pure functions of the step
+        let at_step = |source| WorkerError::Step { step, source };
+
+        run.reporter.phase(Phase::DataWait);
+        let batch = run.loader.next()?.ok_or_else(|| ended_early(step))?;
+        let views = views::tensor(&batch, recipe.views.size, run.state.student.weights.master.kind())?; // [2N, 3, H, W]
+        if step == 0 && run.identity.rank == 0 {
+            views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
+        }
+
+        run.reporter.phase(Phase::Forward);
+        let out =
+            run.state.loss(&*run.method, &views, global_batch, run.stat_reduce.as_ref()).map_err(at_step)?;
+        run.reporter.phase(Phase::Backward);
+        run.state.backward(&out.loss).map_err(at_step)?;
+        run.reporter.phase(Phase::Reduce);
+        let comm_exposed = run
+            .reducer
+            .finish(&mut run.state.gradients)
+            .map_err(|source| WorkerError::Collective { step, source })?; // every rank holds the mean gradient
+        let wants_stop = run.stop.is_set() || run.reporter.stop_requested();
+        let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
+        let grad_norm = agree::on_gradient(&*run.collectives, step, &run.state)?;
+
+        run.reporter.phase(Phase::Update);
+        run.state.update(&rates, step).map_err(at_step)?;
+        run.next_step = step + 1;
+        let epoch_ends = run.next_step.is_multiple_of(run.plan.steps_per_epoch);
+        run.state.move_teacher(recipe.method.teacher, &rates, epoch_ends).map_err(at_step)?;
+
+        let data_wait = batch.wait;
+        drop((out, views)); // both point into the batch
+        run.loader.recycle(batch);
+        meter.add(start.elapsed(), data_wait, comm_exposed);
+        record(run, &mut meter, &rates, &agreed, grad_norm)?;
+        evaluate_if_due(run, epoch_ends)?;
+        let due = checkpoint_due(run, epoch_ends);
+        if due || agreed.stop || run.next_step == end {
+            checkpoint(run)?;
+        }
+        if agreed.stop && run.next_step < end {
+            let reason = run.reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
+            tracing::warn!(step = run.next_step, reason, "stopping with a checkpoint");
+            return Ok(Outcome::Preempted);
+        }
+    }
+    Ok(Outcome::Done)
+}
+
+fn ended_early(step: u64) -> WorkerError {
+    WorkerError::Failed(format!("step {step}: the loader ended before the plan did"))
+}
+
+/// Tells everyone who watches how the step went.
+fn record(
+    run: &mut Run,
+    meter: &mut Meter,
+    rates: &mentee_ssl::Rates,
+    agreed: &Agreed,
+    grad_norm: f64,
+) -> Result<(), WorkerError> {
+    let (plan, done) = (&run.plan, run.next_step);
+    if !done.is_multiple_of(plan.recipe.run.log_every_steps) && done != plan.end_step() {
+        return Ok(());
+    }
+    let means = meter.take();
+    let epoch = (done - 1) / plan.steps_per_epoch;
+    let images_per_s = plan.recipe.schedule.global_batch as f64 * 1e3 / means.step_ms;
+    run.metrics.write(&TrainLine {
+        kind: "train",
+        step: done,
+        epoch,
+        time: metrics::now(),
+        loss: agreed.loss,
+        lr: rates.lr,
+        tau: rates.tau,
+        grad_norm,
+        z_std: agreed.z_std,
+        images_per_s,
+        step_ms: means.step_ms,
+        data_wait_ms: means.data_wait_ms,
+        comm_exposed_ms: means.comm_exposed_ms,
+        world_size: run.identity.world_size,
+        rss_mb: metrics::rss_mb(),
+    })?;
+    run.reporter.step(Progress {
+        step: done,
+        total_steps: plan.end_step(),
+        epoch,
+        epochs: plan.recipe.schedule.epochs,
+        phase: Phase::Update,
+        loss: Some(agreed.loss),
+        z_std: Some(agreed.z_std),
+        images_per_s: Some(images_per_s),
+        step_ms: Some(means.step_ms),
+    });
+    Ok(())
+}
+
+/// kNN every so many epochs, and at the end of a run that evaluates at all.
+fn evaluate_if_due(run: &mut Run, epoch_ends: bool) -> Result<(), WorkerError> {
+    let every = run.plan.recipe.eval.knn_every_epochs;
+    let epoch = run.next_step / run.plan.steps_per_epoch;
+    let due = (epoch_ends && epoch.is_multiple_of(every.max(1))) || run.next_step == run.plan.end_step();
+    if every == 0 || !due {
+        return Ok(());
+    }
+    run.reporter.phase(Phase::Eval);
+    let line = run.evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
+    run.metrics.write(&line)?;
+    run.reporter.event(WorkerEvent::Eval {
+        step: line.step,
+        epoch: line.epoch,
+        knn_top1: line.knn_top1,
+        knn_random_init: Some(line.knn_random_init),
+        knn_raw_pixels: Some(line.knn_raw_pixels),
+        protocol: line.protocol,
+    });
+    Ok(())
+}
+
+fn checkpoint_due(run: &Run, epoch_ends: bool) -> bool {
+    let settings = &run.plan.recipe.checkpoint;
+    let every = |n: u64, count: u64| n > 0 && count.is_multiple_of(n);
+    let epoch = run.next_step / run.plan.steps_per_epoch;
+    every(settings.every_steps, run.next_step) || (epoch_ends && every(settings.every_epochs, epoch))
+}
+
+/// Rank 0 writes all state: every rank holds the same.
+fn checkpoint(run: &mut Run) -> Result<(), WorkerError> {
+    run.reporter.phase(Phase::Checkpoint);
+    if run.identity.rank != 0 {
+        return Ok(());
+    }
+    let start = Instant::now();
+    let (step, recipe) = (run.next_step, &run.plan.recipe);
+    let meta = Meta {
+        step,
+        epoch: step / run.plan.steps_per_epoch,
+        world_size: run.identity.world_size,
+        plan_hash: recipe.hash(),
+        plan_toml: recipe.to_toml(),
+        data_digest: run.data_digest.clone(),
+        mentee_version: env!("CARGO_PKG_VERSION").into(),
+    };
+    let (path, digest) = checkpoints::write(&run.run_dir, &run.state, &meta, recipe.checkpoint.keep)?;
+    let write_ms = start.elapsed().as_secs_f64() * 1e3;
+    tracing::info!(step, digest, write_ms, "checkpoint");
+    run.metrics.write(&CheckpointLine {
+        kind: "checkpoint",
+        step,
+        epoch: meta.epoch,
+        time: metrics::now(),
+        digest: digest.clone(),
+        write_ms,
+    })?;
+    run.reporter.event(WorkerEvent::Checkpoint { step, path: path.display().to_string(), digest });
+    Ok(())
+}
+
+/// One rank, from the command line to its exit code.
+pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
+    let place = setup::place()?;
+    let collectives = place.collectives.clone();
+    let mut run = match setup::run(args, &place) {
+        Ok(run) => run,
+        Err(error) => return Err(agree::leave(&*collectives, error)),
+    };
+    match train(&mut run) {
+        Ok(outcome) => {
+            let exit_code =
+                if outcome == Outcome::Preempted { exit_code::PREEMPTED } else { exit_code::DONE };
+            tracing::info!(exit_code, "finished");
+            run.reporter.phase(Phase::Done);
+            run.reporter.event(WorkerEvent::Finished { exit_code });
+            run.reporter.close();
+            collectives.finish().map_err(|source| WorkerError::Collective { step: run.next_step, source })?;
+            Ok(exit_code)
+        }
+        Err(error) => {
+            let (step, phase) = run.reporter.position();
+            let (message, exit_code) = (error.to_string(), error.exit_code());
+            tracing::error!(rank = run.identity.rank, step, %phase, "{message}");
+            if !error.is_silent() {
+                run.reporter.event(WorkerEvent::Failed { step, phase, message, exit_code });
+            }
+            run.reporter.close();
+            Err(agree::leave(&*collectives, error))
+        }
+    }
+}

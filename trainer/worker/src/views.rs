@@ -1,0 +1,65 @@
+//! A batch of the loader as a tensor, and a strip of example views as a picture.
+
+use std::path::Path;
+
+use mentee_config::recipe::Views;
+use mentee_data::Batch;
+use mentee_ssl::state::VIEWS;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::WorkerError;
+
+/// Image pairs in the strip.
+const EXAMPLES: usize = 12;
+
+/// A batch's views as [V·N, 3, H, W], channels-last in memory. Shares the batch's memory: the batch must outlive the
+/// tensor and every graph made of it.
+pub fn tensor(batch: &Batch, size: u32, kind: Kind) -> Result<Tensor, WorkerError> {
+    let side = i64::from(size);
+    let rows = VIEWS * batch.ids.len() as i64;
+    let shape = [rows, side, side, 3];
+    assert_eq!(batch.views.len() as i64, rows * side * side * 3, "the loader fills whole batches");
+    // SAFETY: the batch holds that many f32; the caller keeps it alive, unchanged, as long as the tensor.
+    let nhwc = unsafe {
+        Tensor::f_from_blob(
+            batch.views.as_ptr().cast(),
+            &shape,
+            &[side * side * 3, side * 3, 3, 1],
+            Kind::Float,
+            Device::Cpu,
+        )?
+    };
+    let nchw = nhwc.f_permute([0, 3, 1, 2])?;
+    Ok(if kind == Kind::Double { nchw.f_to_kind(Kind::Double)? } else { nchw })
+}
+
+/// Writes `views.png`: the first images of a batch, view 1 above view 2, normalisation undone.
+pub fn write_strip(path: &Path, batch: &Batch, views: &Views) -> Result<(), WorkerError> {
+    let side = views.size as usize;
+    let count = batch.ids.len().min(EXAMPLES);
+    let (width, height) = (count * side, 2 * side);
+    let mut pixels = vec![0u8; width * height * 3];
+    let image_len = side * side * 3;
+    for view in 0..2 {
+        for index in 0..count {
+            let image = &batch.views[(view * batch.ids.len() + index) * image_len..][..image_len];
+            for y in 0..side {
+                for x in 0..side {
+                    for c in 0..3 {
+                        let value = f64::from(image[(y * side + x) * 3 + c]) * views.std[c] + views.mean[c];
+                        let at = ((view * side + y) * width + index * side + x) * 3 + c;
+                        pixels[at] = (value * 255.0).round().clamp(0.0, 255.0) as u8;
+                    }
+                }
+            }
+        }
+    }
+    let file = std::fs::File::create(path).map_err(WorkerError::io("create", path))?;
+    let mut encoder = png::Encoder::new(std::io::BufWriter::new(file), width as u32, height as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    encoder
+        .write_header()
+        .and_then(|mut writer| writer.write_image_data(&pixels))
+        .map_err(|error| WorkerError::Failed(format!("failed to write {}: {error}", path.display())))
+}
