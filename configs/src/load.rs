@@ -61,7 +61,15 @@ impl Recipe {
     pub fn from_plan(path: &Path) -> Result<Recipe, ConfigError> {
         let text = std::fs::read_to_string(path)
             .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        let entries = Entries::parse(&text, path)?;
+        Recipe::from_plan_text(&text, path)
+    }
+
+    /// Reads the text of a plan that lies elsewhere, such as inside a checkpoint; `path` names it in messages.
+    ///
+    /// # Errors
+    /// As [`Recipe::from_plan`].
+    pub fn from_plan_text(text: &str, path: &Path) -> Result<Recipe, ConfigError> {
+        let entries = Entries::parse(text, path)?;
         if let Some(key) = schema::KEYS.iter().find(|key| !entries.0.contains_key(key.path)) {
             return Err(ConfigError::Missing {
                 key: key.path.to_owned(),

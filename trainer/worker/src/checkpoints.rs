@@ -68,7 +68,7 @@ pub fn write(run_dir: &Path, state: &State, meta: &Meta, keep: u64) -> Result<(P
 }
 
 /// Takes the state from a checkpoint; nothing is changed when it does not fit.
-pub fn load(state: &mut State, checkpoint: &Checkpoint, path: &Path) -> Result<(), WorkerError> {
+pub fn load(state: &mut State, checkpoint: &Checkpoint) -> Result<(), WorkerError> {
     let mut tensors = BTreeMap::new();
     for (name, tensor) in checkpoint.load()? {
         let kind = match tensor.dtype {
@@ -79,9 +79,8 @@ pub fn load(state: &mut State, checkpoint: &Checkpoint, path: &Path) -> Result<(
             Dtype::U8 => Kind::Uint8,
         };
         let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
-        tensors.insert(name, Tensor::f_from_data_size(&tensor.bytes, &shape, kind)?);
+        tensors.insert(name, Tensor::f_from_data_size(tensor.bytes(), &shape, kind)?);
     }
-    state
-        .load(&tensors)
-        .map_err(|source| WorkerError::CheckpointContent { path: path.to_owned(), source })
+    let path = checkpoint.folder.clone();
+    state.load(&tensors).map_err(|source| WorkerError::CheckpointContent { path, source })
 }

@@ -38,7 +38,8 @@ pub struct Run {
     pub reducer: GradientReducer,
     /// Sums batch-norm statistics over ranks; none for a world of one or unsynchronised norms.
     pub stat_reduce: Option<StatReduce>,
-    pub evaluator: Evaluator,
+    /// None when the recipe does not evaluate, or the images have no labels.
+    pub evaluator: Option<Evaluator>,
     pub metrics: Metrics,
     pub reporter: Reporter,
     pub stop: StopFlag,
@@ -160,7 +161,7 @@ pub fn run(args: &TrainArgs, place: &Place) -> Result<Run, WorkerError> {
         threads: decode_threads,
         queue_steps: QUEUE_STEPS,
     })?;
-    let evaluator = agree::together(&*collectives, Evaluator::new(recipe, source, decode_threads))?;
+    let evaluator = agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads))?;
     Ok(Run {
         schedule: Schedule::new(&plan),
         reducer: GradientReducer::new(collectives.clone()),
@@ -188,7 +189,11 @@ fn resume(
     plan: &Plan,
     data_digest: &str,
 ) -> Result<u64, WorkerError> {
-    let Some(checkpoint) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else { return Ok(0) };
+    let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else { return Ok(0) };
+    for (path, reason) in &newest.rejected {
+        tracing::warn!(path = %path.display(), %reason, "passing over a checkpoint that cannot be used");
+    }
+    let checkpoint = newest.checkpoint;
     let meta = &checkpoint.manifest.meta;
     if meta.data_digest != data_digest {
         return Err(WorkerError::OtherData {
@@ -199,7 +204,7 @@ fn resume(
         });
     }
     let step = meta.step;
-    checkpoints::load(state, &checkpoint, run_dir)?;
+    checkpoints::load(state, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok(step)
 }

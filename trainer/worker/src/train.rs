@@ -132,11 +132,9 @@ fn evaluate_if_due(run: &mut Run, epoch_ends: bool) -> Result<(), WorkerError> {
     let every = run.plan.recipe.eval.knn_every_epochs;
     let epoch = run.next_step / run.plan.steps_per_epoch;
     let due = (epoch_ends && epoch.is_multiple_of(every.max(1))) || run.next_step == run.plan.end_step();
-    if every == 0 || !due {
-        return Ok(());
-    }
+    let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     run.reporter.phase(Phase::Eval);
-    let line = run.evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
+    let line = evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
     run.metrics.write(&line)?;
     run.reporter.event(WorkerEvent::Eval {
         step: line.step,

@@ -90,6 +90,22 @@ impl Part {
 }
 
 impl Evaluator {
+    /// The evaluation during a run, where the recipe asks for one and the images have labels.
+    pub fn of_run(
+        recipe: &Recipe,
+        train: Arc<dyn Source>,
+        threads: usize,
+    ) -> Result<Option<Self>, WorkerError> {
+        if recipe.eval.knn_every_epochs == 0 {
+            return Ok(None);
+        }
+        if train.label(0).is_none() {
+            tracing::warn!("the training images have no labels: no kNN during this run");
+            return Ok(None);
+        }
+        Self::new(recipe, train, threads).map(Some)
+    }
+
     /// Chooses bank and queries: `eval.path`, else the held-out part of `data.path`, else every tenth training image.
     pub fn new(recipe: &Recipe, train: Arc<dyn Source>, threads: usize) -> Result<Self, WorkerError> {
         let held_out = if recipe.eval.path.as_os_str().is_empty() {
@@ -200,7 +216,7 @@ impl Evaluator {
             let batch = batch?;
             let images = self.images(&batch.images, batch.ids.len())?;
             let pass = Pass::train(&state.student.weights, &mut state.student.stats, 1, None);
-            tch::no_grad(|| method.networks().backbone.forward(&pass, &images))?;
+            let _ = tch::no_grad(|| method.networks().backbone.forward(&pass, &images))?;
         }
         Ok(())
     }
@@ -294,12 +310,16 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     let checkpoint = if folder == args.checkpoint {
         mentee_checkpoint::open(&folder)?
     } else {
-        mentee_checkpoint::newest(&folder)?.ok_or_else(|| {
+        let newest = mentee_checkpoint::newest(&folder)?.ok_or_else(|| {
             WorkerError::Usage(format!(
                 "{}: no checkpoint there; give a run directory or one of its checkpoints",
                 args.checkpoint.display()
             ))
-        })?
+        })?;
+        for (path, reason) in &newest.rejected {
+            eprintln!("warning: {} is passed over: {reason}", path.display());
+        }
+        newest.checkpoint
     };
     let mut recipe = recipe_of(&checkpoint.manifest.meta.plan_toml, &folder)?;
     if let Some(data) = &args.data {
@@ -313,7 +333,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let (method, mut state) = mentee_ssl::state::new(&recipe)?;
-    checkpoints::load(&mut state, &checkpoint, &folder)?;
+    checkpoints::load(&mut state, &checkpoint)?;
     let meta = &checkpoint.manifest.meta;
     let mut evaluator = Evaluator::new(&recipe, train, cores)?;
     let line = evaluator.knn(&Single::new(), &*method, &state, meta.step, meta.epoch)?;
