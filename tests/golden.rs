@@ -49,7 +49,8 @@ fn check(name: &str, sets: &[(&str, &str)]) {
     let mut table = String::new();
     let mut same = golden.len() == now.len();
     for ((step, golden), loss) in golden.iter().zip(now.values()) {
-        let difference = (golden - loss).abs() / golden.abs();
+        // A loss near zero (SimSiam) has the rounding of its terms, which are near one.
+        let difference = (golden - loss).abs() / golden.abs().max(1.0);
         same &= difference <= TOLERANCE && now.contains_key(step);
         let _ = writeln!(table, "{step:4} {golden:.17e} {loss:.17e} {difference:9.1e}");
     }
@@ -78,6 +79,11 @@ fn simsiam() {
 fn resnet18_with_adamw() {
     check(
         "resnet18-adamw",
-        &[("model.backbone", "\"resnet18\""), ("optimizer.name", "\"adamw\""), ("optimizer.base_lr", "0.01")],
+        &[
+            ("model.backbone", "\"resnet18\""),
+            ("schedule.global_batch", "4"),
+            ("optimizer.name", "\"adamw\""),
+            ("optimizer.base_lr", "0.1"),
+        ],
     );
 }

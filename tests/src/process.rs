@@ -92,10 +92,15 @@ impl Outcome {
 
     /// The one line that starts with `error: `; panics if there are none or several, or if something panicked.
     pub fn error_line(&self) -> &str {
-        let lines: Vec<&str> = self.stderr.lines().filter(|line| line.starts_with("error")).collect();
+        let lines = self.error_lines();
         assert!(lines.len() == 1, "{} error lines instead of one:\n{}", lines.len(), self.told());
+        lines[0]
+    }
+
+    /// All lines that start with `error: `, for ranks that have no world yet in which one could speak for all.
+    pub fn error_lines(&self) -> Vec<&str> {
         assert!(!self.stderr.contains("panicked at"), "a panic instead of an error:\n{}", self.told());
-        lines[0].strip_prefix("error: ").unwrap_or_else(|| panic!("no `error: ` line:\n{}", self.told()))
+        self.stderr.lines().filter_map(|line| line.strip_prefix("error: ")).collect()
     }
 
     /// The command, how it ended and what it said.

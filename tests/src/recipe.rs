@@ -34,6 +34,7 @@ impl TinyRecipe {
             ("method.predictor_hidden", "64"),
             ("optimizer.name", "\"sgd\""),
             ("optimizer.base_lr", "0.8"),
+            ("optimizer.weight_decay", "0.0001"),
             ("schedule.epochs", "4"),
             ("schedule.global_batch", "16"),
             ("schedule.warmup_epochs", "0.0"),

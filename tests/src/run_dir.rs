@@ -73,14 +73,17 @@ pub fn final_state(run_dir: &Path) -> (u64, String) {
     (step, digest.to_owned())
 }
 
-/// The contents of every file below `dir`, by path relative to it.
+/// What says how a run directory stands just now, and is written anew by every command.
+const CURRENT: [&str; 3] = [".lock", "status.json", "report.html"];
+
+/// The contents of every file below `dir`, by path relative to it, without those of [`CURRENT`].
 pub fn snapshot(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     fn walk(base: &Path, dir: &Path, found: &mut BTreeMap<PathBuf, Vec<u8>>) {
         for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
             let path = entry.path();
             if path.is_dir() {
                 walk(base, &path, found);
-            } else {
+            } else if !CURRENT.iter().any(|name| entry.file_name() == *name) {
                 let name = path.strip_prefix(base).expect("below the base").to_path_buf();
                 found.insert(name, fs::read(&path).expect("a readable file"));
             }
@@ -91,12 +94,12 @@ pub fn snapshot(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
-/// Panics unless every file of `before` is still there: lines may have been added to a `.jsonl`, nothing else changed.
+/// Panics unless every file of `before` is still there: lines may have been added to logs and metrics, nothing else changed.
 pub fn assert_kept(before: &BTreeMap<PathBuf, Vec<u8>>, dir: &Path) {
     let after = snapshot(dir);
     for (path, bytes) in before {
         let now = after.get(path).unwrap_or_else(|| panic!("{} is gone", path.display()));
-        let kept = if path.extension().is_some_and(|e| e == "jsonl") {
+        let kept = if path.extension().is_some_and(|e| e == "jsonl" || e == "log") {
             now.starts_with(bytes)
         } else {
             now == bytes
