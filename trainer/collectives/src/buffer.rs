@@ -148,6 +148,7 @@ pub(crate) fn sum_in_rank_order<'a, T: Element>(out: &mut [T], mut parts: impl I
 
 /// The same sum with one part in `own`, which becomes the sum: `before` and `after` hold the parts of the lower and the higher ranks,
 /// one after the other. Uses `before` as scratch.
+#[cfg(any(feature = "mpi", test))]
 pub(crate) fn sum_around<T: Element>(own: &mut [T], before: &mut [T], after: &[T]) {
     let len = own.len();
     let add = |sum: &mut [T], part: &[T]| sum.iter_mut().zip(part).for_each(|(sum, x)| *sum = sum.plus(*x));
