@@ -234,3 +234,226 @@ impl Drop for Aside {
 pub(crate) fn is_in_progress(path: &Path) -> bool {
     IN_PROGRESS.lock().unwrap_or_else(PoisonError::into_inner).iter().any(|p| p == path)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, io};
+
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::{Dtype, list, newest, retain};
+
+    /// Refuses every change from the `left`-th on: what a reader sees afterwards is what a power cut leaves, up to writes that
+    /// the disk had not finished.
+    struct Cut {
+        left: usize,
+    }
+
+    impl Probe for Cut {
+        fn before_change(&mut self) -> io::Result<()> {
+            self.left = self.left.checked_sub(1).ok_or_else(|| io::Error::other("power cut"))?;
+            Ok(())
+        }
+    }
+
+    fn meta(step: u64) -> Meta {
+        Meta {
+            step,
+            epoch: 0,
+            world_size: 1,
+            plan_hash: "p".into(),
+            plan_toml: String::new(),
+            data_digest: "d".into(),
+            mentee_version: "0.1.0".into(),
+        }
+    }
+
+    /// Writes a checkpoint of two files whose bytes are all `value`.
+    fn write_value(
+        folder: &Path,
+        step: u64,
+        value: u8,
+        probe: &mut dyn Probe,
+    ) -> Result<PathBuf, CheckpointError> {
+        let bytes = vec![value; PART_BYTES + 5];
+        let large = vec![Tensor::new("student.w", Dtype::U8, &[bytes.len()], &bytes)];
+        let small = vec![Tensor::new("teacher.w", Dtype::U8, &[3], &bytes[..3])];
+        let files = [("a.safetensors".into(), large), ("b.safetensors".into(), small)];
+        write_with(folder, &meta(step), &files, probe)
+    }
+
+    fn newest_value(folder: &Path) -> Option<(u64, u8)> {
+        let found = newest(folder).unwrap()?;
+        let state = found.checkpoint.load().unwrap();
+        let value = state["teacher.w"].bytes()[0];
+        assert!(state.values().all(|tensor| tensor.bytes().iter().all(|b| *b == value)));
+        Some((found.checkpoint.manifest.meta.step, value))
+    }
+
+    fn names(folder: &Path) -> Vec<String> {
+        let mut names: Vec<String> =
+            fs::read_dir(folder).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_cut_before_any_change_leaves_the_newest_complete_checkpoint_usable() {
+        let mut outcomes = Vec::new();
+        for left in 0.. {
+            let run = TempDir::new().unwrap();
+            let folder = run.path().join("checkpoints");
+            write_value(&folder, 10, 1, &mut NoProbe).unwrap();
+            let result = write_value(&folder, 20, 2, &mut Cut { left });
+            let seen = newest_value(&folder);
+            outcomes.push(seen);
+            assert!(seen == Some((10, 1)) || seen == Some((20, 2)), "{left}: {seen:?}");
+            // Nothing that a crash left is in the way of the next attempt, or stays.
+            write_value(&folder, 20, 3, &mut NoProbe).unwrap();
+            retain(&folder, 2).unwrap();
+            assert_eq!(names(&folder), ["step-00000010", "step-00000020"]);
+            assert_eq!(newest_value(&folder), Some((20, 3)));
+            if result.is_ok() {
+                break;
+            }
+        }
+        // The folder; files of 5 and 4 changes (create, header, one part a MiB, sync); the manifest, 3; sync, rename, sync.
+        assert_eq!(outcomes.len(), 17);
+        assert_eq!(outcomes.iter().filter(|seen| **seen == Some((20, 2))).count(), 2);
+    }
+
+    #[test]
+    fn a_cut_while_replacing_leaves_the_old_or_the_new_one() {
+        for left in 0.. {
+            let run = TempDir::new().unwrap();
+            write_value(run.path(), 20, 1, &mut NoProbe).unwrap();
+            let done = write_value(run.path(), 20, 2, &mut Cut { left }).is_ok();
+            let seen = newest_value(run.path());
+            assert!(seen == Some((20, 1)) || seen == Some((20, 2)), "{left}: {seen:?}");
+            if done && seen == Some((20, 2)) {
+                assert!(left > 10);
+                break;
+            }
+        }
+    }
+
+    #[test]
+    fn a_replacement_cut_between_two_renames_is_found_and_finished() {
+        // What the path for file systems without an atomic exchange leaves behind.
+        let run = TempDir::new().unwrap();
+        let folder = write_value(run.path(), 20, 1, &mut NoProbe).unwrap();
+        let old = run.path().join(".old-step-00000020");
+        fs::rename(&folder, &old).unwrap();
+        assert_eq!(newest_value(run.path()), Some((20, 1)));
+        retain(run.path(), 1).unwrap();
+        assert_eq!(names(run.path()), ["step-00000020"]);
+        // Cut after the second rename.
+        fs::rename(&folder, &old).unwrap();
+        write_value(run.path(), 20, 2, &mut NoProbe).unwrap();
+        assert_eq!(newest_value(run.path()), Some((20, 2)));
+        retain(run.path(), 1).unwrap();
+        assert_eq!(names(run.path()), ["step-00000020"]);
+    }
+
+    #[test]
+    fn an_error_leaves_nothing_behind() {
+        /// Fails once and then works, as a disk that is full for a moment.
+        struct Once {
+            left: usize,
+        }
+        impl Probe for Once {
+            fn before_change(&mut self) -> io::Result<()> {
+                self.left = self.left.wrapping_sub(1);
+                if self.left == usize::MAX { Err(io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+            }
+        }
+        let run = TempDir::new().unwrap();
+        write_value(run.path(), 10, 1, &mut NoProbe).unwrap();
+        // Every change up to the rename.
+        for left in 0..=14 {
+            let error = write_value(run.path(), 20, 2, &mut Once { left }).unwrap_err();
+            assert!(matches!(error, CheckpointError::Io { .. }), "{error}");
+            assert_eq!(names(run.path()), ["step-00000010"], "{left}");
+        }
+    }
+
+    #[test]
+    fn the_same_step_again_replaces_it() {
+        let run = TempDir::new().unwrap();
+        for value in [1, 1, 2] {
+            write_value(run.path(), 5, value, &mut NoProbe).unwrap();
+            assert_eq!(newest_value(run.path()), Some((5, value)));
+            assert_eq!(names(run.path()), ["step-00000005"]);
+        }
+    }
+
+    #[test]
+    fn what_a_reader_would_refuse_is_not_written() {
+        let run = TempDir::new().unwrap();
+        let folder = run.path().join("checkpoints");
+        let tensor = |name: &str| Tensor::new(name, Dtype::U8, &[1], &[0]);
+        let refused = |files: &[(String, Vec<Tensor<'_>>)]| {
+            let error = write(&folder, &meta(1), files).unwrap_err();
+            assert!(!folder.exists());
+            error
+        };
+        let error = refused(&[("../x.safetensors".into(), vec![tensor("t")])]);
+        assert!(matches!(error, CheckpointError::FileName { .. }), "{error}");
+        let error = refused(&[("x.safetensors".into(), vec![]), ("x.safetensors".into(), vec![])]);
+        assert!(matches!(error, CheckpointError::DuplicateFile { .. }), "{error}");
+        let error = refused(&[
+            ("x.safetensors".into(), vec![tensor("t")]),
+            ("y.safetensors".into(), vec![tensor("t")]),
+        ]);
+        assert!(matches!(error, CheckpointError::DuplicateTensor { .. }), "{error}");
+        for name in ["", "__metadata__", "a\nb"] {
+            let error = refused(&[("x.safetensors".into(), vec![tensor(name)])]);
+            assert!(matches!(error, CheckpointError::TensorName { .. }), "{error}");
+        }
+        let error = refused(&[("x.safetensors".into(), vec![Tensor::new("t", Dtype::F32, &[2], &[0; 4])])]);
+        let text = format!(
+            "{}: tensor t of shape [2] and type F32 has 4 bytes",
+            folder.join("step-00000001").display()
+        );
+        assert_eq!(error.to_string(), text);
+    }
+
+    #[test]
+    fn retention_keeps_the_newest_and_never_trusts_a_damaged_one() {
+        let run = TempDir::new().unwrap();
+        for step in [1, 2, 3, 4, 5] {
+            write_value(run.path(), step, step as u8, &mut NoProbe).unwrap();
+        }
+        fs::create_dir(run.path().join(".tmp-step-00000006-1-0")).unwrap();
+        fs::remove_file(run.path().join("step-00000004/manifest.json")).unwrap();
+        let removed = retain(run.path(), 2).unwrap();
+        assert_eq!(removed, [run.path().join("step-00000001"), run.path().join("step-00000002")]);
+        assert_eq!(names(run.path()), ["step-00000003", "step-00000004", "step-00000005"]);
+        let states: Vec<bool> = list(run.path()).unwrap().iter().map(|entry| entry.state.is_ok()).collect();
+        assert_eq!(states, [true, false, true]);
+        // The newest is damaged in its bytes, which only its digest shows: the older one must stay.
+        let file = run.path().join("step-00000005/a.safetensors");
+        let mut bytes = fs::read(&file).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(&file, bytes).unwrap();
+        assert!(retain(run.path(), 1).unwrap().is_empty());
+        let found = newest(run.path()).unwrap().unwrap();
+        assert_eq!(found.checkpoint.manifest.meta.step, 3);
+        assert!(matches!(found.rejected[0].1, CheckpointError::FileAltered { .. }));
+        assert!(matches!(found.rejected[1].1, CheckpointError::NoManifest { .. }));
+        // Zero still keeps one.
+        write_value(run.path(), 6, 6, &mut NoProbe).unwrap();
+        retain(run.path(), 0).unwrap();
+        assert_eq!(newest_value(run.path()), Some((6, 6)));
+    }
+
+    #[test]
+    fn no_folder_means_no_checkpoint() {
+        let run = TempDir::new().unwrap();
+        let folder = run.path().join("checkpoints");
+        assert!(newest(&folder).unwrap().is_none());
+        assert!(list(&folder).unwrap().is_empty());
+        assert!(retain(&folder, 3).unwrap().is_empty());
+    }
+}

@@ -9,10 +9,10 @@ use std::{
 use mentee_checkpoint::{CheckpointError, Dtype, Manifest, Meta, Tensor, newest, open, write};
 use tempfile::TempDir;
 
-/// `student.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger alignment.
+/// `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger alignment.
 const STATE: &[u8] = b"\x88\0\0\0\0\0\0\0\
-{\"student.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
-\"student.flag\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[8,9]}}    \
+{\"student.fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
+\"student.flag\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[8,9]}}     \
 \0\0\x80\x3f\0\0\0\xc0\x07";
 
 const MANIFEST: &str = include_str!("golden/manifest.json");
@@ -113,7 +113,7 @@ fn the_writer_produces_exactly_these_bytes() {
     let bias = [0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0];
     let tensors = vec![
         Tensor::new("student.flag", Dtype::U8, &[1], &[7]),
-        Tensor::new("student.bias", Dtype::F32, &[2], &bias),
+        Tensor::new("student.fc.bias", Dtype::F32, &[2], &bias),
     ];
     let folder = write(run.path(), &meta(), &[("state.safetensors".into(), tensors)]).unwrap();
     assert_eq!(folder, run.path().join("step-00001000"));
@@ -130,7 +130,7 @@ fn the_reader_accepts_them() {
     assert_eq!(found.checkpoint.manifest.meta, meta());
     let state = found.checkpoint.load().unwrap();
     assert_eq!(state.len(), 2);
-    let bias = &state["student.bias"];
+    let bias = &state["student.fc.bias"];
     assert_eq!((bias.dtype, bias.shape.as_slice()), (Dtype::F32, [2].as_slice()));
     assert_eq!(bias.bytes(), [0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0]);
     assert_eq!(state["student.flag"].bytes(), [7]);
@@ -153,12 +153,17 @@ fn every_cut_of_the_file_is_refused() {
 
 #[test]
 fn every_flipped_bit_of_the_file_is_refused() {
+    let (_run, folder) = golden();
+    let checkpoint = open(&folder).unwrap();
     for bit in 0..STATE.len() * 8 {
         let mut bytes = STATE.to_vec();
         bytes[bit / 8] ^= 1 << (bit % 8);
-        let error = refused(|folder| fs::write(folder.join("state.safetensors"), &bytes).unwrap());
+        fs::write(folder.join("state.safetensors"), &bytes).unwrap();
+        let error = checkpoint.load().unwrap_err();
         assert!(matches!(error, CheckpointError::FileAltered { .. }), "{error}");
     }
+    let error = refused(|folder| fs::write(folder.join("state.safetensors"), [0; STATE.len()]).unwrap());
+    assert!(matches!(error, CheckpointError::FileAltered { .. }), "{error}");
 }
 
 #[test]

@@ -88,7 +88,7 @@ fn sums(group: &Mpi) {
     let in_order_f32 =
         |i: usize| (1..world).fold(awkward(0, i) as f32, |sum, rank| sum + awkward(rank, i) as f32);
     // Nothing, one element, fewer elements than ranks, both sides of the short limit, one piece, several and a rest.
-    for len in [0, 1, 2, 3, 5, 257, 1365, 1366, 4096, 5000, 100_003, 262_144, 600_001] {
+    for len in [0, 1, 2, 3, 5, 257, 1365, 1366, 2048, 2049, 5000, 100_003, 262_144, 600_001] {
         let mut double: Vec<f64> = (0..len).map(|i| awkward(group.rank(), i)).collect();
         let mut single: Vec<f32> = double.iter().map(|x| *x as f32).collect();
         group.all_reduce_sum((&mut double).into()).expect("f64");

@@ -146,6 +146,22 @@ pub(crate) fn sum_in_rank_order<'a, T: Element>(out: &mut [T], mut parts: impl I
     }
 }
 
+/// The same sum with one part in `own`, which becomes the sum: `before` and `after` hold the parts of the lower and the higher ranks,
+/// one after the other. Uses `before` as scratch.
+#[cfg(any(feature = "mpi", test))]
+pub(crate) fn sum_around<T: Element>(own: &mut [T], before: &mut [T], after: &[T]) {
+    let len = own.len();
+    let add = |sum: &mut [T], part: &[T]| sum.iter_mut().zip(part).for_each(|(sum, x)| *sum = sum.plus(*x));
+    if !before.is_empty() {
+        let (sum, parts) = before.split_at_mut(len);
+        parts.chunks_exact(len).for_each(|part| add(sum, part));
+        own.iter_mut().zip(sum).for_each(|(own, sum)| *own = sum.plus(*own));
+    }
+    if !after.is_empty() {
+        after.chunks_exact(len).for_each(|part| add(own, part));
+    }
+}
+
 /// Where block `index` of `len` elements split over `blocks` begins; block `index` ends where the next begins.
 pub(crate) fn block_start(len: usize, blocks: usize, index: usize) -> usize {
     // Widened: the product may not fit for a buffer near the address-space limit.
@@ -166,6 +182,19 @@ mod tests {
         let parts: [&[f32]; 3] = [&[1e8], &[-1e8], &[1.0]];
         sum_in_rank_order(&mut out, parts.into_iter());
         assert_eq!(out, [1.0]);
+    }
+
+    #[test]
+    fn sums_around_ones_own_part_are_the_same() {
+        let parts: Vec<[f32; 2]> = vec![[1e8, 1.0], [1.0, 1e8], [-1e8, 3.0], [0.5, -1e8], [7.0, 0.1]];
+        let mut expected = [0f32; 2];
+        sum_in_rank_order(&mut expected, parts.iter().map(|part| part.as_slice()));
+        for rank in 0..parts.len() {
+            let mut own = parts[rank];
+            sum_around(&mut own, &mut parts[..rank].concat(), &parts[rank + 1..].concat());
+            assert_eq!(own.map(f32::to_bits), expected.map(f32::to_bits), "rank {rank}");
+        }
+        sum_around::<f32>(&mut [], &mut [], &[]);
     }
 
     #[test]

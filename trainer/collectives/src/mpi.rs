@@ -18,10 +18,10 @@
 //! # How the sum is made
 //!
 //! `MPI_Allreduce` may add in any order and is not required to give all ranks the same bits. Instead each rank receives everyone's
-//! part of one block (`MPI_Alltoallv`), adds them in rank order and hands the sum to all (`MPI_Allgatherv`): as many bytes on the wire as
-//! the ring and Rabenseifner algorithms, the same bits everywhere. Short messages are gathered whole by everyone and added locally: one
-//! operation instead of two. Long ones go in pieces that stay in the processor's cache; the pieces also keep every count
-//! within MPI's `int`.
+//! part of one block, adds them in rank order and sends the sum to all: as many bytes on the wire as the ring and Rabenseifner
+//! algorithms, in place but for scratch memory that is kept, and the same bits everywhere. Long messages go in pieces that stay in the
+//! processor's cache; that also keeps every count within MPI's `int`. Short messages are gathered whole by everyone and added
+//! locally: one operation instead of two.
 
 /// The exit code of the ranks that a panic on one of them ends.
 pub const PANIC_EXIT_CODE: i32 = 1;

@@ -1,10 +1,10 @@
-//! MPI through rsmpi: its start-up and its bindings. Its safe operations are not used, because they throw MPI's return codes
-//! away and have no in-place or serialized form.
+//! MPI through rsmpi: its start-up and its bindings. Its safe operations are not used, because they throw MPI's return codes away.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
     fmt,
     mem::ManuallyDrop,
+    ops::Range,
     sync::{
         Mutex, MutexGuard, Once, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -23,17 +23,23 @@ use ::mpi::{
 use super::PANIC_EXIT_CODE;
 use crate::{
     Buffer, CollectiveError, Collectives, ErrorKind, Operation, StartError,
-    buffer::{Element, block_start, sum_in_rank_order, with_slice},
+    buffer::{Element, block_start, sum_around, sum_in_rank_order, with_slice},
 };
 
 /// An all-reduce whose messages from all ranks together take at most this many bytes is gathered whole.
 const SHORT_BYTES: usize = 32 << 10;
-/// Longer all-reduces go in pieces of this size. The piece, its scratch and the peer's copy stay within a 2 to 4 MiB cache share.
-const PIECE_BYTES: usize = 1 << 20;
+/// Longer all-reduces go in pieces of which each rank adds up a block of at most this many bytes: large enough for full bandwidth,
+/// small enough that a block and its parts stay in the cache between receiving, adding and sending.
+const BLOCK_BYTES: usize = 128 << 10;
 /// Broadcasts go in pieces of this size, which fits MPI's `int` counts whatever the element.
 const BROADCAST_BYTES: usize = 256 << 20;
 /// All ranks together hand over at most this many bytes in one round of an all-gather.
 const GATHER_BYTES: usize = 256 << 20;
+/// The tag of all messages of this module; they are matched by their order.
+const EXCHANGE_TAG: c_int = 0;
+/// How long mpirun gets to read what this rank printed last, its error most likely: it drops what it has not read when the
+/// world is aborted (seen with MPICH's Hydra).
+const OUTPUT_PATIENCE: Duration = Duration::from_millis(200);
 /// How long `MPI_Abort` may take before the process ends without its help.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -53,53 +59,17 @@ pub struct Mpi {
 struct State {
     /// `None` after the end. Not dropped with [`Mpi`]: its drop calls `MPI_Finalize`, which waits for all ranks.
     universe: Option<ManuallyDrop<Universe>>,
-    f32: Scratch<f32>,
-    f64: Scratch<f64>,
-    u64: Scratch<u64>,
-    u8: Scratch<u8>,
-}
-
-/// Memory for all-reduces, kept from call to call.
-#[derive(Default)]
-struct Scratch<T> {
-    /// What the ranks sent: one part after the other, in rank order.
-    parts: Vec<T>,
-    /// Their sum.
-    sum: Vec<T>,
-    layout: Layout,
-}
-
-/// Counts and offsets, in elements, for one piece of an all-reduce: rank `r` adds up block `r` of the piece.
-#[derive(Default)]
-struct Layout {
-    /// The length of the piece that the rest was made for.
-    len: usize,
-    block_counts: Vec<c_int>,
-    block_starts: Vec<c_int>,
-    part_counts: Vec<c_int>,
-    part_starts: Vec<c_int>,
-}
-
-impl Layout {
-    /// Prepares for a piece of `len` elements, which must fit an `int`.
-    fn prepare(&mut self, len: usize, rank: usize, world: usize) {
-        if self.len == len && self.block_counts.len() == world {
-            return;
-        }
-        let start = |index| block_start(len, world, index);
-        let count = |index| start(index + 1) - start(index);
-        self.len = len;
-        self.block_counts = (0..world).map(|index| count(index) as c_int).collect();
-        self.block_starts = (0..world).map(|index| start(index) as c_int).collect();
-        self.part_counts = vec![count(rank) as c_int; world];
-        self.part_starts = (0..world).map(|index| (index * count(rank)) as c_int).collect();
-    }
+    /// What all ranks sent of the piece at hand, in rank order; kept from call to call.
+    f32: Vec<f32>,
+    f64: Vec<f64>,
+    u64: Vec<u64>,
+    u8: Vec<u8>,
 }
 
 /// A type that both this crate and MPI know.
 trait MpiElement: Element {
     fn datatype() -> ffi::MPI_Datatype;
-    fn scratch(state: &mut State) -> &mut Scratch<Self>;
+    fn parts(state: &mut State) -> &mut Vec<Self>;
 }
 
 macro_rules! mpi_element {
@@ -109,7 +79,7 @@ macro_rules! mpi_element {
                 // SAFETY: a constant of the C library, never written.
                 unsafe { ffi::$constant }
             }
-            fn scratch(state: &mut State) -> &mut Scratch<Self> {
+            fn parts(state: &mut State) -> &mut Vec<Self> {
                 &mut state.$type
             }
         }
@@ -168,10 +138,10 @@ impl Mpi {
             started_by: thread::current().id(),
             state: Mutex::new(State {
                 universe: Some(universe),
-                f32: Scratch::default(),
-                f64: Scratch::default(),
-                u64: Scratch::default(),
-                u8: Scratch::default(),
+                f32: Vec::new(),
+                f64: Vec::new(),
+                u64: Vec::new(),
+                u8: Vec::new(),
             }),
         })
     }
@@ -201,66 +171,80 @@ impl Mpi {
 
     fn sum<T: MpiElement>(&self, state: &mut State, slice: &mut [T]) -> Result<(), ErrorKind> {
         let world_size = self.world_size as usize;
-        let scratch = T::scratch(state);
+        let parts = T::parts(state);
         if size_of_val(slice) * world_size <= SHORT_BYTES {
-            return sum_short(slice, scratch, world_size);
+            return sum_short(slice, parts, world_size);
         }
-        for piece in slice.chunks_mut(PIECE_BYTES / size_of::<T>()) {
-            self.sum_piece(piece, scratch)?;
+        for piece in slice.chunks_mut(world_size * BLOCK_BYTES / size_of::<T>()) {
+            self.sum_piece(piece, parts)?;
         }
         Ok(())
     }
 
-    fn sum_piece<T: MpiElement>(&self, piece: &mut [T], scratch: &mut Scratch<T>) -> Result<(), ErrorKind> {
+    /// Adds up one piece: every rank sums one block of it over all ranks and hands the sum to all.
+    fn sum_piece<T: MpiElement>(&self, piece: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.rank as usize, self.world_size as usize);
-        let Scratch { parts, sum, layout } = scratch;
-        layout.prepare(piece.len(), rank, world_size);
-        let block = layout.part_counts[rank] as usize;
-        grow(parts, block * world_size);
-        grow(sum, block);
-
-        // SAFETY: the counts and offsets describe ranges inside `piece` (blocks 0.. of it, in order) and inside `parts`
-        // (`world_size` parts of `block` elements); the two do not overlap, and the datatype is that of T.
-        check(unsafe {
-            ffi::MPI_Alltoallv(
-                piece.as_ptr().cast::<c_void>(),
-                layout.block_counts.as_ptr(),
-                layout.block_starts.as_ptr(),
-                T::datatype(),
-                parts.as_mut_ptr().cast::<c_void>(),
-                layout.part_counts.as_ptr(),
-                layout.part_starts.as_ptr(),
-                T::datatype(),
-                world(),
-            )
-        })?;
-        sum_in_rank_order(&mut sum[..block], parts[..block * world_size].chunks_exact(block.max(1)));
-        // SAFETY: `sum` holds `block` elements; the blocks of all ranks lie inside `piece`; no overlap.
-        check(unsafe {
-            ffi::MPI_Allgatherv(
-                sum.as_ptr().cast::<c_void>(),
-                layout.part_counts[rank],
-                T::datatype(),
-                piece.as_mut_ptr().cast::<c_void>(),
-                layout.block_counts.as_ptr(),
-                layout.block_starts.as_ptr(),
-                T::datatype(),
-                world(),
-            )
-        })
+        let piece_len = piece.len();
+        let block = |index: usize| {
+            block_start(piece_len, world_size, index)..block_start(piece_len, world_size, index + 1)
+        };
+        let own = block(rank);
+        let len = own.len();
+        grow(parts, len * world_size);
+        // In round k everyone sends to the k-th rank after it and receives from the k-th before it: no rank is a bottleneck.
+        let partners = (1..world_size)
+            .map(|round| ((rank + round) % world_size, (rank + world_size - round) % world_size));
+        for (to, from) in partners.clone() {
+            exchange(&piece[block(to)], to, &mut parts[from * len..][..len], from)?;
+        }
+        let (before, after) = parts[..len * world_size].split_at_mut(rank * len);
+        sum_around(&mut piece[own.clone()], before, &after[len..]);
+        for (to, from) in partners {
+            let (sent, received) = two_ranges(piece, own.clone(), block(from));
+            exchange(sent, to, received, from)?;
+        }
+        Ok(())
     }
 }
 
+/// The memory of two ranges that do not overlap, the second to be written.
+fn two_ranges<T>(slice: &mut [T], read: Range<usize>, written: Range<usize>) -> (&[T], &mut [T]) {
+    if read.start < written.start || (read.end <= written.start) {
+        let (low, high) = slice.split_at_mut(written.start);
+        (&low[read], &mut high[..written.len()])
+    } else {
+        let (low, high) = slice.split_at_mut(read.start);
+        (&high[..read.len()], &mut low[written])
+    }
+}
+
+/// Sends to one rank and receives from another, at the same time.
+fn exchange<T: MpiElement>(sent: &[T], to: usize, received: &mut [T], from: usize) -> Result<(), ErrorKind> {
+    // SAFETY: the counts are the lengths of the slices, which a piece's size keeps within an int, and the datatype is that
+    // of T. Returns when both slices are no longer in use.
+    check(unsafe {
+        ffi::MPI_Sendrecv(
+            sent.as_ptr().cast::<c_void>(),
+            sent.len() as c_int,
+            T::datatype(),
+            to as c_int,
+            EXCHANGE_TAG,
+            received.as_mut_ptr().cast::<c_void>(),
+            received.len() as c_int,
+            T::datatype(),
+            from as c_int,
+            EXCHANGE_TAG,
+            world(),
+            ffi::RSMPI_STATUS_IGNORE,
+        )
+    })
+}
+
 /// Everyone receives everything and adds it up.
-fn sum_short<T: MpiElement>(
-    slice: &mut [T],
-    scratch: &mut Scratch<T>,
-    world_size: usize,
-) -> Result<(), ErrorKind> {
+fn sum_short<T: MpiElement>(slice: &mut [T], parts: &mut Vec<T>, world_size: usize) -> Result<(), ErrorKind> {
     if slice.is_empty() {
         return Ok(());
     }
-    let parts = &mut scratch.parts;
     grow(parts, slice.len() * world_size);
     // SAFETY: `parts` has room for `world_size` times the slice; no overlap; the count is at most SHORT_BYTES.
     check(unsafe {
@@ -327,10 +311,11 @@ fn abort_on_panic() {
 fn abort_world(code: i32) -> ! {
     // The way out if MPI_Abort itself hangs. No thread to be had means no memory: then only MPI_Abort is left.
     let _ = thread::Builder::new().spawn(move || {
-        thread::sleep(ABORT_PATIENCE);
+        thread::sleep(OUTPUT_PATIENCE + ABORT_PATIENCE);
         // SAFETY: ends the process without running exit handlers, which could wait for MPI.
         unsafe { libc::_exit(code) }
     });
+    thread::sleep(OUTPUT_PATIENCE);
     // SAFETY: MPI is running. Another thread may be inside MPI at the same time; this process ends here either way, and
     // the timer above bounds how long it takes.
     unsafe {
