@@ -201,7 +201,9 @@ fn find_mpirun() -> Option<(PathBuf, Flavour)> {
 }
 
 fn on_path(name: &str) -> Option<PathBuf> {
-    std::env::split_paths(&std::env::var_os("PATH")?).map(|folder| folder.join(name)).find(|path| path.is_file())
+    std::env::split_paths(&std::env::var_os("PATH")?)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
 }
 
 #[cfg(test)]
@@ -211,7 +213,13 @@ mod tests {
     fn line(engine: Engine, workers: u32, flavour: Flavour, root: bool) -> String {
         let tools = Tools { worker: "/bin/w".into(), mpirun: Some(("/mpi/mpirun".into(), flavour)), root };
         let address = CoordinatorAddress { host_port: "h:1".into(), token: "t".into(), generation: 2 };
-        let command = command_line(engine, workers, &tools, &address, &["p.toml".into(), "--run-dir".into(), "r".into()]);
+        let command = command_line(
+            engine,
+            workers,
+            &tools,
+            &address,
+            &["p.toml".into(), "--run-dir".into(), "r".into()],
+        );
         assert!(command.set.contains(&(COORDINATOR, "h:1".to_owned())));
         assert!(command.set.contains(&(TOKEN, "t".to_owned())));
         assert!(command.set.contains(&(GENERATION, "2".to_owned())));

@@ -1,1 +1,108 @@
-fn main() {}
+//! `mentee`: the light binary. It prepares, supervises and reads runs; training itself is in `mentee-worker`, which
+//! alone links libtorch and MPI.
+
+mod engine;
+mod failure;
+mod logs;
+mod metrics;
+mod progress;
+mod run;
+mod rundir;
+mod status;
+mod supervise;
+
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use mentee_config::exit_code;
+
+use crate::failure::Failure;
+
+/// Pretrains vision backbones without labels: BYOL and SimSiam, on one CPU or many machines, on the same loss curve.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    max_term_width = 110,
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 bad data, \
+    4 checkpoint unusable, 5 a rank failed too often, 6 diverged or collapsed, 75 stopped on request (resumable)."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Trains here, supervised; continues the run that is in the run directory
+    Run(run::RunArgs),
+    /// Says where a run stands
+    Status {
+        /// A run directory
+        run: PathBuf,
+        /// As one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows the logs of all processes of a run, merged by time
+    Logs(logs::LogsArgs),
+    /// Evaluates frozen features: kNN with its floors and protocol
+    #[command(disable_help_flag = true)]
+    Eval(Forwarded),
+    /// Measures this machine
+    #[command(disable_help_flag = true)]
+    Bench(Forwarded),
+}
+
+/// Arguments that `mentee-worker` understands.
+#[derive(Debug, clap::Args)]
+struct Forwarded {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+    arguments: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let _ = error.print();
+            return code(if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE });
+        }
+    };
+    match dispatch(cli.command) {
+        Ok(exit_code) => code(exit_code),
+        Err(failure) => {
+            if !failure.line.is_empty() {
+                eprintln!("error: {}", failure.line);
+            }
+            code(failure.exit_code)
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<i32, Failure> {
+    match command {
+        Command::Run(args) => return Ok(run::command(&args)?.exit_code),
+        Command::Status { run, json } => status::command(&run, json)?,
+        Command::Logs(args) => logs::command(&args)?,
+        Command::Eval(forwarded) => return Err(forward("eval", &forwarded)),
+        Command::Bench(forwarded) => return Err(forward("bench", &forwarded)),
+    }
+    Ok(exit_code::DONE)
+}
+
+/// Becomes `mentee-worker COMMAND ARGUMENTS`; returns only when that cannot be.
+fn forward(command: &str, forwarded: &Forwarded) -> Failure {
+    let worker = match engine::find_worker() {
+        Ok(worker) => worker,
+        Err(failure) => return failure,
+    };
+    let error = std::process::Command::new(&worker).arg(command).args(&forwarded.arguments).exec();
+    Failure::failed(format!("cannot start {}: {error}", worker.display()))
+}
+
+fn code(exit_code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(exit_code).unwrap_or(1))
+}

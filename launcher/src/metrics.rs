@@ -148,6 +148,9 @@ mod tests {
         assert_eq!(losses, [2.0, 1.25]);
         assert_eq!(metrics.restarts().len(), 1);
         let eval = metrics.last_eval().expect("one");
-        assert_eq!(eval.table(), ["kNN top-1, trained        51.2 %", "kNN top-1, raw pixels     20.0 %", "protocol: k = 200"]);
+        assert_eq!(
+            eval.table(),
+            ["kNN top-1, trained        51.2 %", "kNN top-1, raw pixels     20.0 %", "protocol: k = 200"]
+        );
     }
 }

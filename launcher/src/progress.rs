@@ -53,7 +53,10 @@ impl Display {
         if let WorkerEvent::Eval { step, knn_top1, knn_random_init, knn_raw_pixels, .. } = event {
             let floor = |name: &str, value: &Option<f64>| value.map(|value| format!("{name} {value:.1}"));
             let floors: Vec<String> =
-                [floor("random init", knn_random_init), floor("raw pixels", knn_raw_pixels)].into_iter().flatten().collect();
+                [floor("random init", knn_random_init), floor("raw pixels", knn_raw_pixels)]
+                    .into_iter()
+                    .flatten()
+                    .collect();
             let floors = if floors.is_empty() { String::new() } else { format!(" ({})", floors.join(", ")) };
             self.say(&format!("kNN top-1 at step {step}: {knn_top1:.1} %{floors}"));
         }
@@ -71,6 +74,11 @@ impl Display {
     pub fn restart(&mut self) {
         self.eta = Eta::default();
         self.last_step = None;
+    }
+
+    /// How long the rest takes, once the speed is known.
+    pub fn time_left(&self, progress: &Progress) -> Option<Duration> {
+        self.eta.left(progress)
     }
 
     /// Takes the bar away.

@@ -139,7 +139,8 @@ impl RunDir {
             }
             let mut holder = String::new();
             let _ = file.read_to_string(&mut holder);
-            let holder = if holder.trim().is_empty() { "another mentee".to_owned() } else { holder.trim().to_owned() };
+            let holder =
+                if holder.trim().is_empty() { "another mentee".to_owned() } else { holder.trim().to_owned() };
             return Err(Failure::usage(format!(
                 "{} is in use by {holder}: wait for it, stop it, or give another --run-dir",
                 self.0.display()

@@ -132,7 +132,8 @@ impl Status {
     /// Reads it, and corrects the state when the supervisor is gone without a word.
     pub fn read(run: &RunDir) -> Option<Status> {
         let mut status: Status = serde_json::from_slice(&std::fs::read(run.status()).ok()?).ok()?;
-        let alive = matches!(status.state, State::Starting | State::Running | State::Stopping | State::Restarting);
+        let alive =
+            matches!(status.state, State::Starting | State::Running | State::Stopping | State::Restarting);
         // The lock is not always visible from another machine; a fresh status is.
         if alive && !run.is_locked() && unix_time() - status.updated > 10.0 {
             status.state = State::Interrupted;
@@ -182,7 +183,13 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         let number = |key: &str| train.number(key).map_or("?".into(), |value| format!("{value:.4}"));
         let total = status.as_ref().map(|status| status.progress.total_steps).filter(|&total| total > 0);
         let total = total.map_or(String::new(), |total| format!("/{total}"));
-        println!("  step {}{total}, epoch {}, loss {}, z_std {}", train.step, train.epoch(), number("loss"), number("z_std"));
+        println!(
+            "  step {}{total}, epoch {}, loss {}, z_std {}",
+            train.step,
+            train.epoch(),
+            number("loss"),
+            number("z_std")
+        );
     }
     if let Some(status) = status.as_ref().filter(|status| status.state == State::Running) {
         if let Some(rate) = status.progress.images_per_s {

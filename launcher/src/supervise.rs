@@ -282,9 +282,15 @@ impl Supervisor {
             }
             Output::AllFinished { exit_code } => {
                 self.finished = Some(exit_code);
-                if self.state == State::Running { vec![Action::Arm(Timer::End, EXIT_GRACE)] } else { Vec::new() }
+                if self.state == State::Running {
+                    vec![Action::Arm(Timer::End, EXIT_GRACE)]
+                } else {
+                    Vec::new()
+                }
             }
-            Output::Progress { .. } | Output::Event { .. } | Output::Refused { ours: false, .. } => Vec::new(),
+            Output::Progress { .. } | Output::Event { .. } | Output::Refused { ours: false, .. } => {
+                Vec::new()
+            }
         }
     }
 
@@ -319,7 +325,9 @@ impl Supervisor {
                     State::Settling(_) | State::Over => Vec::new(),
                 }
             }
-            Some(first) if signal != StopSignal::Interrupt && now.saturating_sub(first) < REPEAT => Vec::new(),
+            Some(first) if signal != StopSignal::Interrupt && now.saturating_sub(first) < REPEAT => {
+                Vec::new()
+            }
             Some(_) if self.state == State::Running => vec![
                 Action::Say(format!("{name} again: the workers are killed; the last checkpoint stands")),
                 Action::Kill,
@@ -334,8 +342,10 @@ impl Supervisor {
             (Timer::End, State::Running) => {
                 let mut actions = vec![Action::Terminate, Action::Arm(Timer::Kill, KILL_GRACE)];
                 if self.stop.is_some() && self.culprit.is_none() && self.finished.is_none() {
-                    let line =
-                        format!("no stop within {} s: the workers are ended; the last checkpoint stands", STOP_GRACE.as_secs());
+                    let line = format!(
+                        "no stop within {} s: the workers are ended; the last checkpoint stands",
+                        STOP_GRACE.as_secs()
+                    );
                     actions.insert(0, Action::Say(line));
                 }
                 actions
@@ -353,7 +363,9 @@ impl Supervisor {
     /// The workers are gone and all that they had to say is known.
     fn judge(&mut self, exit: Exit) -> Vec<Action> {
         let culprit = self.culprit.take();
-        if let Some(code) = culprit.as_ref().and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code)) {
+        if let Some(code) =
+            culprit.as_ref().and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code))
+        {
             return self.finish(code, culprit);
         }
         let code = match (self.finished, exit) {
@@ -472,18 +484,38 @@ mod tests {
             ("a worker that knows no coordinator", vec![exited(0), SETTLED], 0),
             ("mpirun stumbles after all ranks finished", vec![go(), finished(0), exited(9), SETTLED], 0),
             ("bad recipe, before hello", vec![exited(2), SETTLED], 2),
-            ("bad data, said by the rank, mpirun adds its own code", vec![go(), failed(1, 3), exited(15), SETTLED], 3),
+            (
+                "bad data, said by the rank, mpirun adds its own code",
+                vec![go(), failed(1, 3), exited(15), SETTLED],
+                3,
+            ),
             ("no usable checkpoint", vec![exited(4), SETTLED], 4),
             ("diverged", vec![go(), failed(0, 6), failed(1, 1), exited(6), SETTLED], 6),
-            ("diverged, but the other rank's broken connection came first", vec![go(), lost(1), failed(0, 6), exited(6), SETTLED], 6),
+            (
+                "diverged, but the other rank's broken connection came first",
+                vec![go(), lost(1), failed(0, 6), exited(6), SETTLED],
+                6,
+            ),
             ("a crash", vec![go(), lost(1), KILLED, SETTLED], 5),
             ("a crash whose mpirun says 2", vec![go(), lost(1), exited(2), SETTLED], 5),
             ("a failure of its own", vec![go(), failed(1, 1), exited(1), SETTLED], 5),
             ("exit 0 of mpirun although a rank was lost", vec![go(), lost(1), exited(0), SETTLED], 5),
-            ("refused", vec![Event::Coordinator(Output::Refused { rank: 1, reason: "other plan".into(), ours: true }), exited(1), SETTLED], 2),
+            (
+                "refused",
+                vec![
+                    Event::Coordinator(Output::Refused { rank: 1, reason: "other plan".into(), ours: true }),
+                    exited(1),
+                    SETTLED,
+                ],
+                2,
+            ),
             ("preempted by someone else", vec![go(), finished(75), exited(75), SETTLED], 75),
             ("stopped", vec![go(), interrupt.clone(), finished(75), exited(75), SETTLED], 75),
-            ("stopped, but it was done already", vec![go(), interrupt.clone(), finished(0), exited(0), SETTLED], 0),
+            (
+                "stopped, but it was done already",
+                vec![go(), interrupt.clone(), finished(0), exited(0), SETTLED],
+                0,
+            ),
             ("stopped, then killed", vec![go(), interrupt.clone(), interrupt.clone(), KILLED, SETTLED], 75),
             ("a rank crashes while stopping", vec![go(), interrupt.clone(), lost(0), exited(1), SETTLED], 75),
             ("a signal while the dust settles", vec![go(), lost(0), exited(1), interrupt, SETTLED], 75),
@@ -539,7 +571,8 @@ mod tests {
 
     #[test]
     fn the_first_failure_is_the_cause() {
-        let actions = run(0, vec![go(), failed(1, 1), failed(0, 1), lost(0), Event::Exited(Exit::Code(1)), SETTLED]);
+        let actions =
+            run(0, vec![go(), failed(1, 1), failed(0, 1), lost(0), Event::Exited(Exit::Code(1)), SETTLED]);
         let (_, culprit) = end(&actions).expect("over");
         assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 8 (update): rank 1 says 1");
     }
@@ -582,8 +615,17 @@ mod tests {
 
     #[test]
     fn a_stop_while_waiting_to_restart_ends_at_once() {
-        let actions =
-            run(3, vec![go(), lost(1), KILLED, SETTLED, Event::Signal(StopSignal::Interrupt), Event::Due(Timer::Backoff)]);
+        let actions = run(
+            3,
+            vec![
+                go(),
+                lost(1),
+                KILLED,
+                SETTLED,
+                Event::Signal(StopSignal::Interrupt),
+                Event::Due(Timer::Backoff),
+            ],
+        );
         assert_eq!(end(&actions), Some((PREEMPTED, None)));
     }
 
@@ -591,7 +633,14 @@ mod tests {
     fn late_events_of_a_finished_run_do_nothing() {
         let mut events = vec![go(), finished(0), Event::Exited(Exit::Code(0)), SETTLED];
         let over = run(0, events.clone()).len();
-        events.extend([lost(0), failed(1, 3), KILLED, SETTLED, Event::Signal(StopSignal::HangUp), Event::Due(Timer::Kill)]);
+        events.extend([
+            lost(0),
+            failed(1, 3),
+            KILLED,
+            SETTLED,
+            Event::Signal(StopSignal::HangUp),
+            Event::Due(Timer::Kill),
+        ]);
         assert_eq!(run(0, events).len(), over);
     }
 }

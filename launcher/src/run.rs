@@ -1,0 +1,546 @@
+//! `mentee run`: prepares the run directory, then feeds [`Supervisor`] with what happens and does what it says.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use mentee_checkpoint as checkpoint;
+use mentee_cluster::{Agreement, CoordinatorHandle, Output, server};
+use mentee_config::{Plan, Recipe, exit_code};
+use mentee_data::{DataError, Split, open_split};
+use serde_json::json;
+use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::process::{Child, Command};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+use crate::engine::{self, Engine, Tools};
+use crate::failure::Failure;
+use crate::logs;
+use crate::metrics::Metrics;
+use crate::progress::Display;
+use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::status::{Rank, State, Status};
+use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
+
+/// Lines of the workers' output that are kept for a failure report.
+const TAIL: usize = 20;
+/// Longest line of the workers' output, bytes; the rest becomes the next line.
+const MAX_LINE: usize = 16 * 1024;
+/// How often `status.json` is written.
+const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
+const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
+
+/// What to run and how.
+#[derive(Debug, clap::Args)]
+pub struct RunArgs {
+    /// A recipe: the path of a .toml file, or the name of a built-in one
+    pub recipe: String,
+    /// Worker processes that share each batch
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub workers: u32,
+    /// How they are started
+    #[arg(long, value_enum, default_value_t)]
+    pub engine: Engine,
+    /// Where the run lives; a run that is there already is resumed [default: runs/<name of the recipe>]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// How often a crash is answered with another start from the last checkpoint
+    #[arg(long, default_value_t = 3, value_name = "K")]
+    pub max_restarts: u32,
+    /// Replaces a value of the recipe; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    pub sets: Vec<String>,
+}
+
+/// How a run ended, for commands that go on from there.
+#[derive(Debug)]
+pub struct Ended {
+    /// The run directory.
+    pub dir: RunDir,
+    /// See [`mentee_config::exit_code`]; 0 or 75.
+    pub exit_code: i32,
+}
+
+/// `mentee run`.
+///
+/// # Errors
+/// [`Failure`] with the run's exit code. What can be told from the recipe, the data and the directory is told before
+/// anything is written or started.
+pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
+    let engine = engine::choose(args.engine, args.workers)?;
+    let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
+    let dir = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.run.name));
+    let dir = RunDir::at(&dir)?;
+    dir.check_recipe(&recipe)?;
+    // A run is resumed from anywhere; its plan must mean the same place then.
+    for path in [&mut recipe.data.path, &mut recipe.eval.path] {
+        if !path.as_os_str().is_empty() {
+            *path = std::path::absolute(&*path).map_err(|error| Failure::io("resolve", path, &error))?;
+        }
+    }
+    let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
+        .ok_or_else(|| DataError::Missing { key: "data.path".into(), path: recipe.data.path.clone() })?;
+    let plan = Plan::new(recipe, source.len(), args.workers)?;
+    drop(source);
+    let tools = engine::find_tools(engine)?;
+
+    let _lock = dir.lock()?;
+    dir.check_recipe(&plan.recipe)?;
+    end_leftovers(&dir)?;
+    let done = checkpoint::list(&dir.checkpoints())?
+        .iter()
+        .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
+    if done {
+        println!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
+        return Ok(Ended { dir, exit_code: exit_code::DONE });
+    }
+    let text = plan.recipe.to_toml();
+    write_atomically(&dir.plan(), text.as_bytes())
+        .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
+    logs::write_here(&dir);
+
+    // One thread: the parent-death signal of the workers is tied to the thread that started them.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start the supervisor: {error}")))?;
+    let job = Job { dir: &dir, plan: &plan, tools, engine, workers: args.workers };
+    let exit_code = runtime.block_on(supervise(job, args.max_restarts))?;
+    Ok(Ended { dir, exit_code })
+}
+
+struct Job<'a> {
+    dir: &'a RunDir,
+    plan: &'a Plan,
+    tools: Tools,
+    engine: Engine,
+    workers: u32,
+}
+
+/// Everything that is alive during a run but the decisions.
+struct Shell<'a> {
+    job: Job<'a>,
+    coordinator: CoordinatorHandle,
+    child: Option<Child>,
+    lines: (mpsc::Sender<Vec<u8>>, mpsc::Receiver<Vec<u8>>),
+    output: File,
+    tail: VecDeque<String>,
+    timer: Option<(Timer, tokio::time::Instant)>,
+    display: Display,
+    status: Status,
+}
+
+async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
+    let cannot = |what: &str, error: std::io::Error| Failure::failed(format!("cannot {what}: {error}"));
+    let token = server::fresh_token().map_err(|error| cannot("make a token", error))?;
+    let interface = match job.engine {
+        Engine::Srun => Ipv4Addr::UNSPECIFIED,
+        _ => Ipv4Addr::LOCALHOST,
+    };
+    let agreement = Agreement {
+        token,
+        world_size: job.workers,
+        plan_hash: Some(job.plan.recipe.hash()),
+        version: env!("CARGO_PKG_VERSION").into(),
+    };
+    let coordinator = server::start(IpAddr::V4(interface), agreement)
+        .await
+        .map_err(|error| cannot("open a port for the workers", error))?;
+    let output = job.dir.worker_output();
+    let output = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(&output)
+        .map_err(|error| Failure::io("open", &output, &error))?;
+    let mut signals = [
+        (StopSignal::Interrupt, SignalKind::interrupt()),
+        (StopSignal::Terminate, SignalKind::terminate()),
+        (StopSignal::HangUp, SignalKind::hangup()),
+    ]
+    .into_iter()
+    .map(|(name, kind)| Ok((name, signal(kind)?)))
+    .collect::<std::io::Result<Vec<(StopSignal, Signal)>>>()
+    .map_err(|error| cannot("listen for signals", error))?;
+
+    let display = Display::new();
+    let name = &job.plan.recipe.run.name;
+    display.say(&format!(
+        "{name}: {} worker{} ({}), {} steps, in {}",
+        job.workers,
+        if job.workers == 1 { "" } else { "s" },
+        format!("{:?}", job.engine).to_lowercase(),
+        job.plan.end_step(),
+        job.dir.path().display()
+    ));
+    let status = Status::new(name, job.workers);
+    let direct = job.engine == Engine::Direct;
+    let mut shell = Shell {
+        job,
+        coordinator,
+        child: None,
+        lines: mpsc::channel(256),
+        output,
+        tail: VecDeque::new(),
+        timer: None,
+        display,
+        status,
+    };
+    let started = Instant::now();
+    let (mut supervisor, first) = Supervisor::new(max_restarts, direct);
+    let mut actions = first;
+    let mut status_due = tokio::time::interval(STATUS_EVERY);
+    loop {
+        for action in std::mem::take(&mut actions) {
+            if let Some(outcome) = shell.perform(action)? {
+                return shell.end(outcome);
+            }
+        }
+        let due = shell.timer.map(|(_, at)| at);
+        let event = tokio::select! {
+            Some(output) = shell.coordinator.events.recv() => {
+                shell.note(&output);
+                Event::Coordinator(output)
+            }
+            exit = wait(&mut shell.child) => {
+                shell.child = None;
+                Event::Exited(exit)
+            }
+            signal = any(&mut signals) => {
+                shell.status.state = State::Stopping;
+                Event::Signal(signal)
+            }
+            () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
+                let timer = shell.timer.take().map_or(Timer::Settle, |(timer, _)| timer);
+                Event::Due(timer)
+            }
+            Some(line) = shell.lines.1.recv() => {
+                shell.keep(&line);
+                continue;
+            }
+            _ = status_due.tick() => {
+                shell.status.write(shell.job.dir);
+                continue;
+            }
+        };
+        actions = supervisor.handle_event(started.elapsed(), event);
+    }
+}
+
+impl Shell<'_> {
+    /// Does what was decided; an outcome ends the run.
+    fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
+        match action {
+            Action::Start { generation } => self.start(generation)?,
+            Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
+            Action::Terminate => self.signal(libc::SIGTERM),
+            Action::Kill => self.kill(),
+            Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
+            Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
+            Action::Say(line) => {
+                tracing::warn!("{line}");
+                self.display.say(&line);
+            }
+            Action::Finish(outcome) => return Ok(Some(outcome)),
+        }
+        Ok(None)
+    }
+
+    fn start(&mut self, generation: u32) -> Result<(), Failure> {
+        let address = if generation == 0 {
+            self.coordinator.address.clone()
+        } else {
+            self.coordinator.new_generation(generation)
+        };
+        let arguments: [OsString; 3] =
+            [self.job.dir.plan().into(), "--run-dir".into(), self.job.dir.path().into()];
+        let line =
+            engine::command_line(self.job.engine, self.job.workers, &self.job.tools, &address, &arguments);
+        let mut command = Command::new(&line.program);
+        command.args(&line.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        for name in &line.clear {
+            command.env_remove(name);
+        }
+        command.envs(line.set.iter().map(|(name, value)| (name, value)));
+        // Ctrl-C at the terminal is for the supervisor alone.
+        command.process_group(0);
+        let death_signal = if self.job.engine == Engine::Direct { libc::SIGKILL } else { libc::SIGTERM };
+        // SAFETY: getpid has no preconditions and cannot fail.
+        let supervisor = unsafe { libc::getpid() };
+        // SAFETY: between fork and exec only prctl, getppid and _exit are called, all async-signal-safe.
+        unsafe {
+            command.pre_exec(move || {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, death_signal) != 0 {
+                    return Err(std::io::Error::last_os_error());
+                }
+                // The supervisor may have died before the signal was asked for.
+                if libc::getppid() != supervisor {
+                    libc::_exit(exit_code::FAILED);
+                }
+                Ok(())
+            });
+        }
+        let mut child = command
+            .spawn()
+            .map_err(|error| Failure::failed(format!("cannot start {}: {error}", line.program.display())))?;
+        let header = format!("--- start {generation}: {} workers\n", self.job.workers);
+        let _ = self.output.write_all(header.as_bytes());
+        self.tail.clear();
+        if let Some(stdout) = child.stdout.take() {
+            tokio::spawn(read_lines(stdout, self.lines.0.clone()));
+        }
+        if let Some(stderr) = child.stderr.take() {
+            tokio::spawn(read_lines(stderr, self.lines.0.clone()));
+        }
+        tracing::info!(generation, workers = self.job.workers, "started {}", line.program.display());
+        self.child = Some(child);
+        self.status.generation = generation;
+        self.status.state = State::Starting;
+        self.status.ranks.clear();
+        self.display.restart();
+        self.status.write(self.job.dir);
+        Ok(())
+    }
+
+    fn signal(&self, signal: libc::c_int) {
+        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
+            // SAFETY: the child has not been waited for, so the id is still its own.
+            unsafe { libc::kill(pid as libc::pid_t, signal) };
+        }
+    }
+
+    /// SIGKILL to the process group, and to every rank of this machine: an `mpirun` that is killed cannot end them.
+    fn kill(&self) {
+        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
+            // SAFETY: the child has not been waited for, so the group id is still its own.
+            unsafe { libc::kill(-(pid as libc::pid_t), libc::SIGKILL) };
+        }
+        kill_all(&self.job.dir.leftovers());
+    }
+
+    /// What people see of the coordinator's news.
+    fn note(&mut self, output: &Output) {
+        match output {
+            Output::Go { ranks, .. } => {
+                if self.status.state == State::Starting {
+                    self.status.state = State::Running;
+                }
+                self.status.ranks =
+                    ranks.iter().map(|hello| (hello.rank, Rank::new(hello.clone()))).collect();
+            }
+            Output::Progress { rank, progress } => {
+                if let Some(at) = self.status.ranks.get_mut(rank) {
+                    at.step = progress.step;
+                    at.phase = progress.phase;
+                    at.step_ms = progress.step_ms;
+                }
+                if *rank == 0 {
+                    self.display.progress(progress);
+                    self.status.eta_s = self.display.time_left(progress).map(|left| left.as_secs_f64());
+                    self.status.progress = progress.clone();
+                }
+            }
+            Output::Event { event, .. } => self.display.event(event),
+            Output::Refused { reason, ours: false, .. } => tracing::warn!("refused: {reason}"),
+            _ => {}
+        }
+    }
+
+    fn keep(&mut self, line: &[u8]) {
+        let _ = self.output.write_all(line);
+        let _ = self.output.write_all(b"\n");
+        if self.tail.len() == TAIL {
+            self.tail.pop_front();
+        }
+        self.tail.push_back(String::from_utf8_lossy(line).trim_end().to_owned());
+    }
+
+    fn record_restart(&mut self, generation: u32, culprit: &Culprit) {
+        self.status.state = State::Restarting;
+        self.status.write(self.job.dir);
+        let step = checkpoint::list(&self.job.dir.checkpoints())
+            .ok()
+            .and_then(|entries| {
+                entries.iter().filter(|entry| entry.state.is_ok()).map(|entry| entry.step).max()
+            })
+            .unwrap_or(0);
+        let line = json!({
+            "kind": "restart",
+            "step": step,
+            "time": unix_time(),
+            "world_size": self.job.workers,
+            "generation": generation,
+            "rank": culprit.rank,
+            "reason": culprit.to_string(),
+        });
+        if let Err(error) = self.job.dir.append_metric(&line) {
+            tracing::warn!("cannot write {}: {error}", self.job.dir.metrics().display());
+        }
+    }
+
+    /// The last of the run: status, report, and the one line that says how it went.
+    fn end(mut self, outcome: Outcome) -> Result<i32, Failure> {
+        while let Ok(line) = self.lines.1.try_recv() {
+            self.keep(&line);
+        }
+        self.display.finish();
+        let Outcome { exit_code, culprit } = outcome;
+        let dir = self.job.dir;
+        self.status.exit_code = Some(exit_code);
+        self.status.state = match exit_code {
+            exit_code::DONE => State::Done,
+            exit_code::PREEMPTED => State::Preempted,
+            _ => State::Failed,
+        };
+        let failure = match exit_code {
+            exit_code::DONE | exit_code::PREEMPTED => None,
+            exit_code::RANK_FAILED => {
+                let culprit = culprit.unwrap_or_default();
+                self.print_last_words(&culprit);
+                Some(format!(
+                    "{culprit}; no restart left: look at {}, then run the same command again to continue from the last \
+                     checkpoint",
+                    dir.logs().display()
+                ))
+            }
+            code => Some(
+                culprit.map(|culprit| culprit.cause).or_else(|| self.workers_error()).unwrap_or_else(|| {
+                    format!("the workers ended with exit code {code}: see {}", dir.worker_output().display())
+                }),
+            ),
+        };
+        self.status.error.clone_from(&failure);
+        self.status.write(dir);
+        if let Some(line) = failure {
+            tracing::error!("{line}");
+            return Err(Failure { exit_code, line });
+        }
+        let last = Metrics::read(&dir.metrics())?;
+        let step = last.last_train().map_or(0, |line| line.step);
+        if exit_code == exit_code::PREEMPTED {
+            tracing::info!("stopped on request");
+            println!("stopped at step {step} on request; the same command continues it");
+        } else {
+            let loss = last.last_train().and_then(|line| line.number("loss"));
+            let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
+            println!("done: {step} steps{loss}; `mentee report {}` draws the curves", dir.path().display());
+        }
+        Ok(exit_code)
+    }
+
+    /// The `error: …` line of a worker, said once although every rank may have written it.
+    fn workers_error(&self) -> Option<String> {
+        self.tail.iter().find_map(|line| Some(line.strip_prefix("error: ")?.to_owned()))
+    }
+
+    fn print_last_words(&self, culprit: &Culprit) {
+        if let Some(rank) = culprit.rank {
+            let path = self.job.dir.rank_log(rank);
+            let lines = logs::tail(&path, 10);
+            if !lines.is_empty() {
+                eprintln!("last lines of rank {rank} ({}):", path.display());
+                for line in lines {
+                    eprintln!("  {line}");
+                }
+            }
+        }
+        if !self.tail.is_empty() {
+            eprintln!("last lines of the workers' output ({}):", self.job.dir.worker_output().display());
+            for line in &self.tail {
+                eprintln!("  {line}");
+            }
+        }
+    }
+}
+
+/// Waits for the child's end; for ever when there is none.
+async fn wait(child: &mut Option<Child>) -> Exit {
+    let Some(child) = child else { return std::future::pending().await };
+    match child.wait().await {
+        Ok(status) => exit_of(status),
+        // Cannot be waited for: treated as a crash.
+        Err(_) => Exit::Code(exit_code::FAILED),
+    }
+}
+
+fn exit_of(status: ExitStatus) -> Exit {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => Exit::Code(code),
+        (None, signal) => Exit::Signal(signal.unwrap_or(0)),
+    }
+}
+
+/// The next of several signals.
+async fn any(signals: &mut [(StopSignal, Signal)]) -> StopSignal {
+    std::future::poll_fn(|context| {
+        for (name, signal) in signals.iter_mut() {
+            if signal.poll_recv(context).is_ready() {
+                return std::task::Poll::Ready(*name);
+            }
+        }
+        std::task::Poll::Pending
+    })
+    .await
+}
+
+/// Cuts a stream into lines of bounded length, until its end.
+async fn read_lines(mut stream: impl AsyncRead + Unpin, lines: mpsc::Sender<Vec<u8>>) {
+    let mut buffer = [0; 4096];
+    let mut line = Vec::new();
+    while let Ok(count @ 1..) = stream.read(&mut buffer).await {
+        for &byte in &buffer[..count] {
+            if byte != b'\n' {
+                line.push(byte);
+            }
+            if (byte == b'\n' || line.len() == MAX_LINE)
+                && lines.send(std::mem::take(&mut line)).await.is_err()
+            {
+                return;
+            }
+        }
+    }
+    if !line.is_empty() {
+        let _ = lines.send(line).await;
+    }
+}
+
+/// Ends what a supervisor that was killed may have left: two gangs in one directory would spoil both.
+fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
+    let started = Instant::now();
+    let mut told = false;
+    loop {
+        let left = dir.leftovers();
+        if left.is_empty() {
+            return Ok(());
+        }
+        if !told {
+            println!("waiting for {} worker(s) of an earlier run in {}", left.len(), dir.path().display());
+            told = true;
+        }
+        if started.elapsed() > 2 * LEFTOVER_GRACE {
+            return Err(Failure::failed(format!(
+                "process {} still works in {}: end it, then run the same command again",
+                left[0],
+                dir.path().display()
+            )));
+        }
+        if started.elapsed() > LEFTOVER_GRACE {
+            kill_all(&left);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn kill_all(processes: &[libc::pid_t]) {
+    for &pid in processes {
+        // SAFETY: no memory is involved; the process was found a moment ago by its executable and this run directory.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+}
