@@ -104,7 +104,17 @@ fn check_size(width: u64, height: u64) -> Result<usize, DecodeError> {
     }
 }
 
+/// Whether a JPEG's end marker follows its last scan. The decoder invents the last rows of a file that is cut a few
+/// bytes short; this does not. (Within a scan 0xFF is always escaped, and an EXIF thumbnail's end marker stands
+/// before the scan.) Looks from the end, so it costs nothing on a whole file.
+fn has_end(jpeg: &[u8]) -> bool {
+    jpeg.windows(2).rev().find(|pair| matches!(pair, [0xFF, 0xD9 | 0xDA])).is_some_and(|pair| pair[1] == 0xD9)
+}
+
 fn decode_jpeg(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
+    if !has_end(bytes) {
+        return Err(DecodeError::Truncated("JPEG"));
+    }
     let options = DecoderOptions::default()
         .set_strict_mode(true)
         .set_max_width(usize::from(u16::MAX))
@@ -194,5 +204,5 @@ pub(crate) fn encode_png(width: u32, height: u32, rgb: &[u8]) -> Result<Vec<u8>,
 }
 
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    text.trim_matches('"').split_whitespace().collect::<Vec<_>>().join(" ")
 }

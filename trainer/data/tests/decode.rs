@@ -1,0 +1,157 @@
+//! Decoding: every colour type becomes RGB by the stated rule; nothing damaged passes.
+
+mod common;
+
+use common::{jpeg, noise, png};
+use jpeg_encoder::ColorType as Jpeg;
+use mentee_data::decode;
+use mentee_data::decode::{DecodeError, RgbImage};
+use png::{BitDepth, ColorType};
+
+fn pixels(bytes: &[u8]) -> Vec<u8> {
+    decode(bytes).unwrap().data
+}
+
+#[test]
+fn png_colour_types() {
+    let rgb = noise(5 * 4 * 3, 1);
+    let whole = decode(&png(5, 4, ColorType::Rgb, BitDepth::Eight, &rgb)).unwrap();
+    assert_eq!(whole, RgbImage { width: 5, height: 4, data: rgb });
+    assert_eq!(
+        pixels(&png(2, 1, ColorType::Grayscale, BitDepth::Eight, &[7, 250])),
+        [7, 7, 7, 250, 250, 250]
+    );
+    // Alpha is dropped, whatever it says.
+    assert_eq!(
+        pixels(&png(2, 1, ColorType::GrayscaleAlpha, BitDepth::Eight, &[7, 0, 9, 255])),
+        [7, 7, 7, 9, 9, 9]
+    );
+    assert_eq!(
+        pixels(&png(2, 1, ColorType::Rgba, BitDepth::Eight, &[1, 2, 3, 0, 4, 5, 6, 255])),
+        [1, 2, 3, 4, 5, 6]
+    );
+    // 16 bits keep their high byte; 1 bit spreads over the range; a palette is looked up.
+    assert_eq!(pixels(&png(1, 1, ColorType::Rgb, BitDepth::Sixteen, &[1, 255, 2, 128, 3, 0])), [1, 2, 3]);
+    assert_eq!(
+        pixels(&png(1, 1, ColorType::Rgba, BitDepth::Sixteen, &[1, 255, 2, 128, 3, 0, 9, 9])),
+        [1, 2, 3]
+    );
+    assert_eq!(
+        pixels(&png(2, 1, ColorType::Grayscale, BitDepth::One, &[0b0100_0000])),
+        [0, 0, 0, 255, 255, 255]
+    );
+    assert_eq!(pixels(&png(2, 1, ColorType::Indexed, BitDepth::Eight, &[1, 0])), [200, 100, 50, 10, 20, 30]);
+}
+
+#[test]
+fn jpeg_colour_types() {
+    for progressive in [false, true] {
+        let rgb = decode(&jpeg(33, 17, progressive, Jpeg::Rgb)).unwrap();
+        assert_eq!((rgb.width, rgb.height, rgb.data.len()), (33, 17, 33 * 17 * 3));
+        let luma = decode(&jpeg(33, 17, progressive, Jpeg::Luma)).unwrap();
+        for y in 0..17usize {
+            for x in 0..33usize {
+                let at = (y * 33 + x) * 3;
+                for c in 0..3 {
+                    let expected = (40 + 3 * x + 2 * y + 20 * c) as i32;
+                    assert!((i32::from(rgb.data[at + c]) - expected).abs() <= 6, "{x} {y} {c}");
+                }
+                assert!((i32::from(luma.data[at]) - (40 + 3 * x + 2 * y) as i32).abs() <= 4, "{x} {y}");
+                assert!(luma.data[at] == luma.data[at + 1] && luma.data[at] == luma.data[at + 2]);
+            }
+        }
+    }
+    // Adobe's inverted CMYK: (255 − ink) · (255 − black) / 255.
+    let cmyk = decode(&jpeg(16, 16, false, Jpeg::Cmyk)).unwrap();
+    for c in 0..3 {
+        let (ink, black) = (40.0 + 20.0 * f64::from(c), 100.0);
+        let expected = (255.0 - ink) * (255.0 - black) / 255.0;
+        assert!(
+            (f64::from(cmyk.data[c as usize]) - expected).abs() < 8.0,
+            "{:?} {c} {expected}",
+            &cmyk.data[..3]
+        );
+    }
+}
+
+#[test]
+fn a_file_cut_anywhere_is_an_error() {
+    let files = [
+        jpeg(40, 30, false, Jpeg::Rgb),
+        jpeg(40, 30, true, Jpeg::Rgb),
+        jpeg(40, 30, false, Jpeg::Luma),
+        common::rgb_png(9, 7, 3),
+        png(9, 7, ColorType::Grayscale, BitDepth::Eight, &noise(63, 4)),
+    ];
+    for file in files {
+        assert!(decode(&file).is_ok());
+        for length in 0..file.len() {
+            let error = decode(&file[..length]).expect_err("cut short");
+            let message = error.to_string();
+            assert!(!message.contains('\n'), "{message}");
+            if length > 600 {
+                assert!(matches!(error, DecodeError::Truncated(_)), "{length} of {}: {message}", file.len());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_thumbnails_end_marker_does_not_hide_a_cut() {
+    let photo = jpeg(40, 30, false, Jpeg::Rgb);
+    // An APP1 segment that holds an end marker, as an EXIF thumbnail does.
+    let mut with_thumbnail = photo[..2].to_vec();
+    with_thumbnail.extend([0xFF, 0xE1, 0x00, 0x06, 1, 2, 0xFF, 0xD9]);
+    with_thumbnail.extend(&photo[2..]);
+    assert!(decode(&with_thumbnail).is_ok());
+    let cut = &with_thumbnail[..with_thumbnail.len() - 2];
+    assert_eq!(decode(cut), Err(DecodeError::Truncated("JPEG")));
+    // Bytes after the end are nobody's business.
+    let mut trailing = photo;
+    trailing.extend(b"trailer");
+    assert!(decode(&trailing).is_ok());
+}
+
+#[test]
+fn a_changed_png_byte_is_an_error() {
+    let file = common::rgb_png(9, 7, 5);
+    for at in 8..file.len() {
+        let mut changed = file.clone();
+        changed[at] ^= 0x10;
+        assert!(decode(&changed).is_err(), "byte {at}");
+    }
+}
+
+#[test]
+fn what_is_no_image_is_named() {
+    assert_eq!(decode(b""), Err(DecodeError::Empty));
+    assert_eq!(decode(b"GIF89a"), Err(DecodeError::UnknownFormat("47 49 46 38".to_owned())));
+    assert_eq!(decode(&[0xFF]), Err(DecodeError::UnknownFormat("ff".to_owned())));
+    assert_eq!(decode(&[0xFF, 0xD8, 0xFF]), Err(DecodeError::Truncated("JPEG")));
+}
+
+#[test]
+fn a_bomb_is_refused_before_memory_is_taken() {
+    // A PNG header that promises 60000 x 60000, with a valid checksum.
+    let mut bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
+    bomb.extend(60_000u32.to_be_bytes());
+    bomb.extend(60_000u32.to_be_bytes());
+    bomb.extend([8, 2, 0, 0, 0]);
+    let crc = crc32(&bomb[12..]);
+    bomb.extend(crc.to_be_bytes());
+    assert_eq!(decode(&bomb), Err(DecodeError::Size { width: 60_000, height: 60_000 }));
+    // A JPEG whose frame header promises 65,000 x 65,000.
+    let mut file = jpeg(40, 30, false, Jpeg::Rgb);
+    let frame = file.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
+    file[frame + 5..frame + 9].copy_from_slice(&[0xFD, 0xE8, 0xFD, 0xE8]);
+    assert_eq!(decode(&file), Err(DecodeError::Size { width: 65_000, height: 65_000 }));
+}
+
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0u32, |crc, &byte| {
+        (0..8).fold(
+            crc ^ u32::from(byte),
+            |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 },
+        )
+    })
+}

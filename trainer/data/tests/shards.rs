@@ -1,0 +1,270 @@
+//! Shards: what is written is what is read; altered ones are found; a failed write leaves nothing.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use common::{Memory, jpeg, rgb_png};
+use mentee_config::recipe::DataFormat;
+use mentee_data::shard::{INDEX_FILE, write_shards};
+use mentee_data::{DataError, Encoding, Source, check, decode, open};
+use tempfile::TempDir;
+
+fn quiet() -> impl FnMut(u64, u64) {
+    |_, _| {}
+}
+
+fn written(n: u64) -> (TempDir, std::path::PathBuf, Arc<Memory>) {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("shards");
+    let source = Memory::noise(n);
+    write_shards(&*source, &out, 6000, &mut quiet()).unwrap();
+    (dir, out, source)
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> =
+        fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn round_trip_with_and_without_the_index() {
+    let (dir, out, source) = written(40);
+    assert_eq!(names(dir.path()), ["shards"], "no temporaries stay");
+    let files = names(&out);
+    assert!(files.len() > 3 && files[0] == "00000.tar" && files[files.len() - 1] == INDEX_FILE, "{files:?}");
+    let same = |read: &dyn Source| {
+        assert_eq!(read.len(), 40);
+        for i in 0..40 {
+            assert_eq!(read.read(i).unwrap().bytes, source.files[i as usize]);
+            assert_eq!(read.label(i), source.labels[i as usize]);
+            assert!(read.key(i).ends_with(&format!(".tar:{i:08}")), "{}", read.key(i));
+        }
+    };
+    let indexed = open(&out, DataFormat::Auto).unwrap();
+    same(&*indexed);
+    assert_eq!(indexed.classes(), ["a", "b", "c"]);
+    let index = fs::read(out.join(INDEX_FILE)).unwrap();
+    fs::remove_file(out.join(INDEX_FILE)).unwrap();
+    same(&*open(&out, DataFormat::Tar).unwrap());
+    fs::write(out.join(INDEX_FILE), index).unwrap();
+
+    // Shards of shards, and the same bytes every time.
+    let again = dir.path().join("again");
+    let summary = write_shards(&*indexed, &again, 6000, &mut quiet()).unwrap();
+    assert_eq!(summary.digest, indexed.digest());
+    for file in names(&out) {
+        assert_eq!(fs::read(out.join(&file)).unwrap(), fs::read(again.join(&file)).unwrap(), "{file}");
+    }
+    let (bytes, shards) = indexed.stored();
+    assert_eq!((summary.samples, summary.shards), (40, shards));
+    assert_eq!(bytes, source.files.iter().map(|f| f.len() as u64).sum::<u64>());
+}
+
+#[test]
+fn any_tar_reads_what_was_written() {
+    let (_dir, out, source) = written(5);
+    let list = std::process::Command::new("tar").arg("-tvf").arg(out.join("00000.tar")).output();
+    let Ok(list) = list else {
+        eprintln!("ignored: there is no tar program here");
+        return;
+    };
+    assert!(list.status.success(), "{}", String::from_utf8_lossy(&list.stderr));
+    let text = String::from_utf8_lossy(&list.stdout).into_owned();
+    let first = text.lines().next().unwrap();
+    assert!(first.starts_with("-rw-r--r--") && first.ends_with("00000000.png"), "{first}");
+    assert!(first.contains(&source.files[0].len().to_string()), "{first}");
+    assert!(text.contains("00000000.cls"));
+}
+
+#[test]
+fn raw_pixels_become_png() {
+    struct Raw;
+    impl Source for Raw {
+        fn len(&self) -> u64 {
+            3
+        }
+        fn read_into(&self, index: u64, buffer: &mut Vec<u8>) -> Result<Encoding, DataError> {
+            *buffer = common::noise(5 * 4 * 3, index + 1);
+            Ok(Encoding::Raw { width: 5, height: 4 })
+        }
+        fn label(&self, _: u64) -> Option<u32> {
+            None
+        }
+        fn key(&self, index: u64) -> String {
+            index.to_string()
+        }
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+        fn digest(&self) -> String {
+            String::new()
+        }
+        fn stored(&self) -> (u64, u64) {
+            (0, 0)
+        }
+    }
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("out");
+    let mut heard = Vec::new();
+    write_shards(&Raw, &out, 1 << 20, &mut |done, total| heard.push((done, total))).unwrap();
+    assert_eq!(heard.last(), Some(&(3, 3)));
+    let source = open(&out, DataFormat::Auto).unwrap();
+    assert_eq!((source.label(0), source.classes().len()), (None, 0));
+    for i in 0..3 {
+        let image = decode(&source.read(i).unwrap().bytes).unwrap();
+        assert_eq!((image.width, image.height, image.data), (5, 4, common::noise(60, i + 1)));
+    }
+}
+
+#[test]
+fn a_failed_write_leaves_nothing_and_nothing_is_overwritten() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("out");
+    let bad = Memory {
+        files: vec![rgb_png(3, 3, 1), jpeg(8, 8, false, jpeg_encoder::ColorType::Rgb), b"GIF89a".to_vec()],
+        labels: vec![None; 3],
+        classes: vec![],
+    };
+    let error = write_shards(&bad, &out, 1 << 20, &mut quiet()).unwrap_err();
+    assert_eq!(
+        error,
+        DataError::BadSample { sample: "memory:2".to_owned(), reason: "neither JPEG nor PNG".to_owned() }
+    );
+    assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
+    // What a killed writer left is replaced; an empty folder is used; a full one is left alone.
+    fs::create_dir_all(dir.path().join(".out.partial")).unwrap();
+    fs::write(dir.path().join(".out.partial/00007.tar"), b"half").unwrap();
+    fs::create_dir_all(&out).unwrap();
+    let good = Memory::noise(2);
+    write_shards(&*good, &out, 1 << 20, &mut quiet()).unwrap();
+    assert_eq!(names(&out), ["00000.tar", INDEX_FILE]);
+    assert_eq!(names(dir.path()), ["out"]);
+    let error = write_shards(&*good, &out, 1 << 20, &mut quiet()).unwrap_err();
+    assert!(
+        error.to_string().ends_with("already exists and is not empty: choose another folder or remove it")
+    );
+    assert_eq!(open(&out, DataFormat::Auto).unwrap().len(), 2);
+}
+
+#[test]
+fn a_false_index_is_refused() {
+    let (_dir, out, _) = written(10);
+    let path = out.join(INDEX_FILE);
+    let text = fs::read_to_string(&path).unwrap();
+    let refuse = |changed: String, expected: &str| {
+        assert_ne!(changed, text);
+        fs::write(&path, changed).unwrap();
+        let message = open(&out, DataFormat::Auto).err().unwrap().to_string();
+        assert!(message.contains(expected) && !message.contains('\n'), "{message}");
+    };
+    refuse(text[..text.len() / 2].to_owned(), "index.json`: not an index of shards");
+    refuse(
+        text.replace("\"version\":1", "\"version\":2"),
+        "version 2, this program reads mentee-shards version 1",
+    );
+    refuse(text.replace("00000.tar", "../00000.tar"), "is not a plain file name");
+    refuse(
+        text.replacen("\"offsets\":[512", "\"offsets\":[99999999", 1),
+        "an image beyond the end of the shard",
+    );
+    refuse(text.replacen("\"offsets\":[512,", "\"offsets\":[", 1), "differ in number");
+    refuse(text.replace("00001.tar", "00009.tar"), "cannot open");
+    fs::write(&path, &text).unwrap();
+    assert!(open(&out, DataFormat::Auto).is_ok());
+    let shard = out.join("00000.tar");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() - 512]).unwrap();
+    let message = open(&out, DataFormat::Auto).err().unwrap().to_string();
+    assert!(message.contains("00000.tar") && message.contains("truncated or replaced"), "{message}");
+}
+
+#[test]
+fn verify_finds_everything() {
+    let (_dir, out, source) = written(40);
+    let report = check::verify(&out, DataFormat::Auto, 2, &|_, _| {}).unwrap();
+    assert_eq!((report.samples, report.problems), (40, vec![]));
+    // A changed byte in an image of the first shard, a second shard cut short, a third one gone.
+    let place = |name: &str| out.join(name);
+    let mut bytes = fs::read(place("00000.tar")).unwrap();
+    bytes[512 + source.files[0].len() / 2] ^= 1;
+    fs::write(place("00000.tar"), &bytes).unwrap();
+    let bytes = fs::read(place("00001.tar")).unwrap();
+    fs::write(place("00001.tar"), &bytes[..2000]).unwrap();
+    fs::remove_file(place("00002.tar")).unwrap();
+    let report = check::verify(&out, DataFormat::Auto, 2, &|_, _| {}).unwrap();
+    let has = |parts: &[&str]| {
+        let found = report.problems.iter().any(|line| parts.iter().all(|part| line.contains(part)));
+        assert!(found, "{parts:?} in {:#?}", report.problems);
+    };
+    has(&["00000.tar`", "do not match the digest"]);
+    has(&["00000.tar:00000000", "PNG"]);
+    has(&["00001.tar`", "2000 bytes", "truncated or replaced"]);
+    has(&["00001.tar:", "cannot be read"]);
+    has(&["cannot open", "00002.tar"]);
+    assert!(report.problems.iter().all(|line| !line.contains('\n')));
+    assert!(check::verify(&out.join("nowhere"), DataFormat::Auto, 1, &|_, _| {}).is_err());
+}
+
+#[test]
+fn verify_names_damaged_files_of_a_folder() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    for (name, bytes) in [
+        ("train/a/good.png", rgb_png(4, 4, 1)),
+        ("train/a/empty.jpg", vec![]),
+        ("train/b/text.jpg", b"hello, world".to_vec()),
+        ("test/a/cut.jpg", jpeg(30, 30, false, jpeg_encoder::ColorType::Rgb)[..800].to_vec()),
+    ] {
+        fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
+        fs::write(root.join(name), bytes).unwrap();
+    }
+    let report = check::verify(root, DataFormat::Auto, 3, &|_, _| {}).unwrap();
+    let lines: Vec<String> =
+        report.problems.iter().map(|line| line.replace(&root.display().to_string(), "DIR")).collect();
+    assert_eq!(
+        lines,
+        [
+            "DIR/train/a/empty.jpg: the file is empty",
+            "DIR/train/b/text.jpg: neither JPEG nor PNG (it starts with 68 65 6c 6c)",
+            "DIR/test/a/cut.jpg: truncated JPEG: the file ends before the image does",
+        ]
+    );
+    assert_eq!((report.samples, report.files), (4, 4));
+}
+
+#[test]
+fn stats_count_and_measure() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let flat = |value: u8, side: u32| {
+        common::png(
+            side,
+            side + 1,
+            png::ColorType::Rgb,
+            png::BitDepth::Eight,
+            &[value, 0, 255].repeat((side * (side + 1)) as usize),
+        )
+    };
+    for (name, bytes) in [("a/1.png", flat(0, 2)), ("a/2.png", flat(255, 2)), ("b/3.png", flat(0, 2))] {
+        fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
+        fs::write(root.join(name), bytes).unwrap();
+    }
+    let stats = check::stats(root, DataFormat::Auto, 2).unwrap();
+    let [stats] = &stats[..] else { panic!("{stats:?}") };
+    assert_eq!((stats.samples, stats.files, stats.unlabelled, stats.decoded), (3, 3, 0, 3));
+    assert_eq!(stats.classes, [("a".to_owned(), 2), ("b".to_owned(), 1)]);
+    assert_eq!((stats.width, stats.height), ([2, 2, 2], [3, 3, 3]));
+    for (found, expected) in stats.mean.iter().zip([1.0 / 3.0, 0.0, 1.0]) {
+        assert!((found - expected).abs() < 1e-12);
+    }
+    for (found, expected) in stats.std.iter().zip([(2.0f64 / 9.0).sqrt(), 0.0, 0.0]) {
+        assert!((found - expected).abs() < 1e-6);
+    }
+    fs::write(root.join("b/3.png"), b"no image").unwrap();
+    assert!(matches!(check::stats(root, DataFormat::Auto, 2), Err(DataError::BadSample { .. })));
+}

@@ -1,0 +1,410 @@
+//! Formats on disk, from literal bytes; what is wrong in them is named.
+
+mod common;
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use common::{jpeg, noise, rgb_png};
+use mentee_config::recipe::DataFormat;
+use mentee_data::{DataError, Encoding, Source, Split, open, open_split};
+use tempfile::TempDir;
+
+fn put(dir: &Path, name: &str, bytes: &[u8]) {
+    let path = dir.join(name);
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    fs::write(path, bytes).unwrap();
+}
+
+fn error(path: &Path, format: DataFormat) -> String {
+    let message = open(path, format).err().expect("refused").to_string();
+    assert!(!message.contains('\n'), "{message}");
+    message.replace(&path.display().to_string(), "DIR")
+}
+
+fn labels(source: &dyn Source) -> Vec<Option<u32>> {
+    (0..source.len()).map(|i| source.label(i)).collect()
+}
+
+// --- image folder ---------------------------------------------------------------------------------------------
+
+#[test]
+fn image_folder() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    put(root, "dog/b.JPG", &jpeg(8, 8, false, jpeg_encoder::ColorType::Rgb));
+    put(root, "dog/a.png", &rgb_png(3, 3, 1));
+    put(root, "cat/deep/er/z.jpeg", &jpeg(8, 8, false, jpeg_encoder::ColorType::Rgb));
+    put(root, "cat/notes.txt", b"no image");
+    put(root, "cat/.hidden.png", b"no image");
+    put(root, "empty/readme.md", b"a folder without images is no class");
+    put(root, ".git/x.png", b"no image");
+    let source = open(root, DataFormat::Auto).unwrap();
+    assert_eq!(source.classes(), ["cat", "dog"]);
+    assert_eq!(labels(&*source), [Some(0), Some(1), Some(1)]);
+    let keys: Vec<String> =
+        (0..3).map(|i| source.key(i).replace(&root.display().to_string(), "DIR")).collect();
+    assert_eq!(keys, ["DIR/cat/deep/er/z.jpeg", "DIR/dog/a.png", "DIR/dog/b.JPG"]);
+    let sample = source.read(1).unwrap();
+    assert_eq!((sample.encoding, sample.bytes), (Encoding::File, rgb_png(3, 3, 1)));
+
+    let digest = source.digest();
+    assert_eq!(open(root, DataFormat::Folder).unwrap().digest(), digest);
+    put(root, "dog/c.png", &rgb_png(3, 3, 2));
+    assert_ne!(open(root, DataFormat::Auto).unwrap().digest(), digest);
+    fs::remove_file(root.join("dog/a.png")).unwrap();
+    assert!(
+        matches!(source.read(1), Err(DataError::Io { action: "read", path, .. }) if path.ends_with("dog/a.png"))
+    );
+}
+
+#[test]
+fn images_without_classes() {
+    let dir = TempDir::new().unwrap();
+    put(dir.path(), "b.png", &rgb_png(3, 3, 1));
+    put(dir.path(), "a.png", &rgb_png(3, 3, 2));
+    let source = open(dir.path(), DataFormat::Auto).unwrap();
+    assert_eq!((source.len(), source.classes().len(), source.label(0)), (2, 0, None));
+    assert!(source.key(0).ends_with("a.png"));
+    put(dir.path(), "class/a.png", &rgb_png(3, 3, 3));
+    assert_eq!(
+        error(dir.path(), DataFormat::Auto),
+        "`DIR`: 2 images beside 1 class folders: move them into a class folder or away"
+    );
+}
+
+#[test]
+fn nothing_to_open() {
+    let dir = TempDir::new().unwrap();
+    let missing = dir.path().join("nowhere");
+    let found = open(&missing, DataFormat::Auto).err().unwrap();
+    assert_eq!(
+        found.to_string(),
+        format!(
+            "data.path: no such folder `{}`: give a folder of tar shards, a folder of images, or one with CIFAR \
+             binary or IDX files",
+            missing.display()
+        )
+    );
+    assert!(found.with_key("eval.path").to_string().starts_with("eval.path: no such folder"));
+    assert!(open_split(&missing, DataFormat::Auto, Split::Eval).is_err());
+    assert!(
+        error(dir.path(), DataFormat::Auto).starts_with("no image found in `DIR`: looked for tar shards")
+    );
+    assert_eq!(
+        error(dir.path(), DataFormat::Cifar),
+        "no image found in `DIR`: looked for data_batch_*.bin or train.bin"
+    );
+    assert!(
+        error(dir.path(), DataFormat::Idx).starts_with("no image found in `DIR`: looked for train-images")
+    );
+    assert!(error(dir.path(), DataFormat::Tar).starts_with("no image found in `DIR`: looked for *.tar"));
+}
+
+#[test]
+fn divided_sets() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let count = |path: &Path, split| open_split(path, DataFormat::Auto, split).unwrap().map(|s| s.len());
+    // A class may be called "train".
+    put(root, "a/train/x.png", &rgb_png(3, 3, 1));
+    put(root, "a/plane/x.png", &rgb_png(3, 3, 1));
+    assert_eq!((count(&root.join("a"), Split::Train), count(&root.join("a"), Split::Eval)), (Some(2), None));
+    for held_out in ["test", "val"] {
+        let set = root.join(held_out).join("set");
+        put(&set, "train/c/x.png", &rgb_png(3, 3, 1));
+        assert_eq!((count(&set, Split::Train), count(&set, Split::Eval)), (Some(1), None), "train alone");
+        put(&set, "train/d/x.png", &rgb_png(3, 3, 1));
+        put(&set, &format!("{held_out}/c/x.png"), &rgb_png(3, 3, 1));
+        assert_eq!((count(&set, Split::Train), count(&set, Split::Eval)), (Some(2), Some(1)));
+        let train = set.join("train");
+        assert_eq!(
+            (count(&train, Split::Train), count(&train, Split::Eval)),
+            (Some(2), Some(1)),
+            "beside it"
+        );
+    }
+}
+
+// --- tar ------------------------------------------------------------------------------------------------------
+
+fn header(name: &[u8], size: &[u8], kind: u8) -> Vec<u8> {
+    let mut header = vec![0u8; 512];
+    header[..name.len()].copy_from_slice(name);
+    header[124..124 + size.len()].copy_from_slice(size);
+    header[156] = kind;
+    header[257..265].copy_from_slice(b"ustar\x0000");
+    header[148..156].fill(b' ');
+    let sum: u32 = header.iter().map(|&b| u32::from(b)).sum();
+    header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    header
+}
+
+fn member(tar: &mut Vec<u8>, name: &str, data: &[u8], kind: u8) {
+    tar.extend(header(name.as_bytes(), format!("{:011o}\0", data.len()).as_bytes(), kind));
+    tar.extend(data);
+    tar.resize(tar.len().next_multiple_of(512), 0);
+}
+
+#[test]
+fn a_tar_of_others_without_an_index() {
+    let dir = TempDir::new().unwrap();
+    let image = |seed| rgb_png(4, 4, seed);
+    let mut tar = Vec::new();
+    member(&mut tar, "set/", b"", b'5');
+    // The label may come first; members of other kinds are passed over; dots end the key.
+    member(&mut tar, "set/a.cls", b"3\n", b'0');
+    member(&mut tar, "set/a.json", b"{}", b'0');
+    member(&mut tar, "set/a.png", &image(1), 0);
+    member(&mut tar, "set/a.seg.png", b"a mask, not the image", b'0');
+    member(&mut tar, "set/text.txt", b"no sample", b'0');
+    member(&mut tar, "../../etc/b.PNG", &image(2), b'0');
+    member(&mut tar, "../../etc/b.cls", b"0", b'0');
+    member(&mut tar, "set/link.png", b"", b'2');
+    // GNU's long name.
+    let long = format!("{}/c.png", "d".repeat(150));
+    member(&mut tar, "././@LongLink", long.as_bytes(), b'L');
+    member(&mut tar, "truncated name", &image(3), b'0');
+    // pax: a path, and a size that the header's field does not hold.
+    let record =
+        |text: &str| (1..).map(|n| format!("{n} {text}\n")).find(|r| r.starts_with(&format!("{} ", r.len())));
+    let pax = format!(
+        "{}{}",
+        record("path=e/\u{e9}.jpg").unwrap(),
+        record(&format!("size={}", image(4).len())).unwrap()
+    );
+    member(&mut tar, "PaxHeaders/x", pax.as_bytes(), b'x');
+    let wrong_size = header(b"ignored", b"00000000000\0", b'0');
+    tar.extend(&wrong_size);
+    tar.extend(image(4));
+    tar.resize(tar.len().next_multiple_of(512), 0);
+    // GNU's base-256 size.
+    let mut size = [0u8; 12];
+    size[0] = 0x80;
+    size[4..].copy_from_slice(&(image(5).len() as u64).to_be_bytes());
+    tar.extend(header(b"f.png", &size, b'0'));
+    tar.extend(image(5));
+    tar.resize(tar.len().next_multiple_of(512), 0);
+    tar.extend([0u8; 1024]);
+    put(dir.path(), "shard-1.tar", &tar);
+    let mut second = Vec::new();
+    member(&mut second, "g.png", &image(6), b'0');
+    put(dir.path(), "shard-2.tar", &second); // no zero blocks at its end
+
+    let source = open(dir.path(), DataFormat::Auto).unwrap();
+    let keys: Vec<String> =
+        (0..source.len()).map(|i| source.key(i).replace(&dir.path().display().to_string(), "DIR")).collect();
+    let long_key = format!("DIR/shard-1.tar:{}/c", "d".repeat(150));
+    assert_eq!(
+        keys,
+        [
+            "DIR/shard-1.tar:set/a",
+            "DIR/shard-1.tar:../../etc/b",
+            &long_key,
+            "DIR/shard-1.tar:e/\u{e9}",
+            "DIR/shard-1.tar:f",
+            "DIR/shard-2.tar:g"
+        ]
+    );
+    assert_eq!(labels(&*source), [Some(3), Some(0), None, None, None, None]);
+    assert_eq!(source.classes(), ["0", "1", "2", "3"]);
+    for i in 0..6 {
+        assert_eq!(source.read(i).unwrap().bytes, image(i + 1), "{i}");
+    }
+    assert_eq!(
+        open(&dir.path().join("shard-2.tar"), DataFormat::Auto).unwrap().len(),
+        1,
+        "one file by its path"
+    );
+    let digest = source.digest();
+    put(dir.path(), "shard-3.tar", &second);
+    assert_ne!(open(dir.path(), DataFormat::Auto).unwrap().digest(), digest);
+}
+
+#[test]
+fn hostile_tars_are_refused_with_the_place() {
+    let dir = TempDir::new().unwrap();
+    let refuse = |tar: &[u8], expected: &str| {
+        put(dir.path(), "x.tar", tar);
+        let message = error(dir.path(), DataFormat::Auto);
+        assert!(message.starts_with(&format!("`DIR/x.tar`: {expected}")), "{message}");
+    };
+    let mut good = Vec::new();
+    member(&mut good, "a.png", &rgb_png(4, 4, 1), b'0');
+    let first = good.len();
+    member(&mut good, "b.png", &rgb_png(4, 4, 2), b'0');
+
+    refuse(&noise(2048, 5), "tar header at byte 0: checksum does not match: damaged, or not a tar file");
+    refuse(
+        &good[..first + 100],
+        &format!("tar header at byte {first}: the file ends within a header: truncated"),
+    );
+    refuse(&good[..first + 520], &format!("tar header at byte {first}: a member of "));
+    let mut changed = good.clone();
+    changed[first] ^= 1;
+    refuse(&changed, &format!("tar header at byte {first}: checksum does not match"));
+    for (size, expected) in [
+        (&b"77777777777\0"[..], "a member of 8589934591 bytes"),
+        (&[0xFF; 12][..], "unreadable size"),
+        (&[0x80, 0, 0, 0, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF][..], "impossible size"),
+        (&b"-0000000001\0"[..], "unreadable size"),
+    ] {
+        refuse(&header(b"a.png", size, b'0'), &format!("tar header at byte 0: {expected}"));
+    }
+    let mut name = Vec::new();
+    member(&mut name, "././@LongLink", &vec![b'x'; (1 << 20) + 1], b'L');
+    refuse(&name, "tar header at byte 0: a name of 1048577 bytes");
+    for pax in ["99999 path=a\n", "path=a\n", "7 path\n", "0 a=b\n", "4 a\n\n"] {
+        let mut tar = Vec::new();
+        member(&mut tar, "x", pax.as_bytes(), b'x');
+        member(&mut tar, "a.png", &rgb_png(4, 4, 1), b'0');
+        refuse(&tar, "tar header at byte 0: malformed pax header");
+    }
+    for (label, expected) in [
+        ("cat", "label `cat` is not"),
+        ("-1", "label `-1` is not"),
+        ("4294967295", "label `4294967295` is not"),
+    ] {
+        let mut tar = good.clone();
+        member(&mut tar, "b.cls", label.as_bytes(), b'0');
+        refuse(&tar, &format!("member b.cls: {expected}"));
+    }
+    let mut tar = good.clone();
+    member(&mut tar, "b.cls", &[b'1'; 33], b'0');
+    refuse(&tar, "member b.cls: 33 bytes is no label");
+}
+
+// --- CIFAR ----------------------------------------------------------------------------------------------------
+
+/// One record: labels, then planes of which only the first pixels are set.
+fn record(labels: &[u8], red: [u8; 2], green: [u8; 2], blue: [u8; 2]) -> Vec<u8> {
+    let mut record = labels.to_vec();
+    for plane in [red, green, blue] {
+        record.extend(plane);
+        record.resize(record.len() + 1022, 0);
+    }
+    record
+}
+
+#[test]
+fn cifar_10() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let one = record(&[6], [59, 43], [62, 46], [63, 45]);
+    let two = record(&[9], [1, 2], [3, 4], [5, 6]);
+    put(root, "cifar-10-batches-bin/data_batch_1.bin", &[one.clone(), two.clone()].concat());
+    put(root, "cifar-10-batches-bin/data_batch_2.bin", &two);
+    put(root, "cifar-10-batches-bin/test_batch.bin", &one);
+    let names = "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n";
+    put(root, "cifar-10-batches-bin/batches.meta.txt", names.as_bytes());
+    let train = open_split(root, DataFormat::Auto, Split::Train).unwrap().unwrap();
+    assert_eq!(labels(&*train), [Some(6), Some(9), Some(9)]);
+    assert_eq!((train.classes().len(), train.classes()[6].as_str()), (10, "frog"));
+    let sample = train.read(0).unwrap();
+    assert_eq!(sample.encoding, Encoding::Raw { width: 32, height: 32 });
+    assert_eq!((sample.bytes.len(), &sample.bytes[..6]), (3072, &[59, 62, 63, 43, 46, 45][..]));
+    assert_eq!(train.read(2).unwrap().bytes[..6], [1, 3, 5, 2, 4, 6]);
+    assert!(train.key(2).ends_with("data_batch_2.bin:0"), "{}", train.key(2));
+    let test = open_split(root, DataFormat::Cifar, Split::Eval).unwrap().unwrap();
+    assert_eq!(labels(&*test), [Some(6)]);
+    assert_eq!(open(root, DataFormat::Auto).unwrap().len(), 4);
+    assert_ne!(train.digest(), test.digest());
+}
+
+#[test]
+fn cifar_100_counts_fine_labels() {
+    let dir = TempDir::new().unwrap();
+    put(dir.path(), "train.bin", &record(&[11, 97], [1, 0], [2, 0], [3, 0]));
+    let train = open_split(dir.path(), DataFormat::Auto, Split::Train).unwrap().unwrap();
+    assert_eq!((train.label(0), train.classes().len()), (Some(97), 100));
+    assert_eq!(train.read(0).unwrap().bytes[..3], [1, 2, 3]);
+    assert!(open_split(dir.path(), DataFormat::Auto, Split::Eval).unwrap().is_none());
+}
+
+#[test]
+fn damaged_cifar() {
+    let dir = TempDir::new().unwrap();
+    let one = record(&[6], [1, 2], [3, 4], [5, 6]);
+    put(dir.path(), "data_batch_1.bin", &one[..3000]);
+    assert_eq!(
+        error(dir.path(), DataFormat::Auto),
+        "`DIR/data_batch_1.bin`: 3000 bytes is not a whole number of 3073-byte records: truncated?"
+    );
+    put(dir.path(), "data_batch_1.bin", &[one.clone(), record(&[10], [0; 2], [0; 2], [0; 2])].concat());
+    assert_eq!(
+        error(dir.path(), DataFormat::Auto),
+        "`DIR/data_batch_1.bin`: record 1 has label 10, of 10 classes: not CIFAR, or damaged"
+    );
+    put(dir.path(), "data_batch_1.bin", &one);
+    put(dir.path(), "train.bin", &one);
+    assert!(error(dir.path(), DataFormat::Auto).contains("CIFAR-10 and of CIFAR-100 together"));
+}
+
+// --- IDX ------------------------------------------------------------------------------------------------------
+
+const IMAGES: [u8; 16 + 12] = [
+    0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 3, // 2 images of 2 x 3
+    1, 2, 3, 4, 5, 6, 250, 251, 252, 253, 254, 255,
+];
+const LABELS: [u8; 8 + 2] = [0, 0, 8, 1, 0, 0, 0, 2, 7, 0];
+
+fn gz(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+#[test]
+fn idx_plain_and_gzipped() {
+    for zipped in [false, true] {
+        let dir = TempDir::new().unwrap();
+        let file = |name: &str, bytes: &[u8]| {
+            if zipped {
+                put(dir.path(), &format!("{name}.gz"), &gz(bytes))
+            } else {
+                put(dir.path(), name, bytes)
+            }
+        };
+        file("train-images-idx3-ubyte", &IMAGES);
+        file("train-labels-idx1-ubyte", &LABELS);
+        let train = open_split(dir.path(), DataFormat::Auto, Split::Train).unwrap().unwrap();
+        assert_eq!((labels(&*train), train.classes().len()), (vec![Some(7), Some(0)], 8));
+        let sample = train.read(1).unwrap();
+        assert_eq!(sample.encoding, Encoding::Raw { width: 3, height: 2 });
+        let gray = [250u8, 251, 252, 253, 254, 255];
+        assert_eq!(sample.bytes, gray.iter().flat_map(|&g| [g; 3]).collect::<Vec<_>>());
+        assert!(open_split(dir.path(), DataFormat::Auto, Split::Eval).unwrap().is_none());
+        file("t10k-images.idx3-ubyte", &IMAGES);
+        let test = open_split(dir.path(), DataFormat::Idx, Split::Eval).unwrap().unwrap();
+        assert_eq!((test.len(), test.label(0), test.classes().len()), (2, None, 0));
+    }
+}
+
+#[test]
+fn damaged_idx() {
+    let dir = TempDir::new().unwrap();
+    let refuse = |images: &[u8], labels: &[u8], expected: &str| {
+        put(dir.path(), "train-images-idx3-ubyte", images);
+        put(dir.path(), "train-labels-idx1-ubyte", labels);
+        let message = error(dir.path(), DataFormat::Auto);
+        assert!(message.contains(expected), "{message}");
+    };
+    refuse(
+        &IMAGES[..27],
+        &LABELS,
+        "`DIR/train-images-idx3-ubyte`: 11 bytes of data for 2 x 2 x 3: truncated?",
+    );
+    refuse(&IMAGES[..10], &LABELS, "does not start with 00 00 08 03");
+    refuse(&LABELS, &LABELS, "does not start with 00 00 08 03");
+    refuse(&IMAGES, &[0, 0, 8, 1, 0, 0, 0, 1, 7], "1 labels for 2 images: they are not of one set");
+    let mut huge = IMAGES;
+    huge[4..16].fill(0xFF);
+    refuse(&huge, &LABELS, "12 bytes of data for 4294967295 x 4294967295 x 4294967295");
+    refuse(&[0, 0, 8, 3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 3], &LABELS, "0 images of 2 x 3: nothing to use");
+    fs::remove_file(dir.path().join("train-images-idx3-ubyte")).unwrap();
+    let mut cut = gz(&IMAGES);
+    cut.truncate(cut.len() - 6);
+    put(dir.path(), "train-images-idx3-ubyte.gz", &cut);
+    assert!(error(dir.path(), DataFormat::Auto).starts_with("cannot read `DIR/train-images-idx3-ubyte.gz`"));
+}
