@@ -229,19 +229,23 @@ fn a_world_that_disagrees_with_the_environment() {
         command.arg(binary("mentee-worker"));
         command
     };
+    let torchrun =
+        |rank, size| [("RANK", rank), ("WORLD_SIZE", size), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", size)];
+    let open_mpi = [
+        ("OMPI_COMM_WORLD_RANK", "0"),
+        ("OMPI_COMM_WORLD_SIZE", "2"),
+        ("OMPI_COMM_WORLD_LOCAL_RANK", "0"),
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "2"),
+    ];
     // Two launchers in one environment, which name different worlds.
-    assert_refused(run(under_mpirun(), "a", &[("RANK", "0"), ("WORLD_SIZE", "4")]), USAGE, &["4", "2"]);
+    assert_refused(run(under_mpirun(), "a", &torchrun("0", "4")), USAGE, &["torchrun", "4", "2"]);
     // The environment promises a world that MPI does not have: not started by mpirun at all.
-    assert_refused(
-        run(worker(), "b", &[("OMPI_COMM_WORLD_RANK", "0"), ("OMPI_COMM_WORLD_SIZE", "2")]),
-        USAGE,
-        &["2", "1"],
-    );
-    assert_refused(run(worker(), "c", &[("RANK", "0"), ("WORLD_SIZE", "2")]), USAGE, &["2", "1"]);
-    // Half an identity, and one that cannot be.
-    assert_refused(run(worker(), "d", &[("RANK", "0")]), USAGE, &["WORLD_SIZE"]);
-    assert_refused(run(worker(), "e", &[("RANK", "2"), ("WORLD_SIZE", "2")]), USAGE, &["RANK"]);
-    assert_refused(run(worker(), "f", &[("RANK", "zero"), ("WORLD_SIZE", "2")]), USAGE, &["RANK", "zero"]);
+    assert_refused(run(worker(), "b", &open_mpi), USAGE, &["2", "1"]);
+    assert_refused(run(worker(), "c", &torchrun("0", "2")), USAGE, &["2", "1"]);
+    // Half an identity, and such as cannot be.
+    assert_refused(run(worker(), "d", &[("PMI_RANK", "0")]), USAGE, &["PMI_RANK", "PMI_SIZE"]);
+    assert_refused(run(worker(), "e", &torchrun("2", "2")), USAGE, &["torchrun", "rank 2 of 2"]);
+    assert_refused(run(worker(), "f", &torchrun("zero", "2")), USAGE, &["RANK", "zero"]);
 }
 
 #[test]
