@@ -1,4 +1,5 @@
-//! Real ranks: `examples/mpi_check.rs` under mpirun. It holds the assertions about data; this file looks at how worlds end.
+//! Real ranks: `examples/mpi_check.rs` under mpirun. It holds the assertions about data; this file looks at
+//! how worlds end.
 
 use std::{
     env, fmt,
@@ -12,7 +13,8 @@ use std::{
 
 /// Far more than any case needs, far less than a hang.
 const LIMIT: Duration = Duration::from_secs(120);
-/// Ranks spin while they wait: two worlds at a time on a small machine are many times slower than one after the other.
+/// Ranks spin while they wait: two worlds at a time on a small machine are many times slower than one after
+/// the other.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 /// How a world ended.
