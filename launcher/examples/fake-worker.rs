@@ -109,6 +109,14 @@ fn main() {
             metrics.and_then(|mut file| file.write_all(line.as_bytes())).expect("written");
         }
     }
+    if rank == 0 {
+        let line = format!(
+            "{{\"kind\":\"eval\",\"step\":{step},\"epoch\":1,\"knn_top1\":60.5,\"knn_random_init\":40,\
+             \"knn_raw_pixels\":30.25,\"protocol\":\"none: a fake\"}}\n"
+        );
+        let metrics = OpenOptions::new().append(true).open(run.join("metrics.jsonl"));
+        metrics.and_then(|mut file| file.write_all(line.as_bytes())).expect("written");
+    }
     link.event(WorkerEvent::Finished { exit_code: 0 });
     link.close();
 }
