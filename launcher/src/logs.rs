@@ -1,7 +1,7 @@
 //! Logs: the supervisor's own, and `mentee logs`, which merges those of all processes by time.
 //!
 //! Every process writes `RUN/logs/<who>.jsonl`, one JSON object an event, as tracing-subscriber's JSON format has it:
-//! `timestamp` (RFC 3339, UTC), `level`, `target`, `fields.message`, the other fields.
+//! `timestamp` (RFC 3339, UTC), `level`, `target`, `message` and the other fields, in `fields` or beside them.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use serde_json::{Map, Value};
+use serde_json::Value;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::prelude::*;
 
@@ -19,6 +19,8 @@ use crate::rundir::RunDir;
 
 /// Where the coordinator's decisions go.
 const COORDINATOR: &str = "mentee::coordinator";
+/// Where an event comes from: in the file, but not worth a person's line.
+const PLACE: &[&str] = &["target", "span", "spans", "filename", "line_number", "threadName", "threadId"];
 /// How often `--follow` looks for more.
 const FOLLOW_EVERY: Duration = Duration::from_millis(300);
 
@@ -105,7 +107,7 @@ impl Entry {
         let time = if time.is_empty() { last_time.to_owned() } else { time };
         let mut fields = match object.remove("fields") {
             Some(Value::Object(fields)) => fields,
-            _ => Map::new(),
+            _ => object.into_iter().filter(|(name, _)| !PLACE.contains(&name.as_str())).collect(),
         };
         let mut text = match fields.remove("message") {
             Some(Value::String(message)) => message,
@@ -243,6 +245,11 @@ mod tests {
         let entry = Entry::parse("rank 3", line, "");
         assert_eq!(entry.level, Some(Level::Warn));
         assert_eq!(entry.show(false), "03:04:05.678  WARN rank 3      slow rank=3 why=disk");
+        let line = r#"{"timestamp":"2026-01-02T03:04:05.678901Z","level":"INFO","message":"checkpoint","step":8,"target":"x"}"#;
+        assert_eq!(
+            Entry::parse("rank 0", line, "").show(false),
+            "03:04:05.678  INFO rank 0      checkpoint step=8"
+        );
         let noise = Entry::parse("rank 3", "Segmentation fault", &entry.time);
         assert_eq!(noise.show(false), "03:04:05.678       rank 3      Segmentation fault");
     }

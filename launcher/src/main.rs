@@ -1,13 +1,18 @@
 //! `mentee`: the light binary. It prepares, supervises and reads runs; training itself is in `mentee-worker`, which
 //! alone links libtorch and MPI.
 
+mod checkpoints;
+mod data;
+mod demo;
 mod engine;
 mod failure;
 mod logs;
 mod metrics;
 mod progress;
+mod report;
 mod run;
 mod rundir;
+mod shard;
 mod status;
 mod supervise;
 
@@ -36,8 +41,34 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Draws images, trains BYOL on them with 2 workers, evaluates, writes a report: minutes on 2 cores
+    Demo(demo::DemoArgs),
     /// Trains here, supervised; continues the run that is in the run directory
     Run(run::RunArgs),
+    /// Writes any data set that can be read as tar shards with an index
+    Shard(shard::ShardArgs),
+    /// Looks into a data set, checks it, shows the order it is read in
+    #[command(subcommand)]
+    Data(data::DataCommand),
+    /// Lists the checkpoints of a run
+    Checkpoints {
+        /// A run directory
+        run: PathBuf,
+        /// Read every byte and compare it with its digest
+        #[arg(long)]
+        verify: bool,
+        /// As one JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Writes one self-contained page with the curves of a run
+    Report {
+        /// A run directory
+        run: PathBuf,
+        /// The page [default: RUN/report.html]
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
+    },
     /// Says where a run stands
     Status {
         /// A run directory
@@ -85,6 +116,11 @@ fn main() -> ExitCode {
 fn dispatch(command: Command) -> Result<i32, Failure> {
     match command {
         Command::Run(args) => return Ok(run::command(&args)?.exit_code),
+        Command::Demo(args) => return demo::command(&args),
+        Command::Shard(args) => shard::command(&args)?,
+        Command::Data(data) => data::command(&data)?,
+        Command::Checkpoints { run, verify, json } => checkpoints::command(&run, verify, json)?,
+        Command::Report { run, out } => report::command(&run, out.as_deref())?,
         Command::Status { run, json } => status::command(&run, json)?,
         Command::Logs(args) => logs::command(&args)?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded)),

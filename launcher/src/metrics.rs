@@ -63,7 +63,6 @@ impl Line {
 pub struct Metrics {
     train: BTreeMap<u64, Line>,
     eval: BTreeMap<u64, Line>,
-    checkpoint: BTreeMap<u64, Line>,
     restarts: Vec<Line>,
 }
 
@@ -90,7 +89,6 @@ impl Metrics {
             match kind.as_str() {
                 "train" => drop(metrics.train.insert(step, line)),
                 "eval" => drop(metrics.eval.insert(step, line)),
-                "checkpoint" => drop(metrics.checkpoint.insert(step, line)),
                 "restart" => metrics.restarts.push(line),
                 _ => {}
             }
@@ -106,11 +104,6 @@ impl Metrics {
     /// Evaluations, in order.
     pub fn eval(&self) -> impl Iterator<Item = &Line> {
         self.eval.values()
-    }
-
-    /// Steps with a checkpoint.
-    pub fn checkpoints(&self) -> impl Iterator<Item = u64> {
-        self.checkpoint.keys().copied()
     }
 
     /// Restarts, in the order they happened.

@@ -129,6 +129,40 @@ impl Eta {
     }
 }
 
+/// Shows how far a command with a known number of things to do is; on a terminal only.
+#[derive(Debug)]
+pub struct Counter {
+    bar: Option<ProgressBar>,
+}
+
+impl Counter {
+    /// Counts `things`.
+    pub fn new(things: &str) -> Counter {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let template = format!("{{wide_bar:.cyan/blue}} {{pos}}/{{len}} {things}  {{eta}}");
+            ProgressBar::new(0).with_style(
+                ProgressStyle::with_template(&template).expect("the template holds nothing but a plain word"),
+            )
+        });
+        Counter { bar }
+    }
+
+    /// `done` of `total`.
+    pub fn at(&mut self, done: u64, total: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&mut self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// Between plain lines: 2 s at first, a minute after half an hour; a log of days stays readable.
 fn pause(elapsed: Duration) -> Duration {
     (elapsed / 30).clamp(Duration::from_secs(2), Duration::from_secs(60))

@@ -135,9 +135,8 @@ impl Status {
         let alive =
             matches!(status.state, State::Starting | State::Running | State::Stopping | State::Restarting);
         // The lock is not always visible from another machine; a fresh status is.
-        if alive && !run.is_locked() && unix_time() - status.updated > 10.0 {
-            status.state = State::Interrupted;
-        } else if alive && !run.is_locked() && status.host == mentee_cluster::server::hostname() {
+        let here = status.host == mentee_cluster::server::hostname();
+        if alive && !run.is_locked() && (here || unix_time() - status.updated > 10.0) {
             status.state = State::Interrupted;
         }
         Some(status)

@@ -376,9 +376,11 @@ impl Supervisor {
             Some(code @ (DONE | PREEMPTED)) if culprit.is_none() || self.finished.is_some() => {
                 return self.finish(code, None);
             }
-            Some(code) if self.direct && FINAL.contains(&code) => return self.finish(code, None),
+            Some(code) if FINAL.contains(&code) && (self.direct || self.finished.is_some()) => {
+                return self.finish(code, None);
+            }
             // 6 may be SIGABRT.
-            Some(code) if culprit.is_none() && FINAL.contains(&code) && code != DIVERGED => {
+            Some(code) if FINAL.contains(&code) && culprit.is_none() && code != DIVERGED => {
                 return self.finish(code, None);
             }
             _ => {}

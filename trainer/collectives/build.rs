@@ -1,8 +1,9 @@
-//! Finds the folder of the MPI library and writes it into this package's own tests and examples as their run path,
-//! so that they start without `LD_LIBRARY_PATH`.
+//! Finds the folder of the MPI library and writes it into this package's own tests and examples as their run
+//! path, so that they start without `LD_LIBRARY_PATH`.
 //!
-//! Cargo does not hand link arguments on to the packages that depend on this one. A package that builds a binary gets
-//! the folder as `DEP_MENTEE_MPI_LIBDIRS` (several are separated by `:`) and repeats the loop below in its `build.rs`.
+//! Cargo does not hand link arguments on to the packages that depend on this one. A package that builds a
+//! binary gets the folder as `DEP_MENTEE_MPI_LIBDIRS` (several are separated by `:`) and repeats the loop
+//! below in its `build.rs`.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");

@@ -1,7 +1,7 @@
 //! The system calls that decide whether a checkpoint survives a crash, behind one door.
 //!
-//! All changes to the disk go through [`Disk`], which asks a [`Probe`] first. In use nothing is asked; a test cuts the power before the
-//! n-th change and then looks at what a reader finds.
+//! All changes to the disk go through [`Disk`], which asks a [`Probe`] first. In use nothing is asked; a test
+//! cuts the power before the n-th change and then looks at what a reader finds.
 
 use std::{
     fs::{self, File},
@@ -104,7 +104,8 @@ fn exchange(a: &Path, b: &Path) -> io::Result<bool> {
 
     let a = CString::new(a.as_os_str().as_bytes())?;
     let b = CString::new(b.as_os_str().as_bytes())?;
-    // SAFETY: both paths are zero-terminated and live over the call; the call takes nothing else by reference.
+    // SAFETY: both paths are zero-terminated and live over the call; the call takes nothing else by
+    // reference.
     let status = unsafe {
         libc::syscall(
             libc::SYS_renameat2,

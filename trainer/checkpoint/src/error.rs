@@ -1,4 +1,5 @@
-//! Every way in which a checkpoint cannot be written or used. The messages name the file and both values that disagree.
+//! Every way in which a checkpoint cannot be written or used. The messages name the file and both values that
+//! disagree.
 
 use std::{io, path::PathBuf};
 

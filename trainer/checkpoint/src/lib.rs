@@ -1,7 +1,8 @@
-//! Checkpoints: training state as safetensors files and a manifest, in a folder that appears whole or not at all.
+//! Checkpoints: training state as safetensors files and a manifest, in a folder that appears whole or not at
+//! all.
 //!
-//! The bytes are specified in `FORMAT.md` beside this crate. This crate knows neither torch nor a network: a tensor is a name, a type,
-//! a shape and bytes.
+//! The bytes are specified in `FORMAT.md` beside this crate. This crate knows neither torch nor a network: a
+//! tensor is a name, a type, a shape and bytes.
 //!
 //! ```text
 //!   write ──► .tmp-step-00001000-PID-N/ ──rename──► step-00001000/{state.safetensors, …, manifest.json}

@@ -98,7 +98,8 @@ impl Manifest {
     /// Reads a manifest. `path` is for messages.
     ///
     /// # Errors
-    /// `ManifestTooLarge`, `ManifestSyntax`, `UnsupportedVersion`, `FileName`, `DuplicateFile` or `ManifestAltered`.
+    /// `ManifestTooLarge`, `ManifestSyntax`, `UnsupportedVersion`, `FileName`, `DuplicateFile` or
+    /// `ManifestAltered`.
     pub fn parse(json: &[u8], path: &Path) -> Result<Manifest, CheckpointError> {
         if json.len() as u64 > MAX_MANIFEST_BYTES {
             return Err(CheckpointError::ManifestTooLarge {

@@ -53,7 +53,8 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Chec
     move |source| CheckpointError::Io { action, path, source }
 }
 
-/// Opens one checkpoint folder: reads its manifest and looks at the lengths of its files. No digest is verified yet.
+/// Opens one checkpoint folder: reads its manifest and looks at the lengths of its files. No digest is
+/// verified yet.
 ///
 /// # Errors
 /// `NoManifest`, everything of [`Manifest::parse`], `MissingFile`, `FileLength`, `StepMismatch`, `Io`.
@@ -100,11 +101,12 @@ fn check_length(path: &Path, entry: &FileEntry) -> Result<(), CheckpointError> {
 }
 
 impl Checkpoint {
-    /// Reads all tensors. Each file's digest and the digest of the whole state are verified before anything is handed out.
+    /// Reads all tensors. Each file's digest and the digest of the whole state are verified before anything
+    /// is handed out.
     ///
     /// # Errors
-    /// `FileAltered`, `FileLength`, `MissingFile`, `Safetensors`, `UnsupportedDtype`, `TensorName`, `DuplicateTensor`, `StateDigest`,
-    /// `OutOfMemory`, `Io`.
+    /// `FileAltered`, `FileLength`, `MissingFile`, `Safetensors`, `UnsupportedDtype`, `TensorName`,
+    /// `DuplicateTensor`, `StateDigest`, `OutOfMemory`, `Io`.
     pub fn load(&self) -> Result<BTreeMap<String, OwnedTensor>, CheckpointError> {
         let mut state = BTreeMap::new();
         let mut digest = StateDigest::default();
@@ -191,8 +193,8 @@ fn read_verified(path: &Path, entry: &FileEntry) -> Result<Vec<u8>, CheckpointEr
     }
 }
 
-/// All checkpoints of a run, oldest first, each with its manifest or the reason why it cannot be used. A folder that does not exist
-/// holds none. Temporary folders are not listed.
+/// All checkpoints of a run, oldest first, each with its manifest or the reason why it cannot be used. A
+/// folder that does not exist holds none. Temporary folders are not listed.
 ///
 /// # Errors
 /// `Io` if the folder cannot be read.
@@ -234,8 +236,8 @@ fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
 /// The newest checkpoint whose digests all verify; `None` if there is no checkpoint at all.
 ///
 /// # Errors
-/// `NoneUsable` if there are checkpoints and none is intact: starting over silently would lose the run. `Io` if the folder cannot
-/// be read.
+/// `NoneUsable` if there are checkpoints and none is intact: starting over silently would lose the run. `Io`
+/// if the folder cannot be read.
 pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError> {
     let mut rejected = Vec::new();
     for Entry { path, state, .. } in list(checkpoints_dir)?.into_iter().rev() {
@@ -255,11 +257,12 @@ pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError>
     Err(CheckpointError::NoneUsable { folder: checkpoints_dir.into(), reasons })
 }
 
-/// Removes the oldest complete checkpoints until `keep` are left, and what crashes left behind; returns the checkpoints removed.
+/// Removes the oldest complete checkpoints until `keep` are left, and what crashes left behind; returns the
+/// checkpoints removed.
 ///
-/// The newest complete one always stays (`keep` of 0 counts as 1). Nothing is removed unless one of those that stay has been verified
-/// down to its last byte. Checkpoints that cannot be used are neither counted nor removed: someone may want to look at them. Only the
-/// process that writes into the folder may call this.
+/// The newest complete one always stays (`keep` of 0 counts as 1). Nothing is removed unless one of those
+/// that stay has been verified down to its last byte. Checkpoints that cannot be used are neither counted nor
+/// removed: someone may want to look at them. Only the process that writes into the folder may call this.
 ///
 /// # Errors
 /// `Io` if the folder cannot be read or changed.
@@ -296,8 +299,8 @@ pub fn retain(checkpoints_dir: &Path, keep: u64) -> Result<Vec<PathBuf>, Checkpo
     Ok(removed)
 }
 
-/// Removes temporary folders nobody is writing, and brings a checkpoint that was set aside back under its name or, if the one
-/// that replaces it is complete, removes it.
+/// Removes temporary folders nobody is writing, and brings a checkpoint that was set aside back under its
+/// name or, if the one that replaces it is complete, removes it.
 fn sweep(checkpoints_dir: &Path, disk: &mut Disk<'_>) -> Result<(), CheckpointError> {
     for name in names(checkpoints_dir)? {
         let path = checkpoints_dir.join(&name);

@@ -123,7 +123,8 @@ pub(crate) fn is_tensor_name(name: &str) -> bool {
     (1..=512).contains(&name.len()) && !name.contains(char::is_control) && name != "__metadata__"
 }
 
-/// The digest of a whole state, see FORMAT.md, "State digest". Independent of order and of the split into files.
+/// The digest of a whole state, see FORMAT.md, "State digest". Independent of order and of the split into
+/// files.
 #[derive(Default)]
 pub(crate) struct StateDigest {
     tensors: Vec<(String, Dtype, Vec<usize>, blake3::Hash)>,

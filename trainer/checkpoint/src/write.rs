@@ -22,17 +22,20 @@ use crate::{
 /// Folders that this process is writing at the moment: not leftovers.
 static IN_PROGRESS: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
-/// Tensors are handed to the system in parts of this size, so that both digests see each part while it is in the cache.
+/// Tensors are handed to the system in parts of this size, so that both digests see each part while it is in
+/// the cache.
 const PART_BYTES: usize = 1 << 20;
 
 /// Writes the checkpoint of `meta.step` and returns its folder.
 ///
-/// `files` are the names of the files with their tensors; tensor names are unique over all of them. The bytes are streamed: no copy
-/// of the state is made. A checkpoint of the same step that is already there is replaced, and stays until the new one is complete.
+/// `files` are the names of the files with their tensors; tensor names are unique over all of them. The bytes
+/// are streamed: no copy of the state is made. A checkpoint of the same step that is already there is
+/// replaced, and stays until the new one is complete.
 ///
 /// # Errors
-/// `FileName`, `DuplicateFile`, `TensorName`, `DuplicateTensor` or `TensorSize` before anything is written; `Io` when the disk refuses
-/// (full, read-only). Older checkpoints are untouched and the unfinished one is removed, as far as the disk allows.
+/// `FileName`, `DuplicateFile`, `TensorName`, `DuplicateTensor` or `TensorSize` before anything is written;
+/// `Io` when the disk refuses (full, read-only). Older checkpoints are untouched and the unfinished one is
+/// removed, as far as the disk allows.
 pub fn write(
     checkpoints_dir: &Path,
     meta: &Meta,
@@ -121,7 +124,8 @@ fn commit(
     let old = if disk.exchange(aside, folder)? {
         aside.to_owned()
     } else {
-        // Two renames. A reader that finds only the first one done takes the old checkpoint under the name it has then.
+        // Two renames. A reader that finds only the first one done takes the old checkpoint under the name it
+        // has then.
         let name = folder.file_name().unwrap_or_default().to_string_lossy();
         let old = checkpoints_dir.join(format!(".old-{name}"));
         if old.exists() {
@@ -244,8 +248,8 @@ mod tests {
     use super::*;
     use crate::{Dtype, list, newest, retain};
 
-    /// Refuses every change from the `left`-th on: what a reader sees afterwards is what a power cut leaves, up to writes that
-    /// the disk had not finished.
+    /// Refuses every change from the `left`-th on: what a reader sees afterwards is what a power cut leaves,
+    /// up to writes that the disk had not finished.
     struct Cut {
         left: usize,
     }
@@ -318,7 +322,8 @@ mod tests {
                 break;
             }
         }
-        // The folder; files of 5 and 4 changes (create, header, one part a MiB, sync); the manifest, 3; sync, rename, sync.
+        // The folder; files of 5 and 4 changes (create, header, one part a MiB, sync); the manifest, 3; sync,
+        // rename, sync.
         assert_eq!(outcomes.len(), 17);
         assert_eq!(outcomes.iter().filter(|seen| **seen == Some((20, 2))).count(), 2);
     }

@@ -1,5 +1,6 @@
-//! The format, byte by byte: a checkpoint as literal bytes, which the writer must produce and the reader accept, and one
-//! test per way in which it can be damaged. A change that breaks one of these needs a new format version.
+//! The format, byte by byte: a checkpoint as literal bytes, which the writer must produce and the reader
+//! accept, and one test per way in which it can be damaged. A change that breaks one of these needs a new
+//! format version.
 
 use std::{
     fs,
@@ -9,7 +10,8 @@ use std::{
 use mentee_checkpoint::{CheckpointError, Dtype, Manifest, Meta, Tensor, newest, open, write};
 use tempfile::TempDir;
 
-/// `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger alignment.
+/// `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger
+/// alignment.
 const STATE: &[u8] = b"\x88\0\0\0\0\0\0\0\
 {\"student.fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
 \"student.flag\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[8,9]}}     \

@@ -1,4 +1,5 @@
-//! Whatever is written is read back, bit for bit, and its digest does not depend on how it was split over files.
+//! Whatever is written is read back, bit for bit, and its digest does not depend on how it was split over
+//! files.
 
 use std::{borrow::Cow, collections::BTreeMap};
 

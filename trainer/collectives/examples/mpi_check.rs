@@ -1,5 +1,5 @@
-//! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose when asked to.
-//! `tests/mpi.rs` runs it under mpirun.
+//! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose
+//! when asked to. `tests/mpi.rs` runs it under mpirun.
 //!
 //! `mpi_check sums | panic RANK | panic-elsewhere RANK | leave RANK | abort RANK CODE | expect RANK WORLD`
 
@@ -42,7 +42,8 @@ fn main() -> ExitCode {
             group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE)
         }
         "panic-elsewhere" => {
-            // The rank's main thread is inside MPI, waiting for peers that wait for it, when another thread panics.
+            // The rank's main thread is inside MPI, waiting for peers that wait for it, when another thread
+            // panics.
             if chosen {
                 thread::spawn(|| {
                     thread::sleep(Duration::from_millis(100));
@@ -87,7 +88,8 @@ fn sums(group: &Mpi) {
     let in_order = |i: usize| (1..world).fold(awkward(0, i), |sum, rank| sum + awkward(rank, i));
     let in_order_f32 =
         |i: usize| (1..world).fold(awkward(0, i) as f32, |sum, rank| sum + awkward(rank, i) as f32);
-    // Nothing, one element, fewer elements than ranks, both sides of the short limit, one piece, several and a rest.
+    // Nothing, one element, fewer elements than ranks, both sides of the short limit, one piece, several and
+    // a rest.
     for len in [0, 1, 2, 3, 5, 257, 1365, 1366, 2048, 2049, 5000, 100_003, 262_144, 600_001] {
         let mut double: Vec<f64> = (0..len).map(|i| awkward(group.rank(), i)).collect();
         let mut single: Vec<f32> = double.iter().map(|x| *x as f32).collect();

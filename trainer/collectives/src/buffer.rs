@@ -146,8 +146,9 @@ pub(crate) fn sum_in_rank_order<'a, T: Element>(out: &mut [T], mut parts: impl I
     }
 }
 
-/// The same sum with one part in `own`, which becomes the sum: `before` and `after` hold the parts of the lower and the higher ranks,
-/// one after the other. Uses `before` as scratch.
+/// The same sum with one part in `own`, which becomes the sum: `before` and `after` hold the parts of the
+/// lower and the higher ranks, one after the other. Uses `before` as scratch.
+#[cfg(any(feature = "mpi", test))]
 pub(crate) fn sum_around<T: Element>(own: &mut [T], before: &mut [T], after: &[T]) {
     let len = own.len();
     let add = |sum: &mut [T], part: &[T]| sum.iter_mut().zip(part).for_each(|(sum, x)| *sum = sum.plus(*x));
@@ -161,7 +162,8 @@ pub(crate) fn sum_around<T: Element>(own: &mut [T], before: &mut [T], after: &[T
     }
 }
 
-/// Where block `index` of `len` elements split over `blocks` begins; block `index` ends where the next begins.
+/// Where block `index` of `len` elements split over `blocks` begins; block `index` ends where the next
+/// begins.
 pub(crate) fn block_start(len: usize, blocks: usize, index: usize) -> usize {
     // Widened: the product may not fit for a buffer near the address-space limit.
     ((len as u128 * index as u128) / blocks as u128) as usize

@@ -1,7 +1,8 @@
 //! A decorator that makes the ranks compare their calls before each one.
 //!
-//! A rank that skips a bucket or sends another length corrupts sums or hangs, far from the cause. With this around it, the
-//! same mistake is an error at the first call that differs, which names two ranks and what each wanted. It costs one small all-gather a call.
+//! A rank that skips a bucket or sends another length corrupts sums or hangs, far from the cause. With this
+//! around it, the same mistake is an error at the first call that differs, which names two ranks and what
+//! each wanted. It costs one small all-gather a call.
 
 use std::{
     fmt,

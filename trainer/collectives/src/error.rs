@@ -128,8 +128,8 @@ fn list(ranks: &[u32]) -> String {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// The environment and MPI do not describe the same world, for example when `srun` starts ranks that MPI does not know of and
-    /// each becomes a world of its own.
+    /// The environment and MPI do not describe the same world, for example when `srun` starts ranks that MPI
+    /// does not know of and each becomes a world of its own.
     #[error(
         "the environment says rank {environment_rank} of {environment_world}, but MPI says rank {mpi_rank} of {mpi_world}; \
          start the ranks with the mpirun of the MPI library this program is linked to"

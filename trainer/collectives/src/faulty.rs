@@ -18,8 +18,8 @@ pub enum FaultKind {
     Delay(Duration),
     /// The call never returns and never reaches the group.
     Hang,
-    /// The call succeeds, and afterwards the lowest bit of the first element on this rank is inverted: a silent memory error.
-    /// An operation without data is left as it is.
+    /// The call succeeds, and afterwards the lowest bit of the first element on this rank is inverted: a
+    /// silent memory error. An operation without data is left as it is.
     Corrupt,
 }
 
@@ -50,7 +50,8 @@ impl<C: Collectives> Faulty<C> {
         Faulty { inner, faults, calls: AtomicU64::new(0) }
     }
 
-    /// Lets this call's fault happen, as far as it comes before the call. `true`: the result has to be corrupted.
+    /// Lets this call's fault happen, as far as it comes before the call. `true`: the result has to be
+    /// corrupted.
     fn before(&self, operation: Operation) -> Result<bool, CollectiveError> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let mut corrupt = false;

@@ -12,11 +12,12 @@
 //!
 //! - All ranks of the world make the same calls in the same order with the same lengths and element types.
 //!   [`checked::Checked`] verifies that; [`threads`] always does; the others rely on it.
-//! - [`Collectives::all_reduce_sum`] adds **in rank order**, `((x₀ + x₁) + x₂) + …`, element by element, and every rank
-//!   receives the same bits. So the result depends on the values and the world size, not on the implementation, the message
-//!   length, its alignment or the time of day: [`threads`] and [`mpi`] agree bit for bit.
-//! - An error is final: the group may have ended the operation on some ranks and not on others. Nothing is retried in here;
-//!   the whole gang restarts from a checkpoint.
+//! - [`Collectives::all_reduce_sum`] adds **in rank order**, `((x₀ + x₁) + x₂) + …`, element by element, and
+//!   every rank receives the same bits. So the result depends on the values and the world size, not on the
+//!   implementation, the message length, its alignment or the time of day: [`threads`] and [`mpi`] agree bit
+//!   for bit.
+//! - An error is final: the group may have ended the operation on some ranks and not on others. Nothing is
+//!   retried in here; the whole gang restarts from a checkpoint.
 //! - Calls are safe from any thread, one at a time per value; a second caller waits for the first.
 
 mod buffer;
@@ -44,8 +45,8 @@ pub trait Collectives: Send + Sync {
     /// Replaces each element by its sum over all ranks, added in rank order; integers wrap around.
     ///
     /// # Errors
-    /// When a peer failed, left or did not arrive in time, when the ranks were found to make different calls, or when the
-    /// network library reports a failure. What `buffer` holds is then unspecified.
+    /// When a peer failed, left or did not arrive in time, when the ranks were found to make different calls,
+    /// or when the network library reports a failure. What `buffer` holds is then unspecified.
     fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError>;
 
     /// Copies the buffer of rank `root` to all ranks.
@@ -75,8 +76,8 @@ pub trait Collectives: Send + Sync {
     /// When the network library cannot be shut down, or when it was shut down before.
     fn finish(&self) -> Result<(), CollectiveError>;
 
-    /// Ends every rank of the group at once, without waiting for anyone; `code` becomes the exit code where the
-    /// implementation can hand it on.
+    /// Ends every rank of the group at once, without waiting for anyone; `code` becomes the exit code where
+    /// the implementation can hand it on.
     fn abort(&self, code: i32) -> !;
 }
 

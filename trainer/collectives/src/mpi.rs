@@ -2,26 +2,31 @@
 //!
 //! # What MPI can and cannot tell
 //!
-//! A failed or absent peer does not surface here as an error: most MPI libraries wait forever or end the process. Who starts
-//! the ranks has to be the failure detector. What is done here so that nothing hangs by itself:
+//! A failed or absent peer does not surface here as an error: most MPI libraries wait forever or end the
+//! process. Who starts the ranks has to be the failure detector. What is done here so that nothing hangs by
+//! itself:
 //!
-//! - a panic on any thread ends the whole world (`MPI_Abort`) after its message was printed, with [`PANIC_EXIT_CODE`];
-//! - dropping [`Mpi`] does **not** shut MPI down, because `MPI_Finalize` waits for all ranks. A rank that leaves by an error calls
-//!   [`Collectives::abort`](crate::Collectives::abort) or ends with a code other than 0 (mpirun then ends the others); one that
-//!   is done calls [`Collectives::finish`](crate::Collectives::finish).
+//! - a panic on any thread ends the whole world (`MPI_Abort`) after its message was printed, with
+//!   [`PANIC_EXIT_CODE`];
+//! - dropping [`Mpi`] does **not** shut MPI down, because `MPI_Finalize` waits for all ranks. A rank that
+//!   leaves by an error calls [`Collectives::abort`](crate::Collectives::abort) or ends with a code other
+//!   than 0 (mpirun then ends the others); one that is done calls
+//!   [`Collectives::finish`](crate::Collectives::finish).
 //!
 //! # Which thread
 //!
-//! MPI is asked for the thread level *serialized*: any thread may call, one at a time, which a lock inside [`Mpi`] ensures.
-//! `finish` must run on the thread that called [`Mpi::initialize`] (MPI-3.1, section 12.4.3).
+//! MPI is asked for the thread level *serialized*: any thread may call, one at a time, which a lock inside
+//! [`Mpi`] ensures. `finish` must run on the thread that called [`Mpi::initialize`] (MPI-3.1, section
+//! 12.4.3).
 //!
 //! # How the sum is made
 //!
-//! `MPI_Allreduce` may add in any order and is not required to give all ranks the same bits. Instead each rank receives everyone's
-//! part of one block, adds them in rank order and sends the sum to all: as many bytes on the wire as the ring and Rabenseifner
-//! algorithms, in place but for scratch memory that is kept, and the same bits everywhere. Long messages go in pieces that stay in the
-//! processor's cache; that also keeps every count within MPI's `int`. Short messages are gathered whole by everyone and added
-//! locally: one operation instead of two.
+//! `MPI_Allreduce` may add in any order and is not required to give all ranks the same bits. Instead each
+//! rank receives everyone's part of one block, adds them in rank order and sends the sum to all: as many
+//! bytes on the wire as the ring and Rabenseifner algorithms, in place but for scratch memory that is kept,
+//! and the same bits everywhere. Long messages go in pieces that stay in the processor's cache; that also
+//! keeps every count within MPI's `int`. Short messages are gathered whole by everyone and added locally: one
+//! operation instead of two.
 
 /// The exit code of the ranks that a panic on one of them ends.
 pub const PANIC_EXIT_CODE: i32 = 1;

@@ -11,9 +11,10 @@
 //! assert!(sums.into_iter().all(|sum| sum == Ok(3.0)));
 //! ```
 //!
-//! All data passes through shared slots, each written by one rank before a meeting and read by the others after it. At every meeting
-//! the ranks compare what they call, so a wrong order or length is an error that names two ranks. Nobody waits for a rank that
-//! cannot come: one that panics or is dropped tells the group, and a meeting has a deadline.
+//! All data passes through shared slots, each written by one rank before a meeting and read by the others
+//! after it. At every meeting the ranks compare what they call, so a wrong order or length is an error that
+//! names two ranks. Nobody waits for a rank that cannot come: one that panics or is dropped tells the group,
+//! and a meeting has a deadline.
 
 use std::{
     fmt,
@@ -31,7 +32,8 @@ use crate::{
     checked::Call,
 };
 
-/// Creates a group of `world_size` ranks, in rank order. `patience` is how long a rank waits for its peers in one operation.
+/// Creates a group of `world_size` ranks, in rank order. `patience` is how long a rank waits for its peers in
+/// one operation.
 ///
 /// # Panics
 /// If `world_size` is 0.
@@ -166,7 +168,8 @@ fn put<T: Copy>(slot: &RwLock<Vec<T>>, values: &[T]) {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Meeting> {
-        // The state is consistent between any two statements below; a poisoned lock says only that a rank panicked.
+        // The state is consistent between any two statements below; a poisoned lock says only that a rank
+        // panicked.
         self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -238,8 +241,9 @@ impl ThreadRank {
 
     /// Two meetings: after the first all inputs are there, after the second all block sums.
     ///
-    /// No third is needed before the slots are used again: a rank writes its input once it has left the second meeting, where
-    /// nobody reads inputs any more, and its block sum after the next first meeting, when everyone has taken the old sums.
+    /// No third is needed before the slots are used again: a rank writes its input once it has left the
+    /// second meeting, where nobody reads inputs any more, and its block sum after the next first meeting,
+    /// when everyone has taken the old sums.
     fn sum<T: Shareable>(&self, shared: &Shared, slice: &mut [T], call: Call) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.rank as usize, shared.world_size as usize);
         let Slots { inputs, sums } = T::slots(shared);

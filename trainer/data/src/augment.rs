@@ -125,7 +125,7 @@ pub struct Scratch {
     resized: Vec<u8>,
     /// `[3, H, W]`, in [0, 1].
     planes: Vec<f32>,
-    /// `[H, W]`, one plane between the two passes of a blur.
+    /// `[H + 2 · radius, W]`, one plane between the two passes of a blur.
     plane: Vec<f32>,
     /// One row and its padding.
     row: Vec<f32>,
@@ -385,6 +385,16 @@ fn clip(x: f32) -> f32 {
     max(min(x, 1.0), 0.0)
 }
 
+/// Floats that are worked on together, in registers.
+const WIDE: usize = 32;
+
+#[inline(always)]
+fn block(from: &[f32], start: usize) -> [f32; WIDE] {
+    let mut block = [0.0; WIDE];
+    block.copy_from_slice(&from[start..start + WIDE]);
+    block
+}
+
 /// `[H, W, 3]` bytes to `[3, H, W]` floats in [0, 1], mirrored if asked.
 #[inline(always)]
 fn widen(resized: &[u8], size: usize, flip: bool, planes: &mut [f32]) {
@@ -430,9 +440,22 @@ impl<'a> Planes<'a> {
         }
     }
 
+    /// Blocks of pixels are taken out, changed and put back: the three planes cannot be seen to be apart otherwise,
+    /// and nothing would be vectorised.
     #[inline(always)]
     fn each_pixel(&mut self, f: impl Fn(f32, f32, f32) -> (f32, f32, f32)) {
-        for ((r, g), b) in self.r.iter_mut().zip(self.g.iter_mut()).zip(self.b.iter_mut()) {
+        let (mut r, mut g, mut b) =
+            (self.r.chunks_exact_mut(WIDE), self.g.chunks_exact_mut(WIDE), self.b.chunks_exact_mut(WIDE));
+        for ((r, g), b) in r.by_ref().zip(g.by_ref()).zip(b.by_ref()) {
+            let (mut x, mut y, mut z) = (block(r, 0), block(g, 0), block(b, 0));
+            for i in 0..WIDE {
+                (x[i], y[i], z[i]) = f(x[i], y[i], z[i]);
+            }
+            r.copy_from_slice(&x);
+            g.copy_from_slice(&y);
+            b.copy_from_slice(&z);
+        }
+        for ((r, g), b) in r.into_remainder().iter_mut().zip(g.into_remainder()).zip(b.into_remainder()) {
             (*r, *g, *b) = f(*r, *g, *b);
         }
     }
@@ -555,7 +578,7 @@ fn gaussian_taps(sigma: f64, radius: usize) -> Vec<f32> {
     weights.iter().map(|w| (w / sum) as f32).collect()
 }
 
-/// Separable blur of a `[size, size]` plane: rows, then columns.
+/// Separable blur of a `[size, size]` plane: rows, then columns. Taps that meet nothing beyond the border add a zero.
 #[inline(always)]
 fn blur(
     plane: &mut [f32],
@@ -565,12 +588,11 @@ fn blur(
     between: &mut Vec<f32>,
     row: &mut Vec<f32>,
 ) {
-    /// Columns that are summed together in registers.
-    const WIDE: usize = 32;
     let radius = taps.len() - 1;
-    between.resize(size * size, 0.0);
+    // Rows are stored `radius` lower, so that the rows beyond the border have a place.
+    between.resize((size + 2 * radius) * size, 0.0);
     row.resize(size + 2 * radius, 0.0);
-    for (line, out) in plane.chunks_exact(size).zip(between.chunks_exact_mut(size)) {
+    for (line, out) in plane.chunks_exact(size).zip(between[radius * size..].chunks_exact_mut(size)) {
         let (left, right) = match edge {
             Edge::Zero => (0.0, 0.0),
             Edge::Repeat => (line[0], line[size - 1]),
@@ -578,59 +600,47 @@ fn blur(
         row[..radius].fill(left);
         row[radius..radius + size].copy_from_slice(line);
         row[radius + size..radius + size + radius].fill(right);
-        let mut x = 0;
-        while x < size {
-            let wide = WIDE.min(size - x);
-            let mut sums = [0.0f32; WIDE];
-            if wide == WIDE {
-                for (sum, value) in sums.iter_mut().zip(&row[radius + x..radius + x + WIDE]) {
-                    *sum = taps[0] * value;
-                }
-                for (k, &tap) in taps.iter().enumerate().skip(1) {
-                    let before = &row[radius + x - k..radius + x - k + WIDE];
-                    let after = &row[radius + x + k..radius + x + k + WIDE];
-                    for ((sum, a), b) in sums.iter_mut().zip(before).zip(after) {
-                        *sum += tap * (a + b);
-                    }
-                }
-            } else {
-                for (i, sum) in sums.iter_mut().enumerate().take(wide) {
-                    *sum = taps[0] * row[radius + x + i];
-                    for (k, &tap) in taps.iter().enumerate().skip(1) {
-                        *sum += tap * (row[radius + x + i - k] + row[radius + x + i + k]);
-                    }
-                }
+        symmetric_sum(row, 1, radius, taps, out);
+    }
+    let (top, bottom) = (radius * size, (radius + size) * size);
+    match edge {
+        Edge::Zero => {
+            between[..top].fill(0.0);
+            between[bottom..bottom + top].fill(0.0);
+        }
+        Edge::Repeat => {
+            for k in 0..radius {
+                between.copy_within(top..top + size, k * size);
+                between.copy_within(bottom - size..bottom, bottom + k * size);
             }
-            out[x..x + wide].copy_from_slice(&sums[..wide]);
-            x += wide;
         }
     }
-    // A row beyond the border: none, or the border row.
-    let line = |y: isize| -> Option<usize> {
-        let inside = y.clamp(0, size as isize - 1);
-        (inside == y || edge == Edge::Repeat).then_some(inside as usize * size)
-    };
-    for y in 0..size {
-        let out = &mut plane[y * size..(y + 1) * size];
-        for (sum, value) in out.iter_mut().zip(&between[y * size..(y + 1) * size]) {
-            *sum = taps[0] * value;
-        }
-        for (k, &tap) in taps.iter().enumerate().skip(1) {
-            let (above, below) = (line(y as isize - k as isize), line(y as isize + k as isize));
-            match (above, below) {
-                (Some(a), Some(b)) => {
-                    let (above, below) = (&between[a..a + size], &between[b..b + size]);
-                    for ((sum, a), b) in out.iter_mut().zip(above).zip(below) {
-                        *sum += tap * (a + b);
-                    }
-                }
-                (Some(a), None) | (None, Some(a)) => {
-                    for (sum, a) in out.iter_mut().zip(&between[a..a + size]) {
-                        *sum += tap * a;
-                    }
-                }
-                (None, None) => {}
+    for (y, out) in plane.chunks_exact_mut(size).enumerate() {
+        symmetric_sum(between, size, (y + radius) * size, taps, out);
+    }
+}
+
+/// `out[i] = Σ_k taps[|k|] · from[middle + i + k · stride]`, the middle first and then outwards.
+#[inline(always)]
+fn symmetric_sum(from: &[f32], stride: usize, middle: usize, taps: &[f32], out: &mut [f32]) {
+    let mut blocks = out.chunks_exact_mut(WIDE);
+    let mut start = middle;
+    for out in &mut blocks {
+        let mut sum = block(from, start);
+        sum.iter_mut().for_each(|x| *x *= taps[0]);
+        for (k, &tap) in (1..).zip(&taps[1..]) {
+            let (before, after) = (block(from, start - k * stride), block(from, start + k * stride));
+            for i in 0..WIDE {
+                sum[i] += tap * (before[i] + after[i]);
             }
+        }
+        out.copy_from_slice(&sum);
+        start += WIDE;
+    }
+    for (at, out) in (start..).zip(blocks.into_remainder()) {
+        *out = taps[0] * from[at];
+        for (k, &tap) in (1..).zip(&taps[1..]) {
+            *out += tap * (from[at - k * stride] + from[at + k * stride]);
         }
     }
 }
@@ -638,11 +648,75 @@ fn blur(
 /// `[3, H, W]` to normalised `[H, W, 3]`, solarized if asked (`where(x < 0.5, x, 1 − x)`), clipped.
 #[inline(always)]
 fn write(planes: &Planes<'_>, solarize: bool, normalise: Normalise, out: &mut [f32]) {
-    let solarized = |x: f32| if solarize && x >= 0.5 { 1.0 - x } else { x };
-    let pixels = planes.r.iter().zip(planes.g.iter()).zip(planes.b.iter());
-    for (((&r, &g), &b), out) in pixels.zip(out.chunks_exact_mut(3)) {
-        out[0] = normalise.of(0, clip(solarized(r)));
-        out[1] = normalise.of(1, clip(solarized(g)));
-        out[2] = normalise.of(2, clip(solarized(b)));
+    // A threshold that no value reaches when it is off, rather than a branch for every value.
+    let threshold = if solarize { 0.5 } else { f32::INFINITY };
+    let value = |channel: usize, x: f32| {
+        let x = if x >= threshold { 1.0 - x } else { x };
+        normalise.of(channel, clip(x))
+    };
+    let whole = planes.r.len() / WIDE * WIDE;
+    for (start, out) in (0..whole).step_by(WIDE).zip(out.chunks_exact_mut(3 * WIDE)) {
+        let (mut r, mut g, mut b) = (block(planes.r, start), block(planes.g, start), block(planes.b, start));
+        for i in 0..WIDE {
+            (r[i], g[i], b[i]) = (value(0, r[i]), value(1, g[i]), value(2, b[i]));
+        }
+        for i in 0..WIDE {
+            (out[3 * i], out[3 * i + 1], out[3 * i + 2]) = (r[i], g[i], b[i]);
+        }
+    }
+    for (i, out) in (whole..planes.r.len()).zip(out[3 * whole..].chunks_exact_mut(3)) {
+        for (channel, plane) in [&*planes.r, &*planes.g, &*planes.b].into_iter().enumerate() {
+            out[channel] = value(channel, plane[i]);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Wider registers change no bit, so machines with and without AVX2 train on the same views.
+    #[test]
+    fn register_width_changes_nothing() {
+        let views = Views {
+            preset: mentee_config::recipe::ViewPreset::Byol,
+            definition: Definition::Byol,
+            size: 37,
+            resize: Interpolation::Bicubic,
+            crop_area: [0.08, 1.0],
+            crop_ratio: [0.75, 4.0 / 3.0],
+            flip: 0.5,
+            jitter: 0.9,
+            brightness: 0.4,
+            contrast: 0.4,
+            saturation: 0.4,
+            hue: 0.2,
+            grayscale: 0.2,
+            blur: [0.5, 0.5],
+            blur_sigma: [0.1, 2.0],
+            solarize: [0.3, 0.3],
+            mean: [0.485, 0.456, 0.406],
+            std: [0.229, 0.224, 0.225],
+        };
+        let data: Vec<u8> = (0..50)
+            .flat_map(|block| Stream::new(1, 0, 0, 0).block(block))
+            .flat_map(u32::to_le_bytes)
+            .collect();
+        let image = RgbImage { width: 16, height: 16, data: data[..16 * 16 * 3].to_vec() };
+        for definition in [Definition::Byol, Definition::Torchvision] {
+            let augmenter = Augmenter::new(&Views { definition, ..views.clone() });
+            let (mut scratch, mut wide, mut narrow) =
+                (Scratch::default(), vec![0.0; augmenter.view_len()], vec![0.0; augmenter.view_len()]);
+            for sample in 0..200 {
+                let draw = augmenter.draw(16, 16, ViewKey { seed: 0, epoch: 0, sample, view: 0 });
+                resize(&mut scratch, &image, draw.crop, Interpolation::Bicubic, augmenter.size);
+                colour_and_write(&augmenter, &mut scratch, &draw, &mut wide);
+                colour_and_write_on(&augmenter, &mut scratch, &draw, &mut narrow);
+                assert!(
+                    wide.iter().zip(&narrow).all(|(a, b)| a.to_bits() == b.to_bits()),
+                    "{definition:?} {draw:?}"
+                );
+            }
+        }
     }
 }

@@ -58,12 +58,12 @@ pub struct Loader {
     pool: Pool,
 }
 
-struct Views2 {
+struct TwoViews {
     config: LoaderConfig,
     augmenter: Augmenter,
 }
 
-impl Work for Views2 {
+impl Work for TwoViews {
     fn sample_len(&self) -> usize {
         self.augmenter.view_len()
     }
@@ -105,7 +105,7 @@ impl Loader {
         let share = config.rank_share.end.saturating_sub(config.rank_share.start) as usize;
         let (threads, queue) = (config.threads, config.queue_steps);
         let augmenter = Augmenter::new(&config.views);
-        let pool = Pool::start(Box::new(Views2 { config, augmenter }), threads, queue, share)?;
+        let pool = Pool::start(Box::new(TwoViews { config, augmenter }), threads, queue, share)?;
         Ok(Self { pool })
     }
 

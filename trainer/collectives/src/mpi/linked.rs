@@ -1,4 +1,5 @@
-//! MPI through rsmpi: its start-up and its bindings. Its safe operations are not used, because they throw MPI's return codes away.
+//! MPI through rsmpi: its start-up and its bindings. Its safe operations are not used, because they throw
+//! MPI's return codes away.
 
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
@@ -28,8 +29,9 @@ use crate::{
 
 /// An all-reduce whose messages from all ranks together take at most this many bytes is gathered whole.
 const SHORT_BYTES: usize = 32 << 10;
-/// Longer all-reduces go in pieces of which each rank adds up a block of at most this many bytes: large enough for full bandwidth,
-/// small enough that a block and its parts stay in the cache between receiving, adding and sending.
+/// Longer all-reduces go in pieces of which each rank adds up a block of at most this many bytes: large
+/// enough for full bandwidth, small enough that a block and its parts stay in the cache between receiving,
+/// adding and sending.
 const BLOCK_BYTES: usize = 128 << 10;
 /// Broadcasts go in pieces of this size, which fits MPI's `int` counts whatever the element.
 const BROADCAST_BYTES: usize = 256 << 20;
@@ -37,8 +39,8 @@ const BROADCAST_BYTES: usize = 256 << 20;
 const GATHER_BYTES: usize = 256 << 20;
 /// The tag of all messages of this module; they are matched by their order.
 const EXCHANGE_TAG: c_int = 0;
-/// How long mpirun gets to read what this rank printed last, its error most likely: it drops what it has not read when the
-/// world is aborted (seen with MPICH's Hydra).
+/// How long mpirun gets to read what this rank printed last, its error most likely: it drops what it has not
+/// read when the world is aborted (seen with MPICH's Hydra).
 const OUTPUT_PATIENCE: Duration = Duration::from_millis(200);
 /// How long `MPI_Abort` may take before the process ends without its help.
 const ABORT_PATIENCE: Duration = Duration::from_secs(5);
@@ -57,7 +59,8 @@ pub struct Mpi {
 
 /// What one operation at a time may use.
 struct State {
-    /// `None` after the end. Not dropped with [`Mpi`]: its drop calls `MPI_Finalize`, which waits for all ranks.
+    /// `None` after the end. Not dropped with [`Mpi`]: its drop calls `MPI_Finalize`, which waits for all
+    /// ranks.
     universe: Option<ManuallyDrop<Universe>>,
     /// What all ranks sent of the piece at hand, in rank order; kept from call to call.
     f32: Vec<f32>,
@@ -99,9 +102,9 @@ fn world() -> ffi::MPI_Comm {
 impl Mpi {
     /// Starts MPI in this process and installs the panic hook.
     ///
-    /// `expected` is the rank and world size that the launcher's environment variables give, if there are any: MPI must
-    /// agree with them. (An MPI library started by a launcher it does not understand silently makes each rank a world of its
-    /// own, and N ranks then train N networks.)
+    /// `expected` is the rank and world size that the launcher's environment variables give, if there are
+    /// any: MPI must agree with them. (An MPI library started by a launcher it does not understand silently
+    /// makes each rank a world of its own, and N ranks then train N networks.)
     ///
     /// # Errors
     /// See [`StartError`]. MPI cannot be started again in this process then; end it with a code other than 0.
@@ -124,7 +127,8 @@ impl Mpi {
         if granted < Threading::Serialized {
             return Err(StartError::ThreadLevel { granted: format!("{granted:?}") });
         }
-        // SAFETY: MPI is started and the communicator is the world; from here on its operations return their error code.
+        // SAFETY: MPI is started and the communicator is the world; from here on its operations return their
+        // error code.
         let code = unsafe { ffi::MPI_Comm_set_errhandler(comm.as_raw(), ffi::RSMPI_ERRORS_RETURN) };
         if code != ffi::MPI_SUCCESS as c_int {
             return Err(StartError::Mpi { code, text: error_text(code) });
@@ -191,7 +195,8 @@ impl Mpi {
         let own = block(rank);
         let len = own.len();
         grow(parts, len * world_size);
-        // In round k everyone sends to the k-th rank after it and receives from the k-th before it: no rank is a bottleneck.
+        // In round k everyone sends to the k-th rank after it and receives from the k-th before it: no rank
+        // is a bottleneck.
         let partners = (1..world_size)
             .map(|round| ((rank + round) % world_size, (rank + world_size - round) % world_size));
         for (to, from) in partners.clone() {
@@ -220,8 +225,8 @@ fn two_ranges<T>(slice: &mut [T], read: Range<usize>, written: Range<usize>) -> 
 
 /// Sends to one rank and receives from another, at the same time.
 fn exchange<T: MpiElement>(sent: &[T], to: usize, received: &mut [T], from: usize) -> Result<(), ErrorKind> {
-    // SAFETY: the counts are the lengths of the slices, which a piece's size keeps within an int, and the datatype is that
-    // of T. Returns when both slices are no longer in use.
+    // SAFETY: the counts are the lengths of the slices, which a piece's size keeps within an int, and the
+    // datatype is that of T. Returns when both slices are no longer in use.
     check(unsafe {
         ffi::MPI_Sendrecv(
             sent.as_ptr().cast::<c_void>(),
@@ -246,7 +251,8 @@ fn sum_short<T: MpiElement>(slice: &mut [T], parts: &mut Vec<T>, world_size: usi
         return Ok(());
     }
     grow(parts, slice.len() * world_size);
-    // SAFETY: `parts` has room for `world_size` times the slice; no overlap; the count is at most SHORT_BYTES.
+    // SAFETY: `parts` has room for `world_size` times the slice; no overlap; the count is at most
+    // SHORT_BYTES.
     check(unsafe {
         ffi::MPI_Allgather(
             slice.as_ptr().cast::<c_void>(),
@@ -282,7 +288,8 @@ fn check(code: c_int) -> Result<(), ErrorKind> {
 fn error_text(code: c_int) -> String {
     let mut text = [0 as c_char; ffi::MPI_MAX_ERROR_STRING as usize + 1];
     let mut len: c_int = 0;
-    // SAFETY: the buffer is as long as the standard asks for, plus a final zero that the library does not overwrite.
+    // SAFETY: the buffer is as long as the standard asks for, plus a final zero that the library does not
+    // overwrite.
     let status = unsafe { ffi::MPI_Error_string(code, text.as_mut_ptr(), &mut len) };
     if status != ffi::MPI_SUCCESS as c_int {
         return "no text for this code".to_owned();
@@ -309,15 +316,16 @@ fn abort_on_panic() {
 
 /// Ends all ranks. Takes no lock: another thread may be inside MPI, waiting for a rank that will never come.
 fn abort_world(code: i32) -> ! {
-    // The way out if MPI_Abort itself hangs. No thread to be had means no memory: then only MPI_Abort is left.
+    // The way out if MPI_Abort itself hangs. No thread to be had means no memory: then only MPI_Abort is
+    // left.
     let _ = thread::Builder::new().spawn(move || {
         thread::sleep(OUTPUT_PATIENCE + ABORT_PATIENCE);
         // SAFETY: ends the process without running exit handlers, which could wait for MPI.
         unsafe { libc::_exit(code) }
     });
     thread::sleep(OUTPUT_PATIENCE);
-    // SAFETY: MPI is running. Another thread may be inside MPI at the same time; this process ends here either way, and
-    // the timer above bounds how long it takes.
+    // SAFETY: MPI is running. Another thread may be inside MPI at the same time; this process ends here
+    // either way, and the timer above bounds how long it takes.
     unsafe {
         ffi::MPI_Abort(world(), code);
         libc::_exit(code)
@@ -424,7 +432,8 @@ fn gather(bytes: &[u8], world_size: usize) -> Result<Vec<Vec<u8>>, ErrorKind> {
             .collect();
         round.resize(counts.iter().map(|&count| count as usize).sum(), 0u8);
         let own = &bytes[begin.min(bytes.len())..][..part(bytes.len())];
-        // SAFETY: `own` is what this rank announced for the round; counts and starts lie inside `round`; no overlap.
+        // SAFETY: `own` is what this rank announced for the round; counts and starts lie inside `round`; no
+        // overlap.
         check(unsafe {
             ffi::MPI_Allgatherv(
                 own.as_ptr().cast::<c_void>(),

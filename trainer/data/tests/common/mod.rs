@@ -1,6 +1,5 @@
 //! What the tests share: settings, images in memory, encoders.
-#![expect(clippy::allow_attributes, reason = "each test binary uses a part of this")]
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test binary uses a part of this")]
 
 use std::sync::Arc;
 

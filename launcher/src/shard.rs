@@ -1,0 +1,125 @@
+//! `mentee shard`: any data set that can be read, as tar shards with an index.
+
+use std::path::{Path, PathBuf};
+
+use mentee_config::recipe::DataFormat;
+use mentee_data::shard::{Written, write_shards};
+use mentee_data::{DataError, Source, Split, open, open_split};
+
+use crate::failure::Failure;
+use crate::progress::Counter;
+
+/// `mentee shard`.
+#[derive(Debug, clap::Args)]
+pub struct ShardArgs {
+    /// An image folder, CIFAR binary files, IDX files or tar files
+    pub source: PathBuf,
+    /// A new folder
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Size of a shard, e.g. 64MiB
+    #[arg(long, default_value = "256MiB", value_parser = bytes, value_name = "BYTES")]
+    pub shard_bytes: u64,
+    /// What the source is, when it cannot be told by looking
+    #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
+    pub format: DataFormat,
+}
+
+/// `auto`, `tar`, `folder`, `cifar` or `idx`.
+pub fn format(text: &str) -> Result<DataFormat, String> {
+    use serde::Deserialize;
+    use serde::de::IntoDeserializer;
+    use serde::de::value::{Error, StrDeserializer};
+    let words: StrDeserializer<'_, Error> = text.into_deserializer();
+    DataFormat::deserialize(words).map_err(|_| "one of auto, tar, folder, cifar, idx".into())
+}
+
+/// `268435456`, `256MiB`, `256MB`, `1GiB`.
+pub fn bytes(text: &str) -> Result<u64, String> {
+    let wrong = || format!("{text:?} is no size: write it like 268435456, 64MiB or 1GB");
+    let digits = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kib" | "k" => 1 << 10,
+        "mib" | "m" => 1 << 20,
+        "gib" | "g" => 1 << 30,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = number.parse().map_err(|_| wrong())?;
+    number.checked_mul(factor).filter(|&bytes| bytes > 0).ok_or_else(wrong)
+}
+
+/// `1.5 GiB`, for people.
+pub fn human_bytes(bytes: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let mut size = bytes as f64;
+    let mut unit = 0;
+    while size >= 1024.0 && unit + 1 < units.len() {
+        size /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{bytes} bytes") } else { format!("{size:.1} {}", units[unit]) }
+}
+
+/// `mentee shard SRC --out DIR [--shard-bytes N]`. A set that is divided into training and held-out parts stays so:
+/// `DIR/train`, `DIR/test`.
+///
+/// # Errors
+/// [`Failure`] with exit code 3 when the source cannot be read or `DIR` holds something.
+pub fn command(args: &ShardArgs) -> Result<(), Failure> {
+    let named = |error: DataError| error.with_key("SRC");
+    let held_out = open_split(&args.source, args.format, Split::Eval).map_err(named)?;
+    let Some(held_out) = held_out else {
+        let source = open(&args.source, args.format).map_err(named)?;
+        return write(&*source, &args.out, args.shard_bytes);
+    };
+    let train = open_split(&args.source, args.format, Split::Train)
+        .map_err(named)?
+        .ok_or_else(|| named(DataError::Missing { key: String::new(), path: args.source.clone() }))?;
+    write(&*train, &args.out.join("train"), args.shard_bytes)?;
+    write(&*held_out, &args.out.join("test"), args.shard_bytes)
+}
+
+fn write(source: &dyn Source, out: &Path, shard_bytes: u64) -> Result<(), Failure> {
+    let mut counter = Counter::new("images");
+    let written = write_shards(source, out, shard_bytes, &mut |done, total| counter.at(done, total));
+    counter.finish();
+    let Written { samples, shards, bytes, digest } = written?;
+    println!(
+        "{}: {samples} images of {} classes in {shards} shards, {}, digest {}",
+        out.display(),
+        source.classes().len(),
+        human_bytes(bytes),
+        &digest[..digest.len().min(16)]
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        let table =
+            [("1", 1), ("64MiB", 64 << 20), ("256mib", 256 << 20), ("1GB", 1_000_000_000), ("2 KiB", 2048)];
+        for (text, size) in table {
+            assert_eq!(bytes(text), Ok(size), "{text}");
+        }
+        for text in ["", "0", "MiB", "-1", "1.5GiB", "1 parsec", "99999999999GiB"] {
+            assert!(bytes(text).is_err(), "{text}");
+        }
+        assert_eq!(human_bytes(1023), "1023 bytes");
+        assert_eq!(human_bytes(256 << 20), "256.0 MiB");
+    }
+
+    #[test]
+    fn formats() {
+        assert_eq!(format("idx"), Ok(DataFormat::Idx));
+        assert!(format("zip").is_err());
+    }
+}

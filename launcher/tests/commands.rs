@@ -1,0 +1,198 @@
+//! The commands that need no worker, and the demo with a fake one.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use mentee_checkpoint::{Dtype, Meta, Tensor};
+use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
+use serde_json::Value;
+
+fn mentee(arguments: &[&str]) -> (Option<i32>, String, String) {
+    run(Command::new(env!("CARGO_BIN_EXE_mentee")).args(arguments))
+}
+
+fn run(command: &mut Command) -> (Option<i32>, String, String) {
+    let output = command.stdin(Stdio::null()).output().expect("mentee starts");
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+#[test]
+fn help_is_quick_and_names_every_command() {
+    let started = Instant::now();
+    let (code, out, _) = mentee(&["--help"]);
+    let took = started.elapsed();
+    assert_eq!(code, Some(0));
+    for command in
+        ["demo", "run", "shard", "data", "checkpoints", "report", "status", "logs", "eval", "bench"]
+    {
+        assert!(out.lines().any(|line| line.trim_start().starts_with(command)), "{command} in {out}");
+    }
+    assert!(took.as_millis() < 500, "{took:?}");
+}
+
+#[test]
+fn bad_usage_is_2() {
+    for arguments in [&["nonsense"][..], &["run"], &["status", "/nowhere"], &["run", "no-such-recipe"]] {
+        let (code, _, err) = mentee(arguments);
+        assert_eq!(code, Some(2), "{arguments:?}");
+        assert!(err.starts_with("error: "), "{err}");
+    }
+}
+
+#[test]
+fn shard_verify_stats() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (data, out) = (folder.path().join("data"), folder.path().join("out"));
+    let config = SyntheticConfig { train: 30, test: 10, ..SyntheticConfig::default() };
+    write_synthetic(&data, &config, &mut |_, _| ()).expect("written");
+
+    let (code, said, err) = mentee(&["shard", text(&data), "--out", text(&out), "--shard-bytes", "20KB"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(said.contains("30 images") && said.contains("10 images"), "{said}");
+    assert!(out.join("train/00001.tar").is_file(), "more than one shard: {said}");
+
+    let (code, said, err) = mentee(&["data", "verify", text(&out)]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(said.contains("all well: 40 images"), "{said}");
+    let (code, said, _) = mentee(&["data", "stats", text(&out), "--json"]);
+    assert_eq!(code, Some(0));
+    let parts: Value = serde_json::from_str(&said).expect("JSON");
+    assert_eq!(parts.as_array().expect("parts").len(), 2);
+    assert!(mentee(&["data", "stats", text(&out)]).1.contains("30 images"));
+
+    // Nothing is overwritten.
+    let (code, _, err) = mentee(&["shard", text(&data), "--out", text(&out)]);
+    assert_eq!(code, Some(3), "{err}");
+    assert_eq!(mentee(&["data", "verify", text(&out)]).0, Some(0));
+
+    let shard = out.join("train/00000.tar");
+    let mut bytes = fs::read(&shard).expect("there");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0xff;
+    fs::write(&shard, bytes).expect("written");
+    let (code, said, err) = mentee(&["data", "verify", text(&out)]);
+    assert_eq!(code, Some(3));
+    assert!(said.contains("00000.tar"), "{said}");
+    assert_eq!(err.lines().count(), 1, "{err}");
+
+    let (code, _, err) = mentee(&["data", "stats", "/nowhere"]);
+    assert_eq!(code, Some(3));
+    assert!(err.contains("/nowhere"), "{err}");
+}
+
+#[test]
+fn the_order_does_not_depend_on_the_world() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = SyntheticConfig { train: 50, test: 10, ..SyntheticConfig::default() };
+    write_synthetic(folder.path(), &config, &mut |_, _| ()).expect("written");
+    let path = format!("data.path={}", text(folder.path()));
+    let order = |more: &[&str]| {
+        let fixed = ["data", "order", "demo", "--set", &path, "--set", "schedule.global_batch=12"];
+        let (code, out, err) = mentee(&[&fixed, more].concat());
+        assert_eq!(code, Some(0), "{err}");
+        out
+    };
+    let ids = |out: String| {
+        let ids = out.lines().map(|line| line.split_once(": ").expect("ids").1.to_owned());
+        ids.collect::<Vec<_>>().join(" ")
+    };
+    let alone = ids(order(&["--epochs", "2"]));
+    assert_eq!(alone.split(' ').count(), 2 * 48);
+    for world in ["2", "3", "5", "12"] {
+        assert_eq!(ids(order(&["--epochs", "2", "--world", world])), alone, "world of {world}");
+    }
+    let two_steps_later = ids(order(&["--epochs", "2", "--from-step", "2"]));
+    assert!(alone.ends_with(&two_steps_later) && two_steps_later.split(' ').count() == 72);
+
+    let digest = order(&["--hash"]);
+    assert_eq!(digest.trim().len(), 64);
+    assert_eq!(order(&["--hash", "--world", "3"]), digest);
+    assert_ne!(order(&["--hash", "--set", "run.seed=1"]), digest);
+    assert_ne!(order(&["--hash", "--set", "views.flip=0.25"]), digest, "the views' bytes count");
+}
+
+#[test]
+fn checkpoints_are_listed_and_verified() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run_dir = folder.path();
+    let checkpoints = run_dir.join("checkpoints");
+    for step in [10, 20] {
+        let meta = Meta {
+            step,
+            epoch: 1,
+            world_size: 2,
+            plan_hash: "hash".into(),
+            plan_toml: String::new(),
+            data_digest: "data".into(),
+            mentee_version: "0.1.0".into(),
+        };
+        let bytes = [0, 1, 2, 3, 4, 5, 6, step as u8];
+        let state = vec![Tensor::new("student.w", Dtype::F32, &[2], &bytes)];
+        mentee_checkpoint::write(&checkpoints, &meta, &[("state.safetensors".into(), state)])
+            .expect("written");
+    }
+    let (code, out, err) = mentee(&["checkpoints", text(run_dir), "--verify"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert_eq!(out.lines().filter(|line| line.ends_with("verified")).count(), 2, "{out}");
+
+    let file = checkpoints.join("step-00000020/state.safetensors");
+    let mut bytes = fs::read(&file).expect("there");
+    *bytes.last_mut().expect("bytes") ^= 1;
+    fs::write(&file, bytes).expect("written");
+    let (code, out, err) = mentee(&["checkpoints", text(run_dir), "--verify", "--json"]);
+    assert_eq!(code, Some(4), "{err}");
+    let list: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(
+        (list[0]["usable"].as_bool(), list[1]["usable"].as_bool()),
+        (Some(true), Some(false)),
+        "{list}"
+    );
+    assert_eq!(list[0]["world_size"], 2);
+    assert_eq!(list[0]["state_digest"].as_str().map(str::len), Some(64));
+    assert_eq!(err.lines().count(), 1, "{err}");
+}
+
+#[test]
+fn the_demo_ends_with_its_table_and_a_report_and_can_be_repeated() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let built = Path::new(env!("CARGO_BIN_EXE_mentee"));
+    fs::copy(built, folder.path().join("mentee")).expect("copied");
+    let fake = built.with_file_name("examples").join("fake-worker");
+    fs::copy(fake, folder.path().join("mentee-worker")).expect("copied");
+    let demo = |out: &str| {
+        run(Command::new(folder.path().join("mentee")).current_dir(folder.path()).args([
+            "demo",
+            "--workers",
+            "1",
+            "--out",
+            out,
+        ]))
+    };
+    for attempt in 0..2 {
+        let (code, out, err) = demo("a place");
+        assert_eq!(code, Some(0), "{err}");
+        for line in
+            ["kNN top-1, trained        60.5 %", "kNN top-1, random init    40.0 %", "protocol: none: a fake"]
+        {
+            assert!(out.lines().any(|said| said == line), "{line} in {out}");
+        }
+        assert!(out.trim_end().ends_with("report.html"), "{out}");
+        assert_eq!(out.contains("drew 4000 training"), attempt == 0, "{out}");
+    }
+    let page = fs::read_to_string(folder.path().join("a place/report.html")).expect("a report");
+    assert!(page.contains("60.5 %") && page.contains("<svg"));
+    let (code, out, _) = mentee(&[
+        "report",
+        text(&folder.path().join("a place")),
+        "--out",
+        text(&folder.path().join("x.html")),
+    ]);
+    assert_eq!((code, folder.path().join("x.html").is_file()), (Some(0), true), "{out}");
+}

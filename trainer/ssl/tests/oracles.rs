@@ -1,0 +1,293 @@
+//! Networks, losses, schedules and updates against closed forms and plain tensor operations.
+
+use std::collections::BTreeMap;
+
+use mentee_config::{Plan, Recipe};
+use mentee_ssl::loss::{cosine, swap_views};
+use mentee_ssl::{Schedule, State};
+use tch::{Device, Kind, Tensor};
+
+fn recipe(sets: &[&str]) -> Recipe {
+    let mut all = vec!["parallel.precision=f64", "schedule.warmup_epochs=0"];
+    all.extend(sets);
+    let sets: Vec<String> = all.into_iter().map(String::from).collect();
+    Recipe::load("byol-cifar10-small", &sets).unwrap()
+}
+
+fn views(samples: i64, seed: i64) -> Tensor {
+    tch::manual_seed(seed);
+    Tensor::randn([2 * samples, 8, 8, 3], (Kind::Double, Device::Cpu)).permute([0, 3, 1, 2])
+}
+
+fn named(state: &State) -> BTreeMap<String, Tensor> {
+    state.tensors().unwrap().into_iter().map(|(name, tensor)| (name, tensor.copy())).collect()
+}
+
+fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[])
+}
+
+#[test]
+fn parameter_counts_are_torchvisions_without_the_classifier() {
+    // sum(p.numel() for p in torchvision.models.resnetX().parameters()) minus fc's.
+    for (backbone, expected) in [
+        ("resnet18", 11_176_512),
+        ("resnet34", 21_284_672),
+        ("resnet50", 23_508_032),
+        ("resnet101", 42_500_160),
+    ] {
+        let sets = [&format!("model.backbone={backbone}") as &str, "model.stem=imagenet"];
+        let (_, state) = mentee_ssl::state::new(&recipe(&sets)).unwrap();
+        let count: i64 = state
+            .student
+            .weights
+            .layout
+            .params()
+            .filter(|place| place.declaration.name.starts_with("backbone."))
+            .map(|place| place.range.end - place.range.start)
+            .sum();
+        assert_eq!(count, expected, "{backbone}");
+    }
+}
+
+#[test]
+fn names_are_torchvisions() {
+    let sets = ["model.backbone=resnet50", "model.stem=imagenet"];
+    let (_, state) = mentee_ssl::state::new(&recipe(&sets)).unwrap();
+    let tensors = named(&state);
+    for (name, shape) in [
+        ("student.backbone.conv1.weight", vec![64, 3, 7, 7]),
+        ("student.backbone.bn1.running_mean", vec![64]),
+        ("student.backbone.layer1.0.downsample.0.weight", vec![256, 64, 1, 1]),
+        ("student.backbone.layer4.2.bn3.weight", vec![2048]),
+        ("student.backbone.layer2.0.conv2.weight", vec![128, 128, 3, 3]),
+        ("student.projector.0.bias", vec![512]),
+        ("student.projector.1.running_var", vec![512]),
+        ("student.projector.3.weight", vec![128, 512]),
+        ("student.predictor.0.weight", vec![512, 128]),
+        ("teacher.projector.3.weight", vec![128, 512]),
+        ("momentum.student.predictor.3.weight", vec![128, 512]),
+    ] {
+        let tensor = tensors.get(name).unwrap_or_else(|| panic!("no {name}"));
+        assert_eq!(tensor.size(), shape, "{name}");
+    }
+    assert!(!tensors.contains_key("student.projector.3.bias"), "BYOL's last layers have no bias");
+    assert!(!tensors.keys().any(|name| name.starts_with("teacher.predictor")));
+}
+
+#[test]
+fn byols_loss_is_0_for_equal_and_8_for_opposite_directions() {
+    let a = Tensor::from_slice(&[3.0, 4.0, 1.0, 0.0, 3.0, 4.0, 1.0, 0.0]).view([4, 2]);
+    let (same, opposite) = (&a * 7.0, &a * -0.5);
+    let byol = |p: &Tensor, t: &Tensor| {
+        let cosines = cosine(p, &swap_views(t).unwrap()).unwrap();
+        (cosines * -2.0 + 2.0).sum(Kind::Double).double_value(&[]) / 2.0
+    };
+    assert!(byol(&a, &same).abs() < 1e-12);
+    assert!((byol(&a, &opposite) - 8.0).abs() < 1e-12);
+    // Row 0 of view 1 is compared with row 0 of view 2.
+    let swapped = swap_views(&Tensor::from_slice(&[1.0, 2.0, 3.0, 4.0]).view([4, 1])).unwrap();
+    assert!(swapped.equal(&Tensor::from_slice(&[3.0, 4.0, 1.0, 2.0]).view([4, 1])));
+}
+
+#[test]
+fn schedules_are_deepminds() {
+    let mut sets = vec!["schedule.epochs=100", "schedule.global_batch=256", "optimizer.base_lr=0.4"];
+    sets.push("method.tau_base=0.99");
+    let mut recipe = recipe(&sets);
+    recipe.schedule.warmup_epochs = 10.0;
+    let plan = Plan::new(recipe, 2560, 1).unwrap();
+    let schedule = Schedule::new(&plan);
+    let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} is not {b}");
+    close(schedule.at(0).lr, 0.0);
+    close(schedule.at(50).lr, 0.2);
+    close(schedule.at(100).lr, 0.4);
+    close(schedule.at(550).lr, 0.2);
+    close(schedule.at(1000).lr, 0.0);
+    close(schedule.at(0).tau, 0.99);
+    close(schedule.at(500).tau, 0.995);
+    close(schedule.at(1000).tau, 1.0);
+}
+
+#[test]
+fn a_lars_step_and_the_teacher_follow_their_equations() {
+    let sets = ["optimizer.name=lars", "optimizer.base_lr=0.3", "optimizer.weight_decay=1e-3"];
+    let recipe = recipe(&sets);
+    let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
+    let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+    let rates = Schedule::new(&plan).at(3);
+    // Two steps, so that momentum counts.
+    for step in 0..2 {
+        let before = named(&state);
+        let out = state.loss(&*method, &views(4, 7 + step), 4, None).unwrap();
+        state.backward(&out.loss).unwrap();
+        let gradients: BTreeMap<String, Tensor> = state
+            .student
+            .weights
+            .layout
+            .params()
+            .map(|place| {
+                let gradient = mentee_ssl::params::view(&state.gradients.flat, place).unwrap();
+                (format!("student.{}", place.declaration.name), gradient.copy())
+            })
+            .collect();
+        state.update(&rates, step.cast_unsigned()).unwrap();
+        state.move_teacher(recipe.method.teacher, &rates, false).unwrap();
+        let after = named(&state);
+        for (name, gradient) in &gradients {
+            let p = &before[name];
+            let excluded = name.contains(".bn") || name.ends_with(".bias") || p.dim() == 1;
+            let (wd, mut u) = (if excluded { 0.0 } else { 1e-3 }, gradient.copy());
+            u += p * wd;
+            if !excluded {
+                let (p_norm, u_norm) = (p.norm().double_value(&[]), u.norm().double_value(&[]));
+                u *= 1e-3 * p_norm / u_norm;
+            }
+            let momentum = &before[&format!("momentum.{name}")] * 0.9 + u;
+            let expected = p - &momentum * rates.lr;
+            assert!(max_difference(&after[name], &expected) < 1e-14, "{name}");
+            assert!(max_difference(&after[&format!("momentum.{name}")], &momentum) < 1e-14, "{name}");
+            if let Some(teacher) = before.get(&name.replace("student.", "teacher.")) {
+                let expected = teacher * rates.tau + &after[name] * (1.0 - rates.tau);
+                let teacher = &after[&name.replace("student.", "teacher.")];
+                assert!(max_difference(teacher, &expected) < 1e-14, "teacher of {name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn sgd_and_adamw_follow_pytorchs_equations() {
+    for optimizer in ["sgd", "adamw"] {
+        let name_set = format!("optimizer.name={optimizer}");
+        let sets =
+            [name_set.as_str(), "optimizer.weight_decay=0.01", "optimizer.base_lr=0.2"];
+        let recipe = recipe(&sets);
+        let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
+        let rates = Schedule::new(&plan).at(0);
+        let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+        let name = "student.backbone.layer2.0.conv1.weight";
+        let (mut p, mut m, mut v) = (named(&state)[name].copy(), Tensor::from(0.0), Tensor::from(0.0));
+        for step in 0..3u64 {
+            let out = state.loss(&*method, &views(4, step as i64), 4, None).unwrap();
+            state.backward(&out.loss).unwrap();
+            let place = state.student.weights.layout.params().find(|p| name.ends_with(&p.declaration.name));
+            let g = mentee_ssl::params::view(&state.gradients.flat, place.unwrap()).unwrap().copy();
+            state.update(&rates, step).unwrap();
+            if optimizer == "sgd" {
+                m = m * 0.9 + (&g + &p * 0.01);
+                p -= &m * rates.lr;
+            } else {
+                m = m * 0.9 + &g * 0.1;
+                v = v * 0.999 + g.square() * 0.001;
+                let t = step as i32 + 1;
+                let step = (&m / (1.0 - 0.9f64.powi(t))) / ((&v / (1.0 - 0.999f64.powi(t))).sqrt() + 1e-8);
+                p = p * (1.0 - rates.lr * 0.01) - step * rates.lr;
+            }
+            assert!(max_difference(&named(&state)[name], &p) < 1e-13, "{optimizer} step {step}");
+        }
+    }
+}
+
+#[test]
+fn gradients_agree_with_finite_differences() {
+    let recipe = recipe(&[]);
+    let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+    let batch = views(4, 3);
+    let out = state.loss(&*method, &batch, 4, None).unwrap();
+    state.backward(&out.loss).unwrap();
+    let layout = state.student.weights.layout.clone();
+    for name in ["backbone.conv1.weight", "backbone.layer3.0.bn2.bias", "projector.0.weight", "predictor.3.weight"] {
+        let place = layout.params().find(|place| place.declaration.name == name).unwrap();
+        let at = place.range.start + 1;
+        let analytic = state.gradients.flat.double_value(&[at]);
+        let mut loss_at = |shift: f64| {
+            let mut element = state.student.weights.master.narrow(0, at, 1);
+            let original = element.double_value(&[0]);
+            tch::no_grad(|| element.copy_(&Tensor::from_slice(&[original + shift])));
+            let loss = state.loss(&*method, &batch, 4, None).unwrap().loss.double_value(&[]);
+            let mut element = state.student.weights.master.narrow(0, at, 1);
+            tch::no_grad(|| element.copy_(&Tensor::from_slice(&[original])));
+            loss
+        };
+        let h = 1e-6;
+        let numeric = (loss_at(h) - loss_at(-h)) / (2.0 * h);
+        assert!((analytic - numeric).abs() < 1e-6 * (1.0 + numeric.abs()), "{name}: {analytic} and {numeric}");
+    }
+}
+
+#[test]
+fn without_stop_gradient_the_target_has_gradients_too() {
+    let gradient = |sets: &[&str]| {
+        let (method, mut state) = mentee_ssl::state::new(&recipe(sets)).unwrap();
+        let out = state.loss(&*method, &views(4, 5), 4, None).unwrap();
+        state.backward(&out.loss).unwrap();
+        state.grad_norm().unwrap()
+    };
+    let with = gradient(&["method.teacher=shared"]);
+    let without = gradient(&["method.teacher=shared", "method.stop_gradient=false"]);
+    assert!((with - without).abs() > 1e-6, "{with} and {without}");
+}
+
+#[test]
+fn a_copied_teacher_moves_only_at_an_epochs_end() {
+    let recipe = recipe(&["method.teacher=copy-each-epoch"]);
+    let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
+    let rates = Schedule::new(&plan).at(0);
+    let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+    let start = named(&state)["teacher.backbone.conv1.weight"].copy();
+    let out = state.loss(&*method, &views(4, 1), 4, None).unwrap();
+    state.backward(&out.loss).unwrap();
+    state.update(&rates, 0).unwrap();
+    state.move_teacher(recipe.method.teacher, &rates, false).unwrap();
+    assert!(named(&state)["teacher.backbone.conv1.weight"].equal(&start));
+    state.move_teacher(recipe.method.teacher, &rates, true).unwrap();
+    let now = named(&state);
+    assert!(now["teacher.backbone.conv1.weight"].equal(&now["student.backbone.conv1.weight"]));
+    assert!(!now["teacher.backbone.conv1.weight"].equal(&start));
+}
+
+#[test]
+fn a_loaded_state_goes_on_bit_for_bit() {
+    for precision in ["parallel.precision=f32", "parallel.precision=bf16"] {
+        let recipe = recipe(&[precision]);
+        let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
+        let schedule = Schedule::new(&plan);
+        let run = |state: &mut State, method: &dyn mentee_ssl::Method, steps: std::ops::Range<u64>| {
+            let mut last = 0.0;
+            for step in steps {
+                let batch = views(4, step as i64).to_kind(Kind::Float);
+                let out = state.loss(method, &batch, 4, None).unwrap();
+                last = out.loss.double_value(&[]);
+                state.backward(&out.loss).unwrap();
+                state.update(&schedule.at(step), step).unwrap();
+                state.move_teacher(recipe.method.teacher, &schedule.at(step), false).unwrap();
+            }
+            last
+        };
+        let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+        run(&mut state, &*method, 0..3);
+        let saved = named(&state);
+        let expected = run(&mut state, &*method, 3..6);
+
+        let (method, mut other) = mentee_ssl::state::new(&recipe).unwrap();
+        other.load(&saved).unwrap();
+        assert_eq!(run(&mut other, &*method, 3..6), expected);
+        for (name, tensor) in named(&state) {
+            assert!(named(&other)[&name].equal(&tensor), "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_state_of_another_network_is_refused_by_name() {
+    let (_, mut state) = mentee_ssl::state::new(&recipe(&[])).unwrap();
+    let mut tensors = named(&state);
+    let removed = tensors.remove("teacher.backbone.bn1.running_var").unwrap();
+    let error = state.load(&tensors).unwrap_err().to_string();
+    assert_eq!(error, "tensor `teacher.backbone.bn1.running_var`: missing");
+    tensors.insert("teacher.backbone.bn1.running_var".into(), removed);
+    tensors.insert("student.extra".into(), Tensor::from(1.0));
+    let error = state.load(&tensors).unwrap_err().to_string();
+    assert_eq!(error, "tensor `student.extra`: not part of this recipe");
+}
