@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::Value;
 use system_tests::process::{Outcome, finish, mentee};
-use system_tests::recipe::{NUM_TEST, NUM_TRAIN, TinyRecipe, write_images};
+use system_tests::recipe::{NUM_TEST, NUM_TRAIN, TinyRecipe, image, write_images};
 use system_tests::run_dir::{losses, metrics};
 use system_tests::{machine, temp_dir};
 
@@ -36,6 +36,31 @@ fn first_shard(dir: &Path) -> std::path::PathBuf {
     panic!("no shard below {}", dir.display());
 }
 
+/// How many test images the vote of the `k` most similar training images gets right on raw pixels: the weight of a neighbour
+/// is exp(cosine / temperature). The plain computation in f64, to hold the reported number against.
+fn raw_pixels_correct(k: usize, temperature: f64) -> u32 {
+    let unit = |index: usize| -> Vec<f64> {
+        let pixels: Vec<f64> = image((index % 4) as u8, index).into_iter().map(f64::from).collect();
+        let length = pixels.iter().map(|p| p * p).sum::<f64>().sqrt();
+        pixels.into_iter().map(|p| p / length).collect()
+    };
+    let bank: Vec<(usize, Vec<f64>)> = (0..NUM_TRAIN).map(|index| (index % 4, unit(index))).collect();
+    let is_correct = |query: usize| {
+        let pixels = unit(query);
+        let mut neighbours: Vec<(f64, usize)> = bank
+            .iter()
+            .map(|(class, other)| (pixels.iter().zip(other).map(|(a, b)| a * b).sum(), *class))
+            .collect();
+        neighbours.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let mut votes = [0.0; 4];
+        for (cosine, class) in &neighbours[..k] {
+            votes[*class] += (cosine / temperature).exp();
+        }
+        (0..4).max_by(|a, b| f64::total_cmp(&votes[*a], &votes[*b])) == Some(query % 4)
+    };
+    (NUM_TRAIN..NUM_TRAIN + NUM_TEST).map(|query| u32::from(is_correct(query))).sum()
+}
+
 #[test]
 fn from_images_to_a_report() {
     let _machine = machine();
@@ -53,6 +78,7 @@ fn from_images_to_a_report() {
         TinyRecipe::new(data)
             .set("eval.knn_every_epochs", "1")
             .set("eval.knn_k", "5")
+            .set("views.size", "32")
             .set("parallel.precision", "\"f32\"")
     };
     let recipe = tiny(&shards).write(dir.path().join("tiny.toml"));
@@ -108,6 +134,11 @@ fn from_images_to_a_report() {
     assert_eq!(newest["step"], 8, "{listed}");
     assert_eq!(newest["world_size"], 2, "{listed}");
 
+    let raw = evals[0]["knn_raw_pixels"].as_f64().unwrap_or(f64::NAN);
+    let oracle = 100.0 * f64::from(raw_pixels_correct(5, 0.1)) / NUM_TEST as f64;
+    println!("raw pixels: {raw} %, encoder: {} %", evals[0]["knn_top1"]);
+    assert!((raw - oracle).abs() < 1e-6, "raw pixels: {raw} reported, {oracle} computed here");
+
     let evaluate = || json(&run(&[&"eval", &run_dir, &"--data", &shards, &"--knn", &"--json"]).expect(0));
     let first = evaluate();
     let last = evals.last().expect("an evaluation");
@@ -115,7 +146,10 @@ fn from_images_to_a_report() {
         assert_eq!(first[key], last[key], "the same checkpoint, another number: {first} and {last}");
     }
     assert!(first["protocol"].is_string() || first["protocol"].is_object(), "{first}");
-    assert_eq!(evaluate(), first, "evaluated twice");
+    let second = evaluate();
+    for key in ["step", "knn_top1", "knn_random_init", "knn_raw_pixels", "protocol"] {
+        assert_eq!(second[key], first[key], "evaluated twice");
+    }
 
     let page = dir.path().join("page.html");
     run(&[&"report", &run_dir, &"--out", &page]).expect(0);
@@ -136,5 +170,6 @@ fn from_images_to_a_report() {
     bytes[700] ^= 0x20;
     fs::write(&shard, bytes).expect("the shard can be altered");
     let refused = run(&[&"data", &"verify", &shards]).expect(3);
-    assert!(refused.error_line().contains("00000.tar"), "{}", refused.told());
+    assert!(refused.stdout.contains("00000.tar"), "{}", refused.told());
+    assert!(refused.error_line().contains("problem"), "{}", refused.told());
 }

@@ -83,7 +83,7 @@ pub fn image(class: u8, index: usize) -> Vec<u8> {
         for x in 0..32i32 {
             let inside = (x - cx).pow(2) + (y - cy).pow(2) <= radius.pow(2);
             for channel in 0..3i32 {
-                let ground = (x * (3 + channel) + y * (1 + index as i32 % 4)) & 0x7f;
+                let ground = (x * (3 + channel) + y * (1 + index as i32 % 5)) & 0x7f;
                 let disc = 128 + (index as i32 * 37 + channel * 61) % 128;
                 pixels.push((if inside { disc } else { ground }) as u8);
             }
