@@ -108,7 +108,6 @@ fn summary(page: &mut String, metrics: &Metrics, status: Option<&Status>) {
     }
     if let Some(last) = metrics.last_train() {
         chips.push((format!("step {}", last.step), ""));
-        chips.push((format!("epoch {}", last.epoch()), ""));
         let mut number = |name: &str, key: &str, digits: usize| {
             if let Some(value) = last.number(key) {
                 chips.push((format!("{name} {value:.digits$}"), ""));
