@@ -168,7 +168,14 @@ fn random_patch(config: &SyntheticConfig, random: &mut Sequence) -> Patch {
     let radius = random.between(config.radius[0], config.radius[1]);
     // Rings and spokes have a middle, which lies in the picture; the others have only a phase.
     let origin = std::array::from_fn(|_| random.between(0.25, 0.75));
-    Patch { centre, radius, origin, period: random.between(config.period[0], config.period[1]), turn, colours }
+    Patch {
+        centre,
+        radius,
+        origin,
+        period: random.between(config.period[0], config.period[1]),
+        turn,
+        colours,
+    }
 }
 
 /// The patch's colour at a point, if the patch is there; coordinates are fractions of the side.
