@@ -120,7 +120,7 @@ pub struct Progress {
     pub step: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
-    /// Epochs completed, rounded down.
+    /// Epoch of the last step, from 0.
     pub epoch: u64,
     /// Epochs of the whole run.
     pub epochs: u64,

@@ -30,15 +30,6 @@ impl Line {
         self.object.get(key)?.as_str()
     }
 
-    /// Epochs completed, as written.
-    pub fn epoch(&self) -> String {
-        match self.object.get("epoch") {
-            Some(Value::Number(number)) if number.is_u64() => number.to_string(),
-            Some(Value::Number(number)) => number.as_f64().map_or("?".into(), |epoch| format!("{epoch:.1}")),
-            _ => "?".into(),
-        }
-    }
-
     /// An eval line as a table for people: the number, its floors, its protocol.
     pub fn table(&self) -> Vec<String> {
         let rows = [

@@ -89,7 +89,7 @@ impl Display {
     }
 
     fn describe(&self, progress: &Progress) -> String {
-        let mut text = format!("epoch {}/{}", progress.epoch, progress.epochs);
+        let mut text = format!("epoch {}/{}", (progress.epoch + 1).min(progress.epochs), progress.epochs);
         let mut add = |name: &str, value: Option<String>| {
             if let Some(value) = value {
                 text.push_str("  ");
@@ -115,6 +115,9 @@ pub struct Eta {
 impl Eta {
     /// Takes a state.
     pub fn note(&mut self, now: Instant, progress: &Progress) {
+        if progress.total_steps == 0 {
+            return; // a heartbeat of a rank that is still setting up
+        }
         let &mut (since, from) = self.first.get_or_insert((now, progress.step));
         let elapsed = (now - since).as_secs_f64();
         if progress.step > from && elapsed > 0.5 {
@@ -196,6 +199,7 @@ mod tests {
         let mut eta = Eta::default();
         let start = Instant::now();
         let at = |step| Progress { step, total_steps: 100, ..Progress::default() };
+        eta.note(start, &Progress::default());
         eta.note(start, &at(40));
         assert_eq!(eta.left(&at(40)), None);
         eta.note(start + Duration::from_secs(10), &at(60));

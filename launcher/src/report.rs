@@ -16,7 +16,7 @@ use crate::status::{State, Status};
 /// A chart's size in its own units; text is sized for a phone, where one unit is one pixel.
 const WIDTH: f64 = 360.0;
 const HEIGHT: f64 = 210.0;
-const LEFT: f64 = 46.0;
+const LEFT: f64 = 58.0;
 const RIGHT: f64 = 10.0;
 const TOP: f64 = 10.0;
 const BOTTOM: f64 = 26.0;
@@ -108,7 +108,6 @@ fn summary(page: &mut String, metrics: &Metrics, status: Option<&Status>) {
     }
     if let Some(last) = metrics.last_train() {
         chips.push((format!("step {}", last.step), ""));
-        chips.push((format!("epoch {}", last.epoch()), ""));
         let mut number = |name: &str, key: &str, digits: usize| {
             if let Some(value) = last.number(key) {
                 chips.push((format!("{name} {value:.digits$}"), ""));

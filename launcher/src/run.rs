@@ -133,6 +133,8 @@ struct Shell<'a> {
     lines: (mpsc::Sender<Vec<u8>>, mpsc::Receiver<Vec<u8>>),
     output: File,
     tail: VecDeque<String>,
+    /// The first `error: …` line of this start.
+    said: Option<String>,
     timer: Option<(Timer, tokio::time::Instant)>,
     display: Display,
     status: Status,
@@ -189,6 +191,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
         lines: mpsc::channel(256),
         output,
         tail: VecDeque::new(),
+        said: None,
         timer: None,
         display,
         status,
@@ -218,8 +221,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
                 Event::Signal(signal)
             }
             () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
-                let timer = shell.timer.take().map_or(Timer::Settle, |(timer, _)| timer);
-                Event::Due(timer)
+                shell.due()
             }
             Some(line) = shell.lines.1.recv() => {
                 shell.keep(&line);
@@ -293,6 +295,7 @@ impl Shell<'_> {
         let header = format!("--- start {generation}: {} workers\n", self.job.workers);
         let _ = self.output.write_all(header.as_bytes());
         self.tail.clear();
+        self.said = None;
         if let Some(stdout) = child.stdout.take() {
             tokio::spawn(read_lines(stdout, self.lines.0.clone()));
         }
@@ -325,6 +328,19 @@ impl Shell<'_> {
         kill_all(&self.job.dir.leftovers());
     }
 
+    /// Takes the timer that is due.
+    fn due(&mut self) -> Event {
+        match self.timer.take() {
+            None | Some((Timer::Settle, _)) => {
+                while let Ok(line) = self.lines.1.try_recv() {
+                    self.keep(&line);
+                }
+                Event::Settled { said: self.said.clone() }
+            }
+            Some((timer, _)) => Event::Due(timer),
+        }
+    }
+
     /// What people see of the coordinator's news.
     fn note(&mut self, output: &Output) {
         match output {
@@ -347,7 +363,8 @@ impl Shell<'_> {
                     self.status.progress = progress.clone();
                 }
             }
-            Output::Event { event, .. } => self.display.event(event),
+            // Every rank has the same; one of them is shown.
+            Output::Event { rank: 0, event } => self.display.event(event),
             Output::Refused { reason, ours: false, .. } => tracing::warn!("refused: {reason}"),
             _ => {}
         }
@@ -359,7 +376,12 @@ impl Shell<'_> {
         if self.tail.len() == TAIL {
             self.tail.pop_front();
         }
-        self.tail.push_back(String::from_utf8_lossy(line).trim_end().to_owned());
+        let line = String::from_utf8_lossy(line).trim_end().to_owned();
+        if let Some(error) = line.strip_prefix("error: ") {
+            // Said once, although every rank may have written it.
+            self.said.get_or_insert_with(|| error.to_owned());
+        }
+        self.tail.push_back(line);
     }
 
     fn record_restart(&mut self, generation: u32, culprit: &Culprit) {
@@ -399,6 +421,7 @@ impl Shell<'_> {
             exit_code::PREEMPTED => State::Preempted,
             _ => State::Failed,
         };
+        tracing::info!(exit_code, "over: {:?}", self.status.state);
         let failure = match exit_code {
             exit_code::DONE | exit_code::PREEMPTED => None,
             exit_code::RANK_FAILED => {
@@ -410,11 +433,9 @@ impl Shell<'_> {
                     dir.logs().display()
                 ))
             }
-            code => Some(
-                culprit.map(|culprit| culprit.cause).or_else(|| self.workers_error()).unwrap_or_else(|| {
-                    format!("the workers ended with exit code {code}: see {}", dir.worker_output().display())
-                }),
-            ),
+            code => Some(culprit.map(|culprit| culprit.cause).unwrap_or_else(|| {
+                format!("the workers ended with exit code {code}: see {}", dir.worker_output().display())
+            })),
         };
         self.status.error.clone_from(&failure);
         self.status.write(dir);
@@ -425,7 +446,6 @@ impl Shell<'_> {
         let last = Metrics::read(&dir.metrics())?;
         let step = last.last_train().map_or(0, |line| line.step);
         if exit_code == exit_code::PREEMPTED {
-            tracing::info!("stopped on request");
             println!("stopped at step {step} on request; the same command continues it");
         } else {
             let loss = last.last_train().and_then(|line| line.number("loss"));
@@ -433,11 +453,6 @@ impl Shell<'_> {
             println!("done: {step} steps{loss}; `mentee report {}` draws the curves", dir.path().display());
         }
         Ok(exit_code)
-    }
-
-    /// The `error: …` line of a worker, said once although every rank may have written it.
-    fn workers_error(&self) -> Option<String> {
-        self.tail.iter().find_map(|line| Some(line.strip_prefix("error: ")?.to_owned()))
     }
 
     fn print_last_words(&self, culprit: &Culprit) {

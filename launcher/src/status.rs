@@ -182,13 +182,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         let number = |key: &str| train.number(key).map_or("?".into(), |value| format!("{value:.4}"));
         let total = status.as_ref().map(|status| status.progress.total_steps).filter(|&total| total > 0);
         let total = total.map_or(String::new(), |total| format!("/{total}"));
-        println!(
-            "  step {}{total}, epoch {}, loss {}, z_std {}",
-            train.step,
-            train.epoch(),
-            number("loss"),
-            number("z_std")
-        );
+        println!("  step {}{total}, loss {}, z_std {}", train.step, number("loss"), number("z_std"));
     }
     if let Some(status) = status.as_ref().filter(|status| status.state == State::Running) {
         if let Some(rate) = status.progress.images_per_s {

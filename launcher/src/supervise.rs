@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mentee_cluster::{Output, Phase, WorkerEvent};
-use mentee_config::exit_code::{CHECKPOINT, DATA, DIVERGED, DONE, PREEMPTED, RANK_FAILED, USAGE};
+use mentee_config::exit_code::{CHECKPOINT, DATA, DIVERGED, DONE, FAILED, PREEMPTED, RANK_FAILED, USAGE};
 
 /// Exit codes that another start cannot change.
 const FINAL: [i32; 4] = [USAGE, DATA, CHECKPOINT, DIVERGED];
@@ -106,6 +106,11 @@ pub enum Event {
     Signal(StopSignal),
     /// The timer is due.
     Due(Timer),
+    /// [`Timer::Settle`] is due.
+    Settled {
+        /// The first `error: …` line that a worker of this start wrote, without the prefix.
+        said: Option<String>,
+    },
 }
 
 /// What the shell is to do.
@@ -239,6 +244,10 @@ impl Supervisor {
             }
             Event::Exited(_) => Vec::new(),
             Event::Due(timer) => self.due(timer),
+            Event::Settled { said } => match self.state {
+                State::Settling(exit) => self.judge(exit, said),
+                _ => Vec::new(),
+            },
         }
     }
 
@@ -351,7 +360,6 @@ impl Supervisor {
                 actions
             }
             (Timer::Kill, State::Running) => vec![Action::Kill, Action::Arm(Timer::Kill, KILL_GRACE)],
-            (Timer::Settle, State::Settling(exit)) => self.judge(exit),
             (Timer::Backoff, State::Waiting) => {
                 self.state = State::Running;
                 vec![Action::Start { generation: self.generation }]
@@ -361,8 +369,8 @@ impl Supervisor {
     }
 
     /// The workers are gone and all that they had to say is known.
-    fn judge(&mut self, exit: Exit) -> Vec<Action> {
-        let culprit = self.culprit.take();
+    fn judge(&mut self, exit: Exit, said: Option<String>) -> Vec<Action> {
+        let mut culprit = self.culprit.take();
         if let Some(code) =
             culprit.as_ref().and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code))
         {
@@ -372,16 +380,22 @@ impl Supervisor {
             (Some(code), _) | (None, Exit::Code(code)) => Some(code),
             (None, Exit::Signal(_)) => None,
         };
+        // A worker that ends by its own decision says why; then the code is a code and no signal's number.
+        let its_own = self.direct || self.finished.is_some() || said.is_some();
+        if let (Some(culprit), Some(cause)) = (&mut culprit, &said)
+            && culprit.exit_code.is_none()
+            && code.is_some_and(|code| code == FAILED || FINAL.contains(&code))
+        {
+            culprit.cause.clone_from(cause);
+            culprit.exit_code = code;
+        }
         match code {
             Some(code @ (DONE | PREEMPTED)) if culprit.is_none() || self.finished.is_some() => {
                 return self.finish(code, None);
             }
-            Some(code) if FINAL.contains(&code) && (self.direct || self.finished.is_some()) => {
-                return self.finish(code, None);
-            }
-            // 6 may be SIGABRT.
-            Some(code) if FINAL.contains(&code) && culprit.is_none() && code != DIVERGED => {
-                return self.finish(code, None);
+            Some(code) if FINAL.contains(&code) && its_own => {
+                let cause = culprit.or_else(|| Some(Culprit { cause: said?, ..Culprit::default() }));
+                return self.finish(code, cause);
             }
             _ => {}
         }
@@ -390,9 +404,10 @@ impl Supervisor {
         }
         let mut culprit = culprit.unwrap_or_default();
         if culprit.cause.is_empty() {
-            culprit.cause = exit.to_string();
+            culprit.cause = said.unwrap_or_else(|| exit.to_string());
         } else if culprit.exit_code.is_none() && culprit.rank.is_some() {
-            culprit.cause = format!("{} ({exit})", culprit.cause);
+            let whose = if self.direct { "" } else { "its launcher: " };
+            culprit.cause = format!("{} ({whose}{exit})", culprit.cause);
         }
         if self.restarts >= self.max_restarts {
             return self.finish(RANK_FAILED, Some(culprit));
@@ -472,7 +487,7 @@ mod tests {
         }
     }
 
-    const SETTLED: Event = Event::Due(Timer::Settle);
+    const SETTLED: Event = Event::Settled { said: None };
     const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
 
     /// Events without any restart left, and the exit code they end with.
@@ -480,18 +495,25 @@ mod tests {
     fn how_a_run_ends() {
         let exited = |code| Event::Exited(Exit::Code(code));
         let interrupt = Event::Signal(StopSignal::Interrupt);
+        let said = Event::Settled { said: Some("what was wrong".into()) };
         let table: Vec<(&str, Vec<Event>, i32)> = vec![
             ("all is well", vec![go(), finished(0), exited(0), SETTLED], 0),
             ("last words after the end of the process", vec![go(), exited(0), finished(0), SETTLED], 0),
             ("a worker that knows no coordinator", vec![exited(0), SETTLED], 0),
             ("mpirun stumbles after all ranks finished", vec![go(), finished(0), exited(9), SETTLED], 0),
-            ("bad recipe, before hello", vec![exited(2), SETTLED], 2),
+            ("bad recipe, before hello", vec![exited(2), said.clone()], 2),
+            (
+                "bad data, after hello but without a message",
+                vec![go(), lost(0), lost(1), exited(3), said.clone()],
+                3,
+            ),
+            ("a crash by a signal whose number looks like a code", vec![go(), exited(4), SETTLED], 5),
             (
                 "bad data, said by the rank, mpirun adds its own code",
                 vec![go(), failed(1, 3), exited(15), SETTLED],
                 3,
             ),
-            ("no usable checkpoint", vec![exited(4), SETTLED], 4),
+            ("no usable checkpoint", vec![exited(4), said.clone()], 4),
             ("diverged", vec![go(), failed(0, 6), failed(1, 1), exited(6), SETTLED], 6),
             (
                 "diverged, but the other rank's broken connection came first",
@@ -566,7 +588,7 @@ mod tests {
         assert_eq!(code, RANK_FAILED);
         assert_eq!(
             culprit.expect("named").to_string(),
-            "rank 1 on host1 at step 7 (backward): its process ended without a word (killed (SIGKILL))"
+            "rank 1 on host1 at step 7 (backward): its process ended without a word (its launcher: killed (SIGKILL))"
         );
         assert_eq!(actions.iter().filter(|action| matches!(action, Action::RecordRestart { .. })).count(), 2);
     }
@@ -577,6 +599,18 @@ mod tests {
             run(0, vec![go(), failed(1, 1), failed(0, 1), lost(0), Event::Exited(Exit::Code(1)), SETTLED]);
         let (_, culprit) = end(&actions).expect("over");
         assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 8 (update): rank 1 says 1");
+    }
+
+    #[test]
+    fn what_a_worker_said_is_better_than_that_it_went() {
+        let said = |text: &str| Event::Settled { said: Some(text.into()) };
+        let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(1)), said("disk full")]);
+        let (_, culprit) = end(&actions).expect("over");
+        assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 7 (backward): disk full");
+        // Of a rank that was killed, another's complaint is no explanation.
+        let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(9)), said("peer lost")]);
+        let (_, culprit) = end(&actions).expect("over");
+        assert!(culprit.expect("named").cause.starts_with("its process ended without a word"));
     }
 
     #[test]

@@ -1,9 +1,9 @@
-//! A procedural image set for demonstrations: small pictures of one kind of figure each.
+//! A procedural image set for demonstrations: small pictures of one pattern each.
 //!
-//! The class is the figure (ring, square, cross, …). Everything that raw pixels show first varies freely within a
-//! class: the colours of figures and ground, how many figures there are, where, how large and how turned, the
-//! gradient and the noise behind them. So neighbours in pixel space, or in the features of an untrained network,
-//! share their colours rather than their figure, and a method has to learn what a figure is.
+//! The class is the pattern that fills a large patch (stripes, checker, rings, …). Everything that raw pixels show
+//! first varies freely within a class: the colours of pattern and ground, where the patch lies and how large it is,
+//! the pattern's period, turn and phase, the gradient and the noise behind it. So neighbours in pixel space share
+//! their colours rather than their pattern, and a method has to learn what a pattern is.
 //!
 //! A picture is a pure function of (seed, split, index), computed with +, −, ×, ÷ and square roots only: the same
 //! bytes on every machine.
@@ -16,8 +16,8 @@ use crate::rng::{Sequence, Stream, purpose};
 use crate::shard::{ShardWriter, Written};
 use crate::source::Split;
 
-/// The figures, in the order of their labels.
-pub const CLASSES: [&str; 8] = ["bars", "checker", "crescent", "cross", "dots", "ring", "square", "triangle"];
+/// The patterns, in the order of their labels.
+pub const CLASSES: [&str; 8] = ["checker", "crosses", "dots", "grid", "rings", "spokes", "stripes", "zigzag"];
 
 /// What the set looks like. The default is the demo's.
 #[derive(Debug, Clone, PartialEq)]
@@ -30,11 +30,11 @@ pub struct SyntheticConfig {
     pub test: u64,
     /// Side, pixels.
     pub size: u32,
-    /// Fewest and most figures in a picture.
-    pub figures: [u64; 2],
-    /// Smallest and largest radius of a figure, as a fraction of the side.
+    /// Smallest and largest radius of the patch, as a fraction of the side.
     pub radius: [f64; 2],
-    /// Least difference in brightness (0 to 1) between a figure and the ground's mean.
+    /// Smallest and largest period of the pattern, as a fraction of the side.
+    pub period: [f64; 2],
+    /// Least difference in brightness (0 to 1) between the pattern's two colours.
     pub contrast: f64,
     /// How far the ground's corners stray from its colour, in [0, 1].
     pub gradient: f64,
@@ -55,8 +55,8 @@ impl Default for SyntheticConfig {
             train: 4000,
             test: 1000,
             size: 32,
-            figures: [2, 4],
-            radius: [0.16, 0.30],
+            radius: [0.45, 0.75],
+            period: [0.18, 0.32],
             contrast: 0.25,
             gradient: 0.25,
             blotches: 0.08,
@@ -75,13 +75,16 @@ const BLOTCHES: usize = 5;
 
 type Colour = [f64; 3];
 
-struct Figure {
-    x: f64,
-    y: f64,
+/// A disc filled with a pattern in two colours.
+struct Patch {
+    centre: [f64; 2],
     radius: f64,
-    /// Cosine and sine of its turn.
+    /// Where the pattern's own coordinates start.
+    origin: [f64; 2],
+    period: f64,
+    /// Cosine and sine of the pattern's turn.
     turn: [f64; 2],
-    colour: Colour,
+    colours: [Colour; 2],
 }
 
 struct Stroke {
@@ -116,24 +119,7 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
             colour: std::array::from_fn(|_| random.between(0.0, 1.0)),
         })
         .collect();
-    let count = config.figures[0] + random.below(config.figures[1].saturating_sub(config.figures[0]) + 1);
-    let mut figures: Vec<Figure> = Vec::with_capacity(count as usize);
-    for _ in 0..count {
-        let mut figure = random_figure(config, &mut random, ground);
-        // Keep figures apart while there is room; where there is none, the last try overlaps.
-        for _ in 0..20 {
-            let clear = figures.iter().all(|other| {
-                let (dx, dy) = (figure.x - other.x, figure.y - other.y);
-                let reach = 0.85 * (figure.radius + other.radius);
-                dx * dx + dy * dy > reach * reach
-            });
-            if clear {
-                break;
-            }
-            figure = random_figure(config, &mut random, ground);
-        }
-        figures.push(figure);
-    }
+    let patch = random_patch(config, &mut random);
 
     let size = config.size as usize;
     let mut data = Vec::with_capacity(size * size * 3);
@@ -144,11 +130,7 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
             for sub in 0..OVERSAMPLING * OVERSAMPLING {
                 let x = ((column * OVERSAMPLING + sub % OVERSAMPLING) as f64 + 0.5) * step;
                 let y = ((row * OVERSAMPLING + sub / OVERSAMPLING) as f64 + 0.5) * step;
-                let colour = figures
-                    .iter()
-                    .rev()
-                    .find(|figure| covers(class, figure, x, y))
-                    .map(|figure| figure.colour)
+                let colour = patch_at(class, &patch, x, y)
                     .or_else(|| strokes.iter().find(|s| on_stroke(s, x, y)).map(|s| s.colour))
                     .unwrap_or_else(|| ground_at(&corners, &blotches, x, y));
                 for c in 0..3 {
@@ -169,8 +151,7 @@ fn luma(colour: Colour) -> f64 {
     0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 }
 
-fn random_figure(config: &SyntheticConfig, random: &mut Sequence, ground: Colour) -> Figure {
-    let radius = random.between(config.radius[0], config.radius[1]);
+fn random_patch(config: &SyntheticConfig, random: &mut Sequence) -> Patch {
     let turn = loop {
         let (x, y) = (random.between(-1.0, 1.0), random.between(-1.0, 1.0));
         let length = (x * x + y * y).sqrt();
@@ -178,45 +159,53 @@ fn random_figure(config: &SyntheticConfig, random: &mut Sequence, ground: Colour
             break [x / length, y / length];
         }
     };
-    let mut colour = [0.0; 3];
-    // A ground of middling brightness leaves few colours; after many tries take what there is.
-    for _ in 0..64 {
-        colour = std::array::from_fn(|_| random.between(0.0, 1.0));
-        if (luma(colour) - luma(ground)).abs() >= config.contrast {
-            break;
-        }
+    let mut colour = || -> Colour { std::array::from_fn(|_| random.between(0.0, 1.0)) };
+    let mut colours = [colour(), colour()];
+    while (luma(colours[0]) - luma(colours[1])).abs() < config.contrast {
+        colours = [colour(), colour()];
     }
-    let margin = 0.7 * radius;
-    Figure {
-        x: random.between(margin, 1.0 - margin),
-        y: random.between(margin, 1.0 - margin),
+    let centre = std::array::from_fn(|_| random.between(0.35, 0.65));
+    let radius = random.between(config.radius[0], config.radius[1]);
+    // Rings and spokes have a middle, which lies in the picture; the others have only a phase.
+    let origin = std::array::from_fn(|_| random.between(0.25, 0.75));
+    Patch {
+        centre,
         radius,
+        origin,
+        period: random.between(config.period[0], config.period[1]),
         turn,
-        colour,
+        colours,
     }
 }
 
-/// Whether a figure of `class` covers the point; coordinates are fractions of the side.
-fn covers(class: usize, figure: &Figure, x: f64, y: f64) -> bool {
-    let (dx, dy) = ((x - figure.x) / figure.radius, (y - figure.y) / figure.radius);
-    let r2 = dx * dx + dy * dy;
-    if r2 >= 1.0 {
-        return false;
+/// The patch's colour at a point, if the patch is there; coordinates are fractions of the side.
+fn patch_at(class: usize, patch: &Patch, x: f64, y: f64) -> Option<Colour> {
+    let (dx, dy) = (x - patch.centre[0], y - patch.centre[1]);
+    if dx * dx + dy * dy >= patch.radius * patch.radius {
+        return None;
     }
-    let [cos, sin] = figure.turn;
-    let (u, v) = (cos * dx + sin * dy, cos * dy - sin * dx);
+    let (dx, dy) = ((x - patch.origin[0]) / patch.period, (y - patch.origin[1]) / patch.period);
+    let [cos, sin] = patch.turn;
+    Some(patch.colours[usize::from(pattern(class, cos * dx + sin * dy, cos * dy - sin * dx))])
+}
+
+/// Whether the pattern is in its second colour at (u, v), in periods.
+fn pattern(class: usize, u: f64, v: f64) -> bool {
+    let fraction = |t: f64| t - t.floor();
+    let (a, b) = (fraction(u) - 0.5, fraction(v) - 0.5);
     match CLASSES[class] {
-        "bars" => ((u + 1.0) * 2.5) as i64 % 2 == 0,
-        "checker" => (((u + 1.0) * 2.0) as i64 + ((v + 1.0) * 2.0) as i64) % 2 == 0,
-        "crescent" => (u - 0.5) * (u - 0.5) + v * v > 0.62,
-        "cross" => u.abs() < 0.27 || v.abs() < 0.27,
-        "dots" => {
-            let near = |a: f64, b: f64| (u - a) * (u - a) + (v - b) * (v - b) < 0.28 * 0.28;
-            near(0.62, 0.0) || near(-0.62, 0.0) || near(0.0, 0.62) || near(0.0, -0.62)
+        "checker" => (a < 0.0) == (b < 0.0),
+        "crosses" => (a.abs() < 0.14 && b.abs() < 0.4) || (b.abs() < 0.14 && a.abs() < 0.4),
+        "dots" => a * a + b * b < 0.1,
+        "grid" => a.abs() > 0.36 || b.abs() > 0.36,
+        "rings" => fraction((u * u + v * v).sqrt()) < 0.5,
+        "spokes" => {
+            // Twelve sectors, without an arc tangent: the signs of four lines through the middle and two axes.
+            let lines = [u, v, u - 0.577 * v, u + 0.577 * v, v - 0.577 * u, v + 0.577 * u];
+            lines.iter().filter(|&&side| side < 0.0).count() % 2 == 0
         }
-        "ring" => r2 > 0.36,
-        "square" => u.abs() < 0.7 && v.abs() < 0.7,
-        _ => v > -0.5 && 1.732_050_807_568_877_2 * u.abs() + v < 1.0,
+        "stripes" => a < 0.0,
+        _ => fraction(u + 0.9 * b.abs()) < 0.5,
     }
 }
 

@@ -119,7 +119,13 @@ impl Norm {
         self.run(pass, x, Some(residual), true)
     }
 
-    fn run(&self, pass: &Pass, x: &Tensor, residual: Option<&Tensor>, relu: bool) -> Result<Tensor, SslError> {
+    fn run(
+        &self,
+        pass: &Pass,
+        x: &Tensor,
+        residual: Option<&Tensor>,
+        relu: bool,
+    ) -> Result<Tensor, SslError> {
         let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
         let norm = ext::Norm { affine, eps: NORM_EPS, relu };
         match &pass.mode {
@@ -165,7 +171,13 @@ pub struct Linear {
 
 impl Linear {
     /// `c_in` to `c_out`.
-    pub fn new(d: &mut Declarations, name: &str, [c_in, c_out]: [i64; 2], bias: Bias, init: LinearInit) -> Self {
+    pub fn new(
+        d: &mut Declarations,
+        name: &str,
+        [c_in, c_out]: [i64; 2],
+        bias: Bias,
+        init: LinearInit,
+    ) -> Self {
         let (weight_init, bias_init) = match init {
             LinearInit::Torch => (Init::Uniform { fan_in: c_in }, Init::Uniform { fan_in: c_in }),
             LinearInit::Haiku => (Init::TruncatedNormal { fan_in: c_in }, Init::Constant(0.0)),

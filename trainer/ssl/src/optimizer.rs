@@ -77,7 +77,17 @@ impl Optimizer {
             OptimizerName::Adamw => {
                 let second = self.second_moment.as_mut().expect("made in new");
                 let moments = (&mut self.momentum, second);
-                ext::adamw(param, grad, moments, range, lr, settings.betas, ADAM_EPS, weight_decay, step + 1)?;
+                ext::adamw(
+                    param,
+                    grad,
+                    moments,
+                    range,
+                    lr,
+                    settings.betas,
+                    ADAM_EPS,
+                    weight_decay,
+                    step + 1,
+                )?;
             }
         }
         Ok(())

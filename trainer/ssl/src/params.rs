@@ -225,7 +225,8 @@ impl Weights {
                 Init::TruncatedNormal { fan_in } => {
                     // erf(2 / sqrt 2): the normal distribution's mass within two standard deviations.
                     const MASS: f64 = 0.954_499_736_103_641_6;
-                    ((Tensor::rand(shape, options) * 2.0 - 1.0) * MASS).erfinv() * (2.0 / fan_in as f64).sqrt()
+                    ((Tensor::rand(shape, options) * 2.0 - 1.0) * MASS).erfinv()
+                        * (2.0 / fan_in as f64).sqrt()
                 }
                 Init::Constant(value) => Tensor::full(shape, value, options),
             };

@@ -123,7 +123,12 @@ impl State {
     }
 
     /// The teacher follows, once an update: teacher ← tau·teacher + (1 − tau)·student, or a copy at an epoch's end.
-    pub fn move_teacher(&mut self, kind: TeacherKind, rates: &Rates, epoch_ends: bool) -> Result<(), SslError> {
+    pub fn move_teacher(
+        &mut self,
+        kind: TeacherKind,
+        rates: &Rates,
+        epoch_ends: bool,
+    ) -> Result<(), SslError> {
         match (&mut self.teacher, kind) {
             (Some(teacher), TeacherKind::Ema) => teacher.weights.mix(&self.student.weights, rates.tau),
             (Some(teacher), TeacherKind::CopyEachEpoch) if epoch_ends => {
@@ -154,7 +159,10 @@ impl State {
             }
             for layer in network.stats.layers() {
                 out.push((format!("{prefix}.{}.running_mean", layer.name), Tensor::from_slice(&layer.mean)));
-                out.push((format!("{prefix}.{}.running_var", layer.name), Tensor::from_slice(&layer.variance)));
+                out.push((
+                    format!("{prefix}.{}.running_var", layer.name),
+                    Tensor::from_slice(&layer.variance),
+                ));
             }
         }
         for (prefix, buffer) in self.moments() {

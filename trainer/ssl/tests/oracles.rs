@@ -160,8 +160,7 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
 fn sgd_and_adamw_follow_pytorchs_equations() {
     for optimizer in ["sgd", "adamw"] {
         let name_set = format!("optimizer.name={optimizer}");
-        let sets =
-            [name_set.as_str(), "optimizer.weight_decay=0.01", "optimizer.base_lr=0.2"];
+        let sets = [name_set.as_str(), "optimizer.weight_decay=0.01", "optimizer.base_lr=0.2"];
         let recipe = recipe(&sets);
         let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
         let rates = Schedule::new(&plan).at(0);
@@ -197,7 +196,9 @@ fn gradients_agree_with_finite_differences() {
     let out = state.loss(&*method, &batch, 4, None).unwrap();
     state.backward(&out.loss).unwrap();
     let layout = state.student.weights.layout.clone();
-    for name in ["backbone.conv1.weight", "backbone.layer3.0.bn2.bias", "projector.0.weight", "predictor.3.weight"] {
+    for name in
+        ["backbone.conv1.weight", "backbone.layer3.0.bn2.bias", "projector.0.weight", "predictor.3.weight"]
+    {
         let place = layout.params().find(|place| place.declaration.name == name).unwrap();
         let at = place.range.start + 1;
         let analytic = state.gradients.flat.double_value(&[at]);
@@ -212,7 +213,10 @@ fn gradients_agree_with_finite_differences() {
         };
         let h = 1e-6;
         let numeric = (loss_at(h) - loss_at(-h)) / (2.0 * h);
-        assert!((analytic - numeric).abs() < 1e-6 * (1.0 + numeric.abs()), "{name}: {analytic} and {numeric}");
+        assert!(
+            (analytic - numeric).abs() < 1e-6 * (1.0 + numeric.abs()),
+            "{name}: {analytic} and {numeric}"
+        );
     }
 }
 

@@ -37,7 +37,10 @@ pub struct BatchNormStatistics {
 unsafe extern "C" fn call_reduce(context: *mut c_void, values: *mut f64, n: i64) -> c_int {
     // SAFETY: `context` is the boxed StatReduce handed to the shim, alive until drop_reduce; values holds n doubles.
     let (reduce, values) = unsafe {
-        (&*context.cast::<StatReduce>(), std::slice::from_raw_parts_mut(values, usize::try_from(n).unwrap_or(0)))
+        (
+            &*context.cast::<StatReduce>(),
+            std::slice::from_raw_parts_mut(values, usize::try_from(n).unwrap_or(0)),
+        )
     };
     // A panic must not unwind into C++.
     match catch_unwind(AssertUnwindSafe(|| reduce(values))) {

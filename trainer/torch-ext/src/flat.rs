@@ -133,14 +133,7 @@ pub fn ema(
 ) -> Result<(), TorchError> {
     // SAFETY: the tensors are distinct and outlive the call; the shim checks the ranges.
     unsafe {
-        check(sys::mentee_ema(
-            teacher.as_mut_ptr(),
-            student.as_ptr(),
-            teacher_begin,
-            student_begin,
-            len,
-            tau,
-        ))
+        check(sys::mentee_ema(teacher.as_mut_ptr(), student.as_ptr(), teacher_begin, student_begin, len, tau))
     }
 }
 

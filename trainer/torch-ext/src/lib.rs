@@ -8,7 +8,7 @@ mod flat;
 mod sys;
 
 pub use batch_norm::{BatchNormStatistics, Norm, StatReduce, batch_norm_apply, batch_norm_train};
-pub use flat::{adamw, ema, leaf, lars, norm, set_grad, sgd, slice_f32, slice_f64};
+pub use flat::{adamw, ema, lars, leaf, norm, set_grad, sgd, slice_f32, slice_f64};
 pub use tch;
 
 /// libtorch refused a call.

@@ -94,7 +94,8 @@ fn unequal_ranks_equal_one_rank() {
         let handles: Vec<_> = cuts
             .iter()
             .map(|&(begin, len)| {
-                let (x, dy, w, b) = (x.narrow(0, begin, len).copy(), dy.narrow(0, begin, len).copy(), w.copy(), b.copy());
+                let (x, dy, w, b) =
+                    (x.narrow(0, begin, len).copy(), dy.narrow(0, begin, len).copy(), w.copy(), b.copy());
                 let (sum, barrier) = (sum.clone(), barrier.clone());
                 scope.spawn(move || {
                     let reduce: StatReduce = Arc::new(move |values: &mut [f64]| {
@@ -111,7 +112,8 @@ fn unequal_ranks_equal_one_rank() {
                         barrier.wait();
                         true
                     });
-                    let (x, w, b) = (x.set_requires_grad(true), w.set_requires_grad(true), b.set_requires_grad(true));
+                    let (x, w, b) =
+                        (x.set_requires_grad(true), w.set_requires_grad(true), b.set_requires_grad(true));
                     let norm = Norm { affine: Some((&w, &b)), eps: 1e-5, relu: true };
                     let (y, _) = batch_norm_train(&x, norm, None, 1, Some(&reduce)).unwrap();
                     (&y * &dy).sum(Kind::Double).backward();

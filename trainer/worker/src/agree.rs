@@ -28,7 +28,9 @@ pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), Worker
     let mut starts = Vec::with_capacity(all.len());
     for (rank, bytes) in all.iter().enumerate() {
         let start: Start = serde_json::from_slice(bytes).map_err(|error| {
-            WorkerError::Failed(format!("rank {rank} sent no valid start ({error}); use one version of mentee"))
+            WorkerError::Failed(format!(
+                "rank {rank} sent no valid start ({error}); use one version of mentee"
+            ))
         })?;
         starts.push(start);
     }
@@ -107,7 +109,8 @@ pub fn on_step(
     let z = l2_normalise(&own.projections).map_err(|source| WorkerError::Step { step, source })?;
     let z = z.f_to_kind(Kind::Double)?; // [V·N, D]
     let sums = Vec::<f64>::try_from(z.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
-    let squares = Vec::<f64>::try_from(z.f_square()?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
+    let squares =
+        Vec::<f64>::try_from(z.f_square()?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
     let dim = sums.len();
 
     // [loss, stop, rows, not finite by rank, sums, squares]

@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use mentee_config::{Plan, Recipe, exit_code};
 use mentee_config::plan::share;
+use mentee_config::{Plan, Recipe, exit_code};
 use mentee_ssl::state::VIEWS;
 use tch::{Device, Kind, Tensor};
 

@@ -57,7 +57,12 @@ pub fn digest(state: &State) -> Result<String, WorkerError> {
 }
 
 /// Writes the state, drops checkpoints beyond `keep`, and returns the folder and the digest of all state.
-pub fn write(run_dir: &Path, state: &State, meta: &Meta, keep: u64) -> Result<(PathBuf, String), WorkerError> {
+pub fn write(
+    run_dir: &Path,
+    state: &State,
+    meta: &Meta,
+    keep: u64,
+) -> Result<(PathBuf, String), WorkerError> {
     let folder = folder(run_dir);
     std::fs::create_dir_all(&folder).map_err(WorkerError::io("create", &folder))?;
     let files = [("state.safetensors".to_owned(), tensors(state)?)];

@@ -24,7 +24,9 @@ pub enum WorkerError {
     OtherRecipe { run_dir: PathBuf, difference: String },
     #[error(transparent)]
     Data(#[from] DataError),
-    #[error("{run_dir}: the images at {data} are not those of this run's checkpoint (data digest {found}, was {expected}); restore data.path, or choose another --run-dir")]
+    #[error(
+        "{run_dir}: the images at {data} are not those of this run's checkpoint (data digest {found}, was {expected}); restore data.path, or choose another --run-dir"
+    )]
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
     #[error("{0}; restore or remove that checkpoint to go on from an older one")]
     Checkpoint(#[from] CheckpointError),
@@ -34,7 +36,9 @@ pub enum WorkerError {
     Start(#[from] StartError),
     #[error(transparent)]
     Link(#[from] LinkError),
-    #[error("rank {rank}: {what} = {found} there, {expected} on rank 0; start all ranks with the same recipe, data and version")]
+    #[error(
+        "rank {rank}: {what} = {found} there, {expected} on rank 0; start all ranks with the same recipe, data and version"
+    )]
     Disagreement { rank: usize, what: &'static str, found: String, expected: String },
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
@@ -42,9 +46,13 @@ pub enum WorkerError {
     Step { step: u64, source: SslError },
     #[error(transparent)]
     Ssl(#[from] SslError),
-    #[error("step {step}: the loss on rank {ranks} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs")]
+    #[error(
+        "step {step}: the loss on rank {ranks} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs"
+    )]
     LossNotFinite { step: u64, ranks: String },
-    #[error("step {step}: the gradient of {tensor} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs")]
+    #[error(
+        "step {step}: the gradient of {tensor} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs"
+    )]
     GradientNotFinite { step: u64, tensor: String },
     #[error("failed to {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
@@ -59,9 +67,11 @@ impl WorkerError {
     /// The documented code of a process that ends with this.
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Usage(_) | Self::Config(_) | Self::Identity(_) | Self::OtherRecipe { .. } | Self::Start(_) => {
-                exit_code::USAGE
-            }
+            Self::Usage(_)
+            | Self::Config(_)
+            | Self::Identity(_)
+            | Self::OtherRecipe { .. }
+            | Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } => exit_code::CHECKPOINT,
             Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } => exit_code::DIVERGED,

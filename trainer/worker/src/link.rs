@@ -5,14 +5,15 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
-    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Identity, Link, Phase, Progress, WorkerEvent, server,
+    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Identity, Link, Phase, Progress, WorkerEvent,
+    server,
 };
 use mentee_collectives::Collectives;
 
 use crate::error::WorkerError;
 
 /// All ranks must have said hello by then: loading libraries over a cold network file system takes a while.
-const RENDEZVOUS: Duration = Duration::from_secs(120);
+const RENDEZVOUS: Duration = Duration::from_secs(300);
 /// How often progress is printed when nobody else shows it.
 const PRINT_EVERY: Duration = Duration::from_secs(2);
 
@@ -96,11 +97,6 @@ impl Reporter {
         }
     }
 
-    /// Where this rank is, for a report of failure.
-    pub fn position(&self) -> (u64, Phase) {
-        (self.now.step, self.now.phase)
-    }
-
     /// A step is done.
     pub fn step(&mut self, progress: Progress) {
         self.now = progress.clone();
@@ -139,6 +135,19 @@ impl Reporter {
     /// Why, for the log.
     pub fn stop_reason(&self) -> Option<String> {
         self.link.as_ref().and_then(Link::stop_reason).map(|reason| reason.to_string())
+    }
+
+    /// The last word of a rank that fails: what happened, unless another rank says it.
+    pub fn failed(mut self, error: &WorkerError) {
+        let (step, phase) = (self.now.step, self.now.phase);
+        let (message, exit_code) = (error.to_string(), error.exit_code());
+        tracing::error!(step, %phase, "{message}");
+        self.event(if error.is_silent() {
+            WorkerEvent::Finished { exit_code }
+        } else {
+            WorkerEvent::Failed { step, phase, message, exit_code }
+        });
+        self.close();
     }
 
     /// Delivers what is queued and hangs up.

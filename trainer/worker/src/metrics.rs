@@ -73,8 +73,11 @@ impl Metrics {
         }
         let path = run_dir.join("metrics.jsonl");
         let torn = std::fs::read(&path).is_ok_and(|text| text.last().is_some_and(|&byte| byte != b'\n'));
-        let mut file =
-            OpenOptions::new().create(true).append(true).open(&path).map_err(WorkerError::io("open", &path))?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&path)
+            .map_err(WorkerError::io("open", &path))?;
         if torn {
             file.write_all(b"\n").map_err(WorkerError::io("write", &path))?;
         }
@@ -147,6 +150,8 @@ pub fn peak_rss_mb() -> f64 {
 fn status_kib(key: &str) -> f64 {
     std::fs::read_to_string("/proc/self/status")
         .ok()
-        .and_then(|text| text.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse().ok()))
+        .and_then(|text| {
+            text.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse().ok())
+        })
         .unwrap_or(0.0)
 }

@@ -30,7 +30,9 @@ impl GradientReducer {
         }
         let start = Instant::now();
         match gradients.flat.kind() {
-            Kind::Double => self.collectives.all_reduce_sum(Buffer::F64(ext::slice_f64(&mut gradients.flat)))?,
+            Kind::Double => {
+                self.collectives.all_reduce_sum(Buffer::F64(ext::slice_f64(&mut gradients.flat)))?
+            }
             _ => self.collectives.all_reduce_sum(Buffer::F32(ext::slice_f32(&mut gradients.flat)))?,
         }
         Ok(start.elapsed())

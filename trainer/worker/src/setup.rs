@@ -41,7 +41,6 @@ pub struct Run {
     /// None when the recipe does not evaluate, or the images have no labels.
     pub evaluator: Option<Evaluator>,
     pub metrics: Metrics,
-    pub reporter: Reporter,
     pub stop: StopFlag,
     /// Updates done so far.
     pub next_step: u64,
@@ -88,7 +87,7 @@ pub fn stat_reduce(recipe: &Recipe, collectives: &Arc<dyn Collectives>) -> Optio
 }
 
 /// What can be checked without any other rank: recipe, run directory, data.
-struct Local {
+pub struct Local {
     plan: Plan,
     run_dir: PathBuf,
     source: Arc<dyn Source>,
@@ -107,13 +106,22 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
     Ok(Local { plan, run_dir, source })
 }
 
-/// Sets up this rank of the run that `args` names, from its newest checkpoint where there is one.
-pub fn run(args: &TrainArgs, place: &Place) -> Result<Run, WorkerError> {
+/// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
+pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
     let Place { identity, collectives } = place;
-    let (identity, collectives) = (*identity, collectives.clone());
-    let Local { plan, run_dir, source } = agree::together(&*collectives, local(args, &identity))?;
+    let local = agree::together(&**collectives, local(args, identity))?;
+    logging::start(&local.run_dir, identity.rank)?;
+    let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
+    let mut reporter = Reporter::connect(identity, &**collectives, &plan_hash, &data_digest)?;
+    reporter.phase(Phase::Starting);
+    Ok((local, reporter))
+}
+
+/// Sets up this rank of the run, from its newest checkpoint where there is one.
+pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
+    let Local { plan, run_dir, source } = local;
+    let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
-    logging::start(&run_dir, identity.rank)?;
     let decode_threads = threads(recipe, &identity);
     let (plan_hash, data_digest) = (recipe.hash(), source.digest());
     tracing::info!(
@@ -127,12 +135,9 @@ pub fn run(args: &TrainArgs, place: &Place) -> Result<Run, WorkerError> {
         images = source.len(),
         "starting"
     );
-    let mut reporter = Reporter::connect(&identity, &*collectives, &plan_hash, &data_digest)?;
-    reporter.phase(Phase::Starting);
 
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
-    let next_step =
-        agree::together(&*collectives, resume(&mut state, &run_dir, &plan, &data_digest))?;
+    let next_step = agree::together(&*collectives, resume(&mut state, &run_dir, &plan, &data_digest))?;
     let own = agree::Start {
         version: env!("CARGO_PKG_VERSION").into(),
         plan_hash,
@@ -177,7 +182,6 @@ pub fn run(args: &TrainArgs, place: &Place) -> Result<Run, WorkerError> {
         state,
         loader,
         evaluator,
-        reporter,
         next_step,
     })
 }

@@ -16,8 +16,9 @@ impl StopFlag {
     pub fn install() -> Result<Self, WorkerError> {
         let flag = Self::default();
         for signal in [SIGTERM, SIGINT, SIGUSR1, SIGUSR2] {
-            signal_hook::flag::register(signal, flag.0.clone())
-                .map_err(|error| WorkerError::Failed(format!("cannot listen for signal {signal}: {error}")))?;
+            signal_hook::flag::register(signal, flag.0.clone()).map_err(|error| {
+                WorkerError::Failed(format!("cannot listen for signal {signal}: {error}"))
+            })?;
         }
         Ok(flag)
     }

@@ -8,6 +8,7 @@ use mentee_config::exit_code;
 
 use crate::agree::{self, Agreed};
 use crate::error::WorkerError;
+use crate::link::Reporter;
 use crate::metrics::{self, CheckpointLine, Meter, TrainLine};
 use crate::setup::{self, Run};
 use crate::{TrainArgs, checkpoints, views};
@@ -21,7 +22,7 @@ enum Outcome {
 }
 
 /// Trains until every step of the plan is done, or until any rank is asked to stop.
-fn train(run: &mut Run) -> Result<Outcome, WorkerError> {
+fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError> {
     let recipe = run.plan.recipe.clone();
     let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
     let mut meter = Meter::default();
@@ -31,28 +32,28 @@ fn train(run: &mut Run) -> Result<Outcome, WorkerError> {
         let rates = run.schedule.at(step); // learning rate, weight decay, tau: pure functions of the step
         let at_step = |source| WorkerError::Step { step, source };
 
-        run.reporter.phase(Phase::DataWait);
+        reporter.phase(Phase::DataWait);
         let batch = run.loader.next()?.ok_or_else(|| ended_early(step))?;
         let views = views::tensor(&batch, recipe.views.size, run.state.student.weights.master.kind())?; // [2N, 3, H, W]
         if step == 0 && run.identity.rank == 0 {
             views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
         }
 
-        run.reporter.phase(Phase::Forward);
+        reporter.phase(Phase::Forward);
         let out =
             run.state.loss(&*run.method, &views, global_batch, run.stat_reduce.as_ref()).map_err(at_step)?;
-        run.reporter.phase(Phase::Backward);
+        reporter.phase(Phase::Backward);
         run.state.backward(&out.loss).map_err(at_step)?;
-        run.reporter.phase(Phase::Reduce);
+        reporter.phase(Phase::Reduce);
         let comm_exposed = run
             .reducer
             .finish(&mut run.state.gradients)
             .map_err(|source| WorkerError::Collective { step, source })?; // every rank holds the mean gradient
-        let wants_stop = run.stop.is_set() || run.reporter.stop_requested();
+        let wants_stop = run.stop.is_set() || reporter.stop_requested();
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
         let grad_norm = agree::on_gradient(&*run.collectives, step, &run.state)?;
 
-        run.reporter.phase(Phase::Update);
+        reporter.phase(Phase::Update);
         run.state.update(&rates, step).map_err(at_step)?;
         run.next_step = step + 1;
         let epoch_ends = run.next_step.is_multiple_of(run.plan.steps_per_epoch);
@@ -62,14 +63,14 @@ fn train(run: &mut Run) -> Result<Outcome, WorkerError> {
         drop((out, views)); // both point into the batch
         run.loader.recycle(batch);
         meter.add(start.elapsed(), data_wait, comm_exposed);
-        record(run, &mut meter, &rates, &agreed, grad_norm)?;
-        evaluate_if_due(run, epoch_ends)?;
+        record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
+        evaluate_if_due(run, reporter, epoch_ends)?;
         let due = checkpoint_due(run, epoch_ends);
         if due || agreed.stop || run.next_step == end {
-            checkpoint(run)?;
+            checkpoint(run, reporter)?;
         }
         if agreed.stop && run.next_step < end {
-            let reason = run.reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
+            let reason = reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
             tracing::warn!(step = run.next_step, reason, "stopping with a checkpoint");
             return Ok(Outcome::Preempted);
         }
@@ -84,6 +85,7 @@ fn ended_early(step: u64) -> WorkerError {
 /// Tells everyone who watches how the step went.
 fn record(
     run: &mut Run,
+    reporter: &mut Reporter,
     meter: &mut Meter,
     rates: &mentee_ssl::Rates,
     agreed: &Agreed,
@@ -113,7 +115,7 @@ fn record(
         world_size: run.identity.world_size,
         rss_mb: metrics::rss_mb(),
     })?;
-    run.reporter.step(Progress {
+    reporter.step(Progress {
         step: done,
         total_steps: plan.end_step(),
         epoch,
@@ -128,15 +130,18 @@ fn record(
 }
 
 /// kNN every so many epochs, and at the end of a run that evaluates at all.
-fn evaluate_if_due(run: &mut Run, epoch_ends: bool) -> Result<(), WorkerError> {
+fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter, epoch_ends: bool) -> Result<(), WorkerError> {
     let every = run.plan.recipe.eval.knn_every_epochs;
     let epoch = run.next_step / run.plan.steps_per_epoch;
     let due = (epoch_ends && epoch.is_multiple_of(every.max(1))) || run.next_step == run.plan.end_step();
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
-    run.reporter.phase(Phase::Eval);
+    reporter.phase(Phase::Eval);
     let line = evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
     run.metrics.write(&line)?;
-    run.reporter.event(WorkerEvent::Eval {
+    if run.identity.rank != 0 {
+        return Ok(());
+    }
+    reporter.event(WorkerEvent::Eval {
         step: line.step,
         epoch: line.epoch,
         knn_top1: line.knn_top1,
@@ -155,8 +160,8 @@ fn checkpoint_due(run: &Run, epoch_ends: bool) -> bool {
 }
 
 /// Rank 0 writes all state: every rank holds the same.
-fn checkpoint(run: &mut Run) -> Result<(), WorkerError> {
-    run.reporter.phase(Phase::Checkpoint);
+fn checkpoint(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
+    reporter.phase(Phase::Checkpoint);
     if run.identity.rank != 0 {
         return Ok(());
     }
@@ -182,7 +187,7 @@ fn checkpoint(run: &mut Run) -> Result<(), WorkerError> {
         digest: digest.clone(),
         write_ms,
     })?;
-    run.reporter.event(WorkerEvent::Checkpoint { step, path: path.display().to_string(), digest });
+    reporter.event(WorkerEvent::Checkpoint { step, path: path.display().to_string(), digest });
     Ok(())
 }
 
@@ -190,29 +195,24 @@ fn checkpoint(run: &mut Run) -> Result<(), WorkerError> {
 pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
     let place = setup::place()?;
     let collectives = place.collectives.clone();
-    let mut run = match setup::run(args, &place) {
-        Ok(run) => run,
+    let (local, mut reporter) = match setup::join(args, &place) {
+        Ok(joined) => joined,
         Err(error) => return Err(agree::leave(&*collectives, error)),
     };
-    match train(&mut run) {
+    let outcome = setup::run(local, &place).and_then(|mut run| train(&mut run, &mut reporter));
+    match outcome {
         Ok(outcome) => {
             let exit_code =
                 if outcome == Outcome::Preempted { exit_code::PREEMPTED } else { exit_code::DONE };
             tracing::info!(exit_code, "finished");
-            run.reporter.phase(Phase::Done);
-            run.reporter.event(WorkerEvent::Finished { exit_code });
-            run.reporter.close();
-            collectives.finish().map_err(|source| WorkerError::Collective { step: run.next_step, source })?;
+            reporter.phase(Phase::Done);
+            reporter.event(WorkerEvent::Finished { exit_code });
+            reporter.close();
+            collectives.finish().map_err(|error| WorkerError::Failed(error.to_string()))?;
             Ok(exit_code)
         }
         Err(error) => {
-            let (step, phase) = run.reporter.position();
-            let (message, exit_code) = (error.to_string(), error.exit_code());
-            tracing::error!(rank = run.identity.rank, step, %phase, "{message}");
-            if !error.is_silent() {
-                run.reporter.event(WorkerEvent::Failed { step, phase, message, exit_code });
-            }
-            run.reporter.close();
+            reporter.failed(&error);
             Err(agree::leave(&*collectives, error))
         }
     }

@@ -259,9 +259,7 @@ impl Evaluator {
     ) -> Result<knn::Labelled, WorkerError> {
         let options = EvalOptions { batch: BATCH, threads: self.threads, raw };
         let (mut rows, mut labels) = (Vec::new(), Vec::new());
-        for batch in
-            eval_images(part.source.clone(), part.indices.clone(), &self.recipe.views, options)?
-        {
+        for batch in eval_images(part.source.clone(), part.indices.clone(), &self.recipe.views, options)? {
             let batch = batch?;
             let values = batch.raw.as_ref().unwrap_or(&batch.images);
             rows.push(features(&self.images(values, batch.ids.len())?)?.f_to_kind(Kind::Float)?);
