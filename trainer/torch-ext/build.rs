@@ -24,6 +24,7 @@ fn main() {
         // at::parallel_for is silently serial without it.
         .flag("-fopenmp")
         .flag("-fno-math-errno")
+        .flag("-fno-trapping-math")
         .opt_level(3)
         .warnings(false)
         .compile("mentee_torch_ext");

@@ -11,6 +11,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -50,96 +51,107 @@ MENTEE_INLINE void store(bf16* p, float v) {
   p->bits = v != v ? uint16_t{0x7fc0} : static_cast<uint16_t>(rounded);
 }
 
-// Rows summed in the compute type before they are added to the double sums.
+// The kernels see `n` elements whose channel pattern repeats every `width` elements: several rows taken as one, so that
+// few channels still fill the vector registers. Per-channel arguments are repeated to that width.
+
+// Wide rows summed in the compute type before they are added to the double sums.
 constexpr int64_t kBlockRows = 32;
 
-// sums[0..C] += sum x, sums[C..2C] += sum x^2 over `rows` rows.
+// sums[0..width] += sum x, sums[width..2 width] += sum x^2.
 template <typename T>
-MENTEE_INLINE void moments_body(const T* x, int64_t rows, int64_t channels, typename Compute<T>::type* scratch,
+MENTEE_INLINE void moments_body(const T* x, int64_t n, int64_t width, typename Compute<T>::type* scratch,
                                 double* sums) {
   using A = typename Compute<T>::type;
   A* __restrict__ sum = scratch;
-  A* __restrict__ square = scratch + channels;
-  for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
-    const int64_t end = begin + kBlockRows < rows ? begin + kBlockRows : rows;
-    for (int64_t c = 0; c < channels; ++c) sum[c] = square[c] = 0;
-    for (int64_t r = begin; r < end; ++r) {
-      const T* __restrict__ row = x + r * channels;
-      for (int64_t c = 0; c < channels; ++c) {
+  A* __restrict__ square = scratch + width;
+  for (int64_t begin = 0; begin < n; begin += kBlockRows * width) {
+    const int64_t end = std::min(begin + kBlockRows * width, n);
+    for (int64_t c = 0; c < width; ++c) sum[c] = square[c] = 0;
+    for (int64_t r = begin; r < end; r += width) {
+      const T* __restrict__ row = x + r;
+      const int64_t count = std::min(width, end - r);
+#pragma GCC ivdep
+      for (int64_t c = 0; c < count; ++c) {
         const A v = load(row + c);
         sum[c] += v;
         square[c] += v * v;
       }
     }
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       sums[c] += sum[c];
-      sums[channels + c] += square[c];
+      sums[width + c] += square[c];
     }
   }
 }
 
 // y = act(x * scale + shift + residual)
 template <typename T, bool kRelu, bool kResidual>
-MENTEE_INLINE void apply_body(const T* x, const T* residual, T* y, int64_t rows, int64_t channels,
+MENTEE_INLINE void apply_body(const T* x, const T* residual, T* y, int64_t n, int64_t width,
                               const typename Compute<T>::type* __restrict__ scale,
                               const typename Compute<T>::type* __restrict__ shift) {
   using A = typename Compute<T>::type;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict__ xr = x + r * channels;
-    const T* __restrict__ rr = residual + (kResidual ? r * channels : 0);
-    T* __restrict__ yr = y + r * channels;
-    for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t r = 0; r < n; r += width) {
+    const T* __restrict__ xr = x + r;
+    const T* __restrict__ rr = residual + (kResidual ? r : 0);
+    T* __restrict__ yr = y + r;
+    const int64_t count = std::min(width, n - r);
+#pragma GCC ivdep
+    for (int64_t c = 0; c < count; ++c) {
       A v = load(xr + c) * scale[c] + shift[c];
       if (kResidual) v += load(rr + c);
-      if (kRelu) v = v > A(0) ? v : (v != v ? v : A(0));
+      if (kRelu) v = v < A(0) ? A(0) : v;  // keeps NaN
       store(yr + c, v);
     }
   }
 }
 
-// sums[0..C] += sum dz, sums[C..2C] += sum dz * (x - mean), where dz = dy masked by y > 0.
+// sums[0..width] += sum dz, sums[width..2 width] += sum dz * (x - mean), where dz = dy masked by y > 0.
 template <typename T, bool kRelu>
-MENTEE_INLINE void grad_moments_body(const T* dy, const T* x, const T* y, int64_t rows, int64_t channels,
+MENTEE_INLINE void grad_moments_body(const T* dy, const T* x, const T* y, int64_t n, int64_t width,
                                      const typename Compute<T>::type* __restrict__ mean,
                                      typename Compute<T>::type* scratch, double* sums) {
   using A = typename Compute<T>::type;
   A* __restrict__ sum = scratch;
-  A* __restrict__ dot = scratch + channels;
-  for (int64_t begin = 0; begin < rows; begin += kBlockRows) {
-    const int64_t end = begin + kBlockRows < rows ? begin + kBlockRows : rows;
-    for (int64_t c = 0; c < channels; ++c) sum[c] = dot[c] = 0;
-    for (int64_t r = begin; r < end; ++r) {
-      const T* __restrict__ dyr = dy + r * channels;
-      const T* __restrict__ xr = x + r * channels;
-      const T* __restrict__ yr = y + (kRelu ? r * channels : 0);
-      for (int64_t c = 0; c < channels; ++c) {
+  A* __restrict__ dot = scratch + width;
+  for (int64_t begin = 0; begin < n; begin += kBlockRows * width) {
+    const int64_t end = std::min(begin + kBlockRows * width, n);
+    for (int64_t c = 0; c < width; ++c) sum[c] = dot[c] = 0;
+    for (int64_t r = begin; r < end; r += width) {
+      const T* __restrict__ dyr = dy + r;
+      const T* __restrict__ xr = x + r;
+      const T* __restrict__ yr = y + (kRelu ? r : 0);
+      const int64_t count = std::min(width, end - r);
+#pragma GCC ivdep
+      for (int64_t c = 0; c < count; ++c) {
         A dz = load(dyr + c);
         if (kRelu) dz = load(yr + c) > A(0) ? dz : A(0);
         sum[c] += dz;
         dot[c] += dz * (load(xr + c) - mean[c]);
       }
     }
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < width; ++c) {
       sums[c] += sum[c];
-      sums[channels + c] += dot[c];
+      sums[width + c] += dot[c];
     }
   }
 }
 
 // dx = dz * a + x * b + d, and dz itself when the residual needs it.
 template <typename T, bool kRelu, bool kResidual>
-MENTEE_INLINE void grad_input_body(const T* dy, const T* x, const T* y, T* dx, T* dresidual, int64_t rows,
-                                   int64_t channels, const typename Compute<T>::type* __restrict__ a,
+MENTEE_INLINE void grad_input_body(const T* dy, const T* x, const T* y, T* dx, T* dresidual, int64_t n, int64_t width,
+                                   const typename Compute<T>::type* __restrict__ a,
                                    const typename Compute<T>::type* __restrict__ b,
                                    const typename Compute<T>::type* __restrict__ d) {
   using A = typename Compute<T>::type;
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* __restrict__ dyr = dy + r * channels;
-    const T* __restrict__ xr = x + r * channels;
-    const T* __restrict__ yr = y + (kRelu ? r * channels : 0);
-    T* __restrict__ dxr = dx + r * channels;
-    T* __restrict__ drr = dresidual + (kResidual ? r * channels : 0);
-    for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t r = 0; r < n; r += width) {
+    const T* __restrict__ dyr = dy + r;
+    const T* __restrict__ xr = x + r;
+    const T* __restrict__ yr = y + (kRelu ? r : 0);
+    T* __restrict__ dxr = dx + r;
+    T* __restrict__ drr = dresidual + (kResidual ? r : 0);
+    const int64_t count = std::min(width, n - r);
+#pragma GCC ivdep
+    for (int64_t c = 0; c < count; ++c) {
       A dz = load(dyr + c);
       if (kRelu) dz = load(yr + c) > A(0) ? dz : A(0);
       store(dxr + c, dz * a[c] + load(xr + c) * b[c] + d[c]);
@@ -149,38 +161,41 @@ MENTEE_INLINE void grad_input_body(const T* dy, const T* x, const T* y, T* dx, T
 }
 
 #define MENTEE_KERNELS(T)                                                                                              \
-  MENTEE_MULTIVERSION void moments(const T* x, int64_t rows, int64_t channels, Compute<T>::type* scratch,              \
+  MENTEE_MULTIVERSION void moments(const T* x, int64_t n, int64_t width, Compute<T>::type* scratch,              \
                                    double* sums) {                                                                     \
-    moments_body<T>(x, rows, channels, scratch, sums);                                                                 \
+    moments_body<T>(x, n, width, scratch, sums);                                                                 \
   }                                                                                                                    \
-  MENTEE_MULTIVERSION void apply(const T* x, const T* residual, T* y, int64_t rows, int64_t channels,                  \
+  MENTEE_MULTIVERSION void apply(const T* x, const T* residual, T* y, int64_t n, int64_t width,                  \
                                  const Compute<T>::type* scale, const Compute<T>::type* shift, bool relu) {            \
-    if (relu && residual) return apply_body<T, true, true>(x, residual, y, rows, channels, scale, shift);              \
-    if (relu) return apply_body<T, true, false>(x, residual, y, rows, channels, scale, shift);                         \
-    if (residual) return apply_body<T, false, true>(x, residual, y, rows, channels, scale, shift);                     \
-    apply_body<T, false, false>(x, residual, y, rows, channels, scale, shift);                                         \
+    if (relu && residual) return apply_body<T, true, true>(x, residual, y, n, width, scale, shift);              \
+    if (relu) return apply_body<T, true, false>(x, residual, y, n, width, scale, shift);                         \
+    if (residual) return apply_body<T, false, true>(x, residual, y, n, width, scale, shift);                     \
+    apply_body<T, false, false>(x, residual, y, n, width, scale, shift);                                         \
   }                                                                                                                    \
-  MENTEE_MULTIVERSION void grad_moments(const T* dy, const T* x, const T* y, int64_t rows, int64_t channels,           \
+  MENTEE_MULTIVERSION void grad_moments(const T* dy, const T* x, const T* y, int64_t n, int64_t width,           \
                                         const Compute<T>::type* mean, Compute<T>::type* scratch, double* sums) {       \
-    if (y) return grad_moments_body<T, true>(dy, x, y, rows, channels, mean, scratch, sums);                           \
-    grad_moments_body<T, false>(dy, x, y, rows, channels, mean, scratch, sums);                                        \
+    if (y) return grad_moments_body<T, true>(dy, x, y, n, width, mean, scratch, sums);                           \
+    grad_moments_body<T, false>(dy, x, y, n, width, mean, scratch, sums);                                        \
   }                                                                                                                    \
-  MENTEE_MULTIVERSION void grad_input(const T* dy, const T* x, const T* y, T* dx, T* dresidual, int64_t rows,          \
-                                      int64_t channels, const Compute<T>::type* a, const Compute<T>::type* b,          \
+  MENTEE_MULTIVERSION void grad_input(const T* dy, const T* x, const T* y, T* dx, T* dresidual, int64_t n,             \
+                                      int64_t width, const Compute<T>::type* a, const Compute<T>::type* b,          \
                                       const Compute<T>::type* d) {                                                     \
-    if (y && dresidual) return grad_input_body<T, true, true>(dy, x, y, dx, dresidual, rows, channels, a, b, d);       \
-    if (y) return grad_input_body<T, true, false>(dy, x, y, dx, dresidual, rows, channels, a, b, d);                   \
-    if (dresidual) return grad_input_body<T, false, true>(dy, x, y, dx, dresidual, rows, channels, a, b, d);           \
-    grad_input_body<T, false, false>(dy, x, y, dx, dresidual, rows, channels, a, b, d);                                \
+    if (y && dresidual) return grad_input_body<T, true, true>(dy, x, y, dx, dresidual, n, width, a, b, d);       \
+    if (y) return grad_input_body<T, true, false>(dy, x, y, dx, dresidual, n, width, a, b, d);                   \
+    if (dresidual) return grad_input_body<T, false, true>(dy, x, y, dx, dresidual, n, width, a, b, d);           \
+    grad_input_body<T, false, false>(dy, x, y, dx, dresidual, n, width, a, b, d);                                \
   }
 
 MENTEE_KERNELS(float)
 MENTEE_KERNELS(double)
 MENTEE_KERNELS(bf16)
 
+// Elements that the kernels take as one row, about: a few kilobytes of arguments stay in the first-level cache.
+constexpr int64_t kWidth = 512;
+
 // How R rows of C channels in G groups are cut into pieces of work.
 struct Shape {
-  int64_t rows, channels, groups, chunk, chunks;
+  int64_t rows, channels, groups, chunk, chunks, width;
 
   Shape(const Tensor& x, int64_t groups_) : groups(groups_) {
     TORCH_CHECK(x.dim() == 2 || x.dim() == 4, "batch norm takes [N, C] or [N, C, H, W], not ", x.sizes());
@@ -189,6 +204,7 @@ struct Shape {
     TORCH_CHECK(groups > 0 && x.size(0) % groups == 0, "a batch of ", x.size(0), " does not divide into ", groups,
                 " views");
     rows_per_group = rows / groups;
+    width = channels * std::max<int64_t>(1, kWidth / channels);
     chunk = std::max<int64_t>(kBlockRows, (rows_per_group + 63) / 64);
     chunks = (rows_per_group + chunk - 1) / chunk;
   }
@@ -206,6 +222,24 @@ struct Shape {
         body(group, group * rows_per_group + first, count, piece);
       }
     });
+  }
+
+  // [G][C] values repeated to [G][width] of the compute type.
+  template <typename A>
+  std::vector<A> widen(const std::vector<double>& values) const {
+    std::vector<A> out(groups * width);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int64_t c = 0; c < width; ++c) out[g * width + c] = static_cast<A>(values[g * channels + c % channels]);
+    }
+    return out;
+  }
+
+  // Adds 2 width sums of a piece to its 2C sums.
+  void fold(const std::vector<double>& wide, double* sums) const {
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c % channels] += wide[c];
+      sums[channels + c % channels] += wide[width + c];
+    }
   }
 
   // Sums the pieces' 2C doubles into 2C doubles a group, in a fixed order.
@@ -267,11 +301,6 @@ std::vector<double> to_doubles(const Tensor& t, int64_t n, double otherwise) {
   return std::vector<double>(d.const_data_ptr<double>(), d.const_data_ptr<double>() + n);
 }
 
-template <typename A>
-std::vector<A> narrow_to(const std::vector<double>& v) {
-  return std::vector<A>(v.begin(), v.end());
-}
-
 // y for given statistics ([G][C] each).
 Tensor normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual, const Shape& shape,
                  const double* mean, const double* variance, double eps, bool relu) {
@@ -290,13 +319,14 @@ Tensor normalise(const Tensor& x, const Tensor& weight, const Tensor& bias, cons
   dispatch(x, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
     using A = typename Compute<T>::type;
-    const auto scale_a = narrow_to<A>(scale), shift_a = narrow_to<A>(shift);
+    const int64_t W = shape.width;
+    const auto scale_a = shape.widen<A>(scale), shift_a = shape.widen<A>(shift);
     const T* xp = data<T>(x);
     const T* rp = data<T>(residual);
     T* yp = data_mut<T>(y);
     shape.for_each([&](int64_t g, int64_t row, int64_t rows, int64_t) {
-      apply(xp + row * C, rp ? rp + row * C : nullptr, yp + row * C, rows, C, scale_a.data() + g * C,
-            shift_a.data() + g * C, relu);
+      apply(xp + row * C, rp ? rp + row * C : nullptr, yp + row * C, rows * C, W, scale_a.data() + g * W,
+            shift_a.data() + g * W, relu);
     });
   });
   return y;
@@ -326,8 +356,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
       using T = std::remove_pointer_t<decltype(tag)>;
       const T* xp = data<T>(x);
       shape.for_each([&](int64_t, int64_t row, int64_t rows, int64_t piece) {
-        std::vector<typename Compute<T>::type> scratch(2 * C);
-        moments(xp + row * C, rows, C, scratch.data(), pieces.data() + piece * 2 * C);
+        std::vector<typename Compute<T>::type> scratch(2 * shape.width);
+        std::vector<double> wide(2 * shape.width, 0.0);
+        moments(xp + row * C, rows * C, shape.width, scratch.data(), wide.data());
+        shape.fold(wide, pieces.data() + piece * 2 * C);
       });
     });
     auto sums = shape.combine(pieces);
@@ -384,12 +416,15 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     dispatch(x, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       using A = typename Compute<T>::type;
-      const auto mean_a = narrow_to<A>(mean);
+      const auto mean_a = shape.widen<A>(mean);
+      const int64_t W = shape.width;
       const T *dyp = data<T>(dy), *xp = data<T>(x), *yp = data<T>(y);
       shape.for_each([&](int64_t g, int64_t row, int64_t rows, int64_t piece) {
-        std::vector<A> scratch(2 * C);
-        grad_moments(dyp + row * C, xp + row * C, yp ? yp + row * C : nullptr, rows, C, mean_a.data() + g * C,
-                     scratch.data(), pieces.data() + piece * 2 * C);
+        std::vector<A> scratch(2 * W);
+        std::vector<double> wide(2 * W, 0.0);
+        grad_moments(dyp + row * C, xp + row * C, yp ? yp + row * C : nullptr, rows * C, W, mean_a.data() + g * W,
+                     scratch.data(), wide.data());
+        shape.fold(wide, pieces.data() + piece * 2 * C);
       });
     });
     auto sums = shape.combine(pieces);
@@ -428,12 +463,14 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     dispatch(x, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       using A = typename Compute<T>::type;
-      const auto aa = narrow_to<A>(a), ba = narrow_to<A>(b), da = narrow_to<A>(d);
+      const auto aa = shape.widen<A>(a), ba = shape.widen<A>(b), da = shape.widen<A>(d);
+      const int64_t W = shape.width;
       const T *dyp = data<T>(dy), *xp = data<T>(x), *yp = data<T>(y);
       T *dxp = data_mut<T>(dx), *drp = data_mut<T>(dresidual);
       shape.for_each([&](int64_t g, int64_t row, int64_t rows, int64_t) {
         grad_input(dyp + row * C, xp + row * C, yp ? yp + row * C : nullptr, dxp + row * C,
-                   drp ? drp + row * C : nullptr, rows, C, aa.data() + g * C, ba.data() + g * C, da.data() + g * C);
+                   drp ? drp + row * C : nullptr, rows * C, W, aa.data() + g * W, ba.data() + g * W,
+                   da.data() + g * W);
       });
     });
     return {dx, dweight, dbias, dresidual, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};

@@ -10,7 +10,6 @@ use mentee_collectives::{Collectives, Single};
 use mentee_config::{Recipe, exit_code};
 use mentee_data::eval::{EvalOptions, eval_images};
 use mentee_data::{Source, Split, open, open_split};
-use mentee_ssl::layers::Pass;
 use mentee_ssl::{Method, State};
 use tch::{Device, Kind, Tensor};
 
@@ -20,11 +19,6 @@ use crate::{affinity, checkpoints};
 
 /// Images in a forward pass.
 const BATCH: usize = 250;
-/// Batches that settle the batch-norm statistics of the random-init encoder: 0.9^60 of the initial ones remain.
-const CALIBRATION_BATCHES: usize = 60;
-/// Images in each.
-const CALIBRATION_BATCH: usize = 64;
-
 /// `mentee-worker eval`
 #[derive(clap::Args)]
 pub struct EvalArgs {
@@ -169,7 +163,7 @@ impl Evaluator {
             None => *self.floors.insert(self.measure_floors(collectives)?),
         };
         let features = |images: &Tensor| Ok(state.features(method, images)?);
-        let knn_top1 = self.measure(collectives, &features, false)?;
+        let knn_top1 = self.measure(collectives, &features)?;
         Ok(EvalLine {
             kind: "eval",
             step,
@@ -196,29 +190,12 @@ impl Evaluator {
         )
     }
 
-    /// The same kNN on the encoder's initial weights (its batch-norm statistics settled on bank images, so that the
-    /// floor is not lower than it need be) and on the pixels themselves.
+    /// The same kNN on the encoder's initial weights and on the pixels themselves, as the network would see them.
     fn measure_floors(&self, collectives: &dyn Collectives) -> Result<(f64, f64), WorkerError> {
-        let (method, mut state) = mentee_ssl::state::new(&self.recipe)?;
-        self.settle(&*method, &mut state)?;
-        let features = |images: &Tensor| Ok(state.features(&*method, images)?);
-        let random_init = self.measure(collectives, &features, false)?;
-        let pixels = |images: &Tensor| Ok(images.f_flatten(1, -1)?);
-        let raw_pixels = self.measure(collectives, &pixels, true)?;
+        let (method, state) = mentee_ssl::state::new(&self.recipe)?;
+        let random_init = self.measure(collectives, &|images| Ok(state.features(&*method, images)?))?;
+        let raw_pixels = self.measure(collectives, &|images| Ok(images.f_flatten(1, -1)?))?;
         Ok((random_init, raw_pixels))
-    }
-
-    fn settle(&self, method: &dyn Method, state: &mut State) -> Result<(), WorkerError> {
-        let part = Part { source: self.bank.source.clone(), indices: self.bank.indices.clone() }
-            .at_most((CALIBRATION_BATCHES * CALIBRATION_BATCH) as u64);
-        let options = EvalOptions { batch: CALIBRATION_BATCH, threads: self.threads, raw: false };
-        for batch in eval_images(part.source, part.indices, &self.recipe.views, options)? {
-            let batch = batch?;
-            let images = self.images(&batch.images, batch.ids.len())?;
-            let pass = Pass::train(&state.student.weights, &mut state.student.stats, 1, None);
-            let _ = tch::no_grad(|| method.networks().backbone.forward(&pass, &images))?;
-        }
-        Ok(())
     }
 
     /// [N, H, W, C] floats as [N, C, H, W], channels-last in memory.
@@ -234,11 +211,10 @@ impl Evaluator {
         &self,
         collectives: &dyn Collectives,
         features: &dyn Fn(&Tensor) -> Result<Tensor, WorkerError>,
-        raw: bool,
     ) -> Result<f64, WorkerError> {
-        let bank = self.embed(&self.bank.share(collectives), features, raw)?;
+        let bank = self.embed(&self.bank.share(collectives), features)?;
         let bank = gather(collectives, bank)?;
-        let queries = self.embed(&self.queries.share(collectives), features, raw)?;
+        let queries = self.embed(&self.queries.share(collectives), features)?;
         let settings = knn::Settings {
             k: self.recipe.eval.knn_k as i64,
             temperature: self.recipe.eval.knn_temperature,
@@ -255,14 +231,13 @@ impl Evaluator {
         &self,
         part: &Part,
         features: &dyn Fn(&Tensor) -> Result<Tensor, WorkerError>,
-        raw: bool,
     ) -> Result<knn::Labelled, WorkerError> {
-        let options = EvalOptions { batch: BATCH, threads: self.threads, raw };
+        let options = EvalOptions { batch: BATCH, threads: self.threads, raw: false };
         let (mut rows, mut labels) = (Vec::new(), Vec::new());
         for batch in eval_images(part.source.clone(), part.indices.clone(), &self.recipe.views, options)? {
             let batch = batch?;
-            let values = batch.raw.as_ref().unwrap_or(&batch.images);
-            rows.push(features(&self.images(values, batch.ids.len())?)?.f_to_kind(Kind::Float)?);
+            let images = self.images(&batch.images, batch.ids.len())?;
+            rows.push(features(&images)?.f_to_kind(Kind::Float)?);
             labels.extend(batch.labels.iter().map(|&label| i64::from(label)));
         }
         let features = if rows.is_empty() {
