@@ -67,7 +67,7 @@ fn draw(data: &std::path::Path) -> Result<(), Failure> {
     counter.finish();
     let [train, test] = written?;
     println!(
-        "drew {} training and {} test images of shapes in {}; colour, place, scale and ground say nothing of the class",
+        "drew {} training and {} test images of patterns in {}; colour, place, scale and ground say nothing of the class",
         train.samples,
         test.samples,
         data.display()

@@ -19,6 +19,9 @@ use crate::source::Split;
 /// The patterns, in the order of their labels.
 pub const CLASSES: [&str; 8] = ["checker", "crosses", "dots", "grid", "rings", "spokes", "stripes", "zigzag"];
 
+/// How much of the plane each pattern covers with its second colour.
+const COVER: [f64; 8] = [0.5, 0.37, 0.31, 0.48, 0.5, 0.5, 0.5, 0.5];
+
 /// What the set looks like. The default is the demo's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SyntheticConfig {
@@ -34,8 +37,14 @@ pub struct SyntheticConfig {
     pub radius: [f64; 2],
     /// Smallest and largest period of the pattern, as a fraction of the side.
     pub period: [f64; 2],
-    /// Least difference in brightness (0 to 1) between the pattern's two colours.
-    pub contrast: f64,
+    /// Range of a picture's brightness, which the ground has and the pattern's two colours lie around.
+    pub brightness: [f64; 2],
+    /// Range of the difference in brightness between the pattern's two colours.
+    pub contrast: [f64; 2],
+    /// How far each channel of the pattern's colours strays from their brightness, in [0, 1].
+    pub tint: f64,
+    /// The same of the ground's colour.
+    pub ground_tint: f64,
     /// How far the ground's corners stray from its colour, in [0, 1].
     pub gradient: f64,
     /// Amplitude of the smooth noise in the ground, in [0, 1].
@@ -55,13 +64,16 @@ impl Default for SyntheticConfig {
             train: 4000,
             test: 1000,
             size: 32,
-            radius: [0.45, 0.75],
-            period: [0.18, 0.32],
-            contrast: 0.25,
-            gradient: 0.25,
-            blotches: 0.08,
+            radius: [0.35, 0.6],
+            period: [0.15, 0.25],
+            brightness: [0.47, 0.53],
+            contrast: [0.45, 0.55],
+            tint: 0.25,
+            ground_tint: 0.5,
+            gradient: 0.1,
+            blotches: 0.05,
             grain: 0.03,
-            strokes: 2,
+            strokes: 1,
             shard_bytes: 4 << 20,
         }
     }
@@ -104,7 +116,8 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
     let mut random = Sequence::new(Stream::new(config.seed, epoch, index, purpose::SYNTHETIC));
     // Classes take turns, so that they are equally frequent; the order of samples is shuffled by whoever reads.
     let class = (index % CLASSES.len() as u64) as usize;
-    let ground: Colour = std::array::from_fn(|_| random.between(0.0, 1.0));
+    let brightness = random.between(config.brightness[0], config.brightness[1]);
+    let ground = tint(&mut random, brightness, config.ground_tint);
     let corners: [Colour; 4] = std::array::from_fn(|_| {
         std::array::from_fn(|c| ground[c] + random.between(-config.gradient, config.gradient))
     });
@@ -119,7 +132,7 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
             colour: std::array::from_fn(|_| random.between(0.0, 1.0)),
         })
         .collect();
-    let patch = random_patch(config, &mut random);
+    let patch = random_patch(config, &mut random, class, brightness);
 
     let size = config.size as usize;
     let mut data = Vec::with_capacity(size * size * 3);
@@ -147,11 +160,17 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
     (RgbImage { width: config.size, height: config.size, data }, class as u32)
 }
 
+/// A random colour of a given brightness.
+fn tint(random: &mut Sequence, brightness: f64, reach: f64) -> Colour {
+    let offset: Colour = std::array::from_fn(|_| random.between(-reach, reach));
+    std::array::from_fn(|c| brightness + offset[c] - luma(offset))
+}
+
 fn luma(colour: Colour) -> f64 {
     0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 }
 
-fn random_patch(config: &SyntheticConfig, random: &mut Sequence) -> Patch {
+fn random_patch(config: &SyntheticConfig, random: &mut Sequence, class: usize, brightness: f64) -> Patch {
     let turn = loop {
         let (x, y) = (random.between(-1.0, 1.0), random.between(-1.0, 1.0));
         let length = (x * x + y * y).sqrt();
@@ -159,11 +178,11 @@ fn random_patch(config: &SyntheticConfig, random: &mut Sequence) -> Patch {
             break [x / length, y / length];
         }
     };
-    let mut colour = || -> Colour { std::array::from_fn(|_| random.between(0.0, 1.0)) };
-    let mut colours = [colour(), colour()];
-    while (luma(colours[0]) - luma(colours[1])).abs() < config.contrast {
-        colours = [colour(), colour()];
-    }
+    // Light on dark or dark on light; a patch is as bright as its ground, however much the pattern covers.
+    let contrast = random.between(config.contrast[0], config.contrast[1]);
+    let contrast = if random.chance(0.5) { contrast } else { -contrast };
+    let colours = [-COVER[class], 1.0 - COVER[class]]
+        .map(|side| tint(random, brightness + side * contrast, config.tint));
     let centre = std::array::from_fn(|_| random.between(0.35, 0.65));
     let radius = random.between(config.radius[0], config.radius[1]);
     // Rings and spokes have a middle, which lies in the picture; the others have only a phase.

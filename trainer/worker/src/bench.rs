@@ -93,8 +93,8 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
     let views = views.f_to_kind(state.student.weights.master.kind())?;
 
-    // [forward, backward, reduce, update] of each measured step, milliseconds.
-    let mut times: Vec<[f64; 4]> = Vec::new();
+    // [forward, backward, reduce, update, all] of each measured step, milliseconds.
+    let mut times: Vec<[f64; 5]> = Vec::new();
     for n in 0..args.warmup + args.steps {
         let at_step = |source| WorkerError::Step { step: n, source };
         let rates = schedule.at(n);
@@ -114,16 +114,17 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         let end = start.elapsed();
         if n >= args.warmup {
             times.push(
-                [forward, backward - forward, reduce, end - updating].map(|time| time.as_secs_f64() * 1e3),
+                [forward, backward - forward, reduce, end - updating, end]
+                    .map(|time| time.as_secs_f64() * 1e3),
             );
         }
     }
-    let median = |of: &dyn Fn(&[f64; 4]) -> f64| {
+    let median = |of: &dyn Fn(&[f64; 5]) -> f64| {
         let mut values: Vec<f64> = times.iter().map(of).collect();
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied().unwrap_or(0.0)
     };
-    let step_ms = median(&|t| t.iter().sum());
+    let step_ms = median(&|t| t[4]);
     let report = Report {
         images_per_s: batch as f64 * 1e3 / step_ms,
         step_ms,
