@@ -385,7 +385,7 @@ fn a_plan_must_be_whole() {
             .replace(&format!("{}/", folder.path().display()), "")
     };
     assert_eq!(
-        of(plan.replace("tau_base = 0.99\n", "")),
+        of(plan.replace("tau_base = 0.97\n", "")),
         "missing key `method.tau_base` in plan.toml: a plan holds every key; it was altered, or written by \
          another version \
          of mentee"

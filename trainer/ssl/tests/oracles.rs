@@ -1,14 +1,21 @@
 //! Networks, losses, schedules and updates against closed forms and plain tensor operations.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mentee_config::{Plan, Recipe};
 use mentee_ssl::loss::{cosine, swap_views};
 use mentee_ssl::{Schedule, State};
 use tch::{Device, Kind, Tensor};
 
+/// libtorch has one random generator a process: tests that draw from it take turns.
+fn serial() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn recipe(sets: &[&str]) -> Recipe {
-    let mut all = vec!["parallel.precision=f64", "schedule.warmup_epochs=0"];
+    let mut all = vec!["parallel.precision=f64", "schedule.warmup_epochs=0", "views.size=32"];
     all.extend(sets);
     let sets: Vec<String> = all.into_iter().map(String::from).collect();
     Recipe::load("byol-cifar10-small", &sets).unwrap()
@@ -29,6 +36,7 @@ fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 
 #[test]
 fn parameter_counts_are_torchvisions_without_the_classifier() {
+    let _turn = serial();
     // sum(p.numel() for p in torchvision.models.resnetX().parameters()) minus fc's.
     for (backbone, expected) in [
         ("resnet18", 11_176_512),
@@ -52,6 +60,7 @@ fn parameter_counts_are_torchvisions_without_the_classifier() {
 
 #[test]
 fn names_are_torchvisions() {
+    let _turn = serial();
     let sets = ["model.backbone=resnet50", "model.stem=imagenet"];
     let (_, state) = mentee_ssl::state::new(&recipe(&sets)).unwrap();
     let tensors = named(&state);
@@ -77,6 +86,7 @@ fn names_are_torchvisions() {
 
 #[test]
 fn byols_loss_is_0_for_equal_and_8_for_opposite_directions() {
+    let _turn = serial();
     let a = Tensor::from_slice(&[3.0, 4.0, 1.0, 0.0, 3.0, 4.0, 1.0, 0.0]).view([4, 2]);
     let (same, opposite) = (&a * 7.0, &a * -0.5);
     let byol = |p: &Tensor, t: &Tensor| {
@@ -92,6 +102,7 @@ fn byols_loss_is_0_for_equal_and_8_for_opposite_directions() {
 
 #[test]
 fn schedules_are_deepminds() {
+    let _turn = serial();
     let mut sets = vec!["schedule.epochs=100", "schedule.global_batch=256", "optimizer.base_lr=0.4"];
     sets.push("method.tau_base=0.99");
     let mut recipe = recipe(&sets);
@@ -111,6 +122,7 @@ fn schedules_are_deepminds() {
 
 #[test]
 fn a_lars_step_and_the_teacher_follow_their_equations() {
+    let _turn = serial();
     let sets = ["optimizer.name=lars", "optimizer.base_lr=0.3", "optimizer.weight_decay=1e-3"];
     let recipe = recipe(&sets);
     let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
@@ -158,6 +170,7 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
 
 #[test]
 fn sgd_and_adamw_follow_pytorchs_equations() {
+    let _turn = serial();
     for optimizer in ["sgd", "adamw"] {
         let name_set = format!("optimizer.name={optimizer}");
         let sets = [name_set.as_str(), "optimizer.weight_decay=0.01", "optimizer.base_lr=0.2"];
@@ -190,6 +203,7 @@ fn sgd_and_adamw_follow_pytorchs_equations() {
 
 #[test]
 fn gradients_agree_with_finite_differences() {
+    let _turn = serial();
     let recipe = recipe(&[]);
     let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
     let batch = views(4, 3);
@@ -222,6 +236,7 @@ fn gradients_agree_with_finite_differences() {
 
 #[test]
 fn without_stop_gradient_the_target_has_gradients_too() {
+    let _turn = serial();
     let gradient = |sets: &[&str]| {
         let (method, mut state) = mentee_ssl::state::new(&recipe(sets)).unwrap();
         let out = state.loss(&*method, &views(4, 5), 4, None).unwrap();
@@ -235,6 +250,7 @@ fn without_stop_gradient_the_target_has_gradients_too() {
 
 #[test]
 fn a_copied_teacher_moves_only_at_an_epochs_end() {
+    let _turn = serial();
     let recipe = recipe(&["method.teacher=copy-each-epoch"]);
     let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
     let rates = Schedule::new(&plan).at(0);
@@ -253,6 +269,7 @@ fn a_copied_teacher_moves_only_at_an_epochs_end() {
 
 #[test]
 fn a_loaded_state_goes_on_bit_for_bit() {
+    let _turn = serial();
     for precision in ["parallel.precision=f32", "parallel.precision=bf16"] {
         let recipe = recipe(&[precision]);
         let plan = Plan::new(recipe.clone(), 1280, 1).unwrap();
@@ -285,6 +302,7 @@ fn a_loaded_state_goes_on_bit_for_bit() {
 
 #[test]
 fn a_state_of_another_network_is_refused_by_name() {
+    let _turn = serial();
     let (_, mut state) = mentee_ssl::state::new(&recipe(&[])).unwrap();
     let mut tensors = named(&state);
     let removed = tensors.remove("teacher.backbone.bn1.running_var").unwrap();
