@@ -392,7 +392,7 @@ fn a_plan_must_be_whole() {
     );
     let line = plan.lines().position(|line| line.starts_with("tau_base")).unwrap() + 1;
     assert_eq!(
-        of(plan.replace("tau_base = 0.99", "tau_base = 1.01")),
+        of(plan.replace("tau_base = 0.97", "tau_base = 1.01")),
         format!("`method.tau_base` = 1.01 in plan.toml (line {line}): must be in [0, 1]")
     );
     assert_eq!(
