@@ -83,24 +83,17 @@ impl EvalView {
             .expect("the crop lies within the image and has pixels");
     }
 
-    /// The evaluation view of `image`: `[H, W, 3]` normalised floats into `out`, and if asked the same pixels as RGB
-    /// in [0, 1] into `raw`.
+    /// The evaluation view of `image`: `[H, W, 3]` normalised floats into `out`.
     ///
     /// # Panics
-    /// If `out` or `raw` is not [`Self::view_len`] long, or `image` has no pixels.
-    pub fn view(&self, work: &mut EvalScratch, image: &RgbImage, out: &mut [f32], raw: Option<&mut [f32]>) {
+    /// If `out` is not [`Self::view_len`] long, or `image` has no pixels.
+    pub fn view(&self, work: &mut EvalScratch, image: &RgbImage, out: &mut [f32]) {
         assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
         self.resize(&mut work.resizer, image, &mut work.bytes);
         const SCALE: f32 = 1.0 / 255.0;
         for (pixel, out) in work.bytes.chunks_exact(3).zip(out.chunks_exact_mut(3)) {
             for channel in 0..3 {
                 out[channel] = self.normalise.of(channel, f32::from(pixel[channel]) * SCALE);
-            }
-        }
-        if let Some(raw) = raw {
-            assert_eq!(raw.len(), self.view_len(), "raw pixels are [H, W, 3]");
-            for (byte, out) in work.bytes.iter().zip(raw) {
-                *out = f32::from(*byte) * SCALE;
             }
         }
     }
@@ -122,8 +115,6 @@ pub struct EvalBatch {
     pub labels: Vec<u32>,
     /// Normalised, channels last. `[N, H, W, C]`
     pub images: Vec<f32>,
-    /// The same pixels as RGB in [0, 1], for the floor that any feature must beat; when asked for. `[N, H, W, C]`
-    pub raw: Option<Vec<f32>>,
 }
 
 /// How [`eval_images`] goes about it.
@@ -133,8 +124,6 @@ pub struct EvalOptions {
     pub batch: usize,
     /// Decode threads; 0 counts as 1.
     pub threads: usize,
-    /// Whether raw pixels are wanted too.
-    pub raw: bool,
 }
 
 /// The images `indices` of `source`, in that order, in batches. Every one must be labelled.
@@ -153,9 +142,9 @@ pub fn eval_images(
         .map(|&index| source.label(index).ok_or_else(|| DataError::NoLabel { sample: source.key(index) }))
         .collect::<Result<Vec<u32>, _>>()?;
     let batch = options.batch.max(1);
-    let work = EvalWork { view: EvalView::new(views), source, indices, batch, raw: options.raw };
+    let work = EvalWork { view: EvalView::new(views), source, indices, batch };
     let pool = Pool::start(Box::new(work), options.threads, QUEUE, batch)?;
-    Ok(EvalImages { pool, labels, batch, raw: options.raw, done: false })
+    Ok(EvalImages { pool, labels, batch, done: false })
 }
 
 /// The batches of [`eval_images`].
@@ -163,7 +152,6 @@ pub struct EvalImages {
     pool: Pool,
     labels: Vec<u32>,
     batch: usize,
-    raw: bool,
     done: bool,
 }
 
@@ -178,9 +166,7 @@ impl Iterator for EvalImages {
             Ok(Some(filled)) => {
                 let first = filled.step as usize * self.batch;
                 let labels = self.labels[first..first + filled.ids.len()].to_vec();
-                let mut images = filled.buffer;
-                let raw = self.raw.then(|| images.split_off(images.len() / 2));
-                Some(Ok(EvalBatch { ids: filled.ids, labels, images, raw }))
+                Some(Ok(EvalBatch { ids: filled.ids, labels, images: filled.buffer }))
             }
             Ok(None) => {
                 self.done = true;
@@ -199,7 +185,6 @@ struct EvalWork {
     source: Arc<dyn Source>,
     indices: Vec<u64>,
     batch: usize,
-    raw: bool,
 }
 
 impl Work for EvalWork {
@@ -208,7 +193,7 @@ impl Work for EvalWork {
     }
 
     fn planes(&self) -> usize {
-        if self.raw { 2 } else { 1 }
+        1
     }
 
     fn steps(&self) -> Range<u64> {
@@ -228,13 +213,7 @@ impl Work for EvalWork {
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
         read_image(&*self.source, id, &mut scratch.bytes, &mut scratch.image)?;
-        let (images, raw) = out.split_at_mut(1);
-        self.view.view(
-            &mut scratch.eval,
-            &scratch.image,
-            &mut *images[0],
-            raw.first_mut().map(|raw| &mut **raw),
-        );
+        self.view.view(&mut scratch.eval, &scratch.image, &mut *out[0]);
         Ok(())
     }
 }

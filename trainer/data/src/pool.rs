@@ -290,11 +290,10 @@ impl Shared {
         let count = claim.ids.len();
         let mut out: [&mut [f32]; MAX_PLANES] = [&mut [], &mut []];
         for (plane, slot) in out.iter_mut().enumerate().take(planes) {
-            // SAFETY: the batch's buffer has planes · count · len floats and is neither moved out of `State::open`
-            // nor resized while `missing` counts this claim's places, which `settle` ends. A place belongs to
-            // exactly one claim, and each (plane, place) is a range of its own, so nothing else refers to it.
-            *slot =
-                unsafe { std::slice::from_raw_parts_mut(claim.base.add((plane * count + place) * len), len) };
+            let first = (plane * count + place) * len;
+            // SAFETY: the batch's buffer has planes · count · len floats and stays where it is while this claim's places
+            // are `missing`; a place belongs to one claim only, so no other reference reaches this (plane, place).
+            *slot = unsafe { std::slice::from_raw_parts_mut(claim.base.add(first), len) };
         }
         self.work.fill(scratch, claim.epoch, claim.ids[place], &mut out[..planes])
     }

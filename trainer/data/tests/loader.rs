@@ -241,12 +241,12 @@ fn a_rank_without_samples_gets_empty_batches() {
 }
 
 #[test]
-fn evaluation_images_come_once_each_with_labels_and_raw_pixels() {
+fn evaluation_images_come_once_each_with_labels() {
     let source = Memory::noise(23);
     let mut settings = views(Definition::Byol, SIZE);
     (settings.mean, settings.std) = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.5]);
     let indices: Vec<u64> = (0..23).rev().collect();
-    let options = EvalOptions { batch: 5, threads: 3, raw: true };
+    let options = EvalOptions { batch: 5, threads: 3 };
     let batches: Vec<_> = eval_images(source.clone(), indices.clone(), &settings, options)
         .unwrap()
         .collect::<Result<Vec<_>, _>>()
@@ -254,19 +254,22 @@ fn evaluation_images_come_once_each_with_labels_and_raw_pixels() {
     assert_eq!(batches.iter().flat_map(|b| b.ids.clone()).collect::<Vec<_>>(), indices);
     assert_eq!(batches.len(), 5);
     for batch in &batches {
-        let raw = batch.raw.as_ref().unwrap();
-        assert_eq!((batch.images.len(), raw.len()), (batch.ids.len() * LEN, batch.ids.len() * LEN));
+        assert_eq!(batch.images.len(), batch.ids.len() * LEN);
         for (id, label) in batch.ids.iter().zip(&batch.labels) {
             assert_eq!(source.label(*id), Some(*label));
         }
-        for (i, (x, y)) in raw.iter().zip(&batch.images).enumerate() {
-            assert!(((x - settings.mean[i % 3] as f32) / settings.std[i % 3] as f32 - y).abs() < 1e-5);
-        }
     }
-    let options = EvalOptions { raw: false, ..options };
-    let plain: Vec<_> =
-        eval_images(source, indices, &settings, options).unwrap().map(Result::unwrap).collect();
-    assert!(plain.iter().zip(&batches).all(|(a, b)| a.raw.is_none() && a.images == b.images));
+    // The statistics are applied to each channel, whatever the number of threads.
+    (settings.mean, settings.std) = ([0.0; 3], [1.0; 3]);
+    let plain = eval_images(source, indices, &settings, EvalOptions { threads: 1, ..options })
+        .unwrap()
+        .map(Result::unwrap)
+        .flat_map(|batch| batch.images);
+    let normalised = batches.iter().flat_map(|batch| &batch.images);
+    for (i, (x, y)) in plain.zip(normalised).enumerate() {
+        let (mean, std) = ([0.5, 0.4, 0.3][i % 3], [0.2, 0.25, 0.5][i % 3]);
+        assert!(((x - mean) / std - y).abs() < 1e-5);
+    }
 }
 
 #[test]
@@ -278,7 +281,7 @@ fn evaluation_names_what_it_cannot_use() {
         classes: vec![],
     });
     let settings = views(Definition::Byol, SIZE);
-    let options = EvalOptions { batch: 2, threads: 1, raw: false };
+    let options = EvalOptions { batch: 2, threads: 1 };
     let error = eval_images(unlabelled.clone(), vec![0, 3, 2, 1], &settings, options).err().unwrap();
     assert_eq!(error, DataError::NoLabel { sample: "memory:2".to_owned() });
     assert!(eval_images(unlabelled, vec![0, 3], &settings, options).is_ok());

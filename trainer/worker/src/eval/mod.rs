@@ -232,7 +232,7 @@ impl Evaluator {
         part: &Part,
         features: &dyn Fn(&Tensor) -> Result<Tensor, WorkerError>,
     ) -> Result<knn::Labelled, WorkerError> {
-        let options = EvalOptions { batch: BATCH, threads: self.threads, raw: false };
+        let options = EvalOptions { batch: BATCH, threads: self.threads };
         let (mut rows, mut labels) = (Vec::new(), Vec::new());
         for batch in eval_images(part.source.clone(), part.indices.clone(), &self.recipe.views, options)? {
             let batch = batch?;
