@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use crate::error::ConfigError;
-use crate::recipe::Recipe;
+use crate::recipe::{NormStatistics, Recipe};
 
 /// What is fixed before the first step. Nothing in here but the check depends on the number of ranks.
 #[derive(Debug, Clone, PartialEq)]
@@ -46,7 +46,9 @@ impl Plan {
         }
         // Unsynchronised statistics need two samples in every rank's share; a synchronised batch needs them
         // in all.
-        let per_rank = if recipe.parallel.sync_batch_norm { 1 } else { 2 };
+        let parallel = &recipe.parallel;
+        let statistics = !parallel.sync_batch_norm && parallel.norm_statistics == NormStatistics::Batch;
+        let per_rank = if statistics { 2 } else { 1 };
         if batch / u64::from(world_size) < per_rank {
             return Err(bad_batch(match per_rank {
                 1 => format!("smaller than the world of {world_size} ranks; raise it or start fewer workers"),
@@ -56,6 +58,13 @@ impl Plan {
                      `parallel.sync_batch_norm` = false; raise it or start fewer workers"
                 ),
             }));
+        }
+        let parts = recipe.parallel.micro_batches;
+        if batch / u64::from(world_size) / parts < per_rank {
+            return Err(bad_batch(format!(
+                "leaves fewer than {per_rank} samples to a micro-batch of some of {world_size} ranks; raise it or \
+                 lower `parallel.micro_batches` = {parts}"
+            )));
         }
         let steps_per_epoch = num_samples / batch;
         let epochs = recipe.schedule.epochs;
@@ -78,6 +87,14 @@ impl Plan {
     }
 }
 
+/// The rows of a rank's share `own` that belong to micro-batch `part` of `parts`: those whose position within the
+/// global batch is `part` modulo `parts`, so that a micro-batch is the same samples whatever the world. Returns the
+/// first such row, counted from the share's start; the others follow at a distance of `parts`.
+#[must_use]
+pub fn first_row(own: &Range<u64>, part: u64, parts: u64) -> u64 {
+    (part + parts - own.start % parts) % parts
+}
+
 /// The positions within a global batch that `rank` of `world` works on: `[rank*B/W, (rank+1)*B/W)`.
 ///
 /// The shares of all ranks follow each other without gap or overlap; their lengths differ by one at most.
@@ -93,6 +110,24 @@ pub fn share(global_batch: u64, rank: u32, world: u32) -> Range<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn micro_batches_are_the_same_samples_for_every_world() {
+        let positions = |world: u32, part: u64| -> Vec<u64> {
+            (0..world)
+                .flat_map(|rank| {
+                    let own = share(23, rank, world);
+                    let first = first_row(&own, part, 4);
+                    (own.start + first..own.end).step_by(4)
+                })
+                .collect()
+        };
+        for part in 0..4 {
+            let alone = positions(1, part);
+            assert!(alone.iter().all(|p| p % 4 == part) && alone.len() >= 5);
+            assert!((2..=5).all(|world| positions(world, part) == alone));
+        }
+    }
 
     fn recipe(sets: &[&str]) -> Recipe {
         let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();

@@ -46,6 +46,12 @@ pub struct Run {
     pub seed: u64,
     /// One train line in `metrics.jsonl` every so many steps.
     pub log_every_steps: u64,
+    /// Collapsed: `z_std` below this for `collapse_steps` steps on end.
+    pub collapse_z_std: f64,
+    /// See `collapse_z_std`; 0 = off.
+    pub collapse_steps: u64,
+    /// What happens then.
+    pub on_collapse: OnCollapse,
 }
 
 /// `[data]`
@@ -321,6 +327,16 @@ pub struct Parallel {
     pub precision: Precision,
     /// Batch-norm statistics over the global batch rather than each rank's share.
     pub sync_batch_norm: bool,
+    /// What batch norms normalise by while training.
+    pub norm_statistics: NormStatistics,
+    /// Parts a rank's share of the batch is worked on in, one after another, for one update.
+    pub micro_batches: u64,
+    /// Size of a gradient bucket, which is all-reduced while backward goes on.
+    pub bucket_mib: f64,
+    /// Every so many steps the ranks compare digests of student and teacher; 0 = off.
+    pub check_every_steps: u64,
+    /// Ranks compare every collective call before they make it.
+    pub check_collectives: bool,
     /// Compute threads per rank; 0 = the cores this rank may use.
     pub threads: u64,
     /// Decode threads per rank; 0 = the cores this rank may use.
@@ -337,6 +353,26 @@ pub enum Precision {
     Bf16,
     /// For exactness tests.
     F64,
+}
+
+/// What happens to a run that collapsed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnCollapse {
+    /// The log says so.
+    Warn,
+    /// The run ends with the exit code of a diverged one.
+    Stop,
+}
+
+/// What a batch norm normalises by while training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NormStatistics {
+    /// Mean and variance of the batch, view by view; the running ones follow.
+    Batch,
+    /// The running statistics, which stay as they are.
+    Running,
 }
 
 /// `[checkpoint]`

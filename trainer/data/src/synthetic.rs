@@ -1,9 +1,9 @@
-//! A procedural image set for demonstrations: small pictures of one pattern each.
+//! A procedural image set for demonstrations: small pictures of one shape each, many times over.
 //!
-//! The class is the pattern that fills a large patch (stripes, checker, rings, …). Everything that raw pixels show
-//! first varies freely within a class: the colours of pattern and ground, where the patch lies and how large it is,
-//! the pattern's period, turn and phase, the gradient and the noise behind it. So neighbours in pixel space share
-//! their colours rather than their pattern, and a method has to learn what a pattern is.
+//! The class is the shape (bar, cross, ring, …), and nothing else of a picture tells it: shapes lie on a lattice of
+//! random size, turn and phase, each shape turned, scaled and moved by itself, light on dark or dark on light, in random
+//! colours on a ground of random colour, gradient and noise, and every picture is equally bright. So neighbours in
+//! pixel space are no more of one class than strangers, and a method has to learn what a shape is.
 //!
 //! A picture is a pure function of (seed, split, index), computed with +, −, ×, ÷ and square roots only: the same
 //! bytes on every machine.
@@ -16,11 +16,8 @@ use crate::rng::{Sequence, Stream, purpose};
 use crate::shard::{ShardWriter, Written};
 use crate::source::Split;
 
-/// The patterns, in the order of their labels.
-pub const CLASSES: [&str; 8] = ["checker", "crosses", "dots", "grid", "rings", "spokes", "stripes", "zigzag"];
-
-/// How much of the plane each pattern covers with its second colour.
-const COVER: [f64; 8] = [0.5, 0.37, 0.31, 0.48, 0.5, 0.5, 0.5, 0.5];
+/// The shapes, in the order of their labels.
+pub const CLASSES: [&str; 8] = ["bar", "bars", "chevron", "cross", "disc", "dots", "ring", "triangle"];
 
 /// What the set looks like. The default is the demo's.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,15 +30,15 @@ pub struct SyntheticConfig {
     pub test: u64,
     /// Side, pixels.
     pub size: u32,
-    /// Smallest and largest radius of the patch, as a fraction of the side.
-    pub radius: [f64; 2],
-    /// Smallest and largest period of the pattern, as a fraction of the side.
-    pub period: [f64; 2],
-    /// Range of a picture's brightness, which the ground has and the pattern's two colours lie around.
-    pub brightness: [f64; 2],
-    /// Range of the difference in brightness between the pattern's two colours.
+    /// Smallest and largest cell of the lattice, as a fraction of the side; at least 0.25.
+    pub cell: [f64; 2],
+    /// How far a shape strays from the middle of its cell, as a fraction of the cell.
+    pub jitter: f64,
+    /// Smallest and largest size of a shape relative to its cell.
+    pub scale: [f64; 2],
+    /// Range of the difference in brightness between shapes and ground.
     pub contrast: [f64; 2],
-    /// How far each channel of the pattern's colours strays from their brightness, in [0, 1].
+    /// How far each channel of the shapes' colour strays from their brightness, in [0, 1].
     pub tint: f64,
     /// The same of the ground's colour.
     pub ground_tint: f64,
@@ -51,8 +48,6 @@ pub struct SyntheticConfig {
     pub blotches: f64,
     /// Amplitude of the noise of single pixels, in [0, 1].
     pub grain: f64,
-    /// Thin strokes of random colour that belong to no class: at most so many.
-    pub strokes: u64,
     /// Bytes of a shard.
     pub shard_bytes: u64,
 }
@@ -64,16 +59,15 @@ impl Default for SyntheticConfig {
             train: 4000,
             test: 1000,
             size: 32,
-            radius: [0.45, 0.75],
-            period: [0.18, 0.32],
-            brightness: [0.47, 0.53],
-            contrast: [0.45, 0.55],
-            tint: 0.25,
-            ground_tint: 0.25,
+            cell: [0.25, 0.35],
+            jitter: 0.05,
+            scale: [0.9, 1.05],
+            contrast: [0.3, 0.4],
+            tint: 0.1,
+            ground_tint: 0.05,
             gradient: 0.1,
             blotches: 0.05,
             grain: 0.03,
-            strokes: 1,
             shard_bytes: 4 << 20,
         }
     }
@@ -85,24 +79,29 @@ const OVERSAMPLING: usize = 3;
 /// Cells along each side of the smooth noise.
 const BLOTCHES: usize = 5;
 
+/// A picture shows fewer cells than this along any direction: its diagonal is 1.42 sides, a cell a quarter at least.
+const CELLS: usize = 8;
+
+/// Brightness of the ground before the picture's is set to it.
+const MIDDLE: f64 = 0.5;
+
 type Colour = [f64; 3];
 
-/// A disc filled with a pattern in two colours.
-struct Patch {
-    centre: [f64; 2],
-    radius: f64,
-    /// Where the pattern's own coordinates start.
-    origin: [f64; 2],
-    period: f64,
-    /// Cosine and sine of the pattern's turn.
+/// A shape in its cell.
+#[derive(Clone, Copy)]
+struct Motif {
+    offset: [f64; 2],
+    scale: f64,
+    /// Cosine and sine of its turn.
     turn: [f64; 2],
-    colours: [Colour; 2],
 }
 
-struct Stroke {
-    from: [f64; 2],
-    to: [f64; 2],
-    half_width: f64,
+/// Shapes on a turned and shifted lattice.
+struct Lattice {
+    cell: f64,
+    turn: [f64; 2],
+    phase: [f64; 2],
+    motifs: [[Motif; CELLS]; CELLS],
     colour: Colour,
 }
 
@@ -116,47 +115,47 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
     let mut random = Sequence::new(Stream::new(config.seed, epoch, index, purpose::SYNTHETIC));
     // Classes take turns, so that they are equally frequent; the order of samples is shuffled by whoever reads.
     let class = (index % CLASSES.len() as u64) as usize;
-    let brightness = random.between(config.brightness[0], config.brightness[1]);
-    let ground = tint(&mut random, brightness, config.ground_tint);
+    let ground = tint(&mut random, MIDDLE, config.ground_tint);
     let corners: [Colour; 4] = std::array::from_fn(|_| {
         std::array::from_fn(|c| ground[c] + random.between(-config.gradient, config.gradient))
     });
     let blotches: [[Colour; BLOTCHES + 1]; BLOTCHES + 1] = std::array::from_fn(|_| {
         std::array::from_fn(|_| std::array::from_fn(|_| random.between(-config.blotches, config.blotches)))
     });
-    let strokes: Vec<Stroke> = (0..random.below(config.strokes + 1))
-        .map(|_| Stroke {
-            from: [random.between(-0.2, 1.2), random.between(-0.2, 1.2)],
-            to: [random.between(-0.2, 1.2), random.between(-0.2, 1.2)],
-            half_width: random.between(0.008, 0.02),
-            colour: std::array::from_fn(|_| random.between(0.0, 1.0)),
-        })
-        .collect();
-    let patch = random_patch(config, &mut random, class, brightness);
+    let lattice = random_lattice(config, &mut random);
 
     let size = config.size as usize;
-    let mut data = Vec::with_capacity(size * size * 3);
     let step = 1.0 / (size * OVERSAMPLING) as f64;
+    let samples = (OVERSAMPLING * OVERSAMPLING) as f64;
+    let mut pixels: Vec<Colour> = Vec::with_capacity(size * size);
     for row in 0..size {
         for column in 0..size {
             let mut sum = [0.0; 3];
             for sub in 0..OVERSAMPLING * OVERSAMPLING {
                 let x = ((column * OVERSAMPLING + sub % OVERSAMPLING) as f64 + 0.5) * step;
                 let y = ((row * OVERSAMPLING + sub / OVERSAMPLING) as f64 + 0.5) * step;
-                let colour = patch_at(class, &patch, x, y)
-                    .or_else(|| strokes.iter().find(|s| on_stroke(s, x, y)).map(|s| s.colour))
-                    .unwrap_or_else(|| ground_at(&corners, &blotches, x, y));
+                let colour = if on_shape(class, &lattice, x, y) {
+                    lattice.colour
+                } else {
+                    ground_at(&corners, &blotches, x, y)
+                };
                 for c in 0..3 {
                     sum[c] += colour[c];
                 }
             }
-            for channel in sum {
-                let grain = random.between(-config.grain, config.grain);
-                let value = channel / (OVERSAMPLING * OVERSAMPLING) as f64 + grain;
-                data.push((value.clamp(0.0, 1.0) * 255.0 + 0.5) as u8);
-            }
+            pixels.push(sum.map(|channel| channel / samples));
         }
     }
+    // However much of the picture its shapes cover, it is as bright as any other.
+    let excess = pixels.iter().map(|pixel| luma(*pixel)).sum::<f64>() / pixels.len() as f64 - MIDDLE;
+    let data = pixels
+        .into_iter()
+        .flatten()
+        .map(|channel| {
+            let value = channel - excess + random.between(-config.grain, config.grain);
+            (value.clamp(0.0, 1.0) * 255.0 + 0.5) as u8
+        })
+        .collect();
     (RgbImage { width: config.size, height: config.size, data }, class as u32)
 }
 
@@ -170,71 +169,63 @@ fn luma(colour: Colour) -> f64 {
     0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
 }
 
-fn random_patch(config: &SyntheticConfig, random: &mut Sequence, class: usize, brightness: f64) -> Patch {
-    let turn = loop {
+/// Cosine and sine of a random angle.
+fn random_turn(random: &mut Sequence) -> [f64; 2] {
+    loop {
         let (x, y) = (random.between(-1.0, 1.0), random.between(-1.0, 1.0));
         let length = (x * x + y * y).sqrt();
         if length > 0.1 && length <= 1.0 {
-            break [x / length, y / length];
+            return [x / length, y / length];
         }
-    };
-    // Light on dark or dark on light; a patch is as bright as its ground, however much the pattern covers.
+    }
+}
+
+fn random_lattice(config: &SyntheticConfig, random: &mut Sequence) -> Lattice {
     let contrast = random.between(config.contrast[0], config.contrast[1]);
     let contrast = if random.chance(0.5) { contrast } else { -contrast };
-    let colours = [-COVER[class], 1.0 - COVER[class]]
-        .map(|side| tint(random, brightness + side * contrast, config.tint));
-    let centre = std::array::from_fn(|_| random.between(0.35, 0.65));
-    let radius = random.between(config.radius[0], config.radius[1]);
-    // Rings and spokes have a middle, which lies in the picture; the others have only a phase.
-    let origin = std::array::from_fn(|_| random.between(0.25, 0.75));
-    Patch {
-        centre,
-        radius,
-        origin,
-        period: random.between(config.period[0], config.period[1]),
-        turn,
-        colours,
+    Lattice {
+        cell: random.between(config.cell[0], config.cell[1]),
+        turn: random_turn(random),
+        phase: std::array::from_fn(|_| random.between(0.0, 1.0)),
+        motifs: std::array::from_fn(|_| {
+            std::array::from_fn(|_| Motif {
+                offset: std::array::from_fn(|_| random.between(-config.jitter, config.jitter)),
+                scale: random.between(config.scale[0], config.scale[1]),
+                turn: random_turn(random),
+            })
+        }),
+        colour: tint(random, MIDDLE + contrast, config.tint),
     }
 }
 
-/// The patch's colour at a point, if the patch is there; coordinates are fractions of the side.
-fn patch_at(class: usize, patch: &Patch, x: f64, y: f64) -> Option<Colour> {
-    let (dx, dy) = (x - patch.centre[0], y - patch.centre[1]);
-    if dx * dx + dy * dy >= patch.radius * patch.radius {
-        return None;
-    }
-    let (dx, dy) = ((x - patch.origin[0]) / patch.period, (y - patch.origin[1]) / patch.period);
-    let [cos, sin] = patch.turn;
-    Some(patch.colours[usize::from(pattern(class, cos * dx + sin * dy, cos * dy - sin * dx))])
+fn rotate([cos, sin]: [f64; 2], x: f64, y: f64) -> (f64, f64) {
+    (cos * x + sin * y, cos * y - sin * x)
 }
 
-/// Whether the pattern is in its second colour at (u, v), in periods.
-fn pattern(class: usize, u: f64, v: f64) -> bool {
-    let fraction = |t: f64| t - t.floor();
-    let (a, b) = (fraction(u) - 0.5, fraction(v) - 0.5);
+/// Whether a shape lies at (x, y), fractions of the side.
+fn on_shape(class: usize, lattice: &Lattice, x: f64, y: f64) -> bool {
+    let (u, v) = rotate(lattice.turn, (x - 0.5) / lattice.cell, (y - 0.5) / lattice.cell);
+    let (u, v) = (u + lattice.phase[0], v + lattice.phase[1]);
+    let index = |t: f64| (t.floor() as i64).rem_euclid(CELLS as i64) as usize;
+    let motif = &lattice.motifs[index(u)][index(v)];
+    let (a, b) = (u - u.floor() - 0.5 - motif.offset[0], v - v.floor() - 0.5 - motif.offset[1]);
+    let (a, b) = rotate(motif.turn, a / motif.scale, b / motif.scale);
+    shape(class, a, b)
+}
+
+/// Whether a shape covers (a, b), measured from its middle in cells.
+fn shape(class: usize, a: f64, b: f64) -> bool {
+    let within = |x: f64, y: f64, radius: f64| x * x + y * y < radius * radius;
     match CLASSES[class] {
-        "checker" => (a < 0.0) == (b < 0.0),
-        "crosses" => (a.abs() < 0.14 && b.abs() < 0.4) || (b.abs() < 0.14 && a.abs() < 0.4),
-        "dots" => a * a + b * b < 0.1,
-        "grid" => a.abs() > 0.36 || b.abs() > 0.36,
-        "rings" => fraction((u * u + v * v).sqrt()) < 0.5,
-        "spokes" => {
-            // Twelve sectors, without an arc tangent: the signs of four lines through the middle and two axes.
-            let lines = [u, v, u - 0.577 * v, u + 0.577 * v, v - 0.577 * u, v + 0.577 * u];
-            lines.iter().filter(|&&side| side < 0.0).count() % 2 == 0
-        }
-        "stripes" => a < 0.0,
-        _ => fraction(u + 0.9 * b.abs()) < 0.5,
+        "bar" => a.abs() < 0.14 && b.abs() < 0.46,
+        "bars" => (a.abs() - 0.22).abs() < 0.085 && b.abs() < 0.4,
+        "chevron" => (b - a.abs() + 0.2).abs() < 0.13 && a.abs() < 0.42,
+        "cross" => (a.abs() < 0.1 && b.abs() < 0.42) || (b.abs() < 0.1 && a.abs() < 0.42),
+        "disc" => within(a, b, 0.3),
+        "dots" => within(a.abs() - 0.24, b, 0.19),
+        "ring" => within(a, b, 0.42) && !within(a, b, 0.27),
+        _ => b < 0.32 && b > 1.73 * a.abs() - 0.42,
     }
-}
-
-fn on_stroke(stroke: &Stroke, x: f64, y: f64) -> bool {
-    let (ax, ay) = (x - stroke.from[0], y - stroke.from[1]);
-    let (bx, by) = (stroke.to[0] - stroke.from[0], stroke.to[1] - stroke.from[1]);
-    let length2 = bx * bx + by * by;
-    let along = if length2 > 0.0 { ((ax * bx + ay * by) / length2).clamp(0.0, 1.0) } else { 0.0 };
-    let (dx, dy) = (ax - along * bx, ay - along * by);
-    dx * dx + dy * dy < stroke.half_width * stroke.half_width
 }
 
 /// The gradient between the corners, plus smooth noise.

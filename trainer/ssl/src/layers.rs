@@ -4,7 +4,7 @@
 use std::cell::RefCell;
 
 use mentee_torch_ext::{self as ext, StatReduce};
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::SslError;
 use crate::params::{Declaration, Declarations, Init, ParamId, Role, StatId, Stats, Weights};
@@ -21,8 +21,18 @@ pub struct Pass<'a> {
 }
 
 enum Mode<'a> {
-    Train { stats: RefCell<&'a mut Stats>, views: i64, reduce: Option<&'a StatReduce> },
-    Eval { stats: &'a Stats },
+    Train {
+        stats: RefCell<&'a mut Stats>,
+        views: i64,
+        reduce: Option<&'a StatReduce>,
+    },
+    /// Trains with the running statistics as they are.
+    Frozen {
+        stats: &'a Stats,
+    },
+    Eval {
+        stats: &'a Stats,
+    },
 }
 
 impl<'a> Pass<'a> {
@@ -34,6 +44,11 @@ impl<'a> Pass<'a> {
         reduce: Option<&'a StatReduce>,
     ) -> Self {
         Self { weights, mode: Mode::Train { stats: RefCell::new(stats), views, reduce } }
+    }
+
+    /// Normalises by the running statistics, which stay as they are; differentiable.
+    pub fn frozen(weights: &'a Weights, stats: &'a Stats) -> Self {
+        Self { weights, mode: Mode::Frozen { stats } }
     }
 
     /// Normalises by the running statistics; keeps no graph through the norms.
@@ -134,12 +149,29 @@ impl Norm {
                 stats.borrow_mut().update(self.stat, &batch, NORM_MOMENTUM);
                 Ok(y)
             }
+            Mode::Frozen { stats } => {
+                let running = stats.layer(self.stat);
+                let statistic = |values: &[f64]| Tensor::from_slice(values).to_kind(statistics_kind(x));
+                let (mean, variance) = (statistic(&running.mean), statistic(&running.variance));
+                let (weight, bias) = (affine.map(|a| a.0), affine.map(|a| a.1));
+                let mut y =
+                    x.f_batch_norm(weight, bias, Some(&mean), Some(&variance), false, 0.0, NORM_EPS, false)?;
+                if let Some(residual) = residual {
+                    y = y.f_add(residual)?;
+                }
+                Ok(if relu { y.f_relu()? } else { y })
+            }
             Mode::Eval { stats } => {
                 let running = stats.layer(self.stat);
                 Ok(ext::batch_norm_apply(x, norm, residual, &running.mean, &running.variance)?)
             }
         }
     }
+}
+
+/// The type of the statistics of activations `x`.
+fn statistics_kind(x: &Tensor) -> Kind {
+    if x.kind() == Kind::Double { Kind::Double } else { Kind::Float }
 }
 
 /// Whose initialisation a linear layer has.

@@ -156,6 +156,14 @@ impl Layout {
         self.places.iter().flatten()
     }
 
+    /// Every parameter that has a gradient, with its index among the declarations.
+    pub fn trained(&self) -> impl DoubleEndedIterator<Item = (usize, &Place)> {
+        let places = self.places.iter().enumerate();
+        places
+            .filter_map(|(index, place)| Some((index, place.as_ref()?)))
+            .filter(|(_, place)| !place.declaration.frozen)
+    }
+
     /// How many numbers are trained.
     pub fn num_parameters(&self) -> i64 {
         self.params().map(|place| place.range.end - place.range.start).sum()
@@ -206,6 +214,17 @@ impl Weights {
             leaves.push(Some(leaf));
         }
         Ok(Self { layout, master, compute, leaves })
+    }
+
+    /// Calls `ready` with a parameter's index among the declarations when a backward pass has completed its gradient,
+    /// on the thread that runs the pass; `false` ends the pass with an error.
+    pub fn on_gradient(&mut self, ready: &Arc<dyn Fn(usize) -> bool + Send + Sync>) -> Result<(), SslError> {
+        for (index, leaf) in self.leaves.iter_mut().enumerate() {
+            let Some(leaf) = leaf.as_mut().filter(|leaf| leaf.requires_grad()) else { continue };
+            let ready = ready.clone();
+            ext::on_gradient(leaf, Box::new(move || ready(index)))?;
+        }
+        Ok(())
     }
 
     /// Draws the initial values: a function of the seed and the declarations alone.
@@ -301,12 +320,21 @@ impl Gradients {
         Ok(())
     }
 
-    /// After a backward pass: gradients computed in bf16 join the flat buffer.
-    pub fn gather(&mut self) -> Result<(), SslError> {
-        if let Some(compute) = &self.compute {
-            no_grad(|| self.flat.f_narrow(0, 0, compute.numel() as i64)?.f_copy_(compute))?;
+    /// Gradients of `range` that were computed in bf16 join the flat buffer.
+    pub fn gather(&self, range: Range<i64>) -> Result<(), SslError> {
+        let Some(compute) = &self.compute else { return Ok(()) };
+        let len = range.end.min(compute.numel() as i64) - range.start;
+        if len > 0 {
+            let part = compute.f_narrow(0, range.start, len)?;
+            no_grad(|| self.flat.f_narrow(0, range.start, len)?.f_copy_(&part))?;
         }
         Ok(())
+    }
+
+    /// The same buffers, for whoever passes gradients on while backward runs.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self { flat: self.flat.shallow_clone(), compute: self.compute.as_ref().map(Tensor::shallow_clone) }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use mentee_config::recipe::{Precision, Recipe, Teacher as TeacherKind};
+use mentee_config::recipe::{NormStatistics, Precision, Recipe, Teacher as TeacherKind};
 use mentee_torch_ext::StatReduce;
 use tch::{Kind, Tensor, no_grad};
 
@@ -24,6 +24,15 @@ pub struct Network {
     pub weights: Weights,
     /// Running statistics of its batch norms.
     pub stats: Stats,
+}
+
+impl Network {
+    fn pass<'a>(&'a mut self, statistics: NormStatistics, reduce: Option<&'a StatReduce>) -> Pass<'a> {
+        match statistics {
+            NormStatistics::Batch => Pass::train(&self.weights, &mut self.stats, VIEWS, reduce),
+            NormStatistics::Running => Pass::frozen(&self.weights, &self.stats),
+        }
+    }
 }
 
 /// Everything that training changes.
@@ -80,25 +89,24 @@ impl State {
         Ok(Self { student, gradients, teacher, optimizer })
     }
 
-    /// The loss of a batch [V·N, 3, H, W] of this rank, with batch-norm statistics over all ranks given `reduce`.
+    /// The loss of a batch [V·N, 3, H, W] of this rank: its samples' part of the mean over the global batch. Batch-norm
+    /// statistics are those of the batch, over all ranks given `reduce`, or the running ones.
     pub fn loss(
         &mut self,
         method: &dyn Method,
         views: &Tensor,
         global_batch: u64,
+        statistics: NormStatistics,
         reduce: Option<&StatReduce>,
     ) -> Result<StepLoss, SslError> {
-        let Network { weights, stats } = &mut self.student;
-        let student = Pass::train(weights, stats, VIEWS, reduce);
-        let teacher = self.teacher.as_mut().map(|t| Pass::train(&t.weights, &mut t.stats, VIEWS, reduce));
+        let student = self.student.pass(statistics, reduce);
+        let teacher = self.teacher.as_mut().map(|teacher| teacher.pass(statistics, reduce));
         method.loss(&student, teacher.as_ref(), views, global_batch)
     }
 
-    /// Gradients of this rank's share of the loss, in `gradients.flat`.
+    /// Adds the gradients of this rank's share of the loss to `gradients`, whose hooks tell when each is complete.
     pub fn backward(&mut self, loss: &Tensor) -> Result<(), SslError> {
-        self.gradients.zero()?;
-        loss.f_backward()?;
-        self.gradients.gather()
+        Ok(loss.f_backward()?)
     }
 
     /// The norm of the flat gradient.

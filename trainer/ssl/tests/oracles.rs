@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use mentee_config::recipe::NormStatistics;
 use mentee_config::{Plan, Recipe};
 use mentee_ssl::loss::{cosine, swap_views};
 use mentee_ssl::{Schedule, State};
@@ -120,6 +121,14 @@ fn schedules_are_deepminds() {
     close(schedule.at(1000).tau, 1.0);
 }
 
+/// Gradients of one loss in the flat buffer.
+fn backward(state: &mut State, loss: &Tensor) {
+    state.gradients.zero().unwrap();
+    state.backward(loss).unwrap();
+    let all = 0..state.student.weights.layout.len;
+    state.gradients.gather(all).unwrap();
+}
+
 #[test]
 fn a_lars_step_and_the_teacher_follow_their_equations() {
     let _turn = serial();
@@ -131,8 +140,8 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
     // Two steps, so that momentum counts.
     for step in 0..2 {
         let before = named(&state);
-        let out = state.loss(&*method, &views(4, 7 + step), 4, None).unwrap();
-        state.backward(&out.loss).unwrap();
+        let out = state.loss(&*method, &views(4, 7 + step), 4, NormStatistics::Batch, None).unwrap();
+        backward(&mut state, &out.loss);
         let gradients: BTreeMap<String, Tensor> = state
             .student
             .weights
@@ -181,8 +190,8 @@ fn sgd_and_adamw_follow_pytorchs_equations() {
         let name = "student.backbone.layer2.0.conv1.weight";
         let (mut p, mut m, mut v) = (named(&state)[name].copy(), Tensor::from(0.0), Tensor::from(0.0));
         for step in 0..3u64 {
-            let out = state.loss(&*method, &views(4, step as i64), 4, None).unwrap();
-            state.backward(&out.loss).unwrap();
+            let out = state.loss(&*method, &views(4, step as i64), 4, NormStatistics::Batch, None).unwrap();
+            backward(&mut state, &out.loss);
             let place = state.student.weights.layout.params().find(|p| name.ends_with(&p.declaration.name));
             let g = mentee_ssl::params::view(&state.gradients.flat, place.unwrap()).unwrap().copy();
             state.update(&rates, step).unwrap();
@@ -207,8 +216,8 @@ fn gradients_agree_with_finite_differences() {
     let recipe = recipe(&[]);
     let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
     let batch = views(4, 3);
-    let out = state.loss(&*method, &batch, 4, None).unwrap();
-    state.backward(&out.loss).unwrap();
+    let out = state.loss(&*method, &batch, 4, NormStatistics::Batch, None).unwrap();
+    backward(&mut state, &out.loss);
     let layout = state.student.weights.layout.clone();
     for name in
         ["backbone.conv1.weight", "backbone.layer3.0.bn2.bias", "projector.0.weight", "predictor.3.weight"]
@@ -220,7 +229,8 @@ fn gradients_agree_with_finite_differences() {
             let mut element = state.student.weights.master.narrow(0, at, 1);
             let original = element.double_value(&[0]);
             tch::no_grad(|| element.copy_(&Tensor::from_slice(&[original + shift])));
-            let loss = state.loss(&*method, &batch, 4, None).unwrap().loss.double_value(&[]);
+            let loss =
+                state.loss(&*method, &batch, 4, NormStatistics::Batch, None).unwrap().loss.double_value(&[]);
             let mut element = state.student.weights.master.narrow(0, at, 1);
             tch::no_grad(|| element.copy_(&Tensor::from_slice(&[original])));
             loss
@@ -239,8 +249,8 @@ fn without_stop_gradient_the_target_has_gradients_too() {
     let _turn = serial();
     let gradient = |sets: &[&str]| {
         let (method, mut state) = mentee_ssl::state::new(&recipe(sets)).unwrap();
-        let out = state.loss(&*method, &views(4, 5), 4, None).unwrap();
-        state.backward(&out.loss).unwrap();
+        let out = state.loss(&*method, &views(4, 5), 4, NormStatistics::Batch, None).unwrap();
+        backward(&mut state, &out.loss);
         state.grad_norm().unwrap()
     };
     let with = gradient(&["method.teacher=shared"]);
@@ -256,8 +266,8 @@ fn a_copied_teacher_moves_only_at_an_epochs_end() {
     let rates = Schedule::new(&plan).at(0);
     let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
     let start = named(&state)["teacher.backbone.conv1.weight"].copy();
-    let out = state.loss(&*method, &views(4, 1), 4, None).unwrap();
-    state.backward(&out.loss).unwrap();
+    let out = state.loss(&*method, &views(4, 1), 4, NormStatistics::Batch, None).unwrap();
+    backward(&mut state, &out.loss);
     state.update(&rates, 0).unwrap();
     state.move_teacher(recipe.method.teacher, &rates, false).unwrap();
     assert!(named(&state)["teacher.backbone.conv1.weight"].equal(&start));
@@ -278,9 +288,9 @@ fn a_loaded_state_goes_on_bit_for_bit() {
             let mut last = 0.0;
             for step in steps {
                 let batch = views(4, step as i64).to_kind(Kind::Float);
-                let out = state.loss(method, &batch, 4, None).unwrap();
+                let out = state.loss(method, &batch, 4, NormStatistics::Batch, None).unwrap();
                 last = out.loss.double_value(&[]);
-                state.backward(&out.loss).unwrap();
+                backward(state, &out.loss);
                 state.update(&schedule.at(step), step).unwrap();
                 state.move_teacher(recipe.method.teacher, &schedule.at(step), false).unwrap();
             }

@@ -1,10 +1,27 @@
 #include "shim.h"
 
+#include <torch/csrc/autograd/function_hook.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <memory>
 #include <string>
 
 namespace {
 thread_local std::string last_error;
-}
+
+struct ReadyHook : torch::autograd::PostAccumulateGradHook {
+  mentee_ready_fn ready;
+  void* context;
+  mentee_drop_fn drop;
+
+  ReadyHook(mentee_ready_fn ready_, void* context_, mentee_drop_fn drop_)
+      : ready(ready_), context(context_), drop(drop_) {}
+  ~ReadyHook() override { drop(context); }
+  void operator()(const torch::autograd::Variable&) override {
+    TORCH_CHECK(ready(context) == 0, "what follows a gradient failed");
+  }
+};
+}  // namespace
 
 void mentee::set_last_error(const char* message) {
   // The first line says it; what follows is libtorch's own stack.
@@ -37,5 +54,11 @@ int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, in
 
 int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad) {
   return mentee::guarded([&] { leaf->mutable_grad() = *grad; });
+}
+
+int mentee_on_gradient(at::Tensor* leaf, mentee_ready_fn ready, void* context, mentee_drop_fn drop) {
+  return mentee::guarded([&] {
+    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::make_unique<ReadyHook>(ready, context, drop));
+  });
 }
 }

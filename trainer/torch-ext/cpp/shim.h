@@ -20,6 +20,11 @@ int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, in
 // The gradient of `leaf` accumulates into `grad` from now on.
 int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad);
 
+// Calls `ready` whenever a backward pass has added its last contribution to the gradient of `leaf`, on the thread that
+// runs that pass. Not 0: failed; the pass then throws. One hook a leaf: a second replaces the first.
+typedef int (*mentee_ready_fn)(void* context);
+int mentee_on_gradient(at::Tensor* leaf, mentee_ready_fn ready, void* context, mentee_drop_fn drop);
+
 // See batch_norm.cpp. The callback's context is dropped with the last node that needs it.
 int mentee_batch_norm_train(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
                             const at::Tensor* residual, int64_t groups, double eps, int relu, mentee_reduce_fn reduce,

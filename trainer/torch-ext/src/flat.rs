@@ -158,3 +158,63 @@ pub fn slice_f64(flat: &mut Tensor) -> &mut [f64] {
     // SAFETY: contiguous f64 memory of numel elements, borrowed mutably for as long as the slice lives.
     unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast(), flat.numel()) }
 }
+
+/// A range of a flat buffer.
+#[derive(Debug)]
+pub enum FlatSlice<'a> {
+    /// Of an f32 buffer.
+    F32(&'a mut [f32]),
+    /// Of an f64 buffer.
+    F64(&'a mut [f64]),
+}
+
+/// A flat buffer on the CPU of which several threads may use different ranges at a time.
+#[derive(Debug)]
+pub struct SharedFlat {
+    data: *mut std::ffi::c_void,
+    kind: Kind,
+    len: usize,
+    /// Keeps the memory.
+    _owner: Tensor,
+}
+
+// SAFETY: the memory stays where it is while the tensor lives, and is reached through `range` only, whose callers see
+// to it that no two threads use an element at a time.
+unsafe impl Send for SharedFlat {}
+// SAFETY: as above.
+unsafe impl Sync for SharedFlat {}
+
+impl SharedFlat {
+    /// The memory of a contiguous f32 or f64 tensor.
+    ///
+    /// # Panics
+    /// On any other tensor.
+    pub fn new(flat: &Tensor) -> Self {
+        assert!(flat.is_contiguous() && flat.device() == tch::Device::Cpu, "not a flat buffer on the CPU");
+        assert!(matches!(flat.kind(), Kind::Float | Kind::Double), "neither f32 nor f64");
+        Self { data: flat.data_ptr(), kind: flat.kind(), len: flat.numel(), _owner: flat.shallow_clone() }
+    }
+
+    /// The elements `range`.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes these elements while the slice lives.
+    #[expect(clippy::mut_from_ref, reason = "the caller keeps ranges apart")]
+    pub unsafe fn range(&self, range: Range<usize>) -> FlatSlice<'_> {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
+        let len = range.len();
+        // SAFETY: in bounds by the check above; exclusive by this function's contract.
+        unsafe {
+            match self.kind {
+                Kind::Double => {
+                    let first = self.data.cast::<f64>().add(range.start);
+                    FlatSlice::F64(std::slice::from_raw_parts_mut(first, len))
+                }
+                _ => {
+                    let first = self.data.cast::<f32>().add(range.start);
+                    FlatSlice::F32(std::slice::from_raw_parts_mut(first, len))
+                }
+            }
+        }
+    }
+}

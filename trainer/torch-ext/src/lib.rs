@@ -5,10 +5,12 @@
 
 mod batch_norm;
 mod flat;
+mod hook;
 mod sys;
 
 pub use batch_norm::{BatchNormStatistics, Norm, StatReduce, batch_norm_apply, batch_norm_train};
-pub use flat::{adamw, ema, lars, leaf, norm, set_grad, sgd, slice_f32, slice_f64};
+pub use flat::{FlatSlice, SharedFlat, adamw, ema, lars, leaf, norm, set_grad, sgd, slice_f32, slice_f64};
+pub use hook::on_gradient;
 pub use tch;
 
 /// libtorch refused a call.

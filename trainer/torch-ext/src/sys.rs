@@ -5,6 +5,7 @@ use std::ffi::{c_char, c_int, c_void};
 use torch_sys::C_tensor;
 
 pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *mut f64, i64) -> c_int;
+pub type ReadyFn = unsafe extern "C" fn(*mut c_void) -> c_int;
 pub type DropFn = unsafe extern "C" fn(*mut c_void);
 
 unsafe extern "C" {
@@ -18,6 +19,12 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> c_int;
     pub fn mentee_set_grad(leaf: *mut C_tensor, grad: *const C_tensor) -> c_int;
+    pub fn mentee_on_gradient(
+        leaf: *mut C_tensor,
+        ready: ReadyFn,
+        context: *mut c_void,
+        drop: DropFn,
+    ) -> c_int;
     pub fn mentee_batch_norm_train(
         x: *const C_tensor,
         weight: *const C_tensor,

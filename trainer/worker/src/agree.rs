@@ -6,6 +6,7 @@ use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
 use tch::Kind;
 
+use crate::checkpoints::{self, DIGEST_LEN};
 use crate::error::WorkerError;
 
 /// What every rank must have alike before step 0.
@@ -125,9 +126,9 @@ pub fn on_step(
         .all_reduce_sum(Buffer::F64(&mut message))
         .map_err(|source| WorkerError::Collective { step, source })?;
 
-    let bad: Vec<String> = (0..world).filter(|r| message[3 + r] > 0.0).map(|r| r.to_string()).collect();
+    let bad = numbers((0..world).filter(|r| message[3 + r] > 0.0));
     if !bad.is_empty() {
-        let error = WorkerError::LossNotFinite { step, ranks: bad.join(", ") };
+        let error = WorkerError::LossNotFinite { step, ranks: bad };
         return Err(error.known(rank == 0));
     }
     let rows = message[2];
@@ -140,13 +141,87 @@ pub fn on_step(
     Ok(Agreed { loss: message[0], z_std: spread / dim as f64 * (dim as f64).sqrt(), stop: message[1] > 0.0 })
 }
 
-/// The norm of the mean gradient, which every rank holds; an error naming the first tensor when it is not finite.
-pub fn on_gradient(collectives: &dyn Collectives, step: u64, state: &State) -> Result<f64, WorkerError> {
+/// The norm of the mean gradient, which every rank holds; an error when it is not finite, naming the first such tensor
+/// and the ranks whose own gradient (`own_was_finite`, where it was looked at) brought it in.
+pub fn on_gradient(
+    collectives: &dyn Collectives,
+    step: u64,
+    state: &State,
+    own_was_finite: Option<bool>,
+) -> Result<f64, WorkerError> {
     let at_step = |source| WorkerError::Step { step, source };
     let norm = state.grad_norm().map_err(at_step)?;
     if norm.is_finite() {
         return Ok(norm);
     }
+    // Every rank holds the same sum, so all of them come here together.
     let tensor = state.non_finite_gradient().map_err(at_step)?;
-    Err(WorkerError::GradientNotFinite { step, tensor }.known(collectives.rank() == 0))
+    let all = collectives
+        .all_gather(&[u8::from(own_was_finite.unwrap_or(false))])
+        .map_err(|source| WorkerError::Collective { step, source })?;
+    let ranks = numbers((0..all.len()).filter(|&rank| all[rank] == [0]));
+    Err(WorkerError::GradientNotFinite { step, tensor, ranks }.known(collectives.rank() == 0))
+}
+
+fn numbers(ranks: impl Iterator<Item = usize>) -> String {
+    ranks.map(|rank| rank.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Compares student, teacher, momentum and running statistics across ranks. An error names the first tensor that
+/// differs, and the ranks that hold something else than most (of two, the second).
+pub fn on_weights(collectives: &dyn Collectives, step: u64, state: &State) -> Result<(), WorkerError> {
+    if collectives.world_size() == 1 {
+        return Ok(());
+    }
+    let failed = |source| WorkerError::Collective { step, source };
+    let digests = checkpoints::tensor_digests(state)?;
+    let mut whole = blake3::Hasher::new();
+    digests.iter().for_each(|(_, digest)| {
+        whole.update(digest);
+    });
+    let all = collectives.all_gather(whole.finalize().as_bytes()).map_err(failed)?;
+    if all.iter().all(|other| *other == all[0]) {
+        return Ok(());
+    }
+    let own: Vec<u8> = digests.iter().flat_map(|(_, digest)| *digest).collect();
+    let all = collectives.all_gather(&own).map_err(failed)?;
+    for (n, (tensor, _)) in digests.iter().enumerate() {
+        let of: Vec<&[u8]> = all.iter().map(|digests| &digests[n * DIGEST_LEN..][..DIGEST_LEN]).collect();
+        if let Some(ranks) = odd_ones(&of) {
+            let error = WorkerError::WeightsDiffer {
+                step,
+                tensor: tensor.clone(),
+                ranks: numbers(ranks.into_iter()),
+            };
+            return Err(error.known(collectives.rank() == 0));
+        }
+    }
+    Err(WorkerError::Failed(format!("step {step}: the ranks' weights differed and no longer do")))
+}
+
+/// The ranks that hold something else than most, the lowest rank's value winning a tie; none when all agree.
+fn odd_ones(values: &[&[u8]]) -> Option<Vec<usize>> {
+    let count = |value: &[u8]| values.iter().filter(|other| **other == value).count();
+    let most = values.iter().map(|value| count(value)).max()?;
+    let common = *values.iter().find(|value| count(value) == most)?;
+    let odd: Vec<usize> = (0..values.len()).filter(|&rank| values[rank] != common).collect();
+    (!odd.is_empty()).then_some(odd)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::odd_ones;
+
+    #[test]
+    fn the_odd_ranks_are_those_outside_the_majority() {
+        let of = |values: &[u8]| {
+            let values: Vec<[u8; 1]> = values.iter().map(|v| [*v]).collect();
+            odd_ones(&values.iter().map(|v| &v[..]).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&[7, 7, 7]), None);
+        assert_eq!(of(&[7]), None);
+        assert_eq!(of(&[7, 8]), Some(vec![1]));
+        assert_eq!(of(&[8, 7, 7]), Some(vec![0]));
+        assert_eq!(of(&[7, 1, 7, 2]), Some(vec![1, 3]));
+    }
 }

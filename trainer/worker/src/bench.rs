@@ -44,6 +44,8 @@ struct Report {
     images_per_s: f64,
     step_ms: f64,
     breakdown_ms: Breakdown,
+    /// Summing gradients; what of it training waited for is the breakdown's `reduce`.
+    communication_ms: f64,
     peak_rss_mb: f64,
     n: u64,
     world_size: u32,
@@ -82,7 +84,7 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let recipe = &plan.recipe;
     setup::threads(recipe, &identity);
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
-    let reducer = GradientReducer::new(collectives.clone());
+    let mut reducer = GradientReducer::new(collectives, &mut state, recipe.parallel.bucket_mib)?;
     let stat_reduce = setup::stat_reduce(recipe, collectives);
     let schedule = mentee_ssl::Schedule::new(&plan);
 
@@ -93,33 +95,42 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
     let views = views.f_to_kind(state.student.weights.master.kind())?;
 
-    // [forward, backward, reduce, update, all] of each measured step, milliseconds.
-    let mut times: Vec<[f64; 5]> = Vec::new();
+    // [forward, backward, reduce, update, all, communication] of each measured step, milliseconds.
+    let mut times: Vec<[f64; 6]> = Vec::new();
     for n in 0..args.warmup + args.steps {
         let at_step = |source| WorkerError::Step { step: n, source };
         let rates = schedule.at(n);
         let start = Instant::now();
-        let out = state.loss(&*method, &views, batch, stat_reduce.as_ref()).map_err(at_step)?;
+        reducer.begin(&mut state.gradients, None).map_err(at_step)?;
+        reducer.last_pass();
+        let out = state
+            .loss(&*method, &views, batch, recipe.parallel.norm_statistics, stat_reduce.as_ref())
+            .map_err(at_step)?;
         let forward = start.elapsed();
         state.backward(&out.loss).map_err(at_step)?;
         let backward = start.elapsed();
-        let reduce = reducer
-            .finish(&mut state.gradients)
-            .map_err(|source| WorkerError::Collective { step: n, source })?;
+        let communication = reducer.finish(n)?;
         agree::on_step(&**collectives, n, &out, false)?;
-        agree::on_gradient(&**collectives, n, &state)?;
+        agree::on_gradient(&**collectives, n, &state, reducer.own_was_finite())?;
         let updating = start.elapsed();
         state.update(&rates, n).map_err(at_step)?;
         state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;
         let end = start.elapsed();
         if n >= args.warmup {
             times.push(
-                [forward, backward - forward, reduce, end - updating, end]
-                    .map(|time| time.as_secs_f64() * 1e3),
+                [
+                    forward,
+                    backward - forward,
+                    communication.exposed,
+                    end - updating,
+                    end,
+                    communication.total,
+                ]
+                .map(|time| time.as_secs_f64() * 1e3),
             );
         }
     }
-    let median = |of: &dyn Fn(&[f64; 5]) -> f64| {
+    let median = |of: &dyn Fn(&[f64; 6]) -> f64| {
         let mut values: Vec<f64> = times.iter().map(of).collect();
         values.sort_by(f64::total_cmp);
         values.get(values.len() / 2).copied().unwrap_or(0.0)
@@ -128,6 +139,7 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let report = Report {
         images_per_s: batch as f64 * 1e3 / step_ms,
         step_ms,
+        communication_ms: median(&|t| t[5]),
         breakdown_ms: Breakdown {
             forward: median(&|t| t[0]),
             backward: median(&|t| t[1]),
@@ -149,8 +161,13 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         let Breakdown { forward, backward, reduce, update } = report.breakdown_ms;
         println!(
             "{:.1} images/s · step {step_ms:.1} ms (forward {forward:.1}, backward {backward:.1}, reduce \
-             {reduce:.1}, update {update:.1}) · peak {:.0} MiB · {} ranks of {} threads · n = {}",
-            report.images_per_s, report.peak_rss_mb, report.world_size, report.threads, report.n
+             {reduce:.1} of {:.1}, update {update:.1}) · peak {:.0} MiB · {} ranks of {} threads · n = {}",
+            report.images_per_s,
+            report.communication_ms,
+            report.peak_rss_mb,
+            report.world_size,
+            report.threads,
+            report.n
         );
     }
     Ok(())

@@ -51,9 +51,17 @@ pub enum WorkerError {
     )]
     LossNotFinite { step: u64, ranks: String },
     #[error(
-        "step {step}: the gradient of {tensor} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs"
+        "step {step}: the gradient of {tensor} is not finite (it comes from rank {ranks}), no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs"
     )]
-    GradientNotFinite { step: u64, tensor: String },
+    GradientNotFinite { step: u64, tensor: String, ranks: String },
+    #[error(
+        "step {step}: z_std is {z_std:.3}, below {threshold} for {steps} steps: the projections have collapsed; see the asymmetries in [method], or set run.on_collapse"
+    )]
+    Collapsed { step: u64, z_std: f64, threshold: f64, steps: u64 },
+    #[error(
+        "step {step}: {tensor} on rank {ranks} is not what the other ranks hold; no checkpoint was written of it, start again from the last one (a fault of memory or of the network: watch those ranks' machines)"
+    )]
+    WeightsDiffer { step: u64, tensor: String, ranks: String },
     #[error("failed to {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{0}")]
@@ -74,7 +82,9 @@ impl WorkerError {
             | Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } => exit_code::CHECKPOINT,
-            Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } => exit_code::DIVERGED,
+            Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } | Self::Collapsed { .. } => {
+                exit_code::DIVERGED
+            }
             Self::Known { exit_code, .. } => *exit_code,
             _ => exit_code::FAILED,
         }

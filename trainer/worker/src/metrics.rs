@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::Serialize;
 
 use crate::error::WorkerError;
+use crate::reducer::Communication;
 
 /// One logged step.
 #[derive(Debug, Clone, Serialize)]
@@ -29,6 +30,9 @@ pub struct TrainLine {
     /// Means since the last line.
     pub step_ms: f64,
     pub data_wait_ms: f64,
+    /// Summing gradients over ranks.
+    pub comm_total_ms: f64,
+    /// The part of it that training waited for.
     pub comm_exposed_ms: f64,
     pub world_size: u32,
     /// Memory of rank 0.
@@ -99,7 +103,7 @@ pub struct Meter {
     steps: u32,
     step: Duration,
     data_wait: Duration,
-    comm_exposed: Duration,
+    communication: Communication,
 }
 
 /// Means over the steps between two lines, milliseconds.
@@ -107,16 +111,18 @@ pub struct Meter {
 pub struct Means {
     pub step_ms: f64,
     pub data_wait_ms: f64,
+    pub comm_total_ms: f64,
     pub comm_exposed_ms: f64,
 }
 
 impl Meter {
     /// Adds one step.
-    pub fn add(&mut self, step: Duration, data_wait: Duration, comm_exposed: Duration) {
+    pub fn add(&mut self, step: Duration, data_wait: Duration, communication: Communication) {
         self.steps += 1;
         self.step += step;
         self.data_wait += data_wait;
-        self.comm_exposed += comm_exposed;
+        self.communication.total += communication.total;
+        self.communication.exposed += communication.exposed;
     }
 
     /// Takes the means and starts anew.
@@ -125,7 +131,8 @@ impl Meter {
         let means = Means {
             step_ms: mean(self.step),
             data_wait_ms: mean(self.data_wait),
-            comm_exposed_ms: mean(self.comm_exposed),
+            comm_total_ms: mean(self.communication.total),
+            comm_exposed_ms: mean(self.communication.exposed),
         };
         *self = Self::default();
         means

@@ -1,6 +1,7 @@
 //! From a command line to a [`Run`]: who this rank is, the network, the plan, the data, the state, and the step to
 //! go on from. In that order, each failing with one line on one rank.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -15,6 +16,7 @@ use mentee_torch_ext::StatReduce;
 
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
+use crate::faults::Faults;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::reducer::GradientReducer;
@@ -35,7 +37,10 @@ pub struct Run {
     pub method: Box<dyn Method>,
     pub state: State,
     pub loader: Loader,
+    /// This rank's positions within the global batch.
+    pub rank_share: Range<u64>,
     pub reducer: GradientReducer,
+    pub faults: Faults,
     /// Sums batch-norm statistics over ranks; none for a world of one or unsynchronised norms.
     pub stat_reduce: Option<StatReduce>,
     /// None when the recipe does not evaluate, or the images have no labels.
@@ -155,12 +160,13 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     );
 
     let order = Order::new(recipe.run.seed, plan.num_samples, recipe.schedule.global_batch);
+    let rank_share = share(recipe.schedule.global_batch, identity.rank, identity.world_size);
     let loader = Loader::new(LoaderConfig {
         source: source.clone(),
         order,
         views: recipe.views.clone(),
         seed: recipe.run.seed,
-        rank_share: share(recipe.schedule.global_batch, identity.rank, identity.world_size),
+        rank_share: rank_share.clone(),
         first_step: next_step,
         last_step: plan.end_step(),
         threads: decode_threads,
@@ -169,7 +175,9 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     let evaluator = agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads))?;
     Ok(Run {
         schedule: Schedule::new(&plan),
-        reducer: GradientReducer::new(collectives.clone()),
+        reducer: GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?,
+        faults: Faults::from_env(identity.rank)?,
+        rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives),
         metrics: Metrics::open(&run_dir, identity.rank)?,
         stop: StopFlag::install()?,

@@ -5,8 +5,10 @@ use std::time::Instant;
 use mentee_checkpoint::Meta;
 use mentee_cluster::{Phase, Progress, WorkerEvent};
 use mentee_config::exit_code;
+use mentee_ssl::StepLoss;
 
 use crate::agree::{self, Agreed};
+use crate::collapse::CollapseWatch;
 use crate::error::WorkerError;
 use crate::link::Reporter;
 use crate::metrics::{self, CheckpointLine, Meter, TrainLine};
@@ -26,6 +28,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
     let recipe = run.plan.recipe.clone();
     let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
     let mut meter = Meter::default();
+    let mut collapse = CollapseWatch::new(&recipe.run);
     while run.next_step < end {
         let step = run.next_step;
         let start = Instant::now();
@@ -39,19 +42,35 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
         }
 
-        reporter.phase(Phase::Forward);
-        let out =
-            run.state.loss(&*run.method, &views, global_batch, run.stat_reduce.as_ref()).map_err(at_step)?;
-        reporter.phase(Phase::Backward);
-        run.state.backward(&out.loss).map_err(at_step)?;
+        run.reducer.begin(&mut run.state.gradients, run.faults.of_gradient(step)).map_err(at_step)?;
+        let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
+        let mut parts = Vec::with_capacity(micro_batches.len());
+        for (n, views) in micro_batches.iter().enumerate() {
+            reporter.phase(Phase::Forward);
+            let part = run
+                .state
+                .loss(
+                    &*run.method,
+                    views,
+                    global_batch,
+                    recipe.parallel.norm_statistics,
+                    run.stat_reduce.as_ref(),
+                )
+                .map_err(at_step)?;
+            reporter.phase(Phase::Backward);
+            if n + 1 == micro_batches.len() {
+                run.reducer.last_pass(); // from here on, gradients are summed over ranks as they are completed
+            }
+            run.state.backward(&part.loss).map_err(at_step)?;
+            parts.push(part);
+        }
         reporter.phase(Phase::Reduce);
-        let comm_exposed = run
-            .reducer
-            .finish(&mut run.state.gradients)
-            .map_err(|source| WorkerError::Collective { step, source })?; // every rank holds the mean gradient
+        let communication = run.reducer.finish(step)?; // every rank holds the mean gradient
+        let out = StepLoss::sum(&parts).map_err(at_step)?;
         let wants_stop = run.stop.is_set() || reporter.stop_requested();
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
-        let grad_norm = agree::on_gradient(&*run.collectives, step, &run.state)?;
+        let grad_norm =
+            agree::on_gradient(&*run.collectives, step, &run.state, run.reducer.own_was_finite())?;
 
         reporter.phase(Phase::Update);
         run.state.update(&rates, step).map_err(at_step)?;
@@ -60,13 +79,18 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         run.state.move_teacher(recipe.method.teacher, &rates, epoch_ends).map_err(at_step)?;
 
         let data_wait = batch.wait;
-        drop((out, views)); // both point into the batch
+        drop((out, parts, micro_batches, views)); // all point into the batch
         run.loader.recycle(batch);
-        meter.add(start.elapsed(), data_wait, comm_exposed);
+        run.faults.on_weights(step, &mut run.state)?;
+        meter.add(start.elapsed(), data_wait, communication);
         record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
         evaluate_if_due(run, reporter, epoch_ends)?;
-        let due = checkpoint_due(run, epoch_ends);
-        if due || agreed.stop || run.next_step == end {
+        let saves = checkpoint_due(run, epoch_ends) || agreed.stop || run.next_step == end;
+        if saves || is_multiple(run.next_step, recipe.parallel.check_every_steps) {
+            agree::on_weights(&*run.collectives, step, &run.state)?;
+        }
+        collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
+        if saves {
             checkpoint(run, reporter)?;
         }
         if agreed.stop && run.next_step < end {
@@ -111,6 +135,7 @@ fn record(
         images_per_s,
         step_ms: means.step_ms,
         data_wait_ms: means.data_wait_ms,
+        comm_total_ms: means.comm_total_ms,
         comm_exposed_ms: means.comm_exposed_ms,
         world_size: run.identity.world_size,
         rss_mb: metrics::rss_mb(),
@@ -154,9 +179,14 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter, epoch_ends: bool) -> 
 
 fn checkpoint_due(run: &Run, epoch_ends: bool) -> bool {
     let settings = &run.plan.recipe.checkpoint;
-    let every = |n: u64, count: u64| n > 0 && count.is_multiple_of(n);
     let epoch = run.next_step / run.plan.steps_per_epoch;
-    every(settings.every_steps, run.next_step) || (epoch_ends && every(settings.every_epochs, epoch))
+    is_multiple(run.next_step, settings.every_steps)
+        || (epoch_ends && is_multiple(epoch, settings.every_epochs))
+}
+
+/// Whether `count` is a multiple of `n`, of which 0 means never.
+fn is_multiple(count: u64, n: u64) -> bool {
+    n > 0 && count.is_multiple_of(n)
 }
 
 /// Rank 0 writes all state: every rank holds the same.

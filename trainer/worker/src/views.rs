@@ -1,7 +1,9 @@
 //! A batch of the loader as a tensor, and a strip of example views as a picture.
 
+use std::ops::Range;
 use std::path::Path;
 
+use mentee_config::plan::first_row;
 use mentee_config::recipe::Views;
 use mentee_data::Batch;
 use mentee_ssl::state::VIEWS;
@@ -31,6 +33,31 @@ pub fn tensor(batch: &Batch, size: u32, kind: Kind) -> Result<Tensor, WorkerErro
     };
     let nchw = nhwc.f_permute([0, 3, 1, 2])?;
     Ok(if kind == Kind::Double { nchw.f_to_kind(Kind::Double)? } else { nchw })
+}
+
+/// The micro-batches of a batch of views [V·N, 3, H, W] of this rank's share: [V·n, 3, H, W] each, where the n samples
+/// are those that `mentee_config::plan::first_row` says. One part is the batch itself.
+pub fn micro_batches(views: &Tensor, own: &Range<u64>, parts: u64) -> Result<Vec<Tensor>, WorkerError> {
+    if parts == 1 {
+        return Ok(vec![views.shallow_clone()]);
+    }
+    let rows = views.size()[0] / VIEWS;
+    (0..parts)
+        .map(|part| {
+            let first = first_row(own, part, parts) as i64;
+            let both = (0..VIEWS)
+                .map(|view| {
+                    Ok(views.f_narrow(0, view * rows, rows)?.f_slice(
+                        0,
+                        Some(first.min(rows)),
+                        Some(rows),
+                        parts as i64,
+                    )?)
+                })
+                .collect::<Result<Vec<_>, WorkerError>>()?;
+            Ok(Tensor::f_cat(&both, 0)?)
+        })
+        .collect()
 }
 
 /// Writes `views.png`: the first images of a batch, view 1 above view 2, normalisation undone.

@@ -47,6 +47,18 @@ pub struct StepLoss {
     pub projections: Tensor,
 }
 
+impl StepLoss {
+    /// What the micro-batches of one update yield together.
+    pub fn sum(parts: &[StepLoss]) -> Result<StepLoss, SslError> {
+        let losses: Vec<Tensor> = parts.iter().map(|part| part.loss.detach()).collect();
+        let projections: Vec<&Tensor> = parts.iter().map(|part| &part.projections).collect();
+        Ok(StepLoss {
+            loss: Tensor::f_stack(&losses, 0)?.f_sum(None)?,
+            projections: Tensor::f_cat(&projections, 0)?,
+        })
+    }
+}
+
 /// A self-distillation method.
 pub trait Method {
     /// Its networks.
