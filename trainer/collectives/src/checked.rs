@@ -3,11 +3,13 @@
 //! A rank that skips a bucket or sends another length corrupts sums or hangs, far from the cause. With this
 //! around it, the same mistake is an error at the first call that differs, which names two ranks and what
 //! each wanted. It costs one small all-gather a call.
+//!
+//! A lane is checked by itself, on the lane; the error names it.
 
 use std::{
     fmt,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -98,6 +100,7 @@ impl fmt::Display for Call {
 #[derive(Debug)]
 pub struct Checked<C> {
     inner: C,
+    lane: Option<String>,
     calls: AtomicU64,
     /// Keeps a comparison and the operation it belongs to together when several threads call.
     turn: Mutex<()>,
@@ -106,7 +109,7 @@ pub struct Checked<C> {
 impl<C: Collectives> Checked<C> {
     /// Compares the calls of `inner` across ranks from here on.
     pub fn new(inner: C) -> Self {
-        Checked { inner, calls: AtomicU64::new(0), turn: Mutex::new(()) }
+        Checked { inner, lane: None, calls: AtomicU64::new(0), turn: Mutex::new(()) }
     }
 
     fn compare<R>(
@@ -117,22 +120,33 @@ impl<C: Collectives> Checked<C> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let calls = self.inner.all_gather(&call.to_bytes(number))?;
-        match calls.iter().position(|other| *other != calls[0]) {
+        match difference(&calls, Call::describe) {
             None => work(),
-            Some(second) => Err(CollectiveError {
-                operation: call.operation,
-                call: number,
-                rank: self.rank(),
-                world_size: self.world_size(),
-                kind: ErrorKind::Disagreement {
-                    first: 0,
-                    first_call: Call::describe(&calls[0]),
-                    second: second as u32,
-                    second_call: Call::describe(&calls[second]),
-                },
-            }),
+            Some(kind) => Err(self.error(call.operation, number, kind)),
         }
     }
+
+    fn error(&self, operation: Operation, call: u64, kind: ErrorKind) -> CollectiveError {
+        CollectiveError {
+            operation,
+            call,
+            lane: self.lane.clone(),
+            rank: self.rank(),
+            world_size: self.world_size(),
+            kind,
+        }
+    }
+}
+
+/// The first pair of ranks that sent different bytes, as an error.
+fn difference(sent: &[Vec<u8>], describe: impl Fn(&[u8]) -> String) -> Option<ErrorKind> {
+    let second = sent.iter().position(|other| *other != sent[0])?;
+    Some(ErrorKind::Disagreement {
+        first: 0,
+        first_call: describe(&sent[0]),
+        second: second as u32,
+        second_call: describe(&sent[second]),
+    })
 }
 
 impl<C: Collectives> Collectives for Checked<C> {
@@ -158,6 +172,17 @@ impl<C: Collectives> Collectives for Checked<C> {
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         self.compare(Call::plain(Operation::Barrier), || self.inner.barrier())
+    }
+
+    fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
+        let inner = self.compare(Call::plain(Operation::Lane), || {
+            let names = self.inner.all_gather(name.as_bytes())?;
+            match difference(&names, |name| format!("lane {}", String::from_utf8_lossy(name))) {
+                None => self.inner.lane(name),
+                Some(kind) => Err(self.error(Operation::Lane, self.calls.load(Ordering::Relaxed) - 1, kind)),
+            }
+        })?;
+        Ok(Arc::new(Checked { lane: Some(name.to_owned()), ..Checked::new(inner) }))
     }
 
     fn finish(&self) -> Result<(), CollectiveError> {
@@ -211,6 +236,44 @@ mod tests {
             let expected =
                 "rank 0 calls all-reduce of 4 f32 as its call 1, rank 2 calls barrier as its call 1";
             assert!(text.ends_with(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_skipped_call_on_a_lane_names_the_lane() {
+        let results = threads::run(2, PATIENCE, |rank| {
+            let group = Checked::new(rank);
+            let lane = group.lane("gradients")?;
+            lane.barrier()?;
+            group.barrier()?; // not counted on the lane
+            if group.rank() == 1 { lane.barrier() } else { lane.all_reduce_sum((&mut vec![0f32; 4]).into()) }
+        });
+        for (rank, result) in results.into_iter().enumerate() {
+            let operation = ["all-reduce", "barrier"][rank];
+            assert_eq!(
+                result.unwrap_err().to_string(),
+                format!(
+                    "{operation} (call 1 on lane gradients) failed on rank {rank} of 2: \
+                     rank 0 calls all-reduce of 4 f32 as its call 1, rank 1 calls barrier as its call 1"
+                )
+            );
+        }
+    }
+
+    #[test]
+    fn lanes_of_different_names_are_refused() {
+        for checked in [false, true] {
+            let results = threads::run(2, PATIENCE, |rank| {
+                let name = ["statistics", "gradients"][rank.rank() as usize];
+                if checked { Checked::new(rank).lane(name).map(drop) } else { rank.lane(name).map(drop) }
+            });
+            for result in results {
+                let text = result.unwrap_err().to_string();
+                assert!(
+                    text.ends_with("rank 0 calls lane statistics, rank 1 calls lane gradients"),
+                    "{text}"
+                );
+            }
         }
     }
 

@@ -16,16 +16,19 @@ pub enum Operation {
     Barrier,
     /// [`crate::Collectives::finish`]
     Finish,
+    /// [`crate::Collectives::lane`]
+    Lane,
 }
 
 impl Operation {
     /// The operations by their code on the wire.
-    pub(crate) const ALL: [Operation; 5] = [
+    pub(crate) const ALL: [Operation; 6] = [
         Operation::AllReduceSum,
         Operation::Broadcast,
         Operation::AllGather,
         Operation::Barrier,
         Operation::Finish,
+        Operation::Lane,
     ];
 }
 
@@ -37,18 +40,21 @@ impl fmt::Display for Operation {
             Operation::AllGather => "all-gather",
             Operation::Barrier => "barrier",
             Operation::Finish => "finish",
+            Operation::Lane => "lane",
         })
     }
 }
 
 /// A collective that did not succeed, and where.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{operation} (call {call}) failed on rank {rank} of {world_size}: {kind}")]
+#[error("{operation} (call {call}{}) failed on rank {rank} of {world_size}: {kind}", on_lane(lane))]
 pub struct CollectiveError {
     /// The operation.
     pub operation: Operation,
-    /// Which call of this rank it was, counted from 0.
+    /// Which call of this rank on this lane it was, counted from 0.
     pub call: u64,
+    /// The lane it was on; `None` for the group itself.
+    pub lane: Option<String>,
     /// The rank that reports it.
     pub rank: u32,
     /// The size of the group.
@@ -115,9 +121,22 @@ pub enum ErrorKind {
     /// Only the thread that started MPI may shut it down (MPI-3.1, section 12.4.3).
     #[error("called from another thread than the one that started MPI; call it there")]
     WrongThread,
+    /// A lane was still at work when the group was to end.
+    #[error("lane {lane} is in use; wait for the thread that uses it first")]
+    LaneInUse {
+        /// The name of the lane.
+        lane: String,
+    },
+    /// A lane does not end by itself.
+    #[error("a lane ends together with its group; call it there")]
+    OnLane,
     /// A failure asked for by a test, see [`crate::faulty`].
     #[error("failure injected by a test")]
     Injected,
+}
+
+fn on_lane(lane: &Option<String>) -> String {
+    lane.as_ref().map(|name| format!(" on lane {name}")).unwrap_or_default()
 }
 
 fn list(ranks: &[u32]) -> String {

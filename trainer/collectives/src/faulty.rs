@@ -1,7 +1,10 @@
 //! A decorator that makes one call of one rank go wrong, for tests of what the rest does then.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     thread,
     time::Duration,
 };
@@ -28,7 +31,9 @@ pub enum FaultKind {
 pub struct Fault {
     /// The rank it hits.
     pub rank: u32,
-    /// The call it hits, counted from 0 over all operations of that rank.
+    /// The lane it hits, by its name; `None`: the group itself.
+    pub lane: Option<&'static str>,
+    /// The call it hits, counted from 0 over all operations of that rank there.
     pub call: u64,
     /// What happens.
     pub kind: FaultKind,
@@ -38,6 +43,8 @@ pub struct Fault {
 #[derive(Debug)]
 pub struct Faulty<C> {
     inner: C,
+    lane: Option<String>,
+    /// Those of this rank, for all lanes.
     faults: Vec<Fault>,
     calls: AtomicU64,
 }
@@ -47,7 +54,7 @@ impl<C: Collectives> Faulty<C> {
     pub fn new(inner: C, faults: &[Fault]) -> Self {
         let rank = inner.rank();
         let faults = faults.iter().copied().filter(|fault| fault.rank == rank).collect();
-        Faulty { inner, faults, calls: AtomicU64::new(0) }
+        Faulty { inner, lane: None, faults, calls: AtomicU64::new(0) }
     }
 
     /// Lets this call's fault happen, as far as it comes before the call. `true`: the result has to be
@@ -55,12 +62,15 @@ impl<C: Collectives> Faulty<C> {
     fn before(&self, operation: Operation) -> Result<bool, CollectiveError> {
         let call = self.calls.fetch_add(1, Ordering::Relaxed);
         let mut corrupt = false;
-        for fault in self.faults.iter().filter(|fault| fault.call == call) {
+        for fault in
+            self.faults.iter().filter(|fault| fault.lane == self.lane.as_deref() && fault.call == call)
+        {
             match fault.kind {
                 FaultKind::Fail => {
                     return Err(CollectiveError {
                         operation,
                         call,
+                        lane: self.lane.clone(),
                         rank: self.rank(),
                         world_size: self.world_size(),
                         kind: ErrorKind::Injected,
@@ -153,6 +163,12 @@ impl<C: Collectives> Collectives for Faulty<C> {
         self.inner.barrier()
     }
 
+    fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
+        self.before(Operation::Lane)?;
+        let inner = self.inner.lane(name)?;
+        Ok(Arc::new(Faulty { lane: Some(name.to_owned()), ..Faulty::new(inner, &self.faults) }))
+    }
+
     fn finish(&self) -> Result<(), CollectiveError> {
         self.before(Operation::Finish)?;
         self.inner.finish()
@@ -171,7 +187,7 @@ mod tests {
     use crate::threads;
 
     fn at(rank: u32, call: u64, kind: FaultKind) -> [Fault; 1] {
-        [Fault { rank, call, kind }]
+        [Fault { rank, lane: None, call, kind }]
     }
 
     #[test]
@@ -182,6 +198,27 @@ mod tests {
             group.barrier().map_err(|error| error.kind)
         });
         assert_eq!(results, [Err(ErrorKind::PeerLeft { rank: 1 }), Err(ErrorKind::Injected)]);
+    }
+
+    #[test]
+    fn a_fault_on_a_lane_counts_the_calls_of_that_lane() {
+        let fault = Fault { rank: 1, lane: Some("gradients"), call: 1, kind: FaultKind::Fail };
+        let results = threads::run(2, Duration::from_secs(60), |rank| {
+            let group = Faulty::new(rank, &[fault]);
+            let (other, lane) = (group.lane("other").unwrap(), group.lane("gradients").unwrap());
+            for _ in 0..3 {
+                group.barrier().unwrap();
+                other.barrier().unwrap();
+            }
+            lane.barrier().unwrap();
+            lane.barrier()
+        });
+        let error = results[1].as_ref().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "barrier (call 1 on lane gradients) failed on rank 1 of 2: failure injected by a test"
+        );
+        assert_eq!(results[0].as_ref().unwrap_err().kind, ErrorKind::PeerLeft { rank: 1 });
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   worker ──► dyn Collectives ◄── checked (do all ranks make the same call?)
-//!                   ▲          ◄── faulty  (fail, delay, hang, corrupt at (rank, call))
+//!                   ▲          ◄── faulty  (fail, delay, hang, corrupt at (rank, lane, call))
 //!       ┌───────────┼───────────┐
 //!    single        mpi       threads
 //!  world of one  processes   ranks as threads of one process, for tests
@@ -18,8 +18,10 @@
 //!   for bit.
 //! - An error is final: the group may have ended the operation on some ranks and not on others. Nothing is
 //!   retried in here; the whole gang restarts from a checkpoint.
-//! - Calls are safe from any thread, one at a time per value; a second caller waits for the first.
+//! - Calls are safe from any thread, one at a time per value; a second caller waits for the first. Threads that
+//!   must not wait for one another take a lane each: [`Collectives::lane`].
 
+pub mod bench;
 mod buffer;
 pub mod checked;
 mod error;
@@ -67,16 +69,31 @@ pub trait Collectives: Send + Sync {
     /// As [`Collectives::all_reduce_sum`].
     fn barrier(&self) -> Result<(), CollectiveError>;
 
-    /// The orderly end: every rank calls it once, after its last operation; later operations are refused.
+    /// Opens a second line of calls among the same ranks, for another thread. Every rank calls this, at the same
+    /// place among its calls and with the same name.
+    ///
+    /// Calls on a lane are ordered among themselves only: rank 0 may be in a call of the lane while rank 1 is
+    /// in one of the group, and neither waits for the other. A lane counts its calls by itself, and its errors
+    /// name it. It waits more patiently than the group does: it leaves the core to a thread that computes.
+    ///
+    /// A lane lives as long as its group, whether it is dropped before or not: open few, and keep them.
+    ///
+    /// # Errors
+    /// As [`Collectives::all_reduce_sum`].
+    fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError>;
+
+    /// The orderly end: every rank calls it once, after its last operation; later operations are refused, also
+    /// those of lanes.
     ///
     /// A rank that ends because of an error must **not** call this (it would wait for the others) but
     /// [`Collectives::abort`], or end its process with a code other than 0.
     ///
     /// # Errors
-    /// When the network library cannot be shut down, or when it was shut down before.
+    /// When the network library cannot be shut down, when it was shut down before, when a lane is in use, or when
+    /// called on a lane.
     fn finish(&self) -> Result<(), CollectiveError>;
 
-    /// Ends every rank of the group at once, without waiting for anyone; `code` becomes the exit code where
+    /// Ends every rank of the group at once, with all lanes, without waiting for anyone; `code` becomes the exit code where
     /// the implementation can hand it on.
     fn abort(&self, code: i32) -> !;
 }
@@ -101,6 +118,9 @@ macro_rules! forward_collectives {
             }
             fn barrier(&self) -> Result<(), CollectiveError> {
                 (**self).barrier()
+            }
+            fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
+                (**self).lane(name)
             }
             fn finish(&self) -> Result<(), CollectiveError> {
                 (**self).finish()

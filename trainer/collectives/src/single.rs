@@ -1,6 +1,9 @@
 //! The world of one: every operation is complete, and trivial.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, AtomicU64, Ordering},
+};
 
 use crate::{Buffer, CollectiveError, Collectives, ErrorKind, Operation};
 
@@ -8,7 +11,9 @@ use crate::{Buffer, CollectiveError, Collectives, ErrorKind, Operation};
 #[derive(Debug, Default)]
 pub struct Single {
     calls: AtomicU64,
-    finished: AtomicBool,
+    lane: Option<String>,
+    /// Shared with the lanes.
+    finished: Arc<AtomicBool>,
 }
 
 impl Single {
@@ -22,7 +27,10 @@ impl Single {
         let finished = self.finished.load(Ordering::Relaxed).then_some(ErrorKind::Finished);
         match finished.or(problem) {
             None => Ok(()),
-            Some(kind) => Err(CollectiveError { operation, call, rank: 0, world_size: 1, kind }),
+            Some(kind) => {
+                let lane = self.lane.clone();
+                Err(CollectiveError { operation, call, lane, rank: 0, world_size: 1, kind })
+            }
         }
     }
 }
@@ -53,8 +61,14 @@ impl Collectives for Single {
         self.call(Operation::Barrier, None)
     }
 
+    fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
+        self.call(Operation::Lane, None)?;
+        let finished = Arc::clone(&self.finished);
+        Ok(Arc::new(Single { calls: AtomicU64::new(0), lane: Some(name.to_owned()), finished }))
+    }
+
     fn finish(&self) -> Result<(), CollectiveError> {
-        self.call(Operation::Finish, None)?;
+        self.call(Operation::Finish, self.lane.is_some().then_some(ErrorKind::OnLane))?;
         self.finished.store(true, Ordering::Relaxed);
         Ok(())
     }
@@ -87,6 +101,20 @@ mod tests {
         assert_eq!(
             error.to_string(),
             "broadcast (call 1) failed on rank 0 of 1: root 3 is not a rank of this group"
+        );
+    }
+
+    #[test]
+    fn a_lane_is_named_and_ends_with_its_group() {
+        let group = Single::new();
+        let lane = group.lane("gradients").unwrap();
+        lane.barrier().unwrap();
+        assert_eq!(lane.finish().unwrap_err().kind, ErrorKind::OnLane);
+        group.finish().unwrap();
+        let error = lane.barrier().unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "barrier (call 2 on lane gradients) failed on rank 0 of 1: the group was shut down before"
         );
     }
 

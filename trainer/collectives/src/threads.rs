@@ -19,7 +19,7 @@
 use std::{
     fmt,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread,
@@ -39,28 +39,17 @@ use crate::{
 /// If `world_size` is 0.
 pub fn group(world_size: u32, patience: Duration) -> Vec<ThreadRank> {
     assert!(world_size > 0, "a group needs a rank");
-    let shared = Arc::new(Shared {
+    let hall = Hall {
         world_size,
         patience,
-        meeting: Mutex::new(Meeting {
-            generation: 0,
-            calls: vec![None; world_size as usize],
-            left: vec![false; world_size as usize],
-            broken: None,
-        }),
+        state: Mutex::new(State { meetings: Vec::new(), broken: None }),
         all_here: Condvar::new(),
-        f32: Slots::new(world_size),
-        f64: Slots::new(world_size),
-        u64: Slots::new(world_size),
-        u8: Slots::new(world_size),
-    });
+    };
+    let shared = Shared::new(&Arc::new(hall), None);
     (0..world_size)
-        .map(|rank| ThreadRank {
-            rank,
-            calls: AtomicU64::new(0),
-            finished: AtomicBool::new(false),
-            turn: Mutex::new(()),
-            shared: Arc::clone(&shared),
+        .map(|rank| {
+            let member = Member { rank, finished: AtomicBool::new(false), lanes: Mutex::new(Vec::new()) };
+            ThreadRank::new(Arc::new(member), Arc::clone(&shared))
         })
         .collect()
 }
@@ -86,14 +75,21 @@ pub fn run<R: Send>(
         .collect()
 }
 
-/// One rank of a group made by [`group`]. Dropping it takes the rank out of the group.
+/// One rank of a group made by [`group`]. Dropping it takes the rank out of the group, but not out of its lanes.
 pub struct ThreadRank {
-    rank: u32,
+    member: Arc<Member>,
     calls: AtomicU64,
-    finished: AtomicBool,
     /// Held during an operation: one at a time.
-    turn: Mutex<()>,
+    turn: Arc<Mutex<()>>,
     shared: Arc<Shared>,
+}
+
+/// What one rank's lines of calls have in common.
+struct Member {
+    rank: u32,
+    finished: AtomicBool,
+    /// Name and turn of each lane.
+    lanes: Mutex<Vec<(String, Arc<Mutex<()>>)>>,
 }
 
 /// What unwinds a thread that called [`Collectives::abort`] on a [`ThreadRank`].
@@ -105,15 +101,19 @@ pub struct Aborted {
     pub code: i32,
 }
 
-struct Shared {
+/// What the ranks of a group and all its lanes share.
+struct Hall {
     world_size: u32,
     patience: Duration,
-    meeting: Mutex<Meeting>,
+    state: Mutex<State>,
     all_here: Condvar,
-    f32: Slots<f32>,
-    f64: Slots<f64>,
-    u64: Slots<u64>,
-    u8: Slots<u8>,
+}
+
+struct State {
+    /// Of the group itself, then of each lane.
+    meetings: Vec<Meeting>,
+    /// Why no meeting will ever be complete again; set once, for the group and its lanes together.
+    broken: Option<ErrorKind>,
 }
 
 /// A barrier at which the ranks compare their calls.
@@ -124,8 +124,21 @@ struct Meeting {
     calls: Vec<Option<Call>>,
     /// Who was dropped.
     left: Vec<bool>,
-    /// Why no meeting will ever be complete again; set once.
-    broken: Option<ErrorKind>,
+}
+
+/// One line of calls: the group's own, or a lane.
+struct Shared {
+    hall: Arc<Hall>,
+    /// Which of the meetings.
+    index: usize,
+    /// `None`: the group's own.
+    name: Option<String>,
+    /// The lane that is being opened, from rank 0 to the others.
+    opened: Mutex<Option<Arc<Shared>>>,
+    f32: Slots<f32>,
+    f64: Slots<f64>,
+    u64: Slots<u64>,
+    u8: Slots<u8>,
 }
 
 /// The data of all ranks, kept from call to call.
@@ -167,60 +180,88 @@ fn put<T: Copy>(slot: &RwLock<Vec<T>>, values: &[T]) {
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Meeting> {
-        // The state is consistent between any two statements below; a poisoned lock says only that a rank
-        // panicked.
-        self.meeting.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A new line of calls in this hall.
+    fn new(hall: &Arc<Hall>, name: Option<String>) -> Arc<Shared> {
+        let world_size = hall.world_size;
+        let mut state = hall.lock();
+        state.meetings.push(Meeting {
+            generation: 0,
+            calls: vec![None; world_size as usize],
+            left: vec![false; world_size as usize],
+        });
+        Arc::new(Shared {
+            hall: Arc::clone(hall),
+            index: state.meetings.len() - 1,
+            name,
+            opened: Mutex::new(None),
+            f32: Slots::new(world_size),
+            f64: Slots::new(world_size),
+            u64: Slots::new(world_size),
+            u8: Slots::new(world_size),
+        })
     }
 
     /// Waits until all ranks are here with the same call.
     fn meet(&self, rank: u32, call: Call) -> Result<(), ErrorKind> {
-        let mut meeting = self.lock();
-        if let Some(reason) = &meeting.broken {
+        let hall = &*self.hall;
+        let mut state = hall.lock();
+        if let Some(reason) = &state.broken {
             return Err(reason.clone());
         }
+        let meeting = &mut state.meetings[self.index];
         if let Some(gone) = meeting.left.iter().position(|left| *left) {
-            return Err(self.break_up(&mut meeting, ErrorKind::PeerLeft { rank: gone as u32 }));
+            return Err(hall.break_up(&mut state, ErrorKind::PeerLeft { rank: gone as u32 }));
         }
         meeting.calls[rank as usize] = Some(call);
         if meeting.calls.iter().all(Option::is_some) {
             let calls: Vec<Call> = meeting.calls.iter_mut().filter_map(Option::take).collect();
             if let Some(difference) = Call::first_difference(&calls) {
-                return Err(self.break_up(&mut meeting, difference));
+                return Err(hall.break_up(&mut state, difference));
             }
             meeting.generation += 1;
-            self.all_here.notify_all();
+            hall.all_here.notify_all();
             return Ok(());
         }
         let (arrival, began) = (meeting.generation, Instant::now());
         loop {
             let waited = began.elapsed();
-            let Some(remaining) = self.patience.checked_sub(waited).filter(|left| !left.is_zero()) else {
-                let missing = (0..self.world_size).filter(|&r| meeting.calls[r as usize].is_none()).collect();
-                return Err(
-                    self.break_up(&mut meeting, ErrorKind::Timeout { waited: self.patience, missing })
-                );
+            let Some(remaining) = hall.patience.checked_sub(waited).filter(|left| !left.is_zero()) else {
+                let calls = &state.meetings[self.index].calls;
+                let missing = (0..hall.world_size).filter(|&r| calls[r as usize].is_none()).collect();
+                return Err(hall.break_up(&mut state, ErrorKind::Timeout { waited: hall.patience, missing }));
             };
-            meeting =
-                self.all_here.wait_timeout(meeting, remaining).unwrap_or_else(PoisonError::into_inner).0;
-            if meeting.generation != arrival {
+            state = hall.all_here.wait_timeout(state, remaining).unwrap_or_else(PoisonError::into_inner).0;
+            if state.meetings[self.index].generation != arrival {
                 return Ok(());
             }
-            if let Some(reason) = &meeting.broken {
+            if let Some(reason) = &state.broken {
                 return Err(reason.clone());
             }
         }
     }
+}
 
-    /// Ends the group for everyone, unless something else did before; returns the reason that holds.
-    fn break_up(&self, meeting: &mut Meeting, reason: ErrorKind) -> ErrorKind {
-        let reason = meeting.broken.get_or_insert(reason).clone();
+impl Hall {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // The state is consistent between any two statements below; a poisoned lock says only that a rank
+        // panicked.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the group and its lanes for everyone, unless something else did before; returns the reason that
+    /// holds.
+    fn break_up(&self, state: &mut State, reason: ErrorKind) -> ErrorKind {
+        let reason = state.broken.get_or_insert(reason).clone();
         self.all_here.notify_all();
         reason
     }
 }
 
 impl ThreadRank {
+    fn new(member: Arc<Member>, shared: Arc<Shared>) -> Self {
+        ThreadRank { member, calls: AtomicU64::new(0), turn: Arc::default(), shared }
+    }
+
     fn operate<R>(
         &self,
         call: Call,
@@ -228,13 +269,17 @@ impl ThreadRank {
     ) -> Result<R, CollectiveError> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
-        let result =
-            if self.finished.load(Ordering::Relaxed) { Err(ErrorKind::Finished) } else { work(&self.shared) };
+        let result = if self.member.finished.load(Ordering::Relaxed) {
+            Err(ErrorKind::Finished)
+        } else {
+            work(&self.shared)
+        };
         result.map_err(|kind| CollectiveError {
             operation: call.operation,
             call: number,
-            rank: self.rank,
-            world_size: self.shared.world_size,
+            lane: self.shared.name.clone(),
+            rank: self.rank(),
+            world_size: self.shared.hall.world_size,
             kind,
         })
     }
@@ -245,10 +290,10 @@ impl ThreadRank {
     /// second meeting, where nobody reads inputs any more, and its block sum after the next first meeting,
     /// when everyone has taken the old sums.
     fn sum<T: Shareable>(&self, shared: &Shared, slice: &mut [T], call: Call) -> Result<(), ErrorKind> {
-        let (rank, world_size) = (self.rank as usize, shared.world_size as usize);
+        let (rank, world_size) = (self.rank() as usize, shared.hall.world_size as usize);
         let Slots { inputs, sums } = T::slots(shared);
         put(&inputs[rank], slice);
-        shared.meet(self.rank, call)?;
+        shared.meet(self.rank(), call)?;
         let block =
             block_start(slice.len(), world_size, rank)..block_start(slice.len(), world_size, rank + 1);
         {
@@ -258,7 +303,7 @@ impl ThreadRank {
                 inputs.iter().map(|input| input.read().unwrap_or_else(PoisonError::into_inner)).collect();
             sum_in_rank_order(&mut sum, inputs.iter().map(|input| &input[block.clone()]));
         }
-        shared.meet(self.rank, call)?;
+        shared.meet(self.rank(), call)?;
         for (owner, sum) in sums.iter().enumerate() {
             let start = block_start(slice.len(), world_size, owner);
             let sum = sum.read().unwrap_or_else(PoisonError::into_inner);
@@ -275,24 +320,24 @@ impl ThreadRank {
         call: Call,
     ) -> Result<(), ErrorKind> {
         let slot = &T::slots(shared).inputs[root as usize];
-        if self.rank == root {
+        if self.rank() == root {
             put(slot, slice);
         }
-        shared.meet(self.rank, call)?;
-        if self.rank != root {
+        shared.meet(self.rank(), call)?;
+        if self.rank() != root {
             slice.copy_from_slice(&slot.read().unwrap_or_else(PoisonError::into_inner));
         }
-        shared.meet(self.rank, call)
+        shared.meet(self.rank(), call)
     }
 }
 
 impl Collectives for ThreadRank {
     fn rank(&self) -> u32 {
-        self.rank
+        self.member.rank
     }
 
     fn world_size(&self) -> u32 {
-        self.shared.world_size
+        self.shared.hall.world_size
     }
 
     fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError> {
@@ -303,7 +348,7 @@ impl Collectives for ThreadRank {
     fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError> {
         let call = Call::broadcast(&buffer, root);
         self.operate(call, |shared| {
-            if root >= shared.world_size {
+            if root >= shared.hall.world_size {
                 return Err(ErrorKind::NoSuchRoot { root });
             }
             with_slice!(buffer, slice => self.copy_from_root(shared, slice, root, call))
@@ -313,50 +358,100 @@ impl Collectives for ThreadRank {
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
         let call = Call::plain(Operation::AllGather);
         self.operate(call, |shared| {
-            put(&shared.u8.inputs[self.rank as usize], bytes);
-            shared.meet(self.rank, call)?;
+            put(&shared.u8.inputs[self.rank() as usize], bytes);
+            shared.meet(self.rank(), call)?;
             let inputs = shared.u8.inputs.iter();
             let all =
                 inputs.map(|slot| slot.read().unwrap_or_else(PoisonError::into_inner).clone()).collect();
-            shared.meet(self.rank, call)?;
+            shared.meet(self.rank(), call)?;
             Ok(all)
         })
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         let call = Call::plain(Operation::Barrier);
-        self.operate(call, |shared| shared.meet(self.rank, call))
+        self.operate(call, |shared| shared.meet(self.rank(), call))
+    }
+
+    fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
+        let call = Call::plain(Operation::Lane);
+        self.operate(call, |shared| {
+            let rank = self.rank();
+            put(&shared.u8.inputs[rank as usize], name.as_bytes());
+            shared.meet(rank, call)?;
+            let names: Vec<_> = shared.u8.inputs.iter().map(read).collect();
+            if let Some(second) = names.iter().position(|other| **other != *names[0]) {
+                let named = |rank: usize| format!("lane {}", String::from_utf8_lossy(&names[rank]));
+                let kind = ErrorKind::Disagreement {
+                    first: 0,
+                    first_call: named(0),
+                    second: second as u32,
+                    second_call: named(second),
+                };
+                return Err(shared.hall.break_up(&mut shared.hall.lock(), kind));
+            }
+            drop(names);
+            // No third meeting is needed: rank 0 writes here again after the next one, when everyone has read.
+            if rank == 0 {
+                *lock(&shared.opened) = Some(Shared::new(&shared.hall, Some(name.to_owned())));
+            }
+            shared.meet(rank, call)?;
+            let opened = lock(&shared.opened).clone();
+            let Some(opened) = opened else { unreachable!("rank 0 opened the lane before the meeting") };
+            let lane = ThreadRank::new(Arc::clone(&self.member), opened);
+            lock(&self.member.lanes).push((name.to_owned(), Arc::clone(&lane.turn)));
+            Ok(Arc::new(lane) as Arc<dyn Collectives>)
+        })
     }
 
     fn finish(&self) -> Result<(), CollectiveError> {
         let call = Call::plain(Operation::Finish);
         self.operate(call, |shared| {
-            shared.meet(self.rank, call)?;
-            self.finished.store(true, Ordering::Relaxed);
+            if shared.name.is_some() {
+                return Err(ErrorKind::OnLane);
+            }
+            let lanes = lock(&self.member.lanes);
+            let mut turns = Vec::new();
+            for (name, turn) in lanes.iter() {
+                turns.push(turn.try_lock().map_err(|_| ErrorKind::LaneInUse { lane: name.clone() })?);
+            }
+            shared.meet(self.rank(), call)?;
+            self.member.finished.store(true, Ordering::Relaxed);
             Ok(())
         })
     }
 
-    /// Fails the group for all ranks and unwinds this thread with an [`Aborted`], without a panic message.
+    /// Fails the group and its lanes for all ranks and unwinds this thread with an [`Aborted`], without a panic
+    /// message.
     fn abort(&self, code: i32) -> ! {
         let reason = format!("aborted with code {code}");
-        let mut meeting = self.shared.lock();
-        self.shared.break_up(&mut meeting, ErrorKind::PeerFailed { rank: self.rank, reason });
-        drop(meeting);
-        std::panic::resume_unwind(Box::new(Aborted { rank: self.rank, code }))
+        let mut state = self.shared.hall.lock();
+        self.shared.hall.break_up(&mut state, ErrorKind::PeerFailed { rank: self.rank(), reason });
+        drop(state);
+        std::panic::resume_unwind(Box::new(Aborted { rank: self.rank(), code }))
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn read<T>(slot: &RwLock<Vec<T>>) -> RwLockReadGuard<'_, Vec<T>> {
+    slot.read().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for ThreadRank {
     fn drop(&mut self) {
-        let mut meeting = self.shared.lock();
-        meeting.left[self.rank as usize] = true;
+        let hall = &*self.shared.hall;
+        let mut state = hall.lock();
+        let meeting = &mut state.meetings[self.shared.index];
+        meeting.left[self.member.rank as usize] = true;
         let someone_waits = meeting.calls.iter().any(Option::is_some);
         if thread::panicking() {
             let reason = "its thread panicked".to_owned();
-            self.shared.break_up(&mut meeting, ErrorKind::PeerFailed { rank: self.rank, reason });
+            hall.break_up(&mut state, ErrorKind::PeerFailed { rank: self.member.rank, reason });
         } else if someone_waits {
-            self.shared.break_up(&mut meeting, ErrorKind::PeerLeft { rank: self.rank });
+            hall.break_up(&mut state, ErrorKind::PeerLeft { rank: self.member.rank });
         }
     }
 }
@@ -364,8 +459,8 @@ impl Drop for ThreadRank {
 impl fmt::Debug for ThreadRank {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ThreadRank")
-            .field("rank", &self.rank)
-            .field("world_size", &self.shared.world_size)
+            .field("rank", &self.member.rank)
+            .field("world_size", &self.shared.hall.world_size)
             .finish_non_exhaustive()
     }
 }

@@ -1,13 +1,15 @@
 //! MPI through rsmpi: its start-up and its bindings. Its safe operations are not used, because they throw
 //! MPI's return codes away.
 
+#[path = "requests.rs"]
+mod requests;
+
 use std::{
     ffi::{CStr, c_char, c_int, c_void},
     fmt,
     mem::ManuallyDrop,
-    ops::Range,
     sync::{
-        Mutex, MutexGuard, Once, PoisonError,
+        Arc, Mutex, MutexGuard, Once, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::{self, ThreadId},
@@ -16,11 +18,12 @@ use std::{
 
 use ::mpi::{
     Threading,
-    environment::{Universe, initialize_with_threading},
+    environment::initialize_with_threading,
     ffi,
     traits::{AsRaw, Communicator},
 };
 
+use self::requests::{Comm, Library, Message, Polling, Requests};
 use super::PANIC_EXIT_CODE;
 use crate::{
     Buffer, CollectiveError, Collectives, ErrorKind, Operation, StartError,
@@ -29,16 +32,23 @@ use crate::{
 
 /// An all-reduce whose messages from all ranks together take at most this many bytes is gathered whole.
 const SHORT_BYTES: usize = 32 << 10;
+/// In a larger world than this, short messages are gathered by MPI's own algorithm, which needs fewer steps than
+/// one message to every rank.
+const FEW_RANKS: usize = 8;
 /// Longer all-reduces go in pieces of which each rank adds up a block of at most this many bytes: large
 /// enough for full bandwidth, small enough that a block and its parts stay in the cache between receiving,
 /// adding and sending.
 const BLOCK_BYTES: usize = 128 << 10;
+/// How many pieces are under way at once: while one is added up, MPI moves the next.
+const IN_FLIGHT: usize = 4;
 /// Broadcasts go in pieces of this size, which fits MPI's `int` counts whatever the element.
 const BROADCAST_BYTES: usize = 256 << 20;
 /// All ranks together hand over at most this many bytes in one round of an all-gather.
 const GATHER_BYTES: usize = 256 << 20;
-/// The tag of all messages of this module; they are matched by their order.
-const EXCHANGE_TAG: c_int = 0;
+/// The tags of messages; those of one tag are matched by their order.
+const PART_TAG: c_int = 0;
+const SUM_TAG: c_int = 1;
+const BARRIER_TAG: c_int = 2;
 /// How long mpirun gets to read what this rank printed last, its error most likely: it drops what it has not
 /// read when the world is aborted (seen with MPICH's Hydra).
 const OUTPUT_PATIENCE: Duration = Duration::from_millis(200);
@@ -50,19 +60,34 @@ static RUNNING: AtomicBool = AtomicBool::new(false);
 
 /// This process's place in the world that mpirun started. See the [module documentation](super).
 pub struct Mpi {
-    rank: u32,
-    world_size: u32,
-    calls: AtomicU64,
-    started_by: ThreadId,
-    state: Mutex<State>,
+    world: Arc<World>,
+    line: Arc<Line>,
 }
 
-/// What one operation at a time may use.
-struct State {
-    /// `None` after the end. Not dropped with [`Mpi`]: its drop calls `MPI_Finalize`, which waits for all
-    /// ranks.
-    universe: Option<ManuallyDrop<Universe>>,
-    /// What all ranks sent of the piece at hand, in rank order; kept from call to call.
+/// What all lines of calls of this process share.
+struct World {
+    rank: u32,
+    world_size: u32,
+    started_by: ThreadId,
+    library: Library,
+    /// In the order of their making, the first one left out; freed at the end.
+    lanes: Mutex<Vec<Arc<Line>>>,
+}
+
+/// One line of calls: the world's own, or a lane.
+struct Line {
+    /// `None`: the world's own.
+    name: Option<String>,
+    comm: Comm,
+    polling: Polling,
+    calls: AtomicU64,
+    /// Held during an operation: one at a time.
+    turn: Mutex<Scratch>,
+}
+
+/// What all ranks sent of the pieces at hand, in rank order; kept from call to call.
+#[derive(Default)]
+struct Scratch {
     f32: Vec<f32>,
     f64: Vec<f64>,
     u64: Vec<u64>,
@@ -72,7 +97,7 @@ struct State {
 /// A type that both this crate and MPI know.
 trait MpiElement: Element {
     fn datatype() -> ffi::MPI_Datatype;
-    fn parts(state: &mut State) -> &mut Vec<Self>;
+    fn parts(scratch: &mut Scratch) -> &mut Vec<Self>;
 }
 
 macro_rules! mpi_element {
@@ -82,8 +107,8 @@ macro_rules! mpi_element {
                 // SAFETY: a constant of the C library, never written.
                 unsafe { ffi::$constant }
             }
-            fn parts(state: &mut State) -> &mut Vec<Self> {
-                &mut state.$type
+            fn parts(scratch: &mut Scratch) -> &mut Vec<Self> {
+                &mut scratch.$type
             }
         }
     };
@@ -94,7 +119,7 @@ mpi_element!(f64, RSMPI_DOUBLE);
 mpi_element!(u64, RSMPI_UINT64_T);
 mpi_element!(u8, RSMPI_UINT8_T);
 
-fn world() -> ffi::MPI_Comm {
+fn comm_world() -> ffi::MPI_Comm {
     // SAFETY: a constant of the C library, never written.
     unsafe { ffi::RSMPI_COMM_WORLD }
 }
@@ -135,138 +160,359 @@ impl Mpi {
         }
         RUNNING.store(true, Ordering::SeqCst);
         abort_on_panic();
-        Ok(Mpi {
+        let world = World {
             rank: mpi_rank,
             world_size: mpi_world,
-            calls: AtomicU64::new(0),
             started_by: thread::current().id(),
-            state: Mutex::new(State {
-                universe: Some(universe),
-                f32: Vec::new(),
-                f64: Vec::new(),
-                u64: Vec::new(),
-                u8: Vec::new(),
-            }),
-        })
+            library: Library::new(universe),
+            lanes: Mutex::new(Vec::new()),
+        };
+        let polling = Polling::foreground(ranks_here(comm_world())?);
+        let line = Line::new(None, Comm(comm_world()), polling);
+        Ok(Mpi { world: Arc::new(world), line: Arc::new(line) })
     }
 
-    /// Waits for its turn and runs one operation, unless the group was shut down.
+    /// Waits for its turn and runs one operation.
     fn operate<R>(
         &self,
         operation: Operation,
-        work: impl FnOnce(&mut State) -> Result<R, ErrorKind>,
+        work: impl FnOnce(&mut Scratch) -> Result<R, ErrorKind>,
     ) -> Result<R, CollectiveError> {
-        let mut state = self.lock();
-        let call = self.calls.fetch_add(1, Ordering::Relaxed);
-        let result = if state.universe.is_some() { work(&mut state) } else { Err(ErrorKind::Finished) };
-        result.map_err(|kind| CollectiveError {
+        let mut scratch = self.line.turn();
+        let call = self.line.calls.fetch_add(1, Ordering::Relaxed);
+        // Also for those that have nothing to send.
+        let running = if self.world.library.lock().is_some() { Ok(()) } else { Err(ErrorKind::Finished) };
+        running.and_then(|()| work(&mut scratch)).map_err(|kind| CollectiveError {
             operation,
             call,
-            rank: self.rank,
-            world_size: self.world_size,
+            lane: self.line.name.clone(),
+            rank: self.world.rank,
+            world_size: self.world.world_size,
             kind,
         })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic while the lock was held has ended the world already.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn requests(&self) -> Requests<'_> {
+        Requests::new(&self.world.library, self.line.comm, self.line.polling)
     }
 
-    fn sum<T: MpiElement>(&self, state: &mut State, slice: &mut [T]) -> Result<(), ErrorKind> {
-        let world_size = self.world_size as usize;
-        let parts = T::parts(state);
-        if size_of_val(slice) * world_size <= SHORT_BYTES {
-            return sum_short(slice, parts, world_size);
+    fn sum<T: MpiElement>(&self, scratch: &mut Scratch, slice: &mut [T]) -> Result<(), ErrorKind> {
+        let world_size = self.world.world_size as usize;
+        if slice.is_empty() || world_size == 1 {
+            return Ok(());
         }
-        for piece in slice.chunks_mut(world_size * BLOCK_BYTES / size_of::<T>()) {
-            self.sum_piece(piece, parts)?;
+        let parts = T::parts(scratch);
+        if size_of_val(slice) * world_size <= SHORT_BYTES {
+            self.sum_short(slice, parts)
+        } else {
+            self.sum_long(slice, parts)
+        }
+    }
+
+    /// Everyone receives everything and adds it up.
+    fn sum_short<T: MpiElement>(&self, slice: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
+        let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
+        let len = slice.len();
+        grow(parts, len * world_size);
+        let (own, all) = (slice.as_mut_ptr(), parts.as_mut_ptr());
+        let mut requests = self.requests();
+        if world_size <= FEW_RANKS {
+            for peer in (1..world_size).map(|round| (rank + world_size - round) % world_size) {
+                // SAFETY: `parts` has room for `world_size` times the slice; both are borrowed until after `wait`.
+                unsafe { requests.receive(Message { at: all.add(peer * len), len, peer, tag: PART_TAG })? };
+            }
+            for peer in (1..world_size).map(|round| (rank + round) % world_size) {
+                // SAFETY: as above; the slice is only read.
+                unsafe { requests.send(Message { at: own, len, peer, tag: PART_TAG })? };
+            }
+            requests.wait()?;
+            let (before, after) = parts[..len * world_size].split_at_mut(rank * len);
+            sum_around(slice, before, &after[len..]);
+        } else {
+            let (count, datatype) = (len as c_int, T::datatype());
+            // SAFETY: as above; the count is at most SHORT_BYTES.
+            unsafe {
+                requests.start(|comm, request| {
+                    ffi::MPI_Iallgather(
+                        own.cast(),
+                        count,
+                        datatype,
+                        all.cast(),
+                        count,
+                        datatype,
+                        comm,
+                        request,
+                    )
+                })?;
+            }
+            requests.wait()?;
+            sum_in_rank_order(slice, parts[..len * world_size].chunks_exact(len));
         }
         Ok(())
     }
 
-    /// Adds up one piece: every rank sums one block of it over all ranks and hands the sum to all.
-    fn sum_piece<T: MpiElement>(&self, piece: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
-        let (rank, world_size) = (self.rank as usize, self.world_size as usize);
-        let piece_len = piece.len();
-        let block = |index: usize| {
-            block_start(piece_len, world_size, index)..block_start(piece_len, world_size, index + 1)
+    /// Every rank sums one block of each piece over all ranks and hands the sum to all. Several pieces are under
+    /// way: the parts of the next ones arrive while one is added up, and sums are handed on meanwhile.
+    fn sum_long<T: MpiElement>(&self, slice: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
+        let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
+        let longest_block = BLOCK_BYTES / size_of::<T>();
+        let len = slice.len();
+        let pieces = len.div_ceil(longest_block * world_size);
+        let depth = IN_FLIGHT.min(pieces);
+        let slot_len = longest_block * world_size;
+        grow(parts, slot_len * depth);
+        // All accesses below go through these two: MPI holds parts of both at any time.
+        let (values, parts) = (slice.as_mut_ptr(), parts.as_mut_ptr());
+        let block = |piece: usize, index: usize| {
+            let begin = block_start(len, pieces, piece);
+            let piece_len = block_start(len, pieces, piece + 1) - begin;
+            let start = block_start(piece_len, world_size, index);
+            (begin + start, block_start(piece_len, world_size, index + 1) - start)
         };
-        let own = block(rank);
-        let len = own.len();
-        grow(parts, len * world_size);
         // In round k everyone sends to the k-th rank after it and receives from the k-th before it: no rank
         // is a bottleneck.
         let partners = (1..world_size)
             .map(|round| ((rank + round) % world_size, (rank + world_size - round) % world_size));
-        for (to, from) in partners.clone() {
-            exchange(&piece[block(to)], to, &mut parts[from * len..][..len], from)?;
+        let mut scattered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests());
+        let mut gathered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests());
+        let part = |piece: usize, from: usize| {
+            let own_len = block(piece, rank).1;
+            (piece % depth * slot_len + from * own_len, own_len)
+        };
+        let scatter = |piece: usize, requests: &mut Requests<'_>| -> Result<(), ErrorKind> {
+            for (to, from) in partners.clone() {
+                let (start, len) = part(piece, from);
+                // SAFETY: a block is at most `longest_block` long, so that all parts of it lie inside the slot, which
+                // is free: what it held was added up before. The memory is borrowed until the requests are done.
+                unsafe {
+                    requests.receive(Message { at: parts.add(start), len, peer: from, tag: PART_TAG })?
+                };
+                let (start, len) = block(piece, to);
+                // SAFETY: inside the slice; nobody writes to that block before these requests are complete.
+                unsafe { requests.send(Message { at: values.add(start), len, peer: to, tag: PART_TAG })? };
+            }
+            Ok(())
+        };
+        let gather = |piece: usize, requests: &mut Requests<'_>| -> Result<(), ErrorKind> {
+            for (to, from) in partners.clone() {
+                let (start, len) = block(piece, from);
+                // SAFETY: inside the slice; that block has been sent, and is not read again.
+                unsafe {
+                    requests.receive(Message { at: values.add(start), len, peer: from, tag: SUM_TAG })?
+                };
+                let (start, len) = block(piece, rank);
+                // SAFETY: inside the slice; the block holds its sum and is not written any more.
+                unsafe { requests.send(Message { at: values.add(start), len, peer: to, tag: SUM_TAG })? };
+            }
+            Ok(())
+        };
+        for (piece, requests) in scattered[..depth - 1].iter_mut().enumerate() {
+            scatter(piece, requests)?;
         }
-        let (before, after) = parts[..len * world_size].split_at_mut(rank * len);
-        sum_around(&mut piece[own.clone()], before, &after[len..]);
-        for (to, from) in partners {
-            let (sent, received) = two_ranges(piece, own.clone(), block(from));
-            exchange(sent, to, received, from)?;
+        for piece in 0..pieces {
+            let ahead = piece + depth - 1;
+            if ahead < pieces {
+                scatter(ahead, &mut scattered[ahead % depth])?;
+            }
+            scattered[piece % depth].wait()?;
+            let ((start, len), slot) = (block(piece, rank), part(piece, 0).0);
+            // SAFETY: MPI is done with this slot, and never had this rank's own block. No other reference to
+            // either exists; the two do not overlap.
+            let (own, all) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(values.add(start), len),
+                    std::slice::from_raw_parts_mut(parts.add(slot), len * world_size),
+                )
+            };
+            let (before, after) = all.split_at_mut(rank * len);
+            sum_around(own, before, &after[len..]);
+            // The sums of `depth` pieces ago have long arrived, most often.
+            gathered[piece % depth].wait()?;
+            gather(piece, &mut gathered[piece % depth])?;
         }
+        gathered.iter_mut().try_for_each(Requests::wait)
+    }
+
+    fn broadcast_slice<T: MpiElement>(&self, slice: &mut [T], root: u32) -> Result<(), ErrorKind> {
+        for piece in slice.chunks_mut(BROADCAST_BYTES / size_of::<T>()) {
+            let (at, count) = (piece.as_mut_ptr().cast::<c_void>(), piece.len() as c_int);
+            let mut requests = self.requests();
+            // SAFETY: the count is the length of the piece, which fits an int; the datatype is that of T. The
+            // piece is borrowed until after `wait`.
+            unsafe {
+                requests.start(|comm, request| {
+                    ffi::MPI_Ibcast(at, count, T::datatype(), root as c_int, comm, request)
+                })?;
+            }
+            requests.wait()?;
+        }
+        Ok(())
+    }
+
+    /// Lengths first, then the bytes, in rounds that keep every count and offset within an `int`.
+    fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, ErrorKind> {
+        let world_size = self.world.world_size as usize;
+        let own_len = bytes.len() as u64;
+        let mut lens = vec![0u64; world_size];
+        let (from, to) = ((&raw const own_len).cast::<c_void>(), lens.as_mut_ptr().cast::<c_void>());
+        let mut requests = self.requests();
+        // SAFETY: one u64 from each rank into `world_size` of them; both live until after `wait`.
+        unsafe {
+            requests.start(|comm, request| {
+                ffi::MPI_Iallgather(from, 1, u64::datatype(), to, 1, u64::datatype(), comm, request)
+            })?;
+        }
+        requests.wait()?;
+        drop(requests);
+        let per_round = (GATHER_BYTES / world_size).max(1);
+        let longest = lens.iter().copied().max().unwrap_or(0) as usize;
+        let mut gathered = vec![Vec::new(); world_size];
+        let mut round = Vec::new();
+        for begin in (0..longest).step_by(per_round) {
+            let part = |len: usize| len.min(begin + per_round).saturating_sub(begin);
+            let counts: Vec<c_int> = lens.iter().map(|&len| part(len as usize) as c_int).collect();
+            let starts: Vec<c_int> = counts
+                .iter()
+                .scan(0, |next, &count| {
+                    let start = *next;
+                    *next += count;
+                    Some(start)
+                })
+                .collect();
+            round.resize(counts.iter().map(|&count| count as usize).sum(), 0u8);
+            let own = &bytes[begin.min(bytes.len())..][..part(bytes.len())];
+            let (from, to) = (own.as_ptr().cast::<c_void>(), round.as_mut_ptr().cast::<c_void>());
+            let (counts_at, starts_at) = (counts.as_ptr(), starts.as_ptr());
+            let mut requests = self.requests();
+            // SAFETY: `own` is what this rank announced for the round; counts and starts lie inside `round`; no
+            // overlap. All of them live until after `wait`.
+            unsafe {
+                requests.start(|comm, request| {
+                    ffi::MPI_Iallgatherv(
+                        from,
+                        own.len() as c_int,
+                        u8::datatype(),
+                        to,
+                        counts_at,
+                        starts_at,
+                        u8::datatype(),
+                        comm,
+                        request,
+                    )
+                })?;
+            }
+            requests.wait()?;
+            drop(requests);
+            for (whole, (&start, &count)) in gathered.iter_mut().zip(starts.iter().zip(&counts)) {
+                whole.extend_from_slice(&round[start as usize..][..count as usize]);
+            }
+        }
+        Ok(gathered)
+    }
+
+    /// Rounds of empty messages over distances 1, 2, 4, …: after the last, every rank has heard, directly or
+    /// not, of every other (Hensgen, Finkel and Manber 1988: the dissemination barrier).
+    fn meet(&self) -> Result<(), ErrorKind> {
+        let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
+        let mut distance = 1;
+        let nothing = std::ptr::dangling_mut::<u8>();
+        while distance < world_size {
+            let (to, from) = ((rank + distance) % world_size, (rank + world_size - distance) % world_size);
+            let mut requests = self.requests();
+            // SAFETY: no memory is named.
+            unsafe {
+                requests.receive(Message { at: nothing, len: 0, peer: from, tag: BARRIER_TAG })?;
+                requests.send(Message { at: nothing, len: 0, peer: to, tag: BARRIER_TAG })?;
+            }
+            requests.wait()?;
+            distance *= 2;
+        }
+        Ok(())
+    }
+
+    /// Duplicates the communicator, so that nothing sent on the new line meets what is sent on this one.
+    fn branch(&self, name: &str) -> Result<Mpi, ErrorKind> {
+        // SAFETY: a constant of the C library, never written.
+        let mut comm = unsafe { ffi::RSMPI_COMM_NULL };
+        let at = &raw mut comm;
+        let mut requests = self.requests();
+        // SAFETY: `comm` lives until after `wait`.
+        unsafe { requests.start(|from, request| ffi::MPI_Comm_idup(from, at, request))? };
+        requests.wait()?;
+        drop(requests);
+        let line = Arc::new(Line::new(Some(name.to_owned()), Comm(comm), Polling::background()));
+        self.world.lanes().push(Arc::clone(&line));
+        Ok(Mpi { world: Arc::clone(&self.world), line })
+    }
+
+    fn shut_down(&self) -> Result<(), ErrorKind> {
+        if self.line.name.is_some() {
+            return Err(ErrorKind::OnLane);
+        }
+        if thread::current().id() != self.world.started_by {
+            return Err(ErrorKind::WrongThread);
+        }
+        let lanes = self.world.lanes();
+        let mut turns = Vec::new();
+        for lane in lanes.iter() {
+            let busy = || ErrorKind::LaneInUse { lane: lane.name.clone().unwrap_or_default() };
+            turns.push(lane.turn.try_lock().map_err(|_| busy())?);
+        }
+        let mut library = self.world.library.lock();
+        for lane in lanes.iter() {
+            let mut comm = lane.comm.0;
+            // SAFETY: made by MPI_Comm_idup, in use by nobody, freed once: the library is shut down next.
+            check(unsafe { ffi::MPI_Comm_free(&raw mut comm) })?;
+        }
+        let universe = library.take();
+        RUNNING.store(false, Ordering::SeqCst);
+        drop(universe.map(ManuallyDrop::into_inner));
         Ok(())
     }
 }
 
-/// The memory of two ranges that do not overlap, the second to be written.
-fn two_ranges<T>(slice: &mut [T], read: Range<usize>, written: Range<usize>) -> (&[T], &mut [T]) {
-    if read.start < written.start || (read.end <= written.start) {
-        let (low, high) = slice.split_at_mut(written.start);
-        (&low[read], &mut high[..written.len()])
+impl World {
+    fn lanes(&self) -> MutexGuard<'_, Vec<Arc<Line>>> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Line {
+    fn new(name: Option<String>, comm: Comm, polling: Polling) -> Self {
+        Line { name, comm, polling, calls: AtomicU64::new(0), turn: Mutex::default() }
+    }
+
+    fn turn(&self) -> MutexGuard<'_, Scratch> {
+        // A panic while the lock was held has ended the world already.
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How many ranks run on this machine.
+fn ranks_here(comm: ffi::MPI_Comm) -> Result<usize, StartError> {
+    let mut ranks: c_int = 1;
+    // SAFETY: MPI is started; all ranks call this at their start. What is made is freed here.
+    let code = unsafe {
+        let mut here = ffi::RSMPI_COMM_NULL;
+        match ffi::MPI_Comm_split_type(
+            comm,
+            ffi::RSMPI_COMM_TYPE_SHARED,
+            0,
+            ffi::RSMPI_INFO_NULL,
+            &raw mut here,
+        ) {
+            0 => match ffi::MPI_Comm_size(here, &raw mut ranks) {
+                0 => ffi::MPI_Comm_free(&raw mut here),
+                code => code,
+            },
+            code => code,
+        }
+    };
+    if code == ffi::MPI_SUCCESS as c_int {
+        Ok(ranks as usize)
     } else {
-        let (low, high) = slice.split_at_mut(read.start);
-        (&high[..read.len()], &mut low[written])
+        Err(StartError::Mpi { code, text: error_text(code) })
     }
-}
-
-/// Sends to one rank and receives from another, at the same time.
-fn exchange<T: MpiElement>(sent: &[T], to: usize, received: &mut [T], from: usize) -> Result<(), ErrorKind> {
-    // SAFETY: the counts are the lengths of the slices, which a piece's size keeps within an int, and the
-    // datatype is that of T. Returns when both slices are no longer in use.
-    check(unsafe {
-        ffi::MPI_Sendrecv(
-            sent.as_ptr().cast::<c_void>(),
-            sent.len() as c_int,
-            T::datatype(),
-            to as c_int,
-            EXCHANGE_TAG,
-            received.as_mut_ptr().cast::<c_void>(),
-            received.len() as c_int,
-            T::datatype(),
-            from as c_int,
-            EXCHANGE_TAG,
-            world(),
-            ffi::RSMPI_STATUS_IGNORE,
-        )
-    })
-}
-
-/// Everyone receives everything and adds it up.
-fn sum_short<T: MpiElement>(slice: &mut [T], parts: &mut Vec<T>, world_size: usize) -> Result<(), ErrorKind> {
-    if slice.is_empty() {
-        return Ok(());
-    }
-    grow(parts, slice.len() * world_size);
-    // SAFETY: `parts` has room for `world_size` times the slice; no overlap; the count is at most
-    // SHORT_BYTES.
-    check(unsafe {
-        ffi::MPI_Allgather(
-            slice.as_ptr().cast::<c_void>(),
-            slice.len() as c_int,
-            T::datatype(),
-            parts.as_mut_ptr().cast::<c_void>(),
-            slice.len() as c_int,
-            T::datatype(),
-            world(),
-        )
-    })?;
-    let len = slice.len();
-    sum_in_rank_order(slice, parts[..len * world_size].chunks_exact(len));
-    Ok(())
 }
 
 /// Makes `scratch` at least `len` long; it never shrinks.
@@ -327,52 +573,51 @@ fn abort_world(code: i32) -> ! {
     // SAFETY: MPI is running. Another thread may be inside MPI at the same time; this process ends here
     // either way, and the timer above bounds how long it takes.
     unsafe {
-        ffi::MPI_Abort(world(), code);
+        ffi::MPI_Abort(comm_world(), code);
         libc::_exit(code)
     }
 }
 
 impl Collectives for Mpi {
     fn rank(&self) -> u32 {
-        self.rank
+        self.world.rank
     }
 
     fn world_size(&self) -> u32 {
-        self.world_size
+        self.world.world_size
     }
 
     fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError> {
-        self.operate(Operation::AllReduceSum, |state| with_slice!(buffer, slice => self.sum(state, slice)))
+        self.operate(
+            Operation::AllReduceSum,
+            |scratch| with_slice!(buffer, slice => self.sum(scratch, slice)),
+        )
     }
 
     fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError> {
         self.operate(Operation::Broadcast, |_| {
-            if root >= self.world_size {
+            if root >= self.world.world_size {
                 return Err(ErrorKind::NoSuchRoot { root });
             }
-            with_slice!(buffer, slice => broadcast(slice, root))
+            with_slice!(buffer, slice => self.broadcast_slice(slice, root))
         })
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        self.operate(Operation::AllGather, |_| gather(bytes, self.world_size as usize))
+        self.operate(Operation::AllGather, |_| self.gather(bytes))
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        // SAFETY: MPI is running, checked by `operate`, which also lets one thread in at a time.
-        self.operate(Operation::Barrier, |_| check(unsafe { ffi::MPI_Barrier(world()) }))
+        self.operate(Operation::Barrier, |_| self.meet())
+    }
+
+    fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
+        let lane = self.operate(Operation::Lane, |_| self.branch(name))?;
+        Ok(Arc::new(lane))
     }
 
     fn finish(&self) -> Result<(), CollectiveError> {
-        self.operate(Operation::Finish, |state| {
-            if thread::current().id() != self.started_by {
-                return Err(ErrorKind::WrongThread);
-            }
-            let universe = state.universe.take();
-            RUNNING.store(false, Ordering::SeqCst);
-            drop(universe.map(ManuallyDrop::into_inner));
-            Ok(())
-        })
+        self.operate(Operation::Finish, |_| self.shut_down())
     }
 
     fn abort(&self, code: i32) -> ! {
@@ -383,81 +628,12 @@ impl Collectives for Mpi {
     }
 }
 
-fn broadcast<T: MpiElement>(slice: &mut [T], root: u32) -> Result<(), ErrorKind> {
-    for piece in slice.chunks_mut(BROADCAST_BYTES / size_of::<T>()) {
-        // SAFETY: the count is the length of the piece, which fits an int; the datatype is that of T.
-        check(unsafe {
-            ffi::MPI_Bcast(
-                piece.as_mut_ptr().cast::<c_void>(),
-                piece.len() as c_int,
-                T::datatype(),
-                root as c_int,
-                world(),
-            )
-        })?;
-    }
-    Ok(())
-}
-
-/// Lengths first, then the bytes, in rounds that keep every count and offset within an `int`.
-fn gather(bytes: &[u8], world_size: usize) -> Result<Vec<Vec<u8>>, ErrorKind> {
-    let own_len = bytes.len() as u64;
-    let mut lens = vec![0u64; world_size];
-    // SAFETY: one u64 from each rank into `world_size` of them.
-    check(unsafe {
-        ffi::MPI_Allgather(
-            (&raw const own_len).cast::<c_void>(),
-            1,
-            u64::datatype(),
-            lens.as_mut_ptr().cast::<c_void>(),
-            1,
-            u64::datatype(),
-            world(),
-        )
-    })?;
-    let per_round = (GATHER_BYTES / world_size).max(1);
-    let longest = lens.iter().copied().max().unwrap_or(0) as usize;
-    let mut gathered = vec![Vec::new(); world_size];
-    let mut round = Vec::new();
-    for begin in (0..longest).step_by(per_round) {
-        let part = |len: usize| len.min(begin + per_round).saturating_sub(begin);
-        let counts: Vec<c_int> = lens.iter().map(|&len| part(len as usize) as c_int).collect();
-        let starts: Vec<c_int> = counts
-            .iter()
-            .scan(0, |next, &count| {
-                let start = *next;
-                *next += count;
-                Some(start)
-            })
-            .collect();
-        round.resize(counts.iter().map(|&count| count as usize).sum(), 0u8);
-        let own = &bytes[begin.min(bytes.len())..][..part(bytes.len())];
-        // SAFETY: `own` is what this rank announced for the round; counts and starts lie inside `round`; no
-        // overlap.
-        check(unsafe {
-            ffi::MPI_Allgatherv(
-                own.as_ptr().cast::<c_void>(),
-                own.len() as c_int,
-                u8::datatype(),
-                round.as_mut_ptr().cast::<c_void>(),
-                counts.as_ptr(),
-                starts.as_ptr(),
-                u8::datatype(),
-                world(),
-            )
-        })?;
-        for (whole, (&start, &count)) in gathered.iter_mut().zip(starts.iter().zip(&counts)) {
-            whole.extend_from_slice(&round[start as usize..][..count as usize]);
-        }
-    }
-    Ok(gathered)
-}
-
 impl fmt::Debug for Mpi {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mpi")
-            .field("rank", &self.rank)
-            .field("world_size", &self.world_size)
+            .field("rank", &self.world.rank)
+            .field("world_size", &self.world.world_size)
+            .field("lane", &self.line.name)
             .finish_non_exhaustive()
     }
 }

@@ -1,0 +1,238 @@
+//! What MPI works on while nobody holds its lock: requests, and how a thread waits for them.
+//!
+//! The thread level is *serialized*, so no thread may stay inside MPI while another has something to do
+//! there. Every operation is therefore started by a call that returns at once, and waiting is a loop of short
+//! calls with the lock given back in between.
+
+use std::{
+    ffi::{c_int, c_void},
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    sync::{Mutex, MutexGuard, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use ::mpi::{environment::Universe, ffi};
+
+use super::{MpiElement, abort_world, check};
+use crate::ErrorKind;
+
+/// How long an operation that failed may take to give back the memory it was handed.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
+/// The exit code when it does not.
+const MEMORY_EXIT_CODE: i32 = 1;
+
+/// The MPI library of this process: one call at a time, until it is shut down.
+pub(super) struct Library(Mutex<Option<ManuallyDrop<Universe>>>);
+
+impl Library {
+    pub(super) fn new(universe: ManuallyDrop<Universe>) -> Self {
+        Library(Mutex::new(Some(universe)))
+    }
+
+    /// `None` inside after the end. Not dropped with this value: its drop calls `MPI_Finalize`, which waits
+    /// for all ranks.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Option<ManuallyDrop<Universe>>> {
+        // A panic while the lock was held has ended the world already.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes one MPI call, which must return without waiting for another rank.
+    pub(super) fn call(&self, call: impl FnOnce() -> c_int) -> Result<(), ErrorKind> {
+        let universe = self.lock();
+        if universe.is_none() {
+            return Err(ErrorKind::Finished);
+        }
+        check(call())
+    }
+}
+
+/// A communicator; as plain data as the standard's handles are.
+#[derive(Clone, Copy)]
+pub(super) struct Comm(pub(super) ffi::MPI_Comm);
+
+// SAFETY: under the thread level "serialized" a handle may be used from any thread, one call at a time, which
+// `Library` ensures.
+unsafe impl Send for Comm {}
+// SAFETY: as above; the handle itself is never written.
+unsafe impl Sync for Comm {}
+
+/// How a thread waits: it looks again at once, then lets others have the core in between, then sleeps.
+///
+/// MPI makes progress only while somebody looks, so sleeping trades bandwidth for the core. A sleep's length
+/// grows up to a bound, and the kernel adds its own slack of about 50 µs.
+#[derive(Clone, Copy)]
+pub(super) struct Polling {
+    /// How long to look again at once.
+    spin: Duration,
+    /// How often to yield after that, before sleeping.
+    yields: u32,
+    longest_sleep: Duration,
+}
+
+impl Polling {
+    const FIRST_SLEEP: Duration = Duration::from_micros(20);
+
+    /// For a thread that has nothing else to do until the operation is complete. With a core for each of the
+    /// machine's ranks, losing it to another program costs more than it gives; with fewer, the rank waited for may
+    /// be waiting for this core.
+    pub(super) fn foreground(ranks_here: usize) -> Polling {
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        let spin = if ranks_here <= cores { Duration::from_micros(100) } else { Duration::ZERO };
+        Polling { spin, yields: 5000, longest_sleep: Duration::from_micros(100) }
+    }
+
+    /// For a thread beside one that computes: it sleeps soon.
+    pub(super) fn background() -> Polling {
+        Polling { spin: Duration::from_micros(5), yields: 10, longest_sleep: Duration::from_micros(200) }
+    }
+}
+
+/// One wait.
+struct Waiting {
+    polling: Polling,
+    began: Option<Instant>,
+    yields: u32,
+    sleep: Duration,
+}
+
+impl Waiting {
+    fn new(polling: Polling) -> Self {
+        Waiting { polling, began: None, yields: 0, sleep: Polling::FIRST_SLEEP }
+    }
+
+    /// Between two looks.
+    fn pause(&mut self) {
+        let began = *self.began.get_or_insert_with(Instant::now);
+        if self.yields == 0 && began.elapsed() < self.polling.spin {
+            std::hint::spin_loop();
+        } else if self.yields < self.polling.yields {
+            self.yields += 1;
+            thread::yield_now();
+        } else {
+            thread::sleep(self.sleep);
+            self.sleep = (self.sleep + Duration::from_micros(2)).min(self.polling.longest_sleep);
+        }
+    }
+}
+
+/// One side of a message: where the elements are and who the other rank is.
+pub(super) struct Message<T> {
+    pub(super) at: *mut T,
+    pub(super) len: usize,
+    pub(super) peer: usize,
+    pub(super) tag: c_int,
+}
+
+/// Operations that MPI is working on. Their memory is MPI's until [`Requests::wait`] returned `Ok`.
+pub(super) struct Requests<'a> {
+    library: &'a Library,
+    comm: Comm,
+    polling: Polling,
+    handles: Vec<ffi::MPI_Request>,
+    /// The memory MPI may touch outlives this value.
+    memory: PhantomData<&'a mut ()>,
+}
+
+impl<'a> Requests<'a> {
+    pub(super) fn new(library: &'a Library, comm: Comm, polling: Polling) -> Self {
+        Requests { library, comm, polling, handles: Vec::new(), memory: PhantomData }
+    }
+
+    /// Starts an operation by a call that fills in its request.
+    ///
+    /// # Safety
+    /// `call` is an MPI call that does not wait, with valid arguments. The memory it names is valid, and used by
+    /// nobody else (read by nobody else, if MPI writes to it), until `wait` returned `Ok` or this is dropped.
+    pub(super) unsafe fn start(
+        &mut self,
+        call: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
+    ) -> Result<(), ErrorKind> {
+        // SAFETY: a constant of the C library, never written.
+        let mut handle = unsafe { ffi::RSMPI_REQUEST_NULL };
+        self.library.call(|| call(self.comm.0, &raw mut handle))?;
+        self.handles.push(handle);
+        Ok(())
+    }
+
+    /// Starts to send; the memory is only read.
+    ///
+    /// # Safety
+    /// As [`Requests::start`]; the length fits an `int`.
+    pub(super) unsafe fn send<T: MpiElement>(&mut self, message: Message<T>) -> Result<(), ErrorKind> {
+        let Message { at, len, peer, tag } = message;
+        let buffer = at.cast_const().cast::<c_void>();
+        // SAFETY: as this function's.
+        unsafe {
+            self.start(|comm, request| {
+                ffi::MPI_Isend(buffer, len as c_int, T::datatype(), peer as c_int, tag, comm, request)
+            })
+        }
+    }
+
+    /// Starts to receive.
+    ///
+    /// # Safety
+    /// As [`Requests::start`]; the length fits an `int`.
+    pub(super) unsafe fn receive<T: MpiElement>(&mut self, message: Message<T>) -> Result<(), ErrorKind> {
+        let Message { at, len, peer, tag } = message;
+        // SAFETY: as this function's.
+        unsafe {
+            self.start(|comm, request| {
+                ffi::MPI_Irecv(at.cast(), len as c_int, T::datatype(), peer as c_int, tag, comm, request)
+            })
+        }
+    }
+
+    /// Returns when all of them are complete, and forgets them.
+    pub(super) fn wait(&mut self) -> Result<(), ErrorKind> {
+        let mut waiting = Waiting::new(self.polling);
+        while !self.test()? {
+            waiting.pause();
+        }
+        Ok(())
+    }
+
+    fn test(&mut self) -> Result<bool, ErrorKind> {
+        if self.handles.is_empty() {
+            return Ok(true);
+        }
+        let mut complete: c_int = 0;
+        let Requests { library, handles, .. } = self;
+        // SAFETY: the requests are active or null; statuses are not wanted.
+        library.call(|| unsafe {
+            ffi::MPI_Testall(
+                handles.len() as c_int,
+                handles.as_mut_ptr(),
+                &raw mut complete,
+                ffi::RSMPI_STATUSES_IGNORE,
+            )
+        })?;
+        if complete != 0 {
+            self.handles.clear();
+        }
+        Ok(complete != 0)
+    }
+}
+
+impl Drop for Requests<'_> {
+    /// Reached with requests left only after an error. The memory is about to be given to someone else, so MPI
+    /// has to let go of it; if it does not, this process must end.
+    fn drop(&mut self) {
+        let began = Instant::now();
+        let mut waiting = Waiting::new(self.polling);
+        while let Ok(false) = self.test() {
+            if began.elapsed() > RELEASE_PATIENCE {
+                break;
+            }
+            waiting.pause();
+        }
+        if !self.handles.is_empty() {
+            eprintln!(
+                "error: an MPI operation failed and others it had begun cannot be ended; ending all ranks"
+            );
+            abort_world(MEMORY_EXIT_CODE);
+        }
+    }
+}
