@@ -81,6 +81,48 @@ fn simsiam_with_lars_on_one_and_two_ranks() {
 }
 
 #[test]
+fn micro_batches_are_one_update() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let curve = |statistics: &str, parts: u64, workers: u32| {
+        let name = format!("{statistics}-{parts}-{workers}");
+        let recipe = TinyRecipe::new(&dir.path().join("images"))
+            .set("parallel.norm_statistics", &format!("{statistics:?}"))
+            .set("parallel.micro_batches", &parts.to_string())
+            .write(dir.path().join(format!("{name}.toml")));
+        train(&recipe, &dir.path().join(name), workers)
+    };
+    // Where batch norm does not look at the batch, the parts of a batch are the batch.
+    let whole = curve("running", 1, 1);
+    for (parts, workers) in [(2, 1), (4, 1), (4, 2)] {
+        let name = format!("{parts} parts on {workers} ranks");
+        assert_same_curve(&whole, &curve("running", parts, workers), &name);
+    }
+    // Where it does, it sees one part at a time: another curve, but the same one on any number of ranks.
+    let parts = curve("batch", 2, 1);
+    assert_ne!(parts, curve("batch", 1, 1));
+    assert_same_curve(&parts, &curve("batch", 2, 2), "two parts on two ranks");
+    assert_same_curve(&parts, &curve("batch", 2, 3), "two parts on three ranks");
+}
+
+#[test]
+fn the_size_of_buckets_changes_nothing() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let run = |mib: &str| {
+        let run_dir = dir.path().join(format!("run-{mib}"));
+        let recipe = TinyRecipe::new(&dir.path().join("images"))
+            .set("parallel.bucket_mib", mib)
+            .set("parallel.check_collectives", "true")
+            .write(dir.path().join(format!("{mib}.toml")));
+        (train(&recipe, &run_dir, 2), final_state(&run_dir))
+    };
+    assert_eq!(run("0.01"), run("100.0"));
+}
+
+#[test]
 fn the_order_of_samples_and_every_byte_of_a_view_do_not_depend_on_the_world() {
     let dir = temp_dir();
     write_images(&dir.path().join("images"));

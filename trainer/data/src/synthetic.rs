@@ -1,7 +1,7 @@
 //! A procedural image set for demonstrations: small pictures of one shape each, many times over.
 //!
 //! The class is the shape (bar, cross, ring, …), and nothing else of a picture tells it: shapes lie on a lattice of
-//! random size, turn and phase, each shape turned, scaled and moved by itself, light on dark or dark on light, in random
+//! random size, turn and phase, each shape turned, scaled and moved by itself, lighter or darker than the ground, in random
 //! colours on a ground of random colour, gradient and noise, and every picture is equally bright. So neighbours in
 //! pixel space are no more of one class than strangers, and a method has to learn what a shape is.
 //!
@@ -94,6 +94,7 @@ struct Motif {
     scale: f64,
     /// Cosine and sine of its turn.
     turn: [f64; 2],
+    light: bool,
 }
 
 /// Shapes on a turned and shifted lattice.
@@ -102,7 +103,8 @@ struct Lattice {
     turn: [f64; 2],
     phase: [f64; 2],
     motifs: [[Motif; CELLS]; CELLS],
-    colour: Colour,
+    /// Of dark shapes and of light ones.
+    colours: [Colour; 2],
 }
 
 /// Draws picture `index` of a split: its pixels and its label.
@@ -134,11 +136,8 @@ pub fn draw(config: &SyntheticConfig, split: Split, index: u64) -> (RgbImage, u3
             for sub in 0..OVERSAMPLING * OVERSAMPLING {
                 let x = ((column * OVERSAMPLING + sub % OVERSAMPLING) as f64 + 0.5) * step;
                 let y = ((row * OVERSAMPLING + sub / OVERSAMPLING) as f64 + 0.5) * step;
-                let colour = if on_shape(class, &lattice, x, y) {
-                    lattice.colour
-                } else {
-                    ground_at(&corners, &blotches, x, y)
-                };
+                let colour =
+                    shape_at(class, &lattice, x, y).unwrap_or_else(|| ground_at(&corners, &blotches, x, y));
                 for c in 0..3 {
                     sum[c] += colour[c];
                 }
@@ -182,7 +181,6 @@ fn random_turn(random: &mut Sequence) -> [f64; 2] {
 
 fn random_lattice(config: &SyntheticConfig, random: &mut Sequence) -> Lattice {
     let contrast = random.between(config.contrast[0], config.contrast[1]);
-    let contrast = if random.chance(0.5) { contrast } else { -contrast };
     Lattice {
         cell: random.between(config.cell[0], config.cell[1]),
         turn: random_turn(random),
@@ -192,9 +190,10 @@ fn random_lattice(config: &SyntheticConfig, random: &mut Sequence) -> Lattice {
                 offset: std::array::from_fn(|_| random.between(-config.jitter, config.jitter)),
                 scale: random.between(config.scale[0], config.scale[1]),
                 turn: random_turn(random),
+                light: random.chance(0.5),
             })
         }),
-        colour: tint(random, MIDDLE + contrast, config.tint),
+        colours: [-contrast, contrast].map(|contrast| tint(random, MIDDLE + contrast, config.tint)),
     }
 }
 
@@ -202,19 +201,19 @@ fn rotate([cos, sin]: [f64; 2], x: f64, y: f64) -> (f64, f64) {
     (cos * x + sin * y, cos * y - sin * x)
 }
 
-/// Whether a shape lies at (x, y), fractions of the side.
-fn on_shape(class: usize, lattice: &Lattice, x: f64, y: f64) -> bool {
+/// The colour of the shape at (x, y), fractions of the side, if there is one.
+fn shape_at(class: usize, lattice: &Lattice, x: f64, y: f64) -> Option<Colour> {
     let (u, v) = rotate(lattice.turn, (x - 0.5) / lattice.cell, (y - 0.5) / lattice.cell);
     let (u, v) = (u + lattice.phase[0], v + lattice.phase[1]);
     let index = |t: f64| (t.floor() as i64).rem_euclid(CELLS as i64) as usize;
     let motif = &lattice.motifs[index(u)][index(v)];
     let (a, b) = (u - u.floor() - 0.5 - motif.offset[0], v - v.floor() - 0.5 - motif.offset[1]);
     let (a, b) = rotate(motif.turn, a / motif.scale, b / motif.scale);
-    shape(class, a, b)
+    covers(class, a, b).then(|| lattice.colours[usize::from(motif.light)])
 }
 
 /// Whether a shape covers (a, b), measured from its middle in cells.
-fn shape(class: usize, a: f64, b: f64) -> bool {
+fn covers(class: usize, a: f64, b: f64) -> bool {
     let within = |x: f64, y: f64, radius: f64| x * x + y * y < radius * radius;
     match CLASSES[class] {
         "bar" => a.abs() < 0.14 && b.abs() < 0.46,

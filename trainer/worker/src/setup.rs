@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use mentee_cluster::{Identity, Phase, identity};
+use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::Mpi;
 use mentee_collectives::{Buffer, Collectives, Single};
 use mentee_config::plan::share;
@@ -151,6 +152,8 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         state_digest: checkpoints::digest(&state)?,
     };
     agree::on_start(&*collectives, &own)?;
+    let collectives: Arc<dyn Collectives> =
+        if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
     tracing::info!(
         next_step,
         total_steps = plan.total_steps,
