@@ -79,7 +79,7 @@ impl Polling {
     /// be waiting for this core.
     pub(super) fn foreground(ranks_here: usize) -> Polling {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let spin = if ranks_here <= cores { Duration::from_micros(100) } else { Duration::ZERO };
+        let spin = if ranks_here <= cores { Duration::from_micros(30) } else { Duration::ZERO };
         Polling { spin, yields: 5000, longest_sleep: Duration::from_micros(100) }
     }
 
@@ -220,6 +220,9 @@ impl Drop for Requests<'_> {
     /// Reached with requests left only after an error. The memory is about to be given to someone else, so MPI
     /// has to let go of it; if it does not, this process must end.
     fn drop(&mut self) {
+        if self.handles.is_empty() {
+            return;
+        }
         let began = Instant::now();
         let mut waiting = Waiting::new(self.polling);
         while let Ok(false) = self.test() {
