@@ -44,7 +44,7 @@ int main(int argc, char **argv) {
         once(values, len);
         double trial[2] = {once(values, len), once(values, len)};
         MPI_Allreduce(MPI_IN_PLACE, trial, 2, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);
-        double fits = seconds / (trial[0] < trial[1] ? trial[0] : trial[1]);
+        double fits = seconds / (trial[0] > trial[1] ? trial[0] : trial[1]);
         int repetitions = fits < FEWEST ? FEWEST : fits > MOST ? MOST : (int)fits;
         for (int repetition = 0; repetition < repetitions; repetition++) times[repetition] = once(values, len);
         MPI_Allreduce(MPI_IN_PLACE, times, repetitions, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD);

@@ -1,11 +1,13 @@
 //! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose
 //! when asked to. `tests/mpi.rs` runs it under mpirun.
 //!
-//! `mpi_check sums | panic RANK | panic-elsewhere RANK | leave RANK | abort RANK CODE | expect RANK WORLD`
+//! `mpi_check sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | abort RANK CODE | expect RANK WORLD`
 
-use std::{env, process::ExitCode, thread, time::Duration};
+use std::{env, process::ExitCode, sync::mpsc, thread, time::Duration};
 
-use mentee_collectives::{Buffer, Collectives, ErrorKind, StartError, checked::Checked, mpi::Mpi};
+use mentee_collectives::{
+    Buffer, CollectiveError, Collectives, ErrorKind, StartError, checked::Checked, mpi::Mpi, threads,
+};
 
 fn main() -> ExitCode {
     let args: Vec<String> = env::args().skip(1).collect();
@@ -36,6 +38,32 @@ fn main() -> ExitCode {
             assert_eq!(group.barrier().unwrap_err().kind, ErrorKind::Finished);
             println!("rank {} of {}: all well", group.rank(), group.world_size());
             ExitCode::SUCCESS
+        }
+        "lanes" => {
+            opposite_orders(&group);
+            busy_lanes(&group);
+            an_end_with_a_lane_in_use(&group);
+            let lane = group.lane("left over").expect("lane");
+            assert_eq!(lane.finish().unwrap_err().kind, ErrorKind::OnLane);
+            let checked = Checked::new(group);
+            disagreement_on_a_lane(&checked);
+            checked.finish().expect("finish");
+            assert_eq!(lane.barrier().unwrap_err().kind, ErrorKind::Finished);
+            println!("rank {} of {}: all well", checked.rank(), checked.world_size());
+            ExitCode::SUCCESS
+        }
+        "wake" => {
+            // The other ranks wait on both lines of calls when this one ends.
+            let lane = group.lane("gradients").expect("lane");
+            if chosen {
+                thread::sleep(Duration::from_millis(200));
+                group.abort(number(2) as i32);
+            }
+            thread::scope(|scope| {
+                scope.spawn(|| lane.all_reduce_sum((&mut vec![0f32; 1_000_000]).into()));
+                let _ = group.barrier();
+            });
+            ExitCode::FAILURE
         }
         "panic" => {
             assert!(!chosen, "a panic on purpose");
@@ -139,6 +167,116 @@ fn other_threads(group: &Mpi) {
     assert!(values.iter().all(|x| *x == group.world_size() as f32));
     let error = thread::scope(|scope| scope.spawn(|| group.finish()).join().expect("no panic").unwrap_err());
     assert_eq!(error.kind, ErrorKind::WrongThread);
+}
+
+/// Rank 0 is in a call of the lane when rank 1 is in one of the group; each starts the other call only then.
+fn opposite_orders(group: &Mpi) {
+    let lane = group.lane("gradients").expect("lane");
+    for len in [1, 4000, 200_000] {
+        let lane_first = group.rank().is_multiple_of(2);
+        let own = f32::from(group.rank() as u16) + 1.0;
+        let (mut of_lane, mut of_group) = (vec![own; len], vec![-own; len]);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(if lane_first { 0 } else { 30 }));
+                lane.all_reduce_sum((&mut of_lane).into()).expect("on the lane");
+            });
+            thread::sleep(Duration::from_millis(if lane_first { 30 } else { 0 }));
+            group.all_reduce_sum((&mut of_group).into()).expect("in the group");
+        });
+        let sum = (group.world_size() * (group.world_size() + 1) / 2) as f32;
+        assert!(of_lane.iter().all(|x| *x == sum) && of_group.iter().all(|x| *x == -sum));
+    }
+}
+
+/// What one line of calls does; the results decide which bits went where.
+fn mixed_calls(line: &dyn Collectives, salt: usize) -> Result<Vec<u64>, CollectiveError> {
+    let (rank, world) = (line.rank(), line.world_size());
+    let mut seen = Vec::new();
+    for (round, len) in [1, 700, 33_000, 5, 300_001, 1500, 70_000].into_iter().enumerate() {
+        let mut double: Vec<f64> = (0..len).map(|i| awkward(rank, i + salt)).collect();
+        let mut single: Vec<f32> = double.iter().map(|x| *x as f32).collect();
+        line.all_reduce_sum((&mut single).into())?;
+        line.all_reduce_sum((&mut double).into())?;
+        let root = (round + salt) as u32 % world;
+        let mut word = [u64::from(rank), salt as u64];
+        line.broadcast(Buffer::U64(&mut word), root)?;
+        let all = line.all_gather(&vec![salt as u8; rank as usize + round])?;
+        line.barrier()?;
+        seen.extend(double.iter().map(|x| x.to_bits()));
+        seen.extend(single.iter().map(|x| u64::from(x.to_bits())));
+        seen.extend(word);
+        seen.extend(all.iter().flatten().map(|x| u64::from(*x)));
+    }
+    Ok(seen)
+}
+
+/// Three lines of calls at once, each from its own thread; the same bits as threads of one process get.
+fn busy_lanes(group: &Mpi) {
+    let lanes = [group.lane("one").expect("lane"), group.lane("two").expect("lane")];
+    let (of_group, of_lanes) = thread::scope(|scope| {
+        let others: Vec<_> = lanes
+            .iter()
+            .enumerate()
+            .map(|(index, lane)| scope.spawn(move || mixed_calls(lane, index + 1).expect("on a lane")))
+            .collect();
+        let own = mixed_calls(group, 0).expect("in the group");
+        (own, others.into_iter().map(|thread| thread.join().expect("no panic")).collect::<Vec<_>>())
+    });
+    let expected = threads::run(group.world_size(), Duration::from_secs(60), |rank| {
+        let lanes = [rank.lane("one").expect("lane"), rank.lane("two").expect("lane")];
+        [
+            mixed_calls(&rank, 0).expect("threads"),
+            mixed_calls(&lanes[0], 1).expect("threads"),
+            mixed_calls(&lanes[1], 2).expect("threads"),
+        ]
+    });
+    let rank = group.rank() as usize;
+    assert!(of_group == expected[rank][0], "other bits than among threads");
+    assert!(of_lanes == expected[rank][1..], "other bits on lanes than among threads");
+}
+
+/// The end is refused while a lane is at work, and can be asked for again.
+fn an_end_with_a_lane_in_use(group: &Mpi) {
+    if group.world_size() == 1 {
+        return;
+    }
+    let lane = group.lane("slow").expect("lane");
+    if group.rank() == 0 {
+        thread::scope(|scope| {
+            let (started, wait_for_start) = mpsc::channel();
+            let lane = &lane;
+            scope.spawn(move || {
+                started.send(()).expect("a listener");
+                lane.barrier().expect("on the lane");
+            });
+            wait_for_start.recv().expect("a start");
+            // The others come to that barrier only after the one of the group.
+            thread::sleep(Duration::from_millis(100));
+            assert_eq!(group.finish().unwrap_err().kind, ErrorKind::LaneInUse { lane: "slow".into() });
+            group.barrier().expect("in the group");
+        });
+    } else {
+        group.barrier().expect("in the group");
+        lane.barrier().expect("on the lane");
+    }
+}
+
+fn disagreement_on_a_lane(group: &Checked<Mpi>) {
+    let lane = group.lane("gradients").expect("lane");
+    lane.barrier().expect("the same call");
+    let result =
+        if group.rank() == 1 { lane.barrier() } else { lane.all_reduce_sum((&mut vec![0f64; 3]).into()) };
+    if group.world_size() == 1 {
+        result.expect("alone");
+        return;
+    }
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("(call 1 on lane gradients) failed on rank"), "{text}");
+    assert!(
+        text.ends_with("rank 0 calls all-reduce of 3 f64 as its call 1, rank 1 calls barrier as its call 1"),
+        "{text}"
+    );
 }
 
 fn disagreements(group: &Checked<Mpi>) {

@@ -94,7 +94,7 @@ fn measure(group: &dyn Collectives, bytes: u64, seconds: f64) -> Result<Row, Col
         Ok(began.elapsed().as_secs_f64())
     };
     once()?;
-    let trial = slowest(group, &[once()?, once()?])?.into_iter().fold(f64::MAX, f64::min);
+    let trial = slowest(group, &[once()?, once()?])?.into_iter().fold(0.0, f64::max);
     let repetitions = ((seconds / trial) as usize).clamp(FEWEST, MOST);
     let own = (0..repetitions).map(|_| once()).collect::<Result<Vec<_>, _>>()?;
     let mut times = slowest(group, &own)?;

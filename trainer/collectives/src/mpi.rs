@@ -15,9 +15,19 @@
 //!
 //! # Which thread
 //!
-//! MPI is asked for the thread level *serialized*: any thread may call, one at a time, which a lock inside
-//! [`Mpi`] ensures. `finish` must run on the thread that called [`Mpi::initialize`] (MPI-3.1, section
-//! 12.4.3).
+//! MPI is asked for the thread level *serialized*: any thread may call, one at a time, which a lock ensures. No
+//! thread waits inside MPI: every operation is started by calls that return at once, and waiting is a loop of
+//! looks (`MPI_Testall`) with the lock given back in between. So the threads of several
+//! [lanes](crate::Collectives::lane), each with a communicator of its own, never wait for one another's peers.
+//!
+//! Between two looks a thread spins for some microseconds, then yields its core, then sleeps. The group itself
+//! spins longer (not at all if the machine has fewer cores than ranks); a lane, which is meant for a thread beside
+//! one that computes, sleeps soon. MPICH's own blocking calls spin without end: with more threads than cores, one
+//! all-reduce then takes as long as the scheduler's time slices.
+//!
+//! `finish` must run on the thread that called [`Mpi::initialize`] (MPI-3.1, section 12.4.3); it also frees the
+//! lanes' communicators. Once MPI reports a failure while other operations are under way, their memory cannot be
+//! taken back from it: the world ends if they do not complete within a second.
 //!
 //! # How the sum is made
 //!
@@ -25,8 +35,8 @@
 //! rank receives everyone's part of one block, adds them in rank order and sends the sum to all: as many
 //! bytes on the wire as the ring and Rabenseifner algorithms, in place but for scratch memory that is kept,
 //! and the same bits everywhere. Long messages go in pieces that stay in the processor's cache; that also
-//! keeps every count within MPI's `int`. Short messages are gathered whole by everyone and added locally: one
-//! operation instead of two.
+//! keeps every count within MPI's `int`. A few pieces are under way at a time, so that one is added up while the
+//! next arrive. Short messages are gathered whole by everyone and added locally: one exchange instead of two.
 
 /// The exit code of the ranks that a panic on one of them ends.
 pub const PANIC_EXIT_CODE: i32 = 1;

@@ -526,6 +526,89 @@ mod tests {
     }
 
     #[test]
+    fn lanes_do_not_wait_for_one_another() {
+        for world_size in 2..=4 {
+            let sums = run(world_size, PATIENCE, |rank| {
+                let lane = rank.lane("gradients").unwrap();
+                // Even ranks are in a call of the lane when odd ones are in one of the group.
+                let lane_first = rank.rank() % 2 == 0;
+                let (mut of_lane, mut of_group) = (vec![1f32; 1000], vec![2f32; 10]);
+                thread::scope(|scope| {
+                    scope.spawn(|| {
+                        thread::sleep(Duration::from_millis(if lane_first { 0 } else { 30 }));
+                        lane.all_reduce_sum((&mut of_lane).into()).unwrap();
+                    });
+                    thread::sleep(Duration::from_millis(if lane_first { 30 } else { 0 }));
+                    rank.all_reduce_sum((&mut of_group).into()).unwrap();
+                });
+                (of_lane[999], of_group[9])
+            });
+            assert!(sums.iter().all(|sum| *sum == (world_size as f32, 2.0 * world_size as f32)));
+        }
+    }
+
+    #[test]
+    fn abort_wakes_the_group_and_its_lanes() {
+        let began = Instant::now();
+        let mut ranks = group(2, PATIENCE).into_iter();
+        let (first, second) = (ranks.next().unwrap(), ranks.next().unwrap());
+        let aborting = thread::spawn(move || -> () {
+            let lane = second.lane("gradients").unwrap();
+            thread::sleep(Duration::from_millis(30));
+            lane.abort(4)
+        });
+        let lane = first.lane("gradients").unwrap();
+        let kinds = thread::scope(|scope| {
+            let waiting = scope.spawn(|| lane.barrier().unwrap_err().kind);
+            [first.all_gather(b"x").unwrap_err().kind, waiting.join().unwrap()]
+        });
+        assert!(aborting.join().is_err());
+        let reason = ErrorKind::PeerFailed { rank: 1, reason: "aborted with code 4".into() };
+        assert_eq!(kinds, [reason.clone(), reason]);
+        assert!(began.elapsed() < PATIENCE / 2);
+    }
+
+    #[test]
+    fn a_lane_left_by_a_rank_does_not_leave_its_peers_waiting() {
+        let results = run(2, PATIENCE, |rank| {
+            let lane = rank.lane("gradients").unwrap();
+            if rank.rank() == 1 {
+                drop(lane);
+                return rank.barrier();
+            }
+            lane.barrier()
+        });
+        assert_eq!(results[0].clone().unwrap_err().kind, ErrorKind::PeerLeft { rank: 1 });
+        assert_eq!(results[1].clone().unwrap_err().kind, ErrorKind::PeerLeft { rank: 1 });
+    }
+
+    #[test]
+    fn the_end_is_refused_while_a_lane_is_in_use() {
+        let results = run(2, PATIENCE, |rank| {
+            let lane = rank.lane("gradients").unwrap();
+            if rank.rank() == 1 {
+                rank.barrier().unwrap();
+                lane.barrier().unwrap();
+                rank.finish().unwrap();
+                return lane.finish();
+            }
+            thread::scope(|scope| {
+                let waiting = scope.spawn(|| lane.barrier());
+                while lock(&rank.shared.hall.state).meetings[1].calls[0].is_none() {
+                    thread::sleep(Duration::from_millis(1));
+                }
+                let refused = rank.finish().unwrap_err();
+                assert_eq!(refused.kind, ErrorKind::LaneInUse { lane: "gradients".into() });
+                rank.barrier().unwrap();
+                waiting.join().unwrap().unwrap();
+            });
+            rank.finish().unwrap();
+            lane.barrier()
+        });
+        assert!(results.iter().all(|result| result.as_ref().unwrap_err().kind == ErrorKind::Finished));
+    }
+
+    #[test]
     fn a_rank_that_returns_early_does_not_leave_its_peers_waiting() {
         let began = Instant::now();
         let results = run(3, PATIENCE, |rank| {

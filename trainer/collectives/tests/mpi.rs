@@ -118,8 +118,8 @@ fn world(ranks: u32, args: &[&str]) -> Option<Outcome> {
     Some(run(Command::new(mpirun).arg("-n").arg(ranks.to_string()).arg(check_program()).args(args)))
 }
 
-fn all_is_well(ranks: u32) {
-    let Some(outcome) = world(ranks, &["sums"]) else { return };
+fn all_is_well(ranks: u32, command: &str) {
+    let Some(outcome) = world(ranks, &[command]) else { return };
     assert_eq!(outcome.code, Some(0), "{outcome}");
     for rank in 0..ranks {
         assert!(outcome.stdout.contains(&format!("rank {rank} of {ranks}: all well")), "{outcome}");
@@ -129,13 +129,38 @@ fn all_is_well(ranks: u32) {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn two_ranks_agree() {
-    all_is_well(2);
+    all_is_well(2, "sums");
 }
 
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn three_ranks_agree() {
-    all_is_well(3);
+    all_is_well(3, "sums");
+}
+
+/// So many that short messages take MPI's own way.
+#[test]
+#[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
+fn nine_ranks_agree() {
+    all_is_well(9, "sums");
+}
+
+#[test]
+#[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
+fn lanes_do_not_wait_for_one_another() {
+    for ranks in [1, 2, 3, 4] {
+        all_is_well(ranks, "lanes");
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
+fn abort_wakes_all_lanes() {
+    for ranks in [2, 4] {
+        let Some(outcome) = world(ranks, &["wake", "1", "6"]) else { return };
+        assert_eq!(outcome.code, Some(6), "{outcome}");
+        assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
+    }
 }
 
 #[test]

@@ -23,15 +23,15 @@ use ::mpi::{
     traits::{AsRaw, Communicator},
 };
 
-use self::requests::{Comm, Library, Message, Polling, Requests};
+use self::requests::{Comm, Library, Message, Polling, Posting, Requests};
 use super::PANIC_EXIT_CODE;
 use crate::{
     Buffer, CollectiveError, Collectives, ErrorKind, Operation, StartError,
     buffer::{Element, block_start, sum_around, sum_in_rank_order, with_slice},
 };
 
-/// An all-reduce whose messages from all ranks together take at most this many bytes is gathered whole.
-const SHORT_BYTES: usize = 32 << 10;
+/// An all-reduce of at most this many bytes is gathered whole.
+const SHORT_BYTES: usize = 4 << 10;
 /// In a larger world than this, short messages are gathered by MPI's own algorithm, which needs fewer steps than
 /// one message to every rank.
 const FEW_RANKS: usize = 8;
@@ -39,6 +39,11 @@ const FEW_RANKS: usize = 8;
 /// enough for full bandwidth, small enough that a block and its parts stay in the cache between receiving,
 /// adding and sending.
 const BLOCK_BYTES: usize = 128 << 10;
+/// The same where each rank adds up at most [`EAGER_UP_TO`] bytes in all. Messages of this length leave at once, without
+/// asking the receiver first (UCX does so up to about 8100 bytes unless told otherwise), which costs a
+/// copy and saves a round trip.
+const EAGER_BLOCK_BYTES: usize = 8000;
+const EAGER_UP_TO: usize = 256 << 10;
 /// How many pieces are under way at once: while one is added up, MPI moves the next.
 const IN_FLIGHT: usize = 4;
 /// Broadcasts go in pieces of this size, which fits MPI's `int` counts whatever the element.
@@ -202,7 +207,7 @@ impl Mpi {
             return Ok(());
         }
         let parts = T::parts(scratch);
-        if size_of_val(slice) * world_size <= SHORT_BYTES {
+        if size_of_val(slice) <= SHORT_BYTES {
             self.sum_short(slice, parts)
         } else {
             self.sum_long(slice, parts)
@@ -217,14 +222,20 @@ impl Mpi {
         let (own, all) = (slice.as_mut_ptr(), parts.as_mut_ptr());
         let mut requests = self.requests();
         if world_size <= FEW_RANKS {
-            for peer in (1..world_size).map(|round| (rank + world_size - round) % world_size) {
-                // SAFETY: `parts` has room for `world_size` times the slice; both are borrowed until after `wait`.
-                unsafe { requests.receive(Message { at: all.add(peer * len), len, peer, tag: PART_TAG })? };
-            }
-            for peer in (1..world_size).map(|round| (rank + round) % world_size) {
-                // SAFETY: as above; the slice is only read.
-                unsafe { requests.send(Message { at: own, len, peer, tag: PART_TAG })? };
-            }
+            requests.post(|posting| {
+                for peer in (1..world_size).map(|round| (rank + world_size - round) % world_size) {
+                    // SAFETY: `parts` has room for `world_size` times the slice; both are borrowed until after
+                    // `wait`.
+                    unsafe {
+                        posting.receive(Message { at: all.add(peer * len), len, peer, tag: PART_TAG })?
+                    };
+                }
+                for peer in (1..world_size).map(|round| (rank + round) % world_size) {
+                    // SAFETY: as above; the slice is only read.
+                    unsafe { posting.send(Message { at: own, len, peer, tag: PART_TAG })? };
+                }
+                Ok(())
+            })?;
             requests.wait()?;
             let (before, after) = parts[..len * world_size].split_at_mut(rank * len);
             sum_around(slice, before, &after[len..]);
@@ -255,8 +266,9 @@ impl Mpi {
     /// way: the parts of the next ones arrive while one is added up, and sums are handed on meanwhile.
     fn sum_long<T: MpiElement>(&self, slice: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
-        let longest_block = BLOCK_BYTES / size_of::<T>();
         let len = slice.len();
+        let eager = size_of_val(slice) <= EAGER_UP_TO * world_size;
+        let longest_block = if eager { EAGER_BLOCK_BYTES } else { BLOCK_BYTES } / size_of::<T>();
         let pieces = len.div_ceil(longest_block * world_size);
         let depth = IN_FLIGHT.min(pieces);
         let slot_len = longest_block * world_size;
@@ -279,40 +291,36 @@ impl Mpi {
             let own_len = block(piece, rank).1;
             (piece % depth * slot_len + from * own_len, own_len)
         };
-        let scatter = |piece: usize, requests: &mut Requests<'_>| -> Result<(), ErrorKind> {
+        let scatter = |piece: usize, posting: &mut Posting<'_>| -> Result<(), ErrorKind> {
             for (to, from) in partners.clone() {
                 let (start, len) = part(piece, from);
                 // SAFETY: a block is at most `longest_block` long, so that all parts of it lie inside the slot, which
                 // is free: what it held was added up before. The memory is borrowed until the requests are done.
-                unsafe {
-                    requests.receive(Message { at: parts.add(start), len, peer: from, tag: PART_TAG })?
-                };
+                unsafe { posting.receive(Message { at: parts.add(start), len, peer: from, tag: PART_TAG })? };
                 let (start, len) = block(piece, to);
                 // SAFETY: inside the slice; nobody writes to that block before these requests are complete.
-                unsafe { requests.send(Message { at: values.add(start), len, peer: to, tag: PART_TAG })? };
+                unsafe { posting.send(Message { at: values.add(start), len, peer: to, tag: PART_TAG })? };
             }
             Ok(())
         };
-        let gather = |piece: usize, requests: &mut Requests<'_>| -> Result<(), ErrorKind> {
+        let gather = |piece: usize, posting: &mut Posting<'_>| -> Result<(), ErrorKind> {
             for (to, from) in partners.clone() {
                 let (start, len) = block(piece, from);
                 // SAFETY: inside the slice; that block has been sent, and is not read again.
-                unsafe {
-                    requests.receive(Message { at: values.add(start), len, peer: from, tag: SUM_TAG })?
-                };
+                unsafe { posting.receive(Message { at: values.add(start), len, peer: from, tag: SUM_TAG })? };
                 let (start, len) = block(piece, rank);
                 // SAFETY: inside the slice; the block holds its sum and is not written any more.
-                unsafe { requests.send(Message { at: values.add(start), len, peer: to, tag: SUM_TAG })? };
+                unsafe { posting.send(Message { at: values.add(start), len, peer: to, tag: SUM_TAG })? };
             }
             Ok(())
         };
         for (piece, requests) in scattered[..depth - 1].iter_mut().enumerate() {
-            scatter(piece, requests)?;
+            requests.post(|posting| scatter(piece, posting))?;
         }
         for piece in 0..pieces {
             let ahead = piece + depth - 1;
             if ahead < pieces {
-                scatter(ahead, &mut scattered[ahead % depth])?;
+                scattered[ahead % depth].post(|posting| scatter(ahead, posting))?;
             }
             scattered[piece % depth].wait()?;
             let ((start, len), slot) = (block(piece, rank), part(piece, 0).0);
@@ -328,7 +336,7 @@ impl Mpi {
             sum_around(own, before, &after[len..]);
             // The sums of `depth` pieces ago have long arrived, most often.
             gathered[piece % depth].wait()?;
-            gather(piece, &mut gathered[piece % depth])?;
+            gathered[piece % depth].post(|posting| gather(piece, posting))?;
         }
         gathered.iter_mut().try_for_each(Requests::wait)
     }
@@ -419,11 +427,13 @@ impl Mpi {
         while distance < world_size {
             let (to, from) = ((rank + distance) % world_size, (rank + world_size - distance) % world_size);
             let mut requests = self.requests();
-            // SAFETY: no memory is named.
-            unsafe {
-                requests.receive(Message { at: nothing, len: 0, peer: from, tag: BARRIER_TAG })?;
-                requests.send(Message { at: nothing, len: 0, peer: to, tag: BARRIER_TAG })?;
-            }
+            requests.post(|posting| {
+                // SAFETY: no memory is named.
+                unsafe {
+                    posting.receive(Message { at: nothing, len: 0, peer: from, tag: BARRIER_TAG })?;
+                    posting.send(Message { at: nothing, len: 0, peer: to, tag: BARRIER_TAG })
+                }
+            })?;
             requests.wait()?;
             distance *= 2;
         }

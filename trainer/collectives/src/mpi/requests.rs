@@ -79,7 +79,7 @@ impl Polling {
     /// be waiting for this core.
     pub(super) fn foreground(ranks_here: usize) -> Polling {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        let spin = if ranks_here <= cores { Duration::from_micros(100) } else { Duration::ZERO };
+        let spin = if ranks_here <= cores { Duration::from_micros(30) } else { Duration::ZERO };
         Polling { spin, yields: 5000, longest_sleep: Duration::from_micros(100) }
     }
 
@@ -140,49 +140,28 @@ impl<'a> Requests<'a> {
         Requests { library, comm, polling, handles: Vec::new(), memory: PhantomData }
     }
 
-    /// Starts an operation by a call that fills in its request.
+    /// Starts a few operations in one turn.
+    pub(super) fn post(
+        &mut self,
+        post: impl FnOnce(&mut Posting<'_>) -> Result<(), ErrorKind>,
+    ) -> Result<(), ErrorKind> {
+        let universe = self.library.lock();
+        if universe.is_none() {
+            return Err(ErrorKind::Finished);
+        }
+        post(&mut Posting { comm: self.comm, handles: &mut self.handles })
+    }
+
+    /// Starts one operation.
     ///
     /// # Safety
-    /// `call` is an MPI call that does not wait, with valid arguments. The memory it names is valid, and used by
-    /// nobody else (read by nobody else, if MPI writes to it), until `wait` returned `Ok` or this is dropped.
+    /// As [`Posting::start`].
     pub(super) unsafe fn start(
         &mut self,
         call: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
     ) -> Result<(), ErrorKind> {
-        // SAFETY: a constant of the C library, never written.
-        let mut handle = unsafe { ffi::RSMPI_REQUEST_NULL };
-        self.library.call(|| call(self.comm.0, &raw mut handle))?;
-        self.handles.push(handle);
-        Ok(())
-    }
-
-    /// Starts to send; the memory is only read.
-    ///
-    /// # Safety
-    /// As [`Requests::start`]; the length fits an `int`.
-    pub(super) unsafe fn send<T: MpiElement>(&mut self, message: Message<T>) -> Result<(), ErrorKind> {
-        let Message { at, len, peer, tag } = message;
-        let buffer = at.cast_const().cast::<c_void>();
         // SAFETY: as this function's.
-        unsafe {
-            self.start(|comm, request| {
-                ffi::MPI_Isend(buffer, len as c_int, T::datatype(), peer as c_int, tag, comm, request)
-            })
-        }
-    }
-
-    /// Starts to receive.
-    ///
-    /// # Safety
-    /// As [`Requests::start`]; the length fits an `int`.
-    pub(super) unsafe fn receive<T: MpiElement>(&mut self, message: Message<T>) -> Result<(), ErrorKind> {
-        let Message { at, len, peer, tag } = message;
-        // SAFETY: as this function's.
-        unsafe {
-            self.start(|comm, request| {
-                ffi::MPI_Irecv(at.cast(), len as c_int, T::datatype(), peer as c_int, tag, comm, request)
-            })
-        }
+        self.post(|posting| unsafe { posting.start(call) })
     }
 
     /// Returns when all of them are complete, and forgets them.
@@ -216,10 +195,67 @@ impl<'a> Requests<'a> {
     }
 }
 
+/// The right to start operations: it lives while the lock is held.
+pub(super) struct Posting<'r> {
+    comm: Comm,
+    handles: &'r mut Vec<ffi::MPI_Request>,
+}
+
+impl Posting<'_> {
+    /// Starts an operation by a call that fills in its request.
+    ///
+    /// # Safety
+    /// `call` is an MPI call that does not wait, with valid arguments. The memory it names is valid, and used by
+    /// nobody else (written by nobody else, if MPI only reads it), until [`Requests::wait`] returned `Ok` or the
+    /// [`Requests`] are dropped.
+    pub(super) unsafe fn start(
+        &mut self,
+        call: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
+    ) -> Result<(), ErrorKind> {
+        // SAFETY: a constant of the C library, never written.
+        let mut handle = unsafe { ffi::RSMPI_REQUEST_NULL };
+        check(call(self.comm.0, &raw mut handle))?;
+        self.handles.push(handle);
+        Ok(())
+    }
+
+    /// Starts to send; the memory is only read.
+    ///
+    /// # Safety
+    /// As [`Posting::start`]; the length fits an `int`.
+    pub(super) unsafe fn send<T: MpiElement>(&mut self, message: Message<T>) -> Result<(), ErrorKind> {
+        let Message { at, len, peer, tag } = message;
+        let buffer = at.cast_const().cast::<c_void>();
+        // SAFETY: as this function's.
+        unsafe {
+            self.start(|comm, request| {
+                ffi::MPI_Isend(buffer, len as c_int, T::datatype(), peer as c_int, tag, comm, request)
+            })
+        }
+    }
+
+    /// Starts to receive.
+    ///
+    /// # Safety
+    /// As [`Posting::start`]; the length fits an `int`.
+    pub(super) unsafe fn receive<T: MpiElement>(&mut self, message: Message<T>) -> Result<(), ErrorKind> {
+        let Message { at, len, peer, tag } = message;
+        // SAFETY: as this function's.
+        unsafe {
+            self.start(|comm, request| {
+                ffi::MPI_Irecv(at.cast(), len as c_int, T::datatype(), peer as c_int, tag, comm, request)
+            })
+        }
+    }
+}
+
 impl Drop for Requests<'_> {
     /// Reached with requests left only after an error. The memory is about to be given to someone else, so MPI
     /// has to let go of it; if it does not, this process must end.
     fn drop(&mut self) {
+        if self.handles.is_empty() {
+            return;
+        }
         let began = Instant::now();
         let mut waiting = Waiting::new(self.polling);
         while let Ok(false) = self.test() {
