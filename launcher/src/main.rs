@@ -6,6 +6,7 @@ mod data;
 mod demo;
 mod engine;
 mod failure;
+mod interface;
 mod logs;
 mod metrics;
 mod progress;
@@ -13,7 +14,10 @@ mod report;
 mod run;
 mod rundir;
 mod shard;
+mod site;
+mod slurm;
 mod status;
+mod submit;
 mod supervise;
 
 use std::ffi::OsString;
@@ -45,6 +49,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Trains here, supervised; continues the run that is in the run directory
     Run(run::RunArgs),
+    /// Writes and submits the Slurm job of a run, or of an array of runs
+    Submit(submit::SubmitArgs),
     /// Writes any data set that can be read as tar shards with an index
     Shard(shard::ShardArgs),
     /// Looks into a data set, checks it, shows the order it is read in
@@ -117,6 +123,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
     match command {
         Command::Run(args) => return Ok(run::command(&args)?.exit_code),
         Command::Demo(args) => return demo::command(&args),
+        Command::Submit(args) => submit::command(&args)?,
         Command::Shard(args) => shard::command(&args)?,
         Command::Data(data) => data::command(&data)?,
         Command::Checkpoints { run, verify, json } => checkpoints::command(&run, verify, json)?,
