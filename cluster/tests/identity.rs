@@ -370,7 +370,10 @@ fn a_batch_script_is_an_allocation_and_a_step_is_none() {
     let allocation = Allocation::from_env(&environment(&batch)).expect("an allocation");
     assert_eq!(allocation.job_id, "7");
     assert_eq!(allocation.nodes, ["n1", "n2"]);
-    assert_eq!(allocation.restarts, 3);
+    assert_eq!((allocation.restarts, &allocation.array_task), (3, &None));
+    let array = with(&batch, &["SLURM_JOB_ID=15", "SLURM_ARRAY_JOB_ID=12", "SLURM_ARRAY_TASK_ID=3"]);
+    let task = Allocation::from_env(&environment(&array)).expect("an allocation");
+    assert_eq!((task.job_id.as_str(), task.array_task.as_deref()), ("15", Some("12_3")));
     assert_eq!(allocation.node_of("n2"), Some("n2"));
     assert_eq!(allocation.node_of("n2.cluster.org"), Some("n2"));
     assert_eq!(allocation.node_of("n3"), None);

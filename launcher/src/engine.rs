@@ -351,6 +351,7 @@ mod tests {
     fn auto_is_the_simplest_engine_that_works() {
         let allocation = |nodes: usize| Allocation {
             job_id: "1".into(),
+            array_task: None,
             nodes: (0..nodes).map(|node| format!("n{node}")).collect(),
             restarts: 0,
         };

@@ -9,6 +9,7 @@ mod failure;
 mod interface;
 mod logs;
 mod metrics;
+mod place;
 mod progress;
 mod report;
 mod run;
@@ -85,6 +86,8 @@ enum Command {
     },
     /// Shows the logs of all processes of a run, merged by time
     Logs(logs::LogsArgs),
+    /// Says which rank the launcher made of this process, on which cores and device
+    Place(place::PlaceArgs),
     /// Evaluates frozen features: kNN with its floors and protocol
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
@@ -130,6 +133,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Report { run, out } => report::command(&run, out.as_deref())?,
         Command::Status { run, json } => status::command(&run, json)?,
         Command::Logs(args) => logs::command(&args)?,
+        Command::Place(args) => place::command(&args)?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded)),
         Command::Bench(forwarded) => return Err(forward("bench", &forwarded)),
     }

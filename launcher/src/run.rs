@@ -28,7 +28,7 @@ use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::rundir::{RunDir, unix_time, write_atomically};
-use crate::slurm;
+use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
 use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
 
@@ -128,6 +128,11 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     write_atomically(&dir.plan(), text.as_bytes())
         .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
     logs::write_here(&dir);
+    if let Some(allocation) = allocation.as_ref().filter(|_| dir.script().is_file() || dir.slurm().is_file())
+    {
+        // The script may have been submitted again, by hand.
+        Record::of_job(&dir, allocation).write(&dir)?;
+    }
 
     // One thread: the parent-death signal of the workers is tied to the thread that started them.
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -152,7 +157,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         && exit_code == exit_code::PREEMPTED
         && slurm::goes_back(&stopped_by)
     {
-        slurm::put_back(&dir, &allocation.job_id, first_step, dir.newest_step(), &stopped_by)?;
+        slurm::put_back(&dir, &allocation, first_step, dir.newest_step(), &stopped_by)?;
     }
     Ok(Ended { dir, exit_code })
 }
@@ -171,14 +176,14 @@ struct Job<'a> {
 
 impl Job<'_> {
     /// A coordinator for the workers of this job.
-    fn coordinator(&self) -> std::io::Result<CoordinatorHandle> {
+    async fn coordinator(&self) -> std::io::Result<CoordinatorHandle> {
         let agreement = Agreement {
             token: server::fresh_token()?,
             world_size: self.workers,
             plan_hash: Some(self.plan.recipe.hash()),
             version: env!("CARGO_PKG_VERSION").into(),
         };
-        server::start_thread(self.interface, agreement)
+        server::start(self.interface, agreement).await
     }
 }
 
@@ -199,7 +204,8 @@ struct Shell<'a> {
 
 async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSignal>), Failure> {
     let cannot = |what: &str, error: std::io::Error| Failure::failed(format!("cannot {what}: {error}"));
-    let coordinator = job.coordinator().map_err(|error| cannot("open a port for the workers", error))?;
+    let coordinator =
+        job.coordinator().await.map_err(|error| cannot("open a port for the workers", error))?;
     let output = job.dir.worker_output();
     let output = OpenOptions::new()
         .create(true)
@@ -249,7 +255,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
     let mut status_due = tokio::time::interval(STATUS_EVERY);
     loop {
         for action in std::mem::take(&mut actions) {
-            if let Some(outcome) = shell.perform(action)? {
+            if let Some(outcome) = shell.perform(action).await? {
                 return Ok((shell.end(outcome)?, stopped_by));
             }
         }
@@ -286,7 +292,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
 
 impl Shell<'_> {
     /// Does what was decided; an outcome ends the run.
-    fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
+    async fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
         match action {
             Action::Start { generation } => self.start(generation)?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
@@ -294,7 +300,7 @@ impl Shell<'_> {
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
             Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
-            Action::LeaveOut { host } => self.leave_out(&host)?,
+            Action::LeaveOut { host } => self.leave_out(&host).await?,
             Action::Say(line) => {
                 tracing::warn!("{line}");
                 self.display.say(&line);
@@ -463,7 +469,7 @@ impl Shell<'_> {
     }
 
     /// From now on the ranks of one machine are missed: a smaller world, the same samples.
-    fn leave_out(&mut self, host: &str) -> Result<(), Failure> {
+    async fn leave_out(&mut self, host: &str) -> Result<(), Failure> {
         let Some(node) = self.job.allocation.and_then(|allocation| allocation.node_of(host)) else {
             tracing::warn!("{host} is none of the allocation's nodes and cannot be left out");
             return Ok(());
@@ -477,6 +483,7 @@ impl Shell<'_> {
         self.coordinator = self
             .job
             .coordinator()
+            .await
             .map_err(|error| Failure::failed(format!("cannot open a port for the workers: {error}")))?;
         self.status.workers = self.job.workers;
         Ok(())

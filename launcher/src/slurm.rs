@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use mentee_cluster::identity::Allocation;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::STEP_NAME;
@@ -56,6 +57,16 @@ impl Record {
     /// Reads it; `None` when the run was not submitted.
     pub fn read(run: &RunDir) -> Option<Record> {
         serde_json::from_slice(&std::fs::read(run.slurm()).ok()?).ok()
+    }
+
+    /// The one of a run directory, made anew where it speaks of another job.
+    pub fn of_job(run: &RunDir, allocation: &Allocation) -> Record {
+        let job = allocation.array_task.as_ref().unwrap_or(&allocation.job_id).clone();
+        match Record::read(run) {
+            Some(record) if record.job == job => record,
+            Some(other) => Record::new(job, other.script),
+            None => Record::new(job, run.script()),
+        }
     }
 
     /// Writes it.
@@ -155,14 +166,15 @@ pub fn goes_back(stopped_by: &[StopSignal]) -> bool {
 /// [`Failure`] with exit code 75 when it went back too often without a step between, or Slurm refuses.
 pub fn put_back(
     run: &RunDir,
-    job_id: &str,
+    allocation: &Allocation,
     first_step: u64,
     step: u64,
     stopped_by: &[StopSignal],
 ) -> Result<(), Failure> {
-    let again = format!("sbatch {} continues it", run.script().display());
+    let job_id = allocation.job_id.as_str();
+    let mut record = Record::of_job(run, allocation);
+    let again = format!("sbatch {} continues it", record.script.display());
     let preempted = |line: String| Failure { exit_code: mentee_config::exit_code::PREEMPTED, line };
-    let mut record = Record::read(run).unwrap_or_else(|| Record::new(job_id.to_owned(), run.script()));
     record.barren = if step > first_step { 0 } else { record.barren + 1 };
     if record.barren > MAX_BARREN {
         return Err(preempted(format!(

@@ -18,6 +18,8 @@ const MAX_NODES: usize = 1 << 20;
 pub struct Allocation {
     /// `SLURM_JOB_ID`; of an array's task, its own.
     pub job_id: String,
+    /// Of an array's task, its place there, as `12_3`.
+    pub array_task: Option<String>,
     /// Names of its nodes, in Slurm's order.
     pub nodes: Vec<String>,
     /// How often Slurm has put the job back into the queue and started it again.
@@ -33,6 +35,8 @@ impl Allocation {
         let nodes = get(env, "SLURM_JOB_NODELIST").or_else(|| get(env, "SLURM_NODELIST"))?;
         Some(Allocation {
             job_id: get(env, "SLURM_JOB_ID").or_else(|| get(env, "SLURM_JOBID"))?,
+            array_task: get(env, "SLURM_ARRAY_JOB_ID")
+                .and_then(|job| Some(format!("{job}_{}", get(env, "SLURM_ARRAY_TASK_ID")?))),
             nodes: expand_nodes(&nodes)?,
             restarts: get(env, "SLURM_RESTART_COUNT").and_then(|count| count.parse().ok()).unwrap_or(0),
         })
