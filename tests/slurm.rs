@@ -263,7 +263,8 @@ fn a_killed_task_is_restarted_in_the_same_job(bench: &Bench) {
         metrics(&run_dir).into_iter().filter(|line| line["kind"] == "restart").collect();
     assert_eq!(restarts.len(), 1);
     assert!(restarts[0]["reason"].as_str().is_some_and(|reason| reason.contains("on n2")), "{}", restarts[0]);
-    println!("kill -9 of a task: {}", times(&run_dir, at));
+    let times = times(&run_dir, at);
+    println!("kill -9 of a task: {}", times.split_once(", ").map_or(times.as_str(), |(_, next)| next));
 }
 
 fn a_node_that_fails_twice_is_left_out(bench: &Bench) {
@@ -368,7 +369,7 @@ fn what_cannot_be_is_refused_before_it_is_submitted(bench: &Bench) {
         (&["--nodes", "2", "--workers-per-node", "2", "--time", "3"], "--stop-lead"),
         (&["--nodes", "2", "--workers-per-node", "9"], "schedule.global_batch"),
         (&["--nodes", "1", "--workers-per-node", "1", "--set", "optimizer.base_rl=1"], "base_lr"),
-        (&["--nodes", "1", "--workers-per-node", "1", "--partition", "nowhere"], "invalid partition"),
+        (&["--nodes", "1", "--workers-per-node", "1", "--partition", "nowhere"], "Invalid partition"),
     ];
     for (options, part) in table {
         let run_dir = bench.run_dir("refused");

@@ -296,7 +296,12 @@ impl Shell<'_> {
         match action {
             Action::Start { generation } => self.start(generation)?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
-            Action::Terminate => self.signal(libc::SIGTERM),
+            Action::Terminate => {
+                // srun has passed SIGTERM on already, when the first task ended; ranks that wait in a collective did not
+                // heed it, and Slurm's own patience with them is long.
+                self.kill_steps();
+                self.signal(libc::SIGTERM);
+            }
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
             Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
@@ -380,13 +385,17 @@ impl Shell<'_> {
         }
     }
 
-    /// SIGKILL to the process group, and to every rank of this machine: an `mpirun` that is killed cannot end them.
-    fn kill(&self) {
+    /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
+    fn kill_steps(&self) {
         if let (Engine::Srun, Some(allocation)) = (self.job.engine, self.job.allocation) {
-            // Those on other machines are out of reach from here; not waited for, as Slurm may not answer.
             let job_id = allocation.job_id.clone();
             std::thread::spawn(move || slurm::kill_steps(&job_id));
         }
+    }
+
+    /// SIGKILL to the process group, and to every rank of this machine: an `mpirun` that is killed cannot end them.
+    fn kill(&self) {
+        self.kill_steps();
         if let Some(pid) = self.child.as_ref().and_then(Child::id) {
             // SAFETY: the child has not been waited for, so the group id is still its own.
             unsafe { libc::kill(-(pid as libc::pid_t), libc::SIGKILL) };

@@ -246,7 +246,9 @@ pub fn ask(program: &str, arguments: &[&str]) -> Result<String, String> {
         return Ok(stdout);
     }
     let last = stderr.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
-    Err(format!("{program}: {}", last.trim().trim_start_matches(&format!("{program}: ")).trim()))
+    // "sbatch: error: why" is one prefix for a reader.
+    let why = last.trim().trim_start_matches(&format!("{program}: ")).trim_start_matches("error: ");
+    Err(format!("{program}: {why}"))
 }
 
 #[cfg(test)]
@@ -303,7 +305,7 @@ mod tests {
         assert!(error.contains("mentee-no-such-command is not on PATH"), "{error}");
         assert_eq!(ask("sh", &["-c", "echo one; exit 0"]), Ok("one\n".to_owned()));
         assert_eq!(
-            ask("sh", &["-c", "echo sh: first >&2; echo sh: second >&2; exit 3"]),
+            ask("sh", &["-c", "echo sh: first >&2; echo sh: error: second >&2; exit 3"]),
             Err("sh: second".into())
         );
     }

@@ -25,6 +25,8 @@ const FINAL: [i32; 4] = [USAGE, DATA, CHECKPOINT, DIVERGED];
 const STOP_GRACE: Duration = Duration::from_secs(60);
 /// After one rank failed: the others usually end by themselves, with the more useful messages.
 const END_GRACE: Duration = Duration::from_secs(5);
+/// After one rank vanished: the others wait for it in a collective and have little to say.
+const LOST_GRACE: Duration = Duration::from_secs(1);
 /// After every rank said it is finished: time to leave MPI and exit.
 const EXIT_GRACE: Duration = Duration::from_secs(30);
 /// After SIGTERM, before SIGKILL.
@@ -294,7 +296,7 @@ impl Supervisor {
                     cause: "its process ended without a word".into(),
                     exit_code: None,
                 };
-                self.blame(culprit, END_GRACE)
+                self.blame(culprit, LOST_GRACE)
             }
             Output::Refused { rank, reason, ours: true } => {
                 let culprit =
@@ -652,7 +654,7 @@ mod tests {
         let actions = run(0, vec![go(), lost(1), lost(0), Event::Due(Timer::End), Event::Due(Timer::Kill)]);
         let expected = [
             Action::Start { generation: 0 },
-            Action::Arm(Timer::End, END_GRACE),
+            Action::Arm(Timer::End, LOST_GRACE),
             Action::Terminate,
             Action::Arm(Timer::Kill, KILL_GRACE),
             Action::Kill,
