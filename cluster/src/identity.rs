@@ -14,6 +14,12 @@
 //! shells and into what `mpirun` starts from them, always claiming rank 0. Two launchers that disagree about
 //! rank or world size are refused: one of them would otherwise train alone, silently.
 
+mod machine;
+mod slurm;
+
+pub use machine::{affinity_advice, visible_devices};
+pub use slurm::{Allocation, expand_nodes};
+
 use crate::message::CoordinatorAddress;
 
 /// `host:port` of the job's coordinator, set by the supervisor.
@@ -117,8 +123,6 @@ struct Row {
     generic: bool,
 }
 
-const SRUN: &str = "srun";
-
 const TABLE: &[Row] = &[
     Row {
         name: "mentee",
@@ -163,11 +167,8 @@ const TABLE: &[Row] = &[
     },
 ];
 
-/// Step ids of Slurm that are no `srun` step: extern, batch and interactive (`SLURM_BATCH_SCRIPT` and its neighbours
-/// in slurm.h, newer versions export them).
-const NO_STEP: &[&str] = &["4294967290", "4294967291", "4294967292", "batch", "extern", "interactive"];
-
-type Env<'a> = dyn Fn(&str) -> Option<String> + 'a;
+/// A way to look a variable up, normally `&|name| std::env::var(name).ok()`.
+pub type Env<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
 /// Finds this process's place in the job from `env` (normally `&|name| std::env::var(name).ok()`).
 ///
@@ -176,7 +177,7 @@ type Env<'a> = dyn Fn(&str) -> Option<String> + 'a;
 /// # Errors
 /// [`IdentityError`] when variables are half there, unreadable, or contradict each other.
 pub fn discover(env: &Env) -> Result<Identity, IdentityError> {
-    let slurm = slurm_step(env)?;
+    let slurm = slurm::step(env)?;
     let mut found: Option<Identity> = None;
     for row in TABLE {
         let Some(identity) = read_row(row, env, slurm.as_ref())? else { continue };
@@ -275,48 +276,6 @@ fn read_row(row: &Row, env: &Env, slurm: Option<&Identity>) -> Result<Option<Ide
         },
     };
     checked(Identity { rank, world_size, local_rank, local_size, source: row.name }).map(Some)
-}
-
-fn slurm_step(env: &Env) -> Result<Option<Identity>, IdentityError> {
-    match get(env, "SLURM_STEP_ID") {
-        None => return Ok(None),
-        Some(id) if NO_STEP.contains(&id.as_str()) => return Ok(None),
-        Some(_) => {}
-    }
-    let missing =
-        |missing| IdentityError::Incomplete { source_name: SRUN, present: "SLURM_STEP_ID", missing };
-    let (_, rank) = number(env, &["SLURM_PROCID"])?.ok_or(missing("SLURM_PROCID"))?;
-    let (_, world_size) =
-        number(env, &["SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"])?.ok_or(missing("SLURM_STEP_NUM_TASKS"))?;
-    let (_, local_rank) = number(env, &["SLURM_LOCALID"])?.ok_or(missing("SLURM_LOCALID"))?;
-    let node = number(env, &["SLURM_NODEID"])?.map_or(0, |(_, node)| node);
-    let local_size = match ["SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE"]
-        .into_iter()
-        .find_map(|variable| Some((variable, get(env, variable)?)))
-    {
-        Some((variable, value)) => {
-            tasks_on_node(&value, node).ok_or(IdentityError::TasksPerNode { variable, value, node })?
-        }
-        None if world_size == 1 => 1,
-        None => return Err(missing("SLURM_STEP_TASKS_PER_NODE")),
-    };
-    checked(Identity { rank, world_size, local_rank, local_size, source: SRUN }).map(Some)
-}
-
-/// Slurm's run-length list, `2(x3),1` = 2, 2, 2, 1 tasks on nodes 0 to 3; never `tasks / nodes`, layouts are uneven.
-fn tasks_on_node(list: &str, node: u32) -> Option<u32> {
-    let mut first = 0u64;
-    for part in list.split(',') {
-        let (tasks, repeat) = match part.split_once("(x") {
-            Some((tasks, rest)) => (tasks, rest.strip_suffix(')')?.parse::<u64>().ok()?),
-            None => (part, 1),
-        };
-        if u64::from(node) < first + repeat {
-            return tasks.trim().parse().ok();
-        }
-        first += repeat;
-    }
-    None
 }
 
 fn checked(identity: Identity) -> Result<Identity, IdentityError> {

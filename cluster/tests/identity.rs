@@ -1,7 +1,9 @@
 //! The environments that launchers leave behind, as recorded on real machines and in their documentation, and the
 //! place in the job each of them means.
 
-use mentee_cluster::identity::{Identity, IdentityError, discover};
+use mentee_cluster::identity::{
+    Allocation, Identity, IdentityError, affinity_advice, discover, expand_nodes, visible_devices,
+};
 
 fn identity(environment: &[&str]) -> Result<Identity, IdentityError> {
     discover(&|name| {
@@ -328,4 +330,103 @@ fn a_supervisor_can_clear_what_it_inherited() {
         .filter(|pair| !cleared.contains(&pair.split_once('=').expect("a pair").0))
         .collect();
     assert_eq!(identity(&rest).map(|found| found.source), Ok("none"));
+}
+
+fn environment<'a>(pairs: &'a [&str]) -> impl Fn(&str) -> Option<String> + 'a {
+    |name| {
+        let pair = pairs.iter().find_map(|pair| pair.split_once('=').filter(|(key, _)| *key == name));
+        pair.map(|(_, value)| value.to_owned())
+    }
+}
+
+#[test]
+fn compressed_node_lists_unfold() {
+    let table: &[(&str, Option<&[&str]>)] = &[
+        ("n1", Some(&["n1"])),
+        ("n[1-2]", Some(&["n1", "n2"])),
+        ("n[1-2,05-07],login", Some(&["n1", "n2", "n05", "n06", "n07", "login"])),
+        ("gpu[098-101]", Some(&["gpu098", "gpu099", "gpu100", "gpu101"])),
+        ("r[1-2]n[1,3]", Some(&["r1n1", "r1n3", "r2n1", "r2n3"])),
+        ("a-[1-2]-ib,b.x.org", Some(&["a-1-ib", "a-2-ib", "b.x.org"])),
+        ("", None),
+        ("n[1-2", None),
+        ("n1-2]", None),
+        ("n[2-1]", None),
+        ("n[a-b]", None),
+        ("n[]", None),
+        ("n1,,n2", None),
+        ("n[1-99999999]", None),
+        ("n[0-9999][0-9999]", None),
+    ];
+    for (list, expected) in table {
+        let expected = expected.map(|names| names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>());
+        assert_eq!(expand_nodes(list), expected, "{list}");
+    }
+}
+
+#[test]
+fn a_batch_script_is_an_allocation_and_a_step_is_none() {
+    let batch = with(BATCH_SCRIPT, &["SLURM_JOB_NODELIST=n[1-2]", "SLURM_RESTART_COUNT=3"]);
+    let allocation = Allocation::from_env(&environment(&batch)).expect("an allocation");
+    assert_eq!(allocation.job_id, "7");
+    assert_eq!(allocation.nodes, ["n1", "n2"]);
+    assert_eq!((allocation.restarts, &allocation.array_task), (3, &None));
+    let array = with(&batch, &["SLURM_JOB_ID=15", "SLURM_ARRAY_JOB_ID=12", "SLURM_ARRAY_TASK_ID=3"]);
+    let task = Allocation::from_env(&environment(&array)).expect("an allocation");
+    assert_eq!((task.job_id.as_str(), task.array_task.as_deref()), ("15", Some("12_3")));
+    assert_eq!(allocation.node_of("n2"), Some("n2"));
+    assert_eq!(allocation.node_of("n2.cluster.org"), Some("n2"));
+    assert_eq!(allocation.node_of("n3"), None);
+    let step = with(SRUN_3_OF_4, &["SLURM_JOB_NODELIST=n[1-2]"]);
+    assert_eq!(Allocation::from_env(&environment(&step)), None);
+    assert_eq!(Allocation::from_env(&environment(&["PATH=/bin"])), None);
+    let interactive = with(&batch, &["SLURM_STEP_ID=4294967290"]);
+    assert!(Allocation::from_env(&environment(&interactive)).is_some());
+}
+
+#[test]
+fn devices_go_by_local_rank_modulo_what_is_visible() {
+    // How Slurm 22.05 handed out two GPUs a node to two ranks a node.
+    let table = [
+        ("--gpus-per-node=2, first rank", "0,1", 0, Some(0)),
+        ("--gpus-per-node=2, second rank", "0,1", 1, Some(1)),
+        ("--gpus-per-task=1, first rank", "0", 0, Some(0)),
+        ("--gpus-per-task=1, second rank", "1", 1, Some(0)),
+        ("--gpu-bind=single:1, second rank", "1", 1, Some(0)),
+        ("--gres=gpu:1, second rank: they share it", "0", 1, Some(0)),
+        ("eight identifiers, ninth rank", "GPU-a,GPU-b,GPU-c,GPU-d,MIG-e,MIG-f,MIG-g,MIG-h", 8, Some(0)),
+        ("none", "", 0, None),
+        ("switched off", "-1", 0, None),
+        ("the list ends at -1", "2,-1,3", 1, Some(0)),
+        ("NoDevFiles, as Slurm says without device files", "NoDevFiles", 0, None),
+    ];
+    for (name, visible, local_rank, expected) in table {
+        let visible = format!("CUDA_VISIBLE_DEVICES={visible}");
+        let visible = visible_devices(&environment(&[&visible])).expect("set");
+        let identity = Identity { rank: 8, world_size: 16, local_rank, local_size: 9, source: "srun" };
+        assert_eq!(identity.device(visible), expected, "{name}");
+    }
+    assert_eq!(visible_devices(&environment(&[])), None, "all of the machine's");
+}
+
+#[test]
+fn a_rank_that_is_bound_too_tightly_is_told_the_remedy_of_its_launcher() {
+    let advice = |source, allowed, threads| {
+        let identity = Identity { rank: 3, world_size: 4, local_rank: 1, local_size: 2, source };
+        affinity_advice(&identity, allowed, 64, threads)
+    };
+    let table = [
+        ("Open MPI", "mpirun --bind-to none"),
+        ("PMI (MPICH, Intel or Cray MPI)", "mpirun -bind-to none"),
+        ("MVAPICH2", "MV2_ENABLE_AFFINITY=0"),
+        ("srun", "srun --cpus-per-task=9"),
+        ("torchrun", "taskset -p"),
+    ];
+    for (source, remedy) in table {
+        let said = advice(source, 1, 9).unwrap_or_else(|| panic!("{source}: nothing said"));
+        assert!(said.starts_with("rank 3 is bound to 1 core of 64 but runs 9 threads"), "{said}");
+        assert!(said.contains(remedy) && !said.contains('\n'), "{source}: {said}");
+    }
+    assert_eq!(advice("srun", 9, 9), None, "enough");
+    assert_eq!(advice("srun", 64, 100), None, "not bound at all");
 }

@@ -43,6 +43,9 @@ pub fn command(args: &DemoArgs) -> Result<i32, Failure> {
         run_dir: Some(args.out.clone()),
         max_restarts: 3,
         sets,
+        engine_args: Vec::new(),
+        interface: None,
+        requeue: false,
     })?;
     if ended.exit_code == exit_code::DONE {
         conclude(&ended.dir)?;

@@ -4,23 +4,25 @@
 //! |---|---|---|
 //! | `direct` | the worker itself | nothing: a world of one |
 //! | `mpirun` | `mpirun -n N mentee-worker …` | MPI |
-//! | `srun` | `srun --ntasks N --kill-on-bad-exit=1 mentee-worker …` | MPI through Slurm's PMI |
+//! | `srun` | `srun --nodes=K --ntasks=N --kill-on-bad-exit=1 … mentee-worker …` | MPI through Slurm's PMI |
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use mentee_cluster::CoordinatorAddress;
-use mentee_cluster::identity::{self, COORDINATOR, GENERATION, TOKEN};
+use mentee_cluster::identity::{self, Allocation, COORDINATOR, GENERATION, TOKEN};
 
 use crate::failure::Failure;
 
+/// What our steps are called in a Slurm job.
+pub const STEP_NAME: &str = "mentee-workers";
 /// The worker's executable.
 pub const WORKER: &str = "mentee-worker";
 
 /// How workers are started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum Engine {
-    /// direct for one worker, mpirun for more
+    /// direct for one worker, mpirun for more, srun for more on several nodes of an allocation
     #[default]
     Auto,
     /// the worker itself
@@ -73,16 +75,46 @@ pub struct Tools {
     pub mpirun: Option<(PathBuf, Flavour)>,
     /// This process has user id 0 (Open MPI refuses to run then unless told twice).
     pub root: bool,
+    /// More arguments for `mpirun` or `srun`, behind ours: they win.
+    pub more: Vec<String>,
 }
 
-/// The engine that `auto` means, and whether `workers` of it can be had.
+/// Nodes of a Slurm allocation and the workers on them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Layout {
+    /// Nodes that workers are started on.
+    pub nodes: u32,
+    /// Names of those that are left out.
+    pub left_out: Vec<String>,
+}
+
+impl Layout {
+    /// The layout without one more node, and how many workers there are then: those of that node are missed.
+    pub fn without(&self, node: &str, workers: u32) -> (Layout, u32) {
+        let mut left_out = self.left_out.clone();
+        left_out.push(node.to_owned());
+        let workers = workers - workers.div_ceil(self.nodes);
+        (Layout { nodes: self.nodes - 1, left_out }, workers)
+    }
+}
+
+/// The engine that `auto` means here, and whether `workers` of it can be had.
 ///
 /// # Errors
 /// [`Failure`] with exit code 2.
-pub fn choose(engine: Engine, workers: u32) -> Result<Engine, Failure> {
+pub fn choose(engine: Engine, workers: u32, allocation: Option<&Allocation>) -> Result<Engine, Failure> {
+    let nodes = allocation.map_or(0, |allocation| allocation.nodes.len());
     match (engine, workers) {
         (_, 0) => Err(Failure::usage("--workers 0 trains nothing: give 1 or more")),
+        (Engine::Srun, _) if nodes == 0 => Err(Failure::usage(
+            "--engine srun starts workers in a Slurm allocation, and this is none: use `mentee submit`, or run it \
+             inside `salloc`",
+        )),
+        (Engine::Srun, workers) if (workers as usize) < nodes => Err(Failure::usage(format!(
+            "--workers {workers} leaves some of the allocation's {nodes} nodes without a worker: give at least {nodes}"
+        ))),
         (Engine::Auto, 1) => Ok(Engine::Direct),
+        (Engine::Auto, workers) if nodes > 1 && workers as usize >= nodes => Ok(Engine::Srun),
         (Engine::Auto, _) => Ok(Engine::Mpirun),
         (Engine::Direct, 2..) => Err(Failure::usage(format!(
             "--engine direct starts one worker, not {workers}: use --engine mpirun, or leave --engine out"
@@ -96,6 +128,7 @@ pub fn command_line(
     engine: Engine,
     workers: u32,
     tools: &Tools,
+    layout: &Layout,
     address: &CoordinatorAddress,
     arguments: &[OsString],
 ) -> CommandLine {
@@ -135,19 +168,34 @@ pub fn command_line(
             (mpirun, all)
         }
         Engine::Srun => {
-            let pmi = match tools.mpirun {
-                Some((_, Flavour::OpenMpi)) => "--mpi=pmix",
-                _ => "--mpi=pmi2",
-            };
-            let all = vec![
-                "--ntasks".into(),
-                workers.to_string().into(),
-                "--kill-on-bad-exit=1".into(),
-                pmi.into(),
+            let nodes = layout.nodes;
+            let mut all = vec![
+                "--job-name".into(),
+                STEP_NAME.into(),
+                format!("--nodes={nodes}").into(),
+                format!("--ntasks={workers}").into(),
             ];
+            if workers.is_multiple_of(nodes) {
+                all.push(format!("--ntasks-per-node={}", workers / nodes).into());
+            }
+            if !layout.left_out.is_empty() {
+                all.push(format!("--exclude={}", layout.left_out.join(",")).into());
+            }
+            // One task that ends ends all: the others would wait for it in a collective.
+            all.push("--kill-on-bad-exit=1".into());
+            // What is left of the tasks of the last start must not hold up the next.
+            all.push("--overlap".into());
+            if !tools.more.iter().any(|more| more.starts_with("--mpi")) {
+                let pmi = match tools.mpirun {
+                    Some((_, Flavour::OpenMpi)) => "--mpi=pmix",
+                    _ => "--mpi=pmi2",
+                };
+                all.push(pmi.into());
+            }
             ("srun".into(), all)
         }
     };
+    all.extend(tools.more.iter().map(OsString::from));
     all.push(tools.worker.clone().into());
     all.extend_from_slice(arguments);
     CommandLine { program, arguments: all, set, clear }
@@ -174,7 +222,7 @@ pub fn find_worker() -> Result<PathBuf, Failure> {
 ///
 /// # Errors
 /// [`Failure`] that names what is missing.
-pub fn find_tools(engine: Engine) -> Result<Tools, Failure> {
+pub fn find_tools(engine: Engine, more: &[String]) -> Result<Tools, Failure> {
     let worker = find_worker()?;
     // SAFETY: getuid has no preconditions and cannot fail.
     let root = unsafe { libc::getuid() } == 0;
@@ -187,7 +235,13 @@ pub fn find_tools(engine: Engine) -> Result<Tools, Failure> {
             "no mpirun: `ci/setup` installs one into .venv, or load your site's MPI; one worker (--workers 1) needs none",
         ));
     }
-    Ok(Tools { worker, mpirun, root })
+    if engine == Engine::Srun && on_path("srun").is_none() {
+        return Err(Failure::failed("no srun on PATH: load your site's Slurm"));
+    }
+    if engine == Engine::Direct && !more.is_empty() {
+        return Err(Failure::usage("--engine-arg is for mpirun and srun: one worker is started by itself"));
+    }
+    Ok(Tools { worker, mpirun, root, more: more.to_vec() })
 }
 
 /// The `mpirun` of the MPI that the worker was built with (beside its compiler wrapper), else the one on `PATH`: a
@@ -200,7 +254,8 @@ fn find_mpirun() -> Option<(PathBuf, Flavour)> {
     Some((path, flavour))
 }
 
-fn on_path(name: &str) -> Option<PathBuf> {
+/// Finds an executable on `PATH`.
+pub fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?)
         .map(|folder| folder.join(name))
         .find(|path| path.is_file())
@@ -211,12 +266,27 @@ mod tests {
     use super::*;
 
     fn line(engine: Engine, workers: u32, flavour: Flavour, root: bool) -> String {
-        let tools = Tools { worker: "/bin/w".into(), mpirun: Some(("/mpi/mpirun".into(), flavour)), root };
+        let layout = Layout { nodes: 2, left_out: Vec::new() };
+        line_of(engine, workers, flavour, root, &layout, &[])
+    }
+
+    fn line_of(
+        engine: Engine,
+        workers: u32,
+        flavour: Flavour,
+        root: bool,
+        layout: &Layout,
+        more: &[&str],
+    ) -> String {
+        let more = more.iter().map(|&word| word.to_owned()).collect();
+        let tools =
+            Tools { worker: "/bin/w".into(), mpirun: Some(("/mpi/mpirun".into(), flavour)), root, more };
         let address = CoordinatorAddress { host_port: "h:1".into(), token: "t".into(), generation: 2 };
         let command = command_line(
             engine,
             workers,
             &tools,
+            layout,
             &address,
             &["p.toml".into(), "--run-dir".into(), "r".into()],
         );
@@ -246,11 +316,13 @@ mod tests {
             ),
             (
                 (Engine::Srun, 8, Flavour::Hydra, false),
-                "srun --ntasks 8 --kill-on-bad-exit=1 --mpi=pmi2 /bin/w p.toml --run-dir r",
+                "srun --job-name mentee-workers --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                 --overlap --mpi=pmi2 /bin/w p.toml --run-dir r",
             ),
             (
                 (Engine::Srun, 8, Flavour::OpenMpi, false),
-                "srun --ntasks 8 --kill-on-bad-exit=1 --mpi=pmix /bin/w p.toml --run-dir r",
+                "srun --job-name mentee-workers --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                 --overlap --mpi=pmix /bin/w p.toml --run-dir r",
             ),
         ];
         for ((engine, workers, flavour, root), expected) in table {
@@ -259,12 +331,55 @@ mod tests {
     }
 
     #[test]
+    fn srun_on_what_is_left_of_an_allocation() {
+        let whole = Layout { nodes: 3, left_out: Vec::new() };
+        let (layout, workers) = whole.without("n2", 6);
+        assert_eq!((layout.nodes, workers), (2, 4));
+        let more = ["--mpi=pmix_v4", "--cpus-per-task=2"];
+        assert_eq!(
+            line_of(Engine::Srun, workers, Flavour::Hydra, false, &layout, &more),
+            "srun --job-name mentee-workers --nodes=2 --ntasks=4 --ntasks-per-node=2 --exclude=n2 \
+             --kill-on-bad-exit=1 --overlap --mpi=pmix_v4 --cpus-per-task=2 /bin/w p.toml --run-dir r"
+        );
+        // Uneven: 3, 2, 2 workers; without a node there are at least as many as fit the others.
+        let (layout, workers) = whole.without("n1", 7);
+        assert_eq!((layout.nodes, workers), (2, 4));
+        assert!(!line_of(Engine::Srun, 5, Flavour::Hydra, false, &layout, &[]).contains("per-node"));
+    }
+
+    #[test]
     fn auto_is_the_simplest_engine_that_works() {
-        assert_eq!(choose(Engine::Auto, 1).expect("one"), Engine::Direct);
-        assert_eq!(choose(Engine::Auto, 2).expect("two"), Engine::Mpirun);
-        assert_eq!(choose(Engine::Mpirun, 1).expect("one"), Engine::Mpirun);
-        assert_eq!(choose(Engine::Direct, 2).expect_err("no NCCL").exit_code, 2);
-        assert_eq!(choose(Engine::Auto, 0).expect_err("none").exit_code, 2);
+        let allocation = |nodes: usize| Allocation {
+            job_id: "1".into(),
+            array_task: None,
+            nodes: (0..nodes).map(|node| format!("n{node}")).collect(),
+            restarts: 0,
+        };
+        let (one, two) = (allocation(1), allocation(2));
+        let table = [
+            (Engine::Auto, 1, None, Ok(Engine::Direct)),
+            (Engine::Auto, 2, None, Ok(Engine::Mpirun)),
+            (Engine::Auto, 1, Some(&two), Ok(Engine::Direct)),
+            (Engine::Auto, 4, Some(&one), Ok(Engine::Mpirun)),
+            (Engine::Auto, 4, Some(&two), Ok(Engine::Srun)),
+            (Engine::Mpirun, 1, None, Ok(Engine::Mpirun)),
+            (Engine::Mpirun, 4, Some(&two), Ok(Engine::Mpirun)),
+            (Engine::Direct, 2, None, Err("one worker, not 2")),
+            (Engine::Auto, 0, None, Err("--workers 0")),
+            (Engine::Srun, 4, None, Err("mentee submit")),
+            (Engine::Srun, 1, Some(&two), Err("2 nodes without a worker")),
+            (Engine::Srun, 1, Some(&one), Ok(Engine::Srun)),
+        ];
+        for (engine, workers, allocation, expected) in table {
+            match (choose(engine, workers, allocation), expected) {
+                (Ok(chosen), Ok(expected)) => assert_eq!(chosen, expected, "{engine:?} {workers}"),
+                (Err(failure), Err(part)) => {
+                    assert_eq!(failure.exit_code, 2);
+                    assert!(failure.line.contains(part), "{}", failure.line);
+                }
+                (chosen, _) => panic!("{engine:?} {workers} {allocation:?}: {chosen:?}"),
+            }
+        }
     }
 
     #[test]

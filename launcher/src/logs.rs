@@ -16,6 +16,7 @@ use tracing_subscriber::prelude::*;
 
 use crate::failure::Failure;
 use crate::rundir::RunDir;
+use crate::slurm::{self, Record};
 
 /// Where the coordinator's decisions go.
 const COORDINATOR: &str = "mentee::coordinator";
@@ -200,6 +201,12 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
     let run = RunDir::existing(&args.run)?;
     let colour = std::io::stdout().is_terminal();
     let mut tailed: BTreeMap<PathBuf, Tailed> = BTreeMap::new();
+    if let Some(record) = Record::read(&run) {
+        // Not among the lines, which others may read on.
+        let job = slurm::query(&record.job);
+        let known = job.map_or("no longer known to Slurm".to_owned(), |job| job.to_string());
+        eprintln!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
+    }
     if !args.follow && files(&run, args.rank)?.is_empty() {
         let whose = args.rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
         return Err(Failure::failed(format!("no log{whose} in {}", run.logs().display())));

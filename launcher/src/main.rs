@@ -6,14 +6,19 @@ mod data;
 mod demo;
 mod engine;
 mod failure;
+mod interface;
 mod logs;
 mod metrics;
+mod place;
 mod progress;
 mod report;
 mod run;
 mod rundir;
 mod shard;
+mod site;
+mod slurm;
 mod status;
+mod submit;
 mod supervise;
 
 use std::ffi::OsString;
@@ -45,6 +50,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Trains here, supervised; continues the run that is in the run directory
     Run(run::RunArgs),
+    /// Writes and submits the Slurm job of a run, or of an array of runs
+    Submit(submit::SubmitArgs),
     /// Writes any data set that can be read as tar shards with an index
     Shard(shard::ShardArgs),
     /// Looks into a data set, checks it, shows the order it is read in
@@ -79,6 +86,8 @@ enum Command {
     },
     /// Shows the logs of all processes of a run, merged by time
     Logs(logs::LogsArgs),
+    /// Says which rank the launcher made of this process, on which cores and device
+    Place(place::PlaceArgs),
     /// Evaluates frozen features: kNN with its floors and protocol
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
@@ -117,12 +126,14 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
     match command {
         Command::Run(args) => return Ok(run::command(&args)?.exit_code),
         Command::Demo(args) => return demo::command(&args),
+        Command::Submit(args) => submit::command(&args)?,
         Command::Shard(args) => shard::command(&args)?,
         Command::Data(data) => data::command(&data)?,
         Command::Checkpoints { run, verify, json } => checkpoints::command(&run, verify, json)?,
         Command::Report { run, out } => report::command(&run, out.as_deref())?,
         Command::Status { run, json } => status::command(&run, json)?,
         Command::Logs(args) => logs::command(&args)?,
+        Command::Place(args) => place::command(&args)?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded)),
         Command::Bench(forwarded) => return Err(forward("bench", &forwarded)),
     }

@@ -11,6 +11,7 @@ use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use mentee_checkpoint as checkpoint;
+use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Output, server};
 use mentee_config::{Plan, Recipe, exit_code};
 use mentee_data::{DataError, Split, open_split};
@@ -20,12 +21,14 @@ use tokio::process::{Child, Command};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::engine::{self, Engine, Tools};
+use crate::engine::{self, Engine, Layout, Tools};
 use crate::failure::Failure;
+use crate::interface;
 use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
 use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
 
@@ -58,6 +61,16 @@ pub struct RunArgs {
     /// Replaces a value of the recipe; may be given several times
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
+    /// One more argument for mpirun or srun; may be given several times
+    #[arg(long = "engine-arg", value_name = "ARGUMENT", allow_hyphen_values = true)]
+    pub engine_args: Vec<String>,
+    /// Where the workers reach this process: an address or the name of a network interface of this machine [default: the
+    /// loopback for workers here; any, by this machine's name, for srun]
+    #[arg(long, value_name = "ADDRESS")]
+    pub interface: Option<String>,
+    /// In a Slurm job: after SIGUSR1, put the job back into the queue with a checkpoint taken
+    #[arg(long)]
+    pub requeue: bool,
 }
 
 /// How a run ended, for commands that go on from there.
@@ -75,7 +88,16 @@ pub struct Ended {
 /// [`Failure`] with the run's exit code. What can be told from the recipe, the data and the directory is told before
 /// anything is written or started.
 pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
-    let engine = engine::choose(args.engine, args.workers)?;
+    let allocation = Allocation::from_env(&|name| std::env::var(name).ok());
+    let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
+    let interface = match &args.interface {
+        Some(interface) => interface::address(interface)?,
+        None if engine == Engine::Srun => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+        None => IpAddr::V4(Ipv4Addr::LOCALHOST),
+    };
+    if args.requeue && allocation.is_none() {
+        return Err(Failure::usage("--requeue is for Slurm jobs, and this is none: leave it out"));
+    }
     let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
     let dir = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.run.name));
     let dir = RunDir::at(&dir)?;
@@ -90,7 +112,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         .ok_or_else(|| DataError::Missing { key: "data.path".into(), path: recipe.data.path.clone() })?;
     let plan = Plan::new(recipe, source.len(), args.workers)?;
     drop(source);
-    let tools = engine::find_tools(engine)?;
+    let tools = engine::find_tools(engine, &args.engine_args)?;
 
     let _lock = dir.lock()?;
     dir.check_recipe(&plan.recipe)?;
@@ -106,14 +128,37 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     write_atomically(&dir.plan(), text.as_bytes())
         .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
     logs::write_here(&dir);
+    if let Some(allocation) = allocation.as_ref().filter(|_| dir.script().is_file() || dir.slurm().is_file())
+    {
+        // The script may have been submitted again, by hand.
+        Record::of_job(&dir, allocation).write(&dir)?;
+    }
 
     // One thread: the parent-death signal of the workers is tied to the thread that started them.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start the supervisor: {error}")))?;
-    let job = Job { dir: &dir, plan: &plan, tools, engine, workers: args.workers };
-    let exit_code = runtime.block_on(supervise(job, args.max_restarts))?;
+    let first_step = dir.newest_step();
+    let layout =
+        Layout { nodes: allocation.as_ref().map_or(1, |it| it.nodes.len() as u32), left_out: Vec::new() };
+    let job = Job {
+        dir: &dir,
+        plan: &plan,
+        tools,
+        engine,
+        interface,
+        allocation: allocation.as_ref(),
+        workers: args.workers,
+        layout,
+    };
+    let (exit_code, stopped_by) = runtime.block_on(supervise(job, args.max_restarts))?;
+    if let Some(allocation) = allocation.filter(|_| args.requeue)
+        && exit_code == exit_code::PREEMPTED
+        && slurm::goes_back(&stopped_by)
+    {
+        slurm::put_back(&dir, &allocation, first_step, dir.newest_step(), &stopped_by)?;
+    }
     Ok(Ended { dir, exit_code })
 }
 
@@ -122,7 +167,24 @@ struct Job<'a> {
     plan: &'a Plan,
     tools: Tools,
     engine: Engine,
+    /// Where the coordinator listens.
+    interface: IpAddr,
+    allocation: Option<&'a Allocation>,
     workers: u32,
+    layout: Layout,
+}
+
+impl Job<'_> {
+    /// A coordinator for the workers of this job.
+    async fn coordinator(&self) -> std::io::Result<CoordinatorHandle> {
+        let agreement = Agreement {
+            token: server::fresh_token()?,
+            world_size: self.workers,
+            plan_hash: Some(self.plan.recipe.hash()),
+            version: env!("CARGO_PKG_VERSION").into(),
+        };
+        server::start(self.interface, agreement).await
+    }
 }
 
 /// Everything that is alive during a run but the decisions.
@@ -140,22 +202,10 @@ struct Shell<'a> {
     status: Status,
 }
 
-async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
+async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSignal>), Failure> {
     let cannot = |what: &str, error: std::io::Error| Failure::failed(format!("cannot {what}: {error}"));
-    let token = server::fresh_token().map_err(|error| cannot("make a token", error))?;
-    let interface = match job.engine {
-        Engine::Srun => Ipv4Addr::UNSPECIFIED,
-        _ => Ipv4Addr::LOCALHOST,
-    };
-    let agreement = Agreement {
-        token,
-        world_size: job.workers,
-        plan_hash: Some(job.plan.recipe.hash()),
-        version: env!("CARGO_PKG_VERSION").into(),
-    };
-    let coordinator = server::start(IpAddr::V4(interface), agreement)
-        .await
-        .map_err(|error| cannot("open a port for the workers", error))?;
+    let coordinator =
+        job.coordinator().await.map_err(|error| cannot("open a port for the workers", error))?;
     let output = job.dir.worker_output();
     let output = OpenOptions::new()
         .create(true)
@@ -166,6 +216,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
         (StopSignal::Interrupt, SignalKind::interrupt()),
         (StopSignal::Terminate, SignalKind::terminate()),
         (StopSignal::HangUp, SignalKind::hangup()),
+        (StopSignal::Warning, SignalKind::user_defined1()),
     ]
     .into_iter()
     .map(|(name, kind)| Ok((name, signal(kind)?)))
@@ -184,6 +235,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
     ));
     let status = Status::new(name, job.workers);
     let direct = job.engine == Engine::Direct;
+    let nodes = if job.engine == Engine::Srun { job.layout.nodes as usize } else { 1 };
     let mut shell = Shell {
         job,
         coordinator,
@@ -197,13 +249,14 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
         status,
     };
     let started = Instant::now();
-    let (mut supervisor, first) = Supervisor::new(max_restarts, direct);
+    let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes);
+    let mut stopped_by = Vec::new();
     let mut actions = first;
     let mut status_due = tokio::time::interval(STATUS_EVERY);
     loop {
         for action in std::mem::take(&mut actions) {
-            if let Some(outcome) = shell.perform(action)? {
-                return shell.end(outcome);
+            if let Some(outcome) = shell.perform(action).await? {
+                return Ok((shell.end(outcome)?, stopped_by));
             }
         }
         let due = shell.timer.map(|(_, at)| at);
@@ -218,6 +271,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
             }
             signal = any(&mut signals) => {
                 shell.status.state = State::Stopping;
+                stopped_by.push(signal);
                 Event::Signal(signal)
             }
             () = tokio::time::sleep_until(due.unwrap_or_else(tokio::time::Instant::now)), if due.is_some() => {
@@ -238,14 +292,20 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<i32, Failure> {
 
 impl Shell<'_> {
     /// Does what was decided; an outcome ends the run.
-    fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
+    async fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
         match action {
             Action::Start { generation } => self.start(generation)?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
-            Action::Terminate => self.signal(libc::SIGTERM),
+            Action::Terminate => {
+                // srun has passed SIGTERM on already, when the first task ended; ranks that wait in a collective did not
+                // heed it, and Slurm's own patience with them is long.
+                self.kill_steps();
+                self.signal(libc::SIGTERM);
+            }
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
             Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
+            Action::LeaveOut { host } => self.leave_out(&host).await?,
             Action::Say(line) => {
                 tracing::warn!("{line}");
                 self.display.say(&line);
@@ -263,8 +323,14 @@ impl Shell<'_> {
         };
         let arguments: [OsString; 3] =
             [self.job.dir.plan().into(), "--run-dir".into(), self.job.dir.path().into()];
-        let line =
-            engine::command_line(self.job.engine, self.job.workers, &self.job.tools, &address, &arguments);
+        let line = engine::command_line(
+            self.job.engine,
+            self.job.workers,
+            &self.job.tools,
+            &self.job.layout,
+            &address,
+            &arguments,
+        );
         let mut command = Command::new(&line.program);
         command.args(&line.arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         for name in &line.clear {
@@ -319,8 +385,17 @@ impl Shell<'_> {
         }
     }
 
+    /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
+    fn kill_steps(&self) {
+        if let (Engine::Srun, Some(allocation)) = (self.job.engine, self.job.allocation) {
+            let job_id = allocation.job_id.clone();
+            std::thread::spawn(move || slurm::kill_steps(&job_id));
+        }
+    }
+
     /// SIGKILL to the process group, and to every rank of this machine: an `mpirun` that is killed cannot end them.
     fn kill(&self) {
+        self.kill_steps();
         if let Some(pid) = self.child.as_ref().and_then(Child::id) {
             // SAFETY: the child has not been waited for, so the group id is still its own.
             unsafe { libc::kill(-(pid as libc::pid_t), libc::SIGKILL) };
@@ -387,12 +462,7 @@ impl Shell<'_> {
     fn record_restart(&mut self, generation: u32, culprit: &Culprit) {
         self.status.state = State::Restarting;
         self.status.write(self.job.dir);
-        let step = checkpoint::list(&self.job.dir.checkpoints())
-            .ok()
-            .and_then(|entries| {
-                entries.iter().filter(|entry| entry.state.is_ok()).map(|entry| entry.step).max()
-            })
-            .unwrap_or(0);
+        let step = self.job.dir.newest_step();
         let line = json!({
             "kind": "restart",
             "step": step,
@@ -405,6 +475,27 @@ impl Shell<'_> {
         if let Err(error) = self.job.dir.append_metric(&line) {
             tracing::warn!("cannot write {}: {error}", self.job.dir.metrics().display());
         }
+    }
+
+    /// From now on the ranks of one machine are missed: a smaller world, the same samples.
+    async fn leave_out(&mut self, host: &str) -> Result<(), Failure> {
+        let Some(node) = self.job.allocation.and_then(|allocation| allocation.node_of(host)) else {
+            tracing::warn!("{host} is none of the allocation's nodes and cannot be left out");
+            return Ok(());
+        };
+        (self.job.layout, self.job.workers) = self.job.layout.without(node, self.job.workers);
+        let line =
+            format!("{node} failed twice and is left out: {} workers go on without it", self.job.workers);
+        tracing::warn!("{line}");
+        self.display.say(&line);
+        // The coordinator's world has another size.
+        self.coordinator = self
+            .job
+            .coordinator()
+            .await
+            .map_err(|error| Failure::failed(format!("cannot open a port for the workers: {error}")))?;
+        self.status.workers = self.job.workers;
+        Ok(())
     }
 
     /// The last of the run: status, report, and the one line that says how it went.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! RUN/plan.toml  metrics.jsonl  logs/*.jsonl  logs/worker-output.log  checkpoints/step-…/  views.png  report.html
+//! RUN/submit.sbatch  slurm.json  logs/slurm.log     of a run that `mentee submit` handed to Slurm
 //! RUN/status.json   where the run stands, kept by the supervisor (see `status.rs`)
 //! RUN/.lock         held by the supervisor as long as it lives
 //! ```
@@ -86,6 +87,27 @@ impl RunDir {
     /// Where the run stands.
     pub fn status(&self) -> PathBuf {
         self.0.join("status.json")
+    }
+
+    /// Which Slurm job it is, of a run that was submitted.
+    pub fn slurm(&self) -> PathBuf {
+        self.0.join("slurm.json")
+    }
+
+    /// What was submitted.
+    pub fn script(&self) -> PathBuf {
+        self.0.join("submit.sbatch")
+    }
+
+    /// What Slurm and the supervisor wrote, of a run that was submitted.
+    pub fn slurm_output(&self) -> PathBuf {
+        self.logs().join("slurm.log")
+    }
+
+    /// The step of the newest checkpoint; 0 when there is none.
+    pub fn newest_step(&self) -> u64 {
+        let entries = mentee_checkpoint::list(&self.checkpoints()).unwrap_or_default();
+        entries.iter().filter(|entry| entry.state.is_ok()).map(|entry| entry.step).max().unwrap_or(0)
     }
 
     /// The self-contained page.

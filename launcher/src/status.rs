@@ -12,6 +12,8 @@ use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::clock;
 use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::slurm::{self, Job, Record};
+use crate::submit::Sweep;
 
 /// What a run is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,12 +145,33 @@ impl Status {
     }
 }
 
-/// `mentee status RUN [--json]`.
+/// A submitted run's job and what Slurm says of it.
+fn slurm_job(run: &RunDir) -> Option<(Record, Option<Job>)> {
+    let record = Record::read(run)?;
+    let job = slurm::query(&record.job);
+    Some((record, job))
+}
+
+/// The job in words.
+fn describe(record: &Record, job: Option<&Job>) -> String {
+    let known = job.map_or("no longer known to Slurm".to_owned(), Job::to_string);
+    let returns = record
+        .requeues
+        .last()
+        .map_or(String::new(), |last| format!(", put back by its supervisor at step {}", last.step));
+    format!("job {}: {known}{returns}", record.job)
+}
+
+/// `mentee status RUN [--json]`, also of a directory with the runs of an array.
 ///
 /// # Errors
 /// When there is no run.
 pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
+    if let Some(sweep) = Sweep::read(path) {
+        return table(path, &sweep, json);
+    }
     let run = RunDir::existing(path)?;
+    let slurm = slurm_job(&run);
     let status = Status::read(&run);
     let metrics = Metrics::read(&run.metrics())?;
     let checkpoints: Vec<u64> = checkpoint::list(&run.checkpoints())?
@@ -159,6 +182,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
     if json {
         let value = serde_json::json!({
             "run_dir": run.path(),
+            "slurm": slurm.as_ref().map(|(record, job)| serde_json::json!({ "record": record, "job": job })),
             "status": status,
             "last_train": metrics.last_train(),
             "last_eval": metrics.last_eval(),
@@ -169,7 +193,11 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         return Ok(());
     }
     println!("{}", run.path().display());
+    if let Some((record, job)) = &slurm {
+        println!("  {}", describe(record, job.as_ref()));
+    }
     match &status {
+        None if slurm.is_some() => println!("  has not started yet"),
         None => println!("  started without a supervisor (no status.json); from its metrics:"),
         Some(status) => {
             println!("  {}: {}", status.name, status.state);
@@ -206,6 +234,59 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
     }
     if !metrics.restarts().is_empty() {
         println!("  {} restarts", metrics.restarts().len());
+    }
+    Ok(())
+}
+
+/// One line for each run of an array.
+fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
+    let mut rows = vec![["run", "job", "state", "step", "loss", "set"].map(str::to_owned)];
+    let mut values = Vec::new();
+    for (index, sets) in sweep.variants.iter().enumerate() {
+        let run = RunDir::at(&folder.join(index.to_string()))?;
+        let (status, slurm) = (Status::read(&run), slurm_job(&run));
+        let metrics = Metrics::read(&run.metrics())?;
+        let (record, job) = slurm.map_or((None, None), |(record, job)| (Some(record), job));
+        let state = match (&status, &job) {
+            // A job that waits says more than what the run was doing when it last stopped.
+            (_, Some(job)) if job.state == "PENDING" => job.to_string(),
+            (Some(status), _) => {
+                let words = status.state.to_string();
+                words.split(" (").next().unwrap_or_default().to_owned()
+            }
+            (None, Some(job)) => job.to_string(),
+            (None, None) => "not started".to_owned(),
+        };
+        let train = metrics.last_train();
+        let total = status.as_ref().map_or(0, |status| status.progress.total_steps);
+        let step = train.map_or("-".to_owned(), |line| match total {
+            0 => line.step.to_string(),
+            total => format!("{}/{total}", line.step),
+        });
+        let loss = train.and_then(|line| line.number("loss"));
+        let loss = loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
+        let name = record.as_ref().map_or("-".to_owned(), |record| record.job.clone());
+        values.push(serde_json::json!({
+            "run_dir": run.path(),
+            "sets": sets,
+            "slurm": { "record": record, "job": job },
+            "status": status,
+            "last_train": train,
+            "last_eval": metrics.last_eval(),
+        }));
+        rows.push([index.to_string(), name, state, step, loss, sets.join(" ")]);
+    }
+    if json {
+        println!("{:#}", serde_json::Value::Array(values));
+        return Ok(());
+    }
+    println!("{}: {} runs", folder.display(), sweep.variants.len());
+    let widths: [usize; 6] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
+    for row in rows {
+        let cells: Vec<String> =
+            row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
+        println!("  {}", cells.join("  ").trim_end());
     }
     Ok(())
 }

@@ -25,6 +25,8 @@ const FINAL: [i32; 4] = [USAGE, DATA, CHECKPOINT, DIVERGED];
 const STOP_GRACE: Duration = Duration::from_secs(60);
 /// After one rank failed: the others usually end by themselves, with the more useful messages.
 const END_GRACE: Duration = Duration::from_secs(5);
+/// After one rank vanished: the others wait for it in a collective and have little to say.
+const LOST_GRACE: Duration = Duration::from_secs(1);
 /// After every rank said it is finished: time to leave MPI and exit.
 const EXIT_GRACE: Duration = Duration::from_secs(30);
 /// After SIGTERM, before SIGKILL.
@@ -33,6 +35,8 @@ const KILL_GRACE: Duration = Duration::from_secs(5);
 const SETTLE: Duration = Duration::from_millis(300);
 /// Schedulers send SIGTERM twice at once (Slurm does); only a later one means impatience.
 const REPEAT: Duration = Duration::from_secs(2);
+/// Failures on one node before it is left out.
+const NODE_FAILURES: u32 = 2;
 /// Before the first restart; doubled each time.
 const BACKOFF: Duration = Duration::from_millis(500);
 /// Upper bound of the above.
@@ -70,14 +74,18 @@ pub enum StopSignal {
     Terminate,
     /// The terminal is gone.
     HangUp,
+    /// SIGUSR1, a scheduler's warning: the time limit is near, or another job needs the place.
+    Warning,
 }
 
 impl StopSignal {
-    fn name(self) -> &'static str {
+    /// As `kill -l` has it.
+    pub fn name(self) -> &'static str {
         match self {
             StopSignal::Interrupt => "SIGINT",
             StopSignal::Terminate => "SIGTERM",
             StopSignal::HangUp => "SIGHUP",
+            StopSignal::Warning => "SIGUSR1",
         }
     }
 }
@@ -132,6 +140,11 @@ pub enum Action {
     Kill,
     /// Set the timer; replaces what it was set to.
     Arm(Timer, Duration),
+    /// No workers on this machine from the next start on.
+    LeaveOut {
+        /// By the name its ranks gave.
+        host: String,
+    },
     /// Write the restart down in `metrics.jsonl`.
     RecordRestart {
         /// Which start is to come.
@@ -207,17 +220,21 @@ pub struct Supervisor {
     state: State,
     generation: u32,
     restarts: u32,
-    stop: Option<Duration>,
+    stop: Option<(Duration, StopSignal)>,
     culprit: Option<Culprit>,
     finished: Option<i32>,
     hosts: BTreeMap<u32, String>,
+    /// Machines that workers may still be started on.
+    nodes: usize,
+    failures: BTreeMap<String, u32>,
 }
 
 impl Supervisor {
     /// A run that may start its workers again `max_restarts` times; returns its first actions too. `direct`: the
     /// supervised process is the worker itself, so its exit code is the worker's; `mpirun` mixes those of all ranks
-    /// with signal numbers, and is believed only when no rank has spoken.
-    pub fn new(max_restarts: u32, direct: bool) -> (Supervisor, Vec<Action>) {
+    /// with signal numbers, and is believed only when no rank has spoken. `nodes`: machines of an allocation, of which
+    /// those that fail twice may be left out; 1 when there is no choice.
+    pub fn new(max_restarts: u32, direct: bool, nodes: usize) -> (Supervisor, Vec<Action>) {
         let supervisor = Supervisor {
             max_restarts,
             direct,
@@ -228,6 +245,8 @@ impl Supervisor {
             culprit: None,
             finished: None,
             hosts: BTreeMap::new(),
+            nodes,
+            failures: BTreeMap::new(),
         };
         (supervisor, vec![Action::Start { generation: 0 }])
     }
@@ -277,7 +296,7 @@ impl Supervisor {
                     cause: "its process ended without a word".into(),
                     exit_code: None,
                 };
-                self.blame(culprit, END_GRACE)
+                self.blame(culprit, LOST_GRACE)
             }
             Output::Refused { rank, reason, ours: true } => {
                 let culprit =
@@ -321,7 +340,7 @@ impl Supervisor {
         let name = signal.name();
         match self.stop {
             None => {
-                self.stop = Some(now);
+                self.stop = Some((now, signal));
                 match self.state {
                     State::Waiting => self.finish(PREEMPTED, None),
                     State::Running => vec![
@@ -334,9 +353,15 @@ impl Supervisor {
                     State::Settling(_) | State::Over => Vec::new(),
                 }
             }
-            Some(first) if signal != StopSignal::Interrupt && now.saturating_sub(first) < REPEAT => {
+            // The warning was first, and the scheduler's own end comes later: no sign of impatience.
+            Some((_, StopSignal::Warning)) => {
+                self.stop = Some((now, signal));
                 Vec::new()
             }
+            Some((first, _)) if signal != StopSignal::Interrupt && now.saturating_sub(first) < REPEAT => {
+                Vec::new()
+            }
+            Some(_) if signal == StopSignal::Warning => Vec::new(),
             Some(_) if self.state == State::Running => vec![
                 Action::Say(format!("{name} again: the workers are killed; the last checkpoint stands")),
                 Action::Kill,
@@ -423,11 +448,22 @@ impl Supervisor {
             self.max_restarts,
             wait.as_secs_f64()
         );
-        vec![
-            Action::Say(line),
-            Action::RecordRestart { generation: self.generation, culprit },
-            Action::Arm(Timer::Backoff, wait),
-        ]
+        let bad = culprit.host.clone().filter(|host| self.failed_too_often(host));
+        let mut actions =
+            vec![Action::Say(line), Action::RecordRestart { generation: self.generation, culprit }];
+        if let Some(host) = bad {
+            self.nodes -= 1;
+            actions.push(Action::LeaveOut { host });
+        }
+        actions.push(Action::Arm(Timer::Backoff, wait));
+        actions
+    }
+
+    /// Counts a failure against its machine; whether it is to be left out now, and there is another.
+    fn failed_too_often(&mut self, host: &str) -> bool {
+        let failures = self.failures.entry(host.to_owned()).or_default();
+        *failures += 1;
+        *failures == NODE_FAILURES && self.nodes > 1
     }
 
     fn finish(&mut self, exit_code: i32, culprit: Option<Culprit>) -> Vec<Action> {
@@ -473,7 +509,7 @@ mod tests {
     }
 
     fn run(max_restarts: u32, events: Vec<Event>) -> Vec<Action> {
-        let (mut supervisor, mut actions) = Supervisor::new(max_restarts, false);
+        let (mut supervisor, mut actions) = Supervisor::new(max_restarts, false, 1);
         for (second, event) in events.into_iter().enumerate() {
             actions.extend(supervisor.handle_event(Duration::from_secs(10 * second as u64), event));
         }
@@ -553,7 +589,7 @@ mod tests {
     #[test]
     fn the_exit_code_of_a_single_worker_is_its_own() {
         let end = |direct| {
-            let (mut supervisor, _) = Supervisor::new(0, direct);
+            let (mut supervisor, _) = Supervisor::new(0, direct, 1);
             let mut actions = Vec::new();
             for event in [go(), lost(0), Event::Exited(Exit::Code(DIVERGED)), SETTLED] {
                 actions.extend(supervisor.handle_event(Duration::ZERO, event));
@@ -618,7 +654,7 @@ mod tests {
         let actions = run(0, vec![go(), lost(1), lost(0), Event::Due(Timer::End), Event::Due(Timer::Kill)]);
         let expected = [
             Action::Start { generation: 0 },
-            Action::Arm(Timer::End, END_GRACE),
+            Action::Arm(Timer::End, LOST_GRACE),
             Action::Terminate,
             Action::Arm(Timer::Kill, KILL_GRACE),
             Action::Kill,
@@ -636,17 +672,57 @@ mod tests {
 
     #[test]
     fn a_schedulers_double_sigterm_is_one() {
-        let (mut supervisor, _) = Supervisor::new(0, false);
+        let (mut supervisor, _) = Supervisor::new(0, false, 1);
         let mut send = |milliseconds, signal| {
             supervisor.handle_event(Duration::from_millis(milliseconds), Event::Signal(signal))
         };
         assert!(!send(0, StopSignal::Terminate).is_empty());
         assert!(send(100, StopSignal::Terminate).is_empty());
         assert!(send(2500, StopSignal::Terminate).contains(&Action::Kill));
-        let (mut supervisor, _) = Supervisor::new(0, false);
+        let (mut supervisor, _) = Supervisor::new(0, false, 1);
         assert!(!supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt)).is_empty());
         let again = supervisor.handle_event(Duration::from_millis(300), Event::Signal(StopSignal::Interrupt));
         assert!(again.contains(&Action::Kill), "a person pressing Ctrl-C twice means it");
+    }
+
+    #[test]
+    fn a_schedulers_end_after_its_warning_is_no_impatience() {
+        let warned =
+            |more: Vec<Event>| run(3, [vec![go(), Event::Signal(StopSignal::Warning)], more].concat());
+        let term = Event::Signal(StopSignal::Terminate);
+        // The events of `run` come ten seconds apart.
+        let actions = warned(vec![term.clone()]);
+        assert!(actions.contains(&Action::RequestStop { reason: "SIGUSR1".into() }));
+        assert!(!actions.contains(&Action::Kill), "preemption: SIGUSR1, then SIGTERM: {actions:?}");
+        assert!(warned(vec![term.clone(), term.clone()]).contains(&Action::Kill), "SIGTERM twice");
+        let again = Event::Signal(StopSignal::Warning);
+        assert!(!run(3, vec![go(), term, again.clone(), again]).contains(&Action::Kill), "a late warning");
+    }
+
+    #[test]
+    fn a_machine_that_failed_twice_is_left_out_while_there_is_another() {
+        let crashes = |nodes: usize, ranks: &[u32]| {
+            let (mut supervisor, mut actions) = Supervisor::new(9, false, nodes);
+            for &rank in ranks {
+                for event in [go(), lost(rank), KILLED, SETTLED, Event::Due(Timer::Backoff)] {
+                    actions.extend(supervisor.handle_event(Duration::ZERO, event));
+                }
+            }
+            let starts = actions.iter().filter(|action| matches!(action, Action::Start { .. })).count();
+            assert_eq!(starts, 1 + ranks.len());
+            actions
+                .into_iter()
+                .filter_map(|action| match action {
+                    Action::LeaveOut { host } => Some(host),
+                    _ => None,
+                })
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(crashes(2, &[1, 0]), [""; 0], "once each");
+        assert_eq!(crashes(2, &[1, 0, 1]), ["host1"]);
+        assert_eq!(crashes(2, &[1, 1, 1, 0, 0]), ["host1"], "never the last one");
+        assert_eq!(crashes(3, &[1, 1, 0, 0]), ["host1", "host0"]);
+        assert_eq!(crashes(1, &[1, 1, 1]), [""; 0]);
     }
 
     #[test]

@@ -5,6 +5,7 @@
 pub mod process;
 pub mod recipe;
 pub mod run_dir;
+pub mod slurm;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};

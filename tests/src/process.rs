@@ -25,8 +25,14 @@ fn release_dir() -> PathBuf {
     test.ancestors().nth(2).expect("a test lies in <target>/<profile>/deps").to_path_buf()
 }
 
-/// The path of one of the project's binaries, built if it is not there or older than its sources.
+/// The path of one of the project's binaries, built if it is not there or older than its sources; the one in the folder
+/// that `TEST_BINARIES` names, when it is set: to test what was built elsewhere, or against another MPI.
 pub fn binary(name: &str) -> PathBuf {
+    if let Some(folder) = std::env::var_os("TEST_BINARIES") {
+        let path = PathBuf::from(folder).join(name);
+        assert!(path.is_file(), "{} is missing", path.display());
+        return path;
+    }
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
         // The same selection as ci/test makes, so that nothing is compiled twice with other features.
@@ -43,7 +49,8 @@ pub fn binary(name: &str) -> PathBuf {
     path
 }
 
-fn clean(mut command: Command) -> Command {
+/// The command without the variables of any launcher around this test.
+pub fn clean(mut command: Command) -> Command {
     for (name, _) in std::env::vars_os() {
         let name = name.to_string_lossy();
         if LAUNCHER_NAMES.contains(&&*name) || LAUNCHER_PREFIXES.iter().any(|p| name.starts_with(p)) {
@@ -207,6 +214,11 @@ pub fn kill_run(run_dir: &Path) -> usize {
         }
     }
     killed
+}
+
+/// SIGKILL to a rank, by the process id that the run's status names.
+pub fn kill_rank(pid: u32) {
+    send(pid as i32, libc::SIGKILL);
 }
 
 fn send(pid: i32, signal: i32) {

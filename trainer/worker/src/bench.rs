@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use mentee_collectives::bench;
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code};
 use mentee_ssl::state::VIEWS;
@@ -16,6 +17,19 @@ use crate::{agree, metrics, setup};
 pub enum BenchCommand {
     /// The training step: forward, backward, reduction, update, teacher.
     Step(StepArgs),
+    /// The all-reduce over the ranks of this world, from 4 KiB to 400 MiB.
+    Allreduce(AllreduceArgs),
+}
+
+/// `bench allreduce`
+#[derive(clap::Args)]
+pub struct AllreduceArgs {
+    /// About how long each size is measured, seconds.
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// One JSON object a size.
+    #[arg(long)]
+    json: bool,
 }
 
 /// `bench step`
@@ -62,18 +76,37 @@ struct Breakdown {
 
 /// Runs a benchmark.
 pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
-    let BenchCommand::Step(args) = command;
     let place = setup::place()?;
-    match step(args, &place) {
+    let result = match command {
+        BenchCommand::Step(args) => step(args, &place),
+        BenchCommand::Allreduce(args) => all_reduce(args, &place),
+    };
+    match result {
         Ok(()) => {
-            place
-                .collectives
-                .finish()
-                .map_err(|source| WorkerError::Collective { step: args.steps, source })?;
+            place.collectives.finish().map_err(|error| WorkerError::Failed(error.to_string()))?;
             Ok(exit_code::DONE)
         }
         Err(error) => Err(agree::leave(&*place.collectives, error)),
     }
+}
+
+fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerError> {
+    let rows = bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
+        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    if place.identity.rank != 0 {
+        return Ok(());
+    }
+    if !args.json {
+        println!("{}", bench::HEADER);
+    }
+    for row in &rows {
+        if args.json {
+            println!("{}", row.to_json());
+        } else {
+            println!("{row}");
+        }
+    }
+    Ok(())
 }
 
 fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {

@@ -1,0 +1,312 @@
+//! Talking to Slurm: what has become of a job, putting it back into the queue, ending its steps; and
+//! `RUN/slurm.json`, by which a run directory knows its job.
+
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use mentee_cluster::identity::Allocation;
+use serde::{Deserialize, Serialize};
+
+use crate::engine::STEP_NAME;
+use crate::failure::Failure;
+use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::supervise::StopSignal;
+
+/// Slurm's commands wait long for a controller that does not answer; nobody here does.
+const DEADLINE: Duration = Duration::from_secs(15);
+/// So many times in a row a job may go back into the queue without having completed a step.
+const MAX_BARREN: u32 = 3;
+
+/// What a run directory knows of its job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// Slurm's id: `12`, or `12_3` for a task of an array.
+    pub job: String,
+    /// Seconds since 1970.
+    pub submitted: f64,
+    /// What was submitted.
+    pub script: PathBuf,
+    /// Every time the supervisor has put the job back into the queue.
+    #[serde(default)]
+    pub requeues: Vec<Requeue>,
+    /// How many of the last of these had completed no step.
+    #[serde(default)]
+    pub barren: u32,
+}
+
+/// One return into the queue.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Requeue {
+    /// Seconds since 1970.
+    pub time: f64,
+    /// The step of the newest checkpoint.
+    pub step: u64,
+    /// The signal that asked for it.
+    pub signal: String,
+}
+
+impl Record {
+    /// Of a job that was just submitted.
+    pub fn new(job: String, script: PathBuf) -> Record {
+        Record { job, submitted: unix_time(), script, requeues: Vec::new(), barren: 0 }
+    }
+
+    /// Reads it; `None` when the run was not submitted.
+    pub fn read(run: &RunDir) -> Option<Record> {
+        serde_json::from_slice(&std::fs::read(run.slurm()).ok()?).ok()
+    }
+
+    /// The one of a run directory, made anew where it speaks of another job.
+    pub fn of_job(run: &RunDir, allocation: &Allocation) -> Record {
+        let job = allocation.array_task.as_ref().unwrap_or(&allocation.job_id).clone();
+        match Record::read(run) {
+            Some(record) if record.job == job => record,
+            Some(other) => Record::new(job, other.script),
+            None => Record::new(job, run.script()),
+        }
+    }
+
+    /// Writes it.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn write(&self, run: &RunDir) -> Result<(), Failure> {
+        let text = serde_json::to_vec_pretty(self).expect("a record is JSON");
+        write_atomically(&run.slurm(), &text).map_err(|error| Failure::io("write", &run.slurm(), &error))
+    }
+}
+
+/// What Slurm says of a job.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Job {
+    /// `PENDING`, `RUNNING`, `COMPLETED`, …
+    pub state: String,
+    /// Why it waits or has failed, in Slurm's word; `None` for no reason.
+    pub reason: Option<String>,
+    /// How often it was requeued.
+    pub restarts: u32,
+    /// Where it runs or ran, compressed as `n[1-2]`; `None` before it has run.
+    pub nodes: Option<String>,
+    /// How long it has run this time.
+    pub run_time: String,
+    /// How long it may.
+    pub time_limit: String,
+    /// When it started, or when Slurm expects it to; `None` when it does not know.
+    pub start: Option<String>,
+}
+
+impl Job {
+    /// From the one line of `scontrol show job --oneliner`.
+    fn parse(line: &str) -> Option<Job> {
+        // Paths at the end of the line may hold anything: the first of equal keys counts.
+        let pairs: BTreeMap<&str, &str> =
+            line.split_whitespace().rev().filter_map(|word| word.split_once('=')).collect();
+        let known = |key: &str| {
+            let value = *pairs.get(key)?;
+            (!value.is_empty() && !["None", "(null)", "Unknown"].contains(&value)).then(|| value.to_owned())
+        };
+        Some(Job {
+            state: known("JobState")?,
+            reason: known("Reason"),
+            restarts: known("Restarts").and_then(|count| count.parse().ok()).unwrap_or(0),
+            nodes: known("NodeList"),
+            run_time: known("RunTime").unwrap_or_default(),
+            time_limit: known("TimeLimit").unwrap_or_default(),
+            start: known("StartTime"),
+        })
+    }
+
+    /// Whether it waits or runs: a second job in its run directory would spoil both.
+    pub fn is_active(&self) -> bool {
+        let active = ["PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "REQUEUED"];
+        active.contains(&self.state.as_str()) || self.state.starts_with("REQUEUE") || self.state == "STOPPED"
+    }
+}
+
+impl std::fmt::Display for Job {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let on = self.nodes.as_ref().map_or(String::new(), |nodes| format!(" on {nodes}"));
+        let reason = self.reason.as_ref().map_or(String::new(), |reason| format!(" ({reason})"));
+        match self.state.as_str() {
+            "PENDING" => {
+                write!(f, "queued{reason}")?;
+                if let Some(start) = &self.start {
+                    write!(f, ", expected to start {start}")?;
+                }
+            }
+            "RUNNING" => write!(f, "running{on}, {} of {}", self.run_time, self.time_limit)?,
+            state => write!(f, "{}{on}{reason}", state.to_lowercase())?,
+        }
+        match self.restarts {
+            0 => Ok(()),
+            1 => f.write_str(", requeued once"),
+            times => write!(f, ", requeued {times} times"),
+        }
+    }
+}
+
+/// What Slurm knows of a job; `None` when it has forgotten it, or there is no Slurm here.
+pub fn query(job: &str) -> Option<Job> {
+    let said = ask("scontrol", &["show", "job", "--oneliner", job]).ok()?;
+    Job::parse(said.lines().next()?)
+}
+
+/// Whether a run that has ended goes back into the queue: when the scheduler only warned, or stopped the tasks alone.
+/// After its SIGTERM it requeues the job itself (preemption, `scontrol requeue`), or does not want to (`scancel`).
+pub fn goes_back(stopped_by: &[StopSignal]) -> bool {
+    stopped_by.iter().all(|signal| *signal == StopSignal::Warning)
+}
+
+/// Puts the job that this process is part of back into the queue; it ends then.
+///
+/// # Errors
+/// [`Failure`] with exit code 75 when it went back too often without a step between, or Slurm refuses.
+pub fn put_back(
+    run: &RunDir,
+    allocation: &Allocation,
+    first_step: u64,
+    step: u64,
+    stopped_by: &[StopSignal],
+) -> Result<(), Failure> {
+    let job_id = allocation.job_id.as_str();
+    let mut record = Record::of_job(run, allocation);
+    let again = format!("sbatch {} continues it", record.script.display());
+    let preempted = |line: String| Failure { exit_code: mentee_config::exit_code::PREEMPTED, line };
+    record.barren = if step > first_step { 0 } else { record.barren + 1 };
+    if record.barren > MAX_BARREN {
+        return Err(preempted(format!(
+            "the job went back into the queue {MAX_BARREN} times without one completed step and stays out of it now: \
+             give it more --time; {again}"
+        )));
+    }
+    let signal = stopped_by.first().map_or("a signal to the workers", |signal| signal.name());
+    record.requeues.push(Requeue { time: unix_time(), step, signal: signal.to_owned() });
+    record.write(run)?;
+    println!("{signal}: checkpoint at step {step}; job {job_id} goes back into the queue");
+    ask("scontrol", &["requeue", job_id])
+        .map(drop)
+        .map_err(|why| preempted(format!("job {job_id} cannot be requeued ({why}): {again}")))
+}
+
+/// SIGKILL to our steps of a job, on all of its nodes; its batch script lives on.
+pub fn kill_steps(job_id: &str) {
+    let jobs = format!("--jobs={job_id}");
+    let steps = ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"]).unwrap_or_default();
+    for line in steps.lines() {
+        if let Some((step, STEP_NAME)) = line.trim().split_once(' ') {
+            let _ = ask("scancel", &["--signal=KILL", step]);
+        }
+    }
+}
+
+/// Runs one of Slurm's commands; its standard output, or in one line why there is none.
+///
+/// # Errors
+/// The last line the command wrote to standard error, or that it could not be started or did not end.
+pub fn ask(program: &str, arguments: &[&str]) -> Result<String, String> {
+    let mut child = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => format!("{program} is not on PATH: load your site's Slurm"),
+            _ => format!("{program}: {error}"),
+        })?;
+    let reader = |stream: Option<Box<dyn Read + Send>>| {
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            if let Some(mut stream) = stream {
+                let _ = stream.read_to_end(&mut text);
+            }
+            String::from_utf8_lossy(&text).into_owned()
+        })
+    };
+    let stdout = reader(child.stdout.take().map(|stream| Box::new(stream) as _));
+    let stderr = reader(child.stderr.take().map(|stream| Box::new(stream) as _));
+    let since = Instant::now();
+    let status = loop {
+        match child.try_wait() {
+            Ok(Some(status)) => break status,
+            Ok(None) if since.elapsed() < DEADLINE => std::thread::sleep(Duration::from_millis(5)),
+            Ok(None) => {
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(format!("{program} did not answer within {} s", DEADLINE.as_secs()));
+            }
+            Err(error) => return Err(format!("{program}: {error}")),
+        }
+    };
+    let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
+    if status.success() {
+        return Ok(stdout);
+    }
+    let last = stderr.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    // "sbatch: error: why" is one prefix for a reader.
+    let why = last.trim().trim_start_matches(&format!("{program}: ")).trim_start_matches("error: ");
+    Err(format!("{program}: {why}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_slurm_says_of_a_job_is_read() {
+        // As Slurm 22.05 writes it, shortened.
+        let job = |state: &str, rest: &str| {
+            let line = format!(
+                "JobId=7 JobName=tiny UserId=root(0) Priority=1 QOS=(null) JobState={state} Dependency=(null) Requeue=1 \
+                 BatchFlag=1 ExitCode=0:0 TimeLimit=00:10:00 Partition=main {rest} NumNodes=2 Command=/a b/c=d"
+            );
+            Job::parse(&line).expect("a job")
+        };
+        let running = job(
+            "RUNNING",
+            "Reason=None Restarts=2 RunTime=00:01:13 StartTime=2026-01-02T03:04:05 NodeList=n[1-2]",
+        );
+        assert_eq!(running.to_string(), "running on n[1-2], 00:01:13 of 00:10:00, requeued 2 times");
+        assert!(running.is_active());
+        let queued =
+            job("PENDING", "Reason=Resources Restarts=0 RunTime=00:00:00 StartTime=Unknown NodeList=(null)");
+        assert_eq!(queued.to_string(), "queued (Resources)");
+        let again = job(
+            "PENDING",
+            "Reason=BeginTime Restarts=1 RunTime=00:00:00 StartTime=2026-01-02T03:04:05 NodeList=",
+        );
+        assert_eq!(
+            again.to_string(),
+            "queued (BeginTime), expected to start 2026-01-02T03:04:05, requeued once"
+        );
+        assert!(again.is_active());
+        let over = job("FAILED", "Reason=NonZeroExitCode Restarts=0 RunTime=00:01:00 NodeList=n[1-2]");
+        assert_eq!(over.to_string(), "failed on n[1-2] (NonZeroExitCode)");
+        assert!(!over.is_active());
+        assert_eq!(Job::parse("slurm_load_jobs error: Invalid job id specified"), None);
+    }
+
+    #[test]
+    fn only_a_warned_job_puts_itself_back() {
+        use StopSignal::{HangUp, Interrupt, Terminate, Warning};
+        assert!(goes_back(&[]), "the tasks alone were signalled");
+        assert!(goes_back(&[Warning]) && goes_back(&[Warning, Warning]));
+        assert!(!goes_back(&[Terminate]), "scancel, or a requeue that Slurm does itself");
+        assert!(!goes_back(&[Warning, Terminate]), "preempted before the checkpoint was written");
+        assert!(!goes_back(&[Interrupt]) && !goes_back(&[HangUp]));
+    }
+
+    #[test]
+    fn a_missing_command_is_named() {
+        let error = ask("mentee-no-such-command", &[]).expect_err("not there");
+        assert!(error.contains("mentee-no-such-command is not on PATH"), "{error}");
+        assert_eq!(ask("sh", &["-c", "echo one; exit 0"]), Ok("one\n".to_owned()));
+        assert_eq!(
+            ask("sh", &["-c", "echo sh: first >&2; echo sh: error: second >&2; exit 3"]),
+            Err("sh: second".into())
+        );
+    }
+}
