@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::Value;
+use system_tests::guide;
 use system_tests::process::{binary, finish, kill_rank, mentee, mpirun};
 use system_tests::recipe::{TinyRecipe, write_images};
 use system_tests::run_dir::{final_state, losses, metrics};
@@ -40,6 +41,7 @@ const TESTS: &[Test] = &[
     ("a_cancelled_job_is_gone_in_time_and_resumable", a_cancelled_job_is_gone_in_time_and_resumable),
     ("devices_follow_slurms_options", devices_follow_slurms_options),
     ("an_array_of_variants", an_array_of_variants),
+    ("every_command_of_the_guide_runs", every_command_of_the_guide_runs),
     ("what_cannot_be_is_refused_before_it_is_submitted", what_cannot_be_is_refused_before_it_is_submitted),
 ];
 const SLOW: Test = ("a_time_limit_is_no_end", a_time_limit_is_no_end);
@@ -395,6 +397,21 @@ fn what_cannot_be_is_refused_before_it_is_submitted(bench: &Bench) {
     command.arg("status").arg(&run_dir);
     let status = finish(command).expect(0).stdout;
     assert!(status.contains("queued (JobHeldUser)") && status.contains("has not started yet"), "{status}");
+}
+
+fn every_command_of_the_guide_runs(bench: &Bench) {
+    let place = guide::place(&bench.run_dir("guide"));
+    for command in guide::commands("docs/slurm.md") {
+        let mut shell = bench.lab.command("bash");
+        shell.args(["-euc", &command]).current_dir(&place);
+        finish(shell).expect(0);
+        // The job that was just submitted is to have run before the next command asks for it.
+        if command.starts_with("mentee status") {
+            bench.lab.wait(&place, "running job", || {
+                !bench.lab.slurm("squeue", &["--noheader", "--states=RUNNING"]).is_empty()
+            });
+        }
+    }
 }
 
 fn a_time_limit_is_no_end(bench: &Bench) {
