@@ -405,10 +405,12 @@ fn every_command_of_the_guide_runs(bench: &Bench) {
         let mut shell = bench.lab.command("bash");
         shell.args(["-euc", &command]).current_dir(&place);
         finish(shell).expect(0);
-        // The job that was just submitted is to have run before the next command asks for it.
-        if command.starts_with("mentee status") {
-            bench.lab.wait(&place, "running job", || {
-                !bench.lab.slurm("squeue", &["--noheader", "--states=RUNNING"]).is_empty()
+        // The job that was just submitted is to have started before the next command asks for it.
+        if let Some(run_dir) = command.strip_prefix("mentee status ") {
+            bench.lab.wait(&place, "start of the job", || {
+                [".", "0"]
+                    .iter()
+                    .any(|run| place.join(run_dir).join(run).join("logs/launcher.jsonl").exists())
             });
         }
     }
@@ -431,7 +433,10 @@ fn a_time_limit_is_no_end(bench: &Bench) {
     bench.lab.slurm("scancel", &[&bench.lab.job(&run_dir).0]);
     bench.lab.wait_for_end(&run_dir, "CANCELLED");
     let found = losses(&run_dir);
-    println!("{}", times(&run_dir, record["requeues"][0]["time"].as_f64().expect("a time") - 1.0));
+    println!(
+        "from the checkpoint's return: {}",
+        times(&run_dir, record["requeues"][0]["time"].as_f64().expect("a time") - 1.0)
+    );
     let mut command = mentee();
     command.arg("run").arg(&recipe).args(["--workers", "4", "--run-dir"]).arg(&whole);
     command.args(["--set", &format!("schedule.max_steps={}", back + 5)]);
