@@ -6,7 +6,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use system_tests::process::{finish, mentee, worker};
-use system_tests::root;
+use system_tests::{guide, machine, root, temp_dir};
 
 fn tracked_files() -> Vec<String> {
     let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output().expect("git runs");
@@ -105,7 +105,8 @@ fn commands(text: &str, program: &str) -> BTreeSet<String> {
     found
 }
 
-const DOCUMENTS: [&str; 3] = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"];
+const DOCUMENTS: [&str; 5] =
+    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/slurm.md", "docs/mpirun.md"];
 
 #[test]
 fn every_command_the_documents_name_exists() {
@@ -125,6 +126,16 @@ fn every_command_the_documents_name_exists() {
 }
 
 #[test]
+fn every_command_of_the_mpirun_guide_runs() {
+    let _machine = machine();
+    let folder = temp_dir();
+    let place = guide::place(folder.path());
+    for command in guide::commands("docs/mpirun.md") {
+        finish(guide::shell(&command, &place)).expect(0);
+    }
+}
+
+#[test]
 fn the_two_commands_come_first_and_run() {
     let readme = document("README.md");
     let first = readme.find("```").map(|at| readme[at..].lines().skip(1).take(2).collect::<Vec<_>>());
@@ -134,7 +145,7 @@ fn the_two_commands_come_first_and_run() {
         .map(|line| line.split('#').next().unwrap_or("").trim().to_owned())
         .collect();
     assert_eq!(first, ["ci/demo", "ci/test"]);
-    for script in ["ci/setup", "ci/demo", "ci/test", "ci/bench", ".ci/run"] {
+    for script in ["ci/setup", "ci/demo", "ci/test", "ci/bench", "ci/slurm-lab", ".ci/run"] {
         let mode = fs::metadata(root().join(script))
             .unwrap_or_else(|e| panic!("{script}: {e}"))
             .permissions()

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::Value;
+use system_tests::guide;
 use system_tests::process::{binary, finish, kill_rank, mentee, mpirun};
 use system_tests::recipe::{TinyRecipe, write_images};
 use system_tests::run_dir::{final_state, losses, metrics};
@@ -40,6 +41,7 @@ const TESTS: &[Test] = &[
     ("a_cancelled_job_is_gone_in_time_and_resumable", a_cancelled_job_is_gone_in_time_and_resumable),
     ("devices_follow_slurms_options", devices_follow_slurms_options),
     ("an_array_of_variants", an_array_of_variants),
+    ("every_command_of_the_guide_runs", every_command_of_the_guide_runs),
     ("what_cannot_be_is_refused_before_it_is_submitted", what_cannot_be_is_refused_before_it_is_submitted),
 ];
 const SLOW: Test = ("a_time_limit_is_no_end", a_time_limit_is_no_end);
@@ -397,6 +399,23 @@ fn what_cannot_be_is_refused_before_it_is_submitted(bench: &Bench) {
     assert!(status.contains("queued (JobHeldUser)") && status.contains("has not started yet"), "{status}");
 }
 
+fn every_command_of_the_guide_runs(bench: &Bench) {
+    let place = guide::place(&bench.run_dir("guide"));
+    for command in guide::commands("docs/slurm.md") {
+        let mut shell = bench.lab.command("bash");
+        shell.args(["-euc", &command]).current_dir(&place);
+        finish(shell).expect(0);
+        // The job that was just submitted is to have started before the next command asks for it.
+        if let Some(run_dir) = command.strip_prefix("mentee status ") {
+            bench.lab.wait(&place, "start of the job", || {
+                [".", "0"]
+                    .iter()
+                    .any(|run| place.join(run_dir).join(run).join("logs/launcher.jsonl").exists())
+            });
+        }
+    }
+}
+
 fn a_time_limit_is_no_end(bench: &Bench) {
     let folder = temp_dir();
     let recipe = recipe(&bench.folder, SLOW_STEPS);
@@ -414,7 +433,10 @@ fn a_time_limit_is_no_end(bench: &Bench) {
     bench.lab.slurm("scancel", &[&bench.lab.job(&run_dir).0]);
     bench.lab.wait_for_end(&run_dir, "CANCELLED");
     let found = losses(&run_dir);
-    println!("{}", times(&run_dir, record["requeues"][0]["time"].as_f64().expect("a time") - 1.0));
+    println!(
+        "from the checkpoint's return: {}",
+        times(&run_dir, record["requeues"][0]["time"].as_f64().expect("a time") - 1.0)
+    );
     let mut command = mentee();
     command.arg("run").arg(&recipe).args(["--workers", "4", "--run-dir"]).arg(&whole);
     command.args(["--set", &format!("schedule.max_steps={}", back + 5)]);

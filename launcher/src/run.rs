@@ -296,12 +296,7 @@ impl Shell<'_> {
         match action {
             Action::Start { generation } => self.start(generation)?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
-            Action::Terminate => {
-                // srun has passed SIGTERM on already, when the first task ended; ranks that wait in a collective did not
-                // heed it, and Slurm's own patience with them is long.
-                self.kill_steps();
-                self.signal(libc::SIGTERM);
-            }
+            Action::Terminate => self.signal(libc::SIGTERM),
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
             Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),

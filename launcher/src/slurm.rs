@@ -194,11 +194,18 @@ pub fn put_back(
 /// SIGKILL to our steps of a job, on all of its nodes; its batch script lives on.
 pub fn kill_steps(job_id: &str) {
     let jobs = format!("--jobs={job_id}");
-    let steps = ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"]).unwrap_or_default();
-    for line in steps.lines() {
-        if let Some((step, STEP_NAME)) = line.trim().split_once(' ') {
-            let _ = ask("scancel", &["--signal=KILL", step]);
+    match ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"]) {
+        Ok(steps) => {
+            for line in steps.lines() {
+                if let Some((step, STEP_NAME)) = line.trim().split_once(' ') {
+                    match ask("scancel", &["--signal=KILL", step]) {
+                        Ok(_) => tracing::info!("killed step {step}"),
+                        Err(why) => tracing::warn!("cannot kill step {step}: {why}"),
+                    }
+                }
+            }
         }
+        Err(why) => tracing::warn!("cannot list the job's steps: {why}"),
     }
 }
 

@@ -2,6 +2,7 @@
 //!
 //! Everything panics on failure with what a reader needs to see; nothing here is of use outside tests.
 
+pub mod guide;
 pub mod process;
 pub mod recipe;
 pub mod run_dir;

@@ -94,8 +94,13 @@ pub fn image(class: u8, index: usize) -> Vec<u8> {
 
 /// Writes [`NUM_TRAIN`] and [`NUM_TEST`] labelled images in CIFAR-10's binary format.
 pub fn write_images(dir: &Path) {
+    write_many_images(dir, NUM_TRAIN);
+}
+
+/// The same with so many training images.
+pub fn write_many_images(dir: &Path, num_train: usize) {
     fs::create_dir_all(dir).expect("the folder for images");
-    for (file, first, count) in [("data_batch_1.bin", 0, NUM_TRAIN), ("test_batch.bin", NUM_TRAIN, NUM_TEST)]
+    for (file, first, count) in [("data_batch_1.bin", 0, num_train), ("test_batch.bin", num_train, NUM_TEST)]
     {
         let mut bytes = Vec::with_capacity(count * 3073);
         for index in first..first + count {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::process::{Outcome, binary, finish, mentee};
+use crate::process::{Outcome, finish, mentee};
 use crate::{root, run_dir};
 
 /// No job of the tests takes longer; what does is stuck.
@@ -59,11 +59,8 @@ impl Lab {
     }
 
     fn point(&self, command: &mut Command) {
-        let ours = binary("mentee");
-        let mut path = vec![ours.parent().expect("a folder").to_path_buf(), root().join(".venv/bin")];
-        path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
         command
-            .env("PATH", std::env::join_paths(path).expect("no colon in a path"))
+            .env("PATH", crate::guide::search_path())
             .env("SLURM_CONF", self.folder.path().join("lab/etc/slurm.conf"))
             .env("MENTEE_SITE", self.folder.path().join("site.toml"));
         let site = self.folder.path().join("site.toml");
