@@ -29,12 +29,13 @@
 //! function of the image's size and the key, and every quantity has a slot of its own, so that a changed
 //! probability of one step leaves the draws of the others alone.
 
-use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8x3;
+use fast_image_resize::images::{TypedImage, TypedImageRef};
+use fast_image_resize::pixels::U8;
 use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use mentee_config::recipe::{Definition, Interpolation, Views};
 
-use crate::decode::RgbImage;
+pub use crate::decode::CropBox;
+use crate::decode::{PlanarImage, RgbImage};
 use crate::math;
 use crate::rng::Stream;
 
@@ -49,19 +50,6 @@ pub struct ViewKey {
     pub sample: u64,
     /// 0 or 1.
     pub view: u8,
-}
-
-/// A part of an image, whole pixels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CropBox {
-    /// First column.
-    pub x: u32,
-    /// First row.
-    pub y: u32,
-    /// Columns, at least 1.
-    pub width: u32,
-    /// Rows, at least 1.
-    pub height: u32,
 }
 
 /// One colour operation with its drawn strength.
@@ -121,7 +109,9 @@ const NEGLIGIBLE_TAP: f64 = 1e-8;
 #[derive(Debug, Default)]
 pub struct Scratch {
     resizer: Resizer,
-    /// `[H, W, 3]` of the resized crop.
+    /// A part that was given interleaved.
+    part: PlanarImage,
+    /// `[3, H, W]` of the resized crop.
     resized: Vec<u8>,
     /// `[3, H, W]`, in [0, 1].
     planes: Vec<f32>,
@@ -267,22 +257,38 @@ impl Augmenter {
     /// # Panics
     /// If `out` is not [`Self::view_len`] long, or `draw.crop` is not within `image`.
     pub fn apply(&self, scratch: &mut Scratch, image: &RgbImage, draw: &ViewDraw, out: &mut [f32]) {
+        let mut planes = std::mem::take(&mut scratch.part);
+        planes.take(image, draw.crop);
+        self.apply_part(scratch, &planes, draw, out);
+        scratch.part = planes;
+    }
+
+    /// As [`Self::apply`], from the part of the image that is at hand.
+    ///
+    /// # Panics
+    /// If `out` is not [`Self::view_len`] long, or `draw.crop` is not within `image.part`.
+    pub fn apply_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, out: &mut [f32]) {
         assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
+        assert!(image.part.contains(draw.crop), "a crop lies within what was decoded");
         resize(scratch, image, draw.crop, self.views.resize, self.size);
         colour_and_write(self, scratch, draw, out);
     }
 }
 
 /// `crop` of `image`, antialiased to `size` x `size`, into `scratch.resized`. Pixels outside the crop play no part.
-fn resize(scratch: &mut Scratch, image: &RgbImage, crop: CropBox, how: Interpolation, size: usize) {
-    let whole = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.data)
-        .expect("an RgbImage holds width · height · 3 bytes");
-    let part = TypedCroppedImage::from_ref(&whole, crop.x, crop.y, crop.width, crop.height)
-        .expect("a crop lies within its image");
+fn resize(scratch: &mut Scratch, image: &PlanarImage, crop: CropBox, how: Interpolation, size: usize) {
     scratch.resized.resize(size * size * 3, 0);
-    let mut out = TypedImage::<U8x3>::from_buffer(size as u32, size as u32, &mut scratch.resized)
-        .expect("the buffer was sized for it");
-    scratch.resizer.resize_typed(&part, &mut out, &filter(how)).expect("crop and view have pixels");
+    let rows = crop.height as usize;
+    for (channel, out) in scratch.resized.chunks_exact_mut(size * size).enumerate() {
+        let from = &image.from(channel, crop)[..(rows - 1) * image.stride + crop.width as usize];
+        let mut plane = Vec::with_capacity(crop.width as usize * rows);
+        for row in from.chunks(image.stride) {
+            plane.extend_from_slice(&row[..crop.width as usize]);
+        }
+        let whole = TypedImageRef::<U8>::from_buffer(crop.width, crop.height, &plane).expect("sized");
+        let mut out = TypedImage::<U8>::from_buffer(size as u32, size as u32, out).expect("sized");
+        scratch.resizer.resize_typed(&whole, &mut out, &filter(how)).expect("crop and view have pixels");
+    }
 }
 
 /// PIL's filters: bicubic is Catmull-Rom (a = −0.5); both widen with the scale when shrinking.
@@ -395,25 +401,16 @@ fn block(from: &[f32], start: usize) -> [f32; WIDE] {
     block
 }
 
-/// `[H, W, 3]` bytes to `[3, H, W]` floats in [0, 1], mirrored if asked.
+/// `[3, H, W]` bytes to floats in [0, 1], mirrored if asked.
 #[inline(always)]
 fn widen(resized: &[u8], size: usize, flip: bool, planes: &mut [f32]) {
     const SCALE: f32 = 1.0 / 255.0;
-    let (r, rest) = planes.split_at_mut(size * size);
-    let (g, b) = rest.split_at_mut(size * size);
-    for y in 0..size {
-        let row = y * size..(y + 1) * size;
-        let (r, g, b) = (&mut r[row.clone()], &mut g[row.clone()], &mut b[row.clone()]);
-        let pixels = resized[3 * row.start..3 * row.end].chunks_exact(3);
-        for (((pixel, r), g), b) in pixels.zip(r.iter_mut()).zip(g.iter_mut()).zip(b.iter_mut()) {
-            *r = f32::from(pixel[0]) * SCALE;
-            *g = f32::from(pixel[1]) * SCALE;
-            *b = f32::from(pixel[2]) * SCALE;
+    for (from, to) in resized.chunks_exact(size).zip(planes.chunks_exact_mut(size)) {
+        for (from, to) in from.iter().zip(to.iter_mut()) {
+            *to = f32::from(*from) * SCALE;
         }
         if flip {
-            r.reverse();
-            g.reverse();
-            b.reverse();
+            to.reverse();
         }
     }
 }
@@ -709,7 +706,9 @@ mod tests {
                 (Scratch::default(), vec![0.0; augmenter.view_len()], vec![0.0; augmenter.view_len()]);
             for sample in 0..200 {
                 let draw = augmenter.draw(16, 16, ViewKey { seed: 0, epoch: 0, sample, view: 0 });
-                resize(&mut scratch, &image, draw.crop, Interpolation::Bicubic, augmenter.size);
+                let mut part = PlanarImage::default();
+                part.take(&image, draw.crop);
+                resize(&mut scratch, &part, draw.crop, Interpolation::Bicubic, augmenter.size);
                 colour_and_write(&augmenter, &mut scratch, &draw, &mut wide);
                 colour_and_write_on(&augmenter, &mut scratch, &draw, &mut narrow);
                 assert!(

@@ -16,7 +16,7 @@ use crate::augment::{Normalise, filter};
 use crate::decode::RgbImage;
 use crate::error::DataError;
 use crate::pool::{Pool, Scratch, Work};
-use crate::source::{Source, read_image};
+use crate::source::Source;
 
 /// Views below this side lose nothing to a margin: they are not resized to 256/224 first.
 pub const SMALL: u32 = 64;
@@ -212,7 +212,7 @@ impl Work for EvalWork {
         id: u64,
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
-        read_image(&*self.source, id, &mut scratch.bytes, &mut scratch.image)?;
+        scratch.reader.whole(&*self.source, id, &mut scratch.image)?;
         self.view.view(&mut scratch.eval, &scratch.image, &mut *out[0]);
         Ok(())
     }

@@ -30,13 +30,16 @@ pub mod source;
 pub mod synthetic;
 
 mod cifar;
+mod cpu;
 mod folder;
 mod idx;
+mod image;
+mod jpeg;
 mod math;
 mod pool;
 mod tar;
 
-pub use decode::{RgbImage, decode};
+pub use decode::{CropBox, PlanarImage, RgbImage, decode};
 pub use error::DataError;
 pub use loader::{Batch, Loader, LoaderConfig};
 pub use order::Order;

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use mentee_config::recipe::Views;
 
-use crate::augment::{Augmenter, ViewKey};
+use crate::augment::{Augmenter, ViewDraw, ViewKey};
+use crate::decode::CropBox;
 use crate::error::DataError;
 use crate::order::Order;
 use crate::pool::{Pool, Scratch, Work};
-use crate::source::{Source, read_image};
+use crate::source::Source;
 
 /// Views drawn from every image.
 pub const NUM_VIEWS: usize = 2;
@@ -87,10 +88,17 @@ impl Work for TwoViews {
         id: u64,
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
-        read_image(&*self.config.source, id, &mut scratch.bytes, &mut scratch.image)?;
-        for (view, out) in (0u8..).zip(out) {
-            let key = ViewKey { seed: self.config.seed, epoch, sample: id, view };
-            self.augmenter.view(&mut scratch.augment, &scratch.image, key, out);
+        let Scratch { reader, planes, augment, .. } = scratch;
+        let mut draws: Vec<ViewDraw> = Vec::with_capacity(NUM_VIEWS);
+        let both = |width, height| {
+            draws.extend((0..NUM_VIEWS as u8).map(|view| {
+                self.augmenter.draw(width, height, ViewKey { seed: self.config.seed, epoch, sample: id, view })
+            }));
+            draws.iter().map(|draw| draw.crop).reduce(CropBox::union).unwrap_or(CropBox::whole(width, height))
+        };
+        reader.part(&*self.config.source, id, both, planes)?;
+        for (draw, out) in draws.iter().zip(out) {
+            self.augmenter.apply_part(augment, planes, draw, out);
         }
         Ok(())
     }
