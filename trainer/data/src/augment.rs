@@ -29,14 +29,12 @@
 //! function of the image's size and the key, and every quantity has a slot of its own, so that a changed
 //! probability of one step leaves the draws of the others alone.
 
-use fast_image_resize::images::{TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8;
-use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use mentee_config::recipe::{Definition, Interpolation, Views};
 
 pub use crate::decode::CropBox;
 use crate::decode::{PlanarImage, RgbImage};
 use crate::math;
+use crate::resize::{Area, Resizer};
 use crate::rng::Stream;
 
 /// What keys the randomness of one view.
@@ -111,8 +109,6 @@ pub struct Scratch {
     resizer: Resizer,
     /// A part that was given interleaved.
     part: PlanarImage,
-    /// `[3, H, W]` of the resized crop.
-    resized: Vec<u8>,
     /// `[3, H, W]`, in [0, 1].
     planes: Vec<f32>,
     /// `[H + 2 · radius, W]`, one plane between the two passes of a blur.
@@ -270,33 +266,24 @@ impl Augmenter {
     pub fn apply_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, out: &mut [f32]) {
         assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
         assert!(image.part.contains(draw.crop), "a crop lies within what was decoded");
-        resize(scratch, image, draw.crop, self.views.resize, self.size);
+        resize(scratch, image, draw, self.views.resize, self.size);
         colour_and_write(self, scratch, draw, out);
     }
 }
 
-/// `crop` of `image`, antialiased to `size` x `size`, into `scratch.resized`. Pixels outside the crop play no part.
-fn resize(scratch: &mut Scratch, image: &PlanarImage, crop: CropBox, how: Interpolation, size: usize) {
-    scratch.resized.resize(size * size * 3, 0);
-    let rows = crop.height as usize;
-    for (channel, out) in scratch.resized.chunks_exact_mut(size * size).enumerate() {
-        let from = &image.from(channel, crop)[..(rows - 1) * image.stride + crop.width as usize];
-        let mut plane = Vec::with_capacity(crop.width as usize * rows);
-        for row in from.chunks(image.stride) {
-            plane.extend_from_slice(&row[..crop.width as usize]);
-        }
-        let whole = TypedImageRef::<U8>::from_buffer(crop.width, crop.height, &plane).expect("sized");
-        let mut out = TypedImage::<U8>::from_buffer(size as u32, size as u32, out).expect("sized");
-        scratch.resizer.resize_typed(&whole, &mut out, &filter(how)).expect("crop and view have pixels");
+impl Augmenter {
+    /// The resize alone, for the bench.
+    pub(crate) fn resize_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw) {
+        resize(scratch, image, draw, self.views.resize, self.size);
     }
 }
 
-/// PIL's filters: bicubic is Catmull-Rom (a = −0.5); both widen with the scale when shrinking.
-pub(crate) fn filter(how: Interpolation) -> ResizeOptions {
-    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(match how {
-        Interpolation::Bicubic => FilterType::CatmullRom,
-        Interpolation::Bilinear => FilterType::Bilinear,
-    }))
+/// The drawn crop at the view's size into `scratch.planes`.
+fn resize(scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, how: Interpolation, size: usize) {
+    let CropBox { width, height, .. } = draw.crop;
+    scratch.planes.resize(3 * size * size, 0.0);
+    let area = Area::from(CropBox::whole(width, height));
+    scratch.resizer.resize(image, draw.crop, area, how, draw.flip, &mut scratch.planes, size);
 }
 
 /// (x − mean) / std per channel.
@@ -337,8 +324,6 @@ fn colour_and_write(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDra
 #[inline(always)]
 fn colour_and_write_on(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
     let size = augmenter.size;
-    scratch.planes.resize(3 * size * size, 0.0);
-    widen(&scratch.resized, size, draw.flip, &mut scratch.planes);
     let mut planes = Planes::of(&mut scratch.planes, size * size);
     let definition = augmenter.views.definition;
     for &op in &draw.jitter {
@@ -399,20 +384,6 @@ fn block(from: &[f32], start: usize) -> [f32; WIDE] {
     let mut block = [0.0; WIDE];
     block.copy_from_slice(&from[start..start + WIDE]);
     block
-}
-
-/// `[3, H, W]` bytes to floats in [0, 1], mirrored if asked.
-#[inline(always)]
-fn widen(resized: &[u8], size: usize, flip: bool, planes: &mut [f32]) {
-    const SCALE: f32 = 1.0 / 255.0;
-    for (from, to) in resized.chunks_exact(size).zip(planes.chunks_exact_mut(size)) {
-        for (from, to) in from.iter().zip(to.iter_mut()) {
-            *to = f32::from(*from) * SCALE;
-        }
-        if flip {
-            to.reverse();
-        }
-    }
 }
 
 /// The three channels of a view being made, each `[H, W]`.
@@ -708,8 +679,9 @@ mod tests {
                 let draw = augmenter.draw(16, 16, ViewKey { seed: 0, epoch: 0, sample, view: 0 });
                 let mut part = PlanarImage::default();
                 part.take(&image, draw.crop);
-                resize(&mut scratch, &part, draw.crop, Interpolation::Bicubic, augmenter.size);
+                resize(&mut scratch, &part, &draw, Interpolation::Bicubic, augmenter.size);
                 colour_and_write(&augmenter, &mut scratch, &draw, &mut wide);
+                resize(&mut scratch, &part, &draw, Interpolation::Bicubic, augmenter.size);
                 colour_and_write_on(&augmenter, &mut scratch, &draw, &mut narrow);
                 assert!(
                     wide.iter().zip(&narrow).all(|(a, b)| a.to_bits() == b.to_bits()),

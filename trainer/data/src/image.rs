@@ -1,5 +1,7 @@
 //! Images in memory: interleaved ([`RgbImage`]), or as planes of a part ([`PlanarImage`]).
 
+use crate::resize::OVERREAD;
+
 /// A part of an image, whole pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CropBox {
@@ -77,7 +79,8 @@ impl PlanarImage {
         let (width, height) = (part.width as usize, part.height as usize);
         self.reset(part);
         let (r, rest) = self.data.split_at_mut(width * height);
-        let (g, b) = rest.split_at_mut(width * height);
+        let (g, rest) = rest.split_at_mut(width * height);
+        let b = &mut rest[..width * height];
         let rows = r.chunks_exact_mut(width).zip(g.chunks_exact_mut(width)).zip(b.chunks_exact_mut(width));
         for (y, ((r, g), b)) in rows.enumerate() {
             let start = ((part.y as usize + y) * image.width as usize + part.x as usize) * 3;
@@ -93,7 +96,7 @@ impl PlanarImage {
         self.stride = part.width as usize;
         self.rows = part.height as usize;
         self.first = 0;
-        self.data.resize(3 * self.plane_len(), 0);
+        self.data.resize(3 * self.plane_len() + OVERREAD, 0);
     }
 
     /// Bytes of a plane.
@@ -101,12 +104,12 @@ impl PlanarImage {
         self.stride * self.rows
     }
 
-    /// Plane `channel` from the first pixel of `part` (image coordinates, within [`Self::part`]) on.
+    /// Plane `channel` from the first pixel of `part` (image coordinates, within [`Self::part`]) on; behind its last
+    /// pixel there are [`OVERREAD`] bytes more.
     pub(crate) fn from(&self, channel: usize, part: CropBox) -> &[u8] {
         debug_assert!(self.part.contains(part));
         let (x, y) = ((part.x - self.part.x) as usize, (part.y - self.part.y) as usize);
-        let plane = &self.data[channel * self.plane_len()..(channel + 1) * self.plane_len()];
-        &plane[self.first + y * self.stride + x..]
+        &self.data[channel * self.plane_len() + self.first + y * self.stride + x..]
     }
 
     /// The part as an interleaved image.

@@ -17,6 +17,7 @@
 //! Shapes: V views (2), N samples of this rank's share, H = W = `views.size`, C = 3 (RGB).
 
 pub mod augment;
+pub mod bench;
 pub mod check;
 pub mod decode;
 pub mod digest;
@@ -37,6 +38,7 @@ mod image;
 mod jpeg;
 mod math;
 mod pool;
+mod resize;
 mod tar;
 
 pub use decode::{CropBox, PlanarImage, RgbImage, decode};

@@ -116,6 +116,11 @@ impl Reader {
         self.with(source, index, |decoder, encoding, bytes| decoder.decode(encoding, bytes, image))
     }
 
+    /// Reads sample `index` and leaves it encoded.
+    pub(crate) fn bytes(&mut self, source: &dyn Source, index: u64) -> Result<(), DataError> {
+        source.read_into(index, &mut self.bytes).map(|_| ())
+    }
+
     fn with(
         &mut self,
         source: &dyn Source,

@@ -7,6 +7,7 @@ use super::huffman::{Class, END_OF_BLOCK, Table};
 use super::idct::{self, Block, Place};
 use super::markers::{Component, Header, Tables, ZIGZAG, next_scan, segment};
 use crate::image::{CropBox, PlanarImage};
+use crate::resize::OVERREAD;
 
 /// Scans of a progressive file, at most: encoders write about ten. Bounds the time a hostile file can take.
 const MAX_SCANS: usize = 200;
@@ -124,8 +125,8 @@ pub(super) fn decode(
     out.rows = layout.rows;
     let origin = (layout.across.0 * 8 * header.hmax, layout.down.0 * 8 * header.vmax);
     out.first = (region.y as usize - origin.1) * layout.stride + (region.x as usize - origin.0);
-    if out.data.len() < bytes {
-        out.data.resize(bytes, 0);
+    if out.data.len() < bytes + OVERREAD {
+        out.data.resize(bytes + OVERREAD, 0);
     }
     let scan = read_scan(file, header.scan, header)?;
     let mut emit = Emit { header, layout: &layout, region, next: region.y as usize, rows: &mut work.rows };
