@@ -1,6 +1,7 @@
 //! `mentee`: the light binary. It prepares, supervises and reads runs; training itself is in `mentee-worker`, which
 //! alone links libtorch and MPI.
 
+mod bench;
 mod checkpoints;
 mod data;
 mod demo;
@@ -91,7 +92,7 @@ enum Command {
     /// Evaluates frozen features: kNN with its floors and protocol
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
-    /// Measures this machine
+    /// Measures this machine: loader, step
     #[command(disable_help_flag = true)]
     Bench(Forwarded),
 }
@@ -135,6 +136,9 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Logs(args) => logs::command(&args)?,
         Command::Place(args) => place::command(&args)?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded)),
+        Command::Bench(forwarded) if bench::is_loader(&forwarded.arguments) => {
+            return Ok(bench::command(&forwarded.arguments)?.unwrap_or(exit_code::DONE));
+        }
         Command::Bench(forwarded) => return Err(forward("bench", &forwarded)),
     }
     Ok(exit_code::DONE)

@@ -29,13 +29,12 @@
 //! function of the image's size and the key, and every quantity has a slot of its own, so that a changed
 //! probability of one step leaves the draws of the others alone.
 
-use fast_image_resize::images::{TypedCroppedImage, TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8x3;
-use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, Resizer};
 use mentee_config::recipe::{Definition, Interpolation, Views};
 
-use crate::decode::RgbImage;
+pub use crate::decode::CropBox;
+use crate::decode::{PlanarImage, RgbImage};
 use crate::math;
+use crate::resize::{Area, Resizer};
 use crate::rng::Stream;
 
 /// What keys the randomness of one view.
@@ -49,19 +48,6 @@ pub struct ViewKey {
     pub sample: u64,
     /// 0 or 1.
     pub view: u8,
-}
-
-/// A part of an image, whole pixels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CropBox {
-    /// First column.
-    pub x: u32,
-    /// First row.
-    pub y: u32,
-    /// Columns, at least 1.
-    pub width: u32,
-    /// Rows, at least 1.
-    pub height: u32,
 }
 
 /// One colour operation with its drawn strength.
@@ -121,8 +107,8 @@ const NEGLIGIBLE_TAP: f64 = 1e-8;
 #[derive(Debug, Default)]
 pub struct Scratch {
     resizer: Resizer,
-    /// `[H, W, 3]` of the resized crop.
-    resized: Vec<u8>,
+    /// A part that was given interleaved.
+    part: PlanarImage,
     /// `[3, H, W]`, in [0, 1].
     planes: Vec<f32>,
     /// `[H + 2 · radius, W]`, one plane between the two passes of a blur.
@@ -267,30 +253,37 @@ impl Augmenter {
     /// # Panics
     /// If `out` is not [`Self::view_len`] long, or `draw.crop` is not within `image`.
     pub fn apply(&self, scratch: &mut Scratch, image: &RgbImage, draw: &ViewDraw, out: &mut [f32]) {
+        let mut planes = std::mem::take(&mut scratch.part);
+        planes.take(image, draw.crop);
+        self.apply_part(scratch, &planes, draw, out);
+        scratch.part = planes;
+    }
+
+    /// As [`Self::apply`], from the part of the image that is at hand.
+    ///
+    /// # Panics
+    /// If `out` is not [`Self::view_len`] long, or `draw.crop` is not within `image.part`.
+    pub fn apply_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, out: &mut [f32]) {
         assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
-        resize(scratch, image, draw.crop, self.views.resize, self.size);
+        assert!(image.part.contains(draw.crop), "a crop lies within what was decoded");
+        resize(scratch, image, draw, self.views.resize, self.size);
         colour_and_write(self, scratch, draw, out);
     }
 }
 
-/// `crop` of `image`, antialiased to `size` x `size`, into `scratch.resized`. Pixels outside the crop play no part.
-fn resize(scratch: &mut Scratch, image: &RgbImage, crop: CropBox, how: Interpolation, size: usize) {
-    let whole = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.data)
-        .expect("an RgbImage holds width · height · 3 bytes");
-    let part = TypedCroppedImage::from_ref(&whole, crop.x, crop.y, crop.width, crop.height)
-        .expect("a crop lies within its image");
-    scratch.resized.resize(size * size * 3, 0);
-    let mut out = TypedImage::<U8x3>::from_buffer(size as u32, size as u32, &mut scratch.resized)
-        .expect("the buffer was sized for it");
-    scratch.resizer.resize_typed(&part, &mut out, &filter(how)).expect("crop and view have pixels");
+impl Augmenter {
+    /// The resize alone, for the bench.
+    pub(crate) fn resize_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw) {
+        resize(scratch, image, draw, self.views.resize, self.size);
+    }
 }
 
-/// PIL's filters: bicubic is Catmull-Rom (a = −0.5); both widen with the scale when shrinking.
-pub(crate) fn filter(how: Interpolation) -> ResizeOptions {
-    ResizeOptions::new().resize_alg(ResizeAlg::Convolution(match how {
-        Interpolation::Bicubic => FilterType::CatmullRom,
-        Interpolation::Bilinear => FilterType::Bilinear,
-    }))
+/// The drawn crop at the view's size into `scratch.planes`.
+fn resize(scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, how: Interpolation, size: usize) {
+    let CropBox { width, height, .. } = draw.crop;
+    scratch.planes.resize(3 * size * size, 0.0);
+    let area = Area::from(CropBox::whole(width, height));
+    scratch.resizer.resize(image, draw.crop, area, how, draw.flip, &mut scratch.planes, size);
 }
 
 /// (x − mean) / std per channel.
@@ -331,8 +324,6 @@ fn colour_and_write(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDra
 #[inline(always)]
 fn colour_and_write_on(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
     let size = augmenter.size;
-    scratch.planes.resize(3 * size * size, 0.0);
-    widen(&scratch.resized, size, draw.flip, &mut scratch.planes);
     let mut planes = Planes::of(&mut scratch.planes, size * size);
     let definition = augmenter.views.definition;
     for &op in &draw.jitter {
@@ -393,29 +384,6 @@ fn block(from: &[f32], start: usize) -> [f32; WIDE] {
     let mut block = [0.0; WIDE];
     block.copy_from_slice(&from[start..start + WIDE]);
     block
-}
-
-/// `[H, W, 3]` bytes to `[3, H, W]` floats in [0, 1], mirrored if asked.
-#[inline(always)]
-fn widen(resized: &[u8], size: usize, flip: bool, planes: &mut [f32]) {
-    const SCALE: f32 = 1.0 / 255.0;
-    let (r, rest) = planes.split_at_mut(size * size);
-    let (g, b) = rest.split_at_mut(size * size);
-    for y in 0..size {
-        let row = y * size..(y + 1) * size;
-        let (r, g, b) = (&mut r[row.clone()], &mut g[row.clone()], &mut b[row.clone()]);
-        let pixels = resized[3 * row.start..3 * row.end].chunks_exact(3);
-        for (((pixel, r), g), b) in pixels.zip(r.iter_mut()).zip(g.iter_mut()).zip(b.iter_mut()) {
-            *r = f32::from(pixel[0]) * SCALE;
-            *g = f32::from(pixel[1]) * SCALE;
-            *b = f32::from(pixel[2]) * SCALE;
-        }
-        if flip {
-            r.reverse();
-            g.reverse();
-            b.reverse();
-        }
-    }
 }
 
 /// The three channels of a view being made, each `[H, W]`.
@@ -709,8 +677,11 @@ mod tests {
                 (Scratch::default(), vec![0.0; augmenter.view_len()], vec![0.0; augmenter.view_len()]);
             for sample in 0..200 {
                 let draw = augmenter.draw(16, 16, ViewKey { seed: 0, epoch: 0, sample, view: 0 });
-                resize(&mut scratch, &image, draw.crop, Interpolation::Bicubic, augmenter.size);
+                let mut part = PlanarImage::default();
+                part.take(&image, draw.crop);
+                resize(&mut scratch, &part, &draw, Interpolation::Bicubic, augmenter.size);
                 colour_and_write(&augmenter, &mut scratch, &draw, &mut wide);
+                resize(&mut scratch, &part, &draw, Interpolation::Bicubic, augmenter.size);
                 colour_and_write_on(&augmenter, &mut scratch, &draw, &mut narrow);
                 assert!(
                     wide.iter().zip(&narrow).all(|(a, b)| a.to_bits() == b.to_bits()),

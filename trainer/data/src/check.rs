@@ -9,7 +9,7 @@ use serde::Serialize;
 
 use crate::decode::RgbImage;
 use crate::error::DataError;
-use crate::source::{self, Source, read_image};
+use crate::source::{self, Reader, Source};
 use crate::tar::TarShards;
 
 /// What [`stats`] found in one part of a data set.
@@ -206,13 +206,13 @@ fn each_image(
     std::thread::scope(|scope| {
         for _ in 0..threads.max(1) {
             scope.spawn(|| {
-                let (mut bytes, mut image) = (Vec::new(), RgbImage::default());
+                let (mut reader, mut image) = (Reader::default(), RgbImage::default());
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     if i >= count {
                         return;
                     }
-                    let read = read_image(source, index(i), &mut bytes, &mut image);
+                    let read = reader.whole(source, index(i), &mut image);
                     visit(i, read.map(|()| &image));
                 }
             });

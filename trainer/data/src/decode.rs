@@ -1,8 +1,11 @@
-//! Encoded bytes to 8-bit RGB. JPEG (baseline and progressive) by zune-jpeg, PNG by png.
+//! Encoded bytes to 8-bit RGB: JPEG by [`crate::jpeg`], PNG by png, WebP by image-webp.
 //!
 //! What is not RGB becomes RGB as PIL's `convert("RGB")` does it, which is what torchvision's loaders call:
 //! grayscale is repeated over the channels, alpha is dropped (not blended), 16-bit samples keep their high byte,
-//! palettes are looked up, CMYK and YCCK are converted.
+//! palettes are looked up, CMYK and YCCK are converted. Of an animation the first image counts.
+//!
+//! A photograph that EXIF says is lying on its side is set upright, as viewers show it; PIL's `convert`, and with it
+//! torchvision's loaders, leave it lying.
 //!
 //! A file that is cut short is an error, never a half-grey image; so is a PNG whose checksums disagree. Nothing is
 //! allocated for an image of more than [`MAX_PIXELS`].
@@ -10,26 +13,14 @@
 use std::io::Cursor;
 
 use thiserror::Error;
-use zune_jpeg::JpegDecoder;
-use zune_jpeg::errors::DecodeErrors;
-use zune_jpeg::zune_core::bytestream::ZCursor;
-use zune_jpeg::zune_core::colorspace::ColorSpace;
-use zune_jpeg::zune_core::options::DecoderOptions;
+
+pub use crate::image::{CropBox, PlanarImage, RgbImage};
+use crate::jpeg::{self, JpegError};
+use crate::source::Encoding;
 
 /// The largest image that is decoded, pixels (300 MB as RGB): a bound against decompression bombs, and more than
 /// any photograph used for training has.
 pub const MAX_PIXELS: u64 = 100_000_000;
-
-/// An 8-bit RGB image, rows from top to bottom, `[H, W, 3]`.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct RgbImage {
-    /// Columns.
-    pub width: u32,
-    /// Rows.
-    pub height: u32,
-    /// `height * width * 3` bytes.
-    pub data: Vec<u8>,
-}
 
 /// Why bytes are not an image.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -37,8 +28,8 @@ pub enum DecodeError {
     /// No bytes at all.
     #[error("the file is empty")]
     Empty,
-    /// Neither JPEG nor PNG by its first bytes.
-    #[error("neither JPEG nor PNG (it starts with {0})")]
+    /// Neither JPEG, PNG nor WebP by its first bytes.
+    #[error("neither JPEG, PNG nor WebP (it starts with {0})")]
     UnknownFormat(String),
     /// The file ends before the image does.
     #[error("truncated {0}: the file ends before the image does")]
@@ -46,7 +37,7 @@ pub enum DecodeError {
     /// Not decodable.
     #[error("damaged {format}: {reason}")]
     Damaged {
-        /// "JPEG" or "PNG".
+        /// "JPEG", "PNG" or "WebP".
         format: &'static str,
         /// The decoder's words.
         reason: String,
@@ -71,28 +62,176 @@ pub enum DecodeError {
     },
 }
 
-/// Decodes a JPEG or PNG file.
+/// Decodes a JPEG, PNG or WebP file.
 ///
 /// # Errors
 /// [`DecodeError`]: unknown format, truncated, damaged, or too large.
 pub fn decode(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
     let mut image = RgbImage::default();
-    decode_into(bytes, &mut image)?;
+    Decoder::default().decode(Encoding::File, bytes, &mut image)?;
     Ok(image)
 }
 
-/// As [`decode`], into an image whose buffer is reused.
-///
-/// # Errors
-/// As [`decode`]; `image` then holds no particular pixels.
-pub fn decode_into(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
-    match bytes {
-        [] => Err(DecodeError::Empty),
-        [0xFF, 0xD8, ..] => decode_jpeg(bytes, image),
-        [0x89, b'P', b'N', b'G', ..] => decode_png(bytes, image),
-        _ => {
-            let start: Vec<String> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
-            Err(DecodeError::UnknownFormat(start.join(" ")))
+/// Memory of one thread that decodes: used again from image to image.
+#[derive(Debug, Default)]
+pub struct Decoder {
+    jpeg: jpeg::Decoder,
+    /// Images whose format has no parts.
+    whole: RgbImage,
+    /// A part that lies on its side.
+    lying: PlanarImage,
+}
+
+/// An image whose size is known, and of which any part can be had.
+#[derive(Debug)]
+pub struct Opened<'a> {
+    decoder: &'a mut Decoder,
+    bytes: &'a [u8],
+    /// `None`: the pixels are in [`Decoder::whole`].
+    header: Option<jpeg::Header>,
+    /// Columns, upright.
+    pub width: u32,
+    /// Rows, upright.
+    pub height: u32,
+}
+
+impl Decoder {
+    /// Reads as much of an image as says its size.
+    ///
+    /// # Errors
+    /// [`DecodeError`]: unknown format, truncated, damaged, or too large.
+    pub fn open<'a>(&'a mut self, encoding: Encoding, bytes: &'a [u8]) -> Result<Opened<'a>, DecodeError> {
+        let mut header = None;
+        match (encoding, bytes) {
+            (Encoding::Raw { width, height }, _) => raw_into(bytes, width, height, &mut self.whole)?,
+            (Encoding::File, []) => return Err(DecodeError::Empty),
+            (Encoding::File, [0xFF, 0xD8, ..]) => {
+                if !has_end(bytes) {
+                    return Err(DecodeError::Truncated("JPEG"));
+                }
+                let found = self.jpeg.header(bytes)?;
+                check_size(u64::from(found.width), u64::from(found.height))?;
+                header = Some(found);
+            }
+            (Encoding::File, [0x89, b'P', b'N', b'G', ..]) => decode_png(bytes, &mut self.whole)?,
+            (Encoding::File, [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..]) => {
+                decode_webp(bytes, &mut self.whole)?;
+            }
+            _ => {
+                let start: Vec<String> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
+                return Err(DecodeError::UnknownFormat(start.join(" ")));
+            }
+        }
+        let (width, height) = match &header {
+            Some(header) if header.orientation >= 5 => (header.height, header.width),
+            Some(header) => (header.width, header.height),
+            None => (self.whole.width, self.whole.height),
+        };
+        Ok(Opened { decoder: self, bytes, header, width, height })
+    }
+
+    /// Decodes a whole image into `image`, whose memory is used again.
+    ///
+    /// # Errors
+    /// [`DecodeError`]; `image` then holds no particular pixels.
+    pub fn decode(
+        &mut self,
+        encoding: Encoding,
+        bytes: &[u8],
+        image: &mut RgbImage,
+    ) -> Result<(), DecodeError> {
+        let opened = self.open(encoding, bytes)?;
+        if opened.header.is_none() {
+            // The caller's memory is the next image's.
+            std::mem::swap(&mut self.whole, image);
+            return Ok(());
+        }
+        let whole = CropBox::whole(opened.width, opened.height);
+        let mut planes = PlanarImage::default();
+        opened.part(whole, &mut planes)?;
+        planes.to_rgb(image);
+        Ok(())
+    }
+}
+
+impl Opened<'_> {
+    /// Decodes `part` into `out`: the same pixels as of the whole image. Damage elsewhere may go unnoticed.
+    ///
+    /// # Errors
+    /// [`DecodeError`]; `out` then holds no particular pixels.
+    ///
+    /// # Panics
+    /// If `part` is empty or not within the image.
+    pub fn part(self, part: CropBox, out: &mut PlanarImage) -> Result<(), DecodeError> {
+        let Decoder { jpeg, whole, lying } = self.decoder;
+        match &self.header {
+            None => out.take(whole, part),
+            Some(header) if header.orientation == 1 => jpeg.decode(self.bytes, header, part, out)?,
+            Some(header) => {
+                let turn =
+                    Turn { orientation: header.orientation, width: header.width, height: header.height };
+                jpeg.decode(self.bytes, header, turn.stored(part), lying)?;
+                turn.upright(lying, part, out);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// EXIF's orientations (Exif 2.32, 4.6.4): how a stored image of `width` x `height` is to be turned.
+#[derive(Debug, Clone, Copy)]
+struct Turn {
+    orientation: u8,
+    width: u32,
+    height: u32,
+}
+
+impl Turn {
+    /// Where the pixel (x, y) of the upright image is stored.
+    fn from(self, x: u32, y: u32) -> (u32, u32) {
+        let (right, bottom) = (self.width - 1, self.height - 1);
+        match self.orientation {
+            2 => (right - x, y),
+            3 => (right - x, bottom - y),
+            4 => (x, bottom - y),
+            5 => (y, x),
+            6 => (y, bottom - x),
+            7 => (right - y, bottom - x),
+            8 => (right - y, x),
+            _ => (x, y),
+        }
+    }
+
+    /// The stored pixels of a part of the upright image.
+    fn stored(self, part: CropBox) -> CropBox {
+        let (a, b) = self.from(part.x, part.y);
+        let (c, d) = self.from(part.x + part.width - 1, part.y + part.height - 1);
+        CropBox { x: a.min(c), y: b.min(d), width: a.abs_diff(c) + 1, height: b.abs_diff(d) + 1 }
+    }
+
+    /// Turns the stored pixels of `part`.
+    fn upright(self, stored: &PlanarImage, part: CropBox, out: &mut PlanarImage) {
+        let (width, height) = (part.width as usize, part.height as usize);
+        out.reset(part);
+        for channel in 0..3 {
+            let from = stored.from(channel, stored.part);
+            let to = &mut out.data[channel * width * height..][..width * height];
+            for (y, row) in (part.y..).zip(to.chunks_exact_mut(width)) {
+                for (x, pixel) in (part.x..).zip(row) {
+                    let (sx, sy) = self.from(x, y);
+                    *pixel =
+                        from[(sy - stored.part.y) as usize * stored.stride + (sx - stored.part.x) as usize];
+                }
+            }
+        }
+    }
+}
+
+impl From<JpegError> for DecodeError {
+    fn from(error: JpegError) -> Self {
+        match error {
+            JpegError::Truncated => Self::Truncated("JPEG"),
+            other => Self::Damaged { format: "JPEG", reason: other.to_string() },
         }
     }
 }
@@ -109,30 +248,6 @@ fn check_size(width: u64, height: u64) -> Result<usize, DecodeError> {
 /// before the scan.) Looks from the end, so it costs nothing on a whole file.
 fn has_end(jpeg: &[u8]) -> bool {
     jpeg.windows(2).rev().find(|pair| matches!(pair, [0xFF, 0xD9 | 0xDA])).is_some_and(|pair| pair[1] == 0xD9)
-}
-
-fn decode_jpeg(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
-    if !has_end(bytes) {
-        return Err(DecodeError::Truncated("JPEG"));
-    }
-    let options = DecoderOptions::default()
-        .set_strict_mode(true)
-        .set_max_width(usize::from(u16::MAX))
-        .set_max_height(usize::from(u16::MAX))
-        .jpeg_set_out_colorspace(ColorSpace::RGB);
-    let fail = |error: DecodeErrors| match error {
-        DecodeErrors::ExhaustedData | DecodeErrors::IoErrors(_) => DecodeError::Truncated("JPEG"),
-        DecodeErrors::FormatStatic(reason) if reason.contains("Premature") => DecodeError::Truncated("JPEG"),
-        other => DecodeError::Damaged { format: "JPEG", reason: one_line(&other.to_string()) },
-    };
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    decoder.decode_headers().map_err(fail)?;
-    let info = decoder.info().ok_or(DecodeError::Truncated("JPEG"))?;
-    let pixels = check_size(u64::from(info.width), u64::from(info.height))?;
-    image.width = u32::from(info.width);
-    image.height = u32::from(info.height);
-    image.data.resize(pixels * 3, 0);
-    decoder.decode_into(&mut image.data).map_err(fail)
 }
 
 fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
@@ -172,13 +287,36 @@ fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
     Ok(())
 }
 
+fn decode_webp(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
+    use image_webp::{DecodingError, WebPDecoder};
+    let fail = |error: DecodingError| match error {
+        DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            DecodeError::Truncated("WebP")
+        }
+        other => DecodeError::Damaged { format: "WebP", reason: one_line(&other.to_string()) },
+    };
+    // The size that the container states comes first; a file that is shorter was cut.
+    let stated = bytes.get(4..8).and_then(|size| size.try_into().ok()).map_or(0, u32::from_le_bytes);
+    if (bytes.len() as u64) < u64::from(stated) + 8 {
+        return Err(DecodeError::Truncated("WebP"));
+    }
+    let mut decoder = WebPDecoder::new(Cursor::new(bytes)).map_err(fail)?;
+    decoder.set_memory_limit(8 * MAX_PIXELS as usize);
+    let (width, height) = decoder.dimensions();
+    let pixels = check_size(u64::from(width), u64::from(height))?;
+    let channels = if decoder.has_alpha() { 4 } else { 3 };
+    (image.width, image.height) = (width, height);
+    image.data.resize(pixels * channels, 0);
+    decoder.read_image(&mut image.data).map_err(fail)?;
+    if channels == 4 {
+        (0..pixels).for_each(|i| image.data.copy_within(4 * i..4 * i + 3, 3 * i));
+    }
+    image.data.truncate(pixels * 3);
+    Ok(())
+}
+
 /// Takes raw `[H, W, 3]` pixels.
-pub(crate) fn raw_into(
-    bytes: &[u8],
-    width: u32,
-    height: u32,
-    image: &mut RgbImage,
-) -> Result<(), DecodeError> {
+fn raw_into(bytes: &[u8], width: u32, height: u32, image: &mut RgbImage) -> Result<(), DecodeError> {
     let pixels = check_size(u64::from(width), u64::from(height))?;
     if bytes.len() != pixels * 3 {
         return Err(DecodeError::RawLength { bytes: bytes.len(), width, height });

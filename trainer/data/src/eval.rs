@@ -7,16 +7,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use fast_image_resize::images::{TypedImage, TypedImageRef};
-use fast_image_resize::pixels::U8x3;
-use fast_image_resize::{ResizeOptions, Resizer};
-use mentee_config::recipe::Views;
+use mentee_config::recipe::{Interpolation, Views};
 
-use crate::augment::{Normalise, filter};
-use crate::decode::RgbImage;
+use crate::augment::Normalise;
+use crate::decode::{CropBox, PlanarImage, RgbImage};
 use crate::error::DataError;
 use crate::pool::{Pool, Scratch, Work};
-use crate::source::{Source, read_image};
+use crate::resize::{Area, Resizer};
+use crate::source::Source;
 
 /// Views below this side lose nothing to a margin: they are not resized to 256/224 first.
 pub const SMALL: u32 = 64;
@@ -28,7 +26,7 @@ const QUEUE: usize = 3;
 #[derive(Debug, Clone)]
 pub struct EvalView {
     size: usize,
-    options: ResizeOptions,
+    interpolation: Interpolation,
     normalise: Normalise,
 }
 
@@ -36,7 +34,7 @@ impl EvalView {
     /// For these settings (`size`, `resize`, `mean` and `std` count).
     #[must_use]
     pub fn new(views: &Views) -> Self {
-        Self { size: views.size as usize, options: filter(views.resize), normalise: Normalise::new(views) }
+        Self { size: views.size as usize, interpolation: views.resize, normalise: Normalise::new(views) }
     }
 
     /// Floats in a view: size · size · 3.
@@ -70,30 +68,22 @@ impl EvalView {
         (x, y, w.min(width as f64 - x), h.min(height as f64 - y))
     }
 
-    /// The 8-bit view into `bytes`, `[H, W, 3]`.
-    fn resize(&self, resizer: &mut Resizer, image: &RgbImage, bytes: &mut Vec<u8>) {
-        let (x, y, w, h) = self.crop(image.width, image.height);
-        bytes.resize(self.view_len(), 0);
-        let whole = TypedImageRef::<U8x3>::from_buffer(image.width, image.height, &image.data)
-            .expect("an RgbImage holds width · height · 3 bytes");
-        let mut out = TypedImage::<U8x3>::from_buffer(self.size as u32, self.size as u32, bytes)
-            .expect("the buffer was sized for it");
-        resizer
-            .resize_typed(&whole, &mut out, &self.options.crop(x, y, w, h))
-            .expect("the crop lies within the image and has pixels");
-    }
-
     /// The evaluation view of `image`: `[H, W, 3]` normalised floats into `out`.
     ///
     /// # Panics
     /// If `out` is not [`Self::view_len`] long, or `image` has no pixels.
     pub fn view(&self, work: &mut EvalScratch, image: &RgbImage, out: &mut [f32]) {
         assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
-        self.resize(&mut work.resizer, image, &mut work.bytes);
-        const SCALE: f32 = 1.0 / 255.0;
-        for (pixel, out) in work.bytes.chunks_exact(3).zip(out.chunks_exact_mut(3)) {
-            for channel in 0..3 {
-                out[channel] = self.normalise.of(channel, f32::from(pixel[channel]) * SCALE);
+        let whole = CropBox::whole(image.width, image.height);
+        let (x, y, width, height) = self.crop(image.width, image.height);
+        let EvalScratch { resizer, part, planes } = work;
+        part.take(image, whole);
+        planes.resize(self.view_len(), 0.0);
+        let area = Area { x, y, width, height };
+        resizer.resize(part, whole, area, self.interpolation, false, planes, self.size);
+        for (channel, plane) in planes.chunks_exact(self.size * self.size).enumerate() {
+            for (pixel, &x) in out.chunks_exact_mut(3).zip(plane) {
+                pixel[channel] = self.normalise.of(channel, x);
             }
         }
     }
@@ -103,7 +93,8 @@ impl EvalView {
 #[derive(Debug, Default)]
 pub struct EvalScratch {
     resizer: Resizer,
-    bytes: Vec<u8>,
+    part: PlanarImage,
+    planes: Vec<f32>,
 }
 
 /// A few labelled images.
@@ -212,7 +203,7 @@ impl Work for EvalWork {
         id: u64,
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
-        read_image(&*self.source, id, &mut scratch.bytes, &mut scratch.image)?;
+        scratch.reader.whole(&*self.source, id, &mut scratch.image)?;
         self.view.view(&mut scratch.eval, &scratch.image, &mut *out[0]);
         Ok(())
     }

@@ -17,6 +17,7 @@
 //! Shapes: V views (2), N samples of this rank's share, H = W = `views.size`, C = 3 (RGB).
 
 pub mod augment;
+pub mod bench;
 pub mod check;
 pub mod decode;
 pub mod digest;
@@ -30,13 +31,17 @@ pub mod source;
 pub mod synthetic;
 
 mod cifar;
+mod cpu;
 mod folder;
 mod idx;
+mod image;
+mod jpeg;
 mod math;
 mod pool;
+mod resize;
 mod tar;
 
-pub use decode::{RgbImage, decode};
+pub use decode::{CropBox, PlanarImage, RgbImage, decode};
 pub use error::DataError;
 pub use loader::{Batch, Loader, LoaderConfig};
 pub use order::Order;

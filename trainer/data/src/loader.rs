@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use mentee_config::recipe::Views;
 
-use crate::augment::{Augmenter, ViewKey};
+use crate::augment::{Augmenter, ViewDraw, ViewKey};
+use crate::bench::Stage;
+use crate::decode::CropBox;
 use crate::error::DataError;
 use crate::order::Order;
 use crate::pool::{Pool, Scratch, Work};
-use crate::source::{Source, read_image};
+use crate::source::Source;
 
 /// Views drawn from every image.
 pub const NUM_VIEWS: usize = 2;
@@ -87,13 +89,47 @@ impl Work for TwoViews {
         id: u64,
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
-        read_image(&*self.config.source, id, &mut scratch.bytes, &mut scratch.image)?;
-        for (view, out) in (0u8..).zip(out) {
-            let key = ViewKey { seed: self.config.seed, epoch, sample: id, view };
-            self.augmenter.view(&mut scratch.augment, &scratch.image, key, out);
-        }
-        Ok(())
+        let Self { config, augmenter } = self;
+        two_views(&*config.source, augmenter, config.seed, scratch, epoch, id, Stage::Full, out)
     }
+}
+
+/// Makes both views of sample `id`, up to `stage`: decodes what the two crops cover together, once.
+#[expect(clippy::too_many_arguments, reason = "the loader's and the bench's own; every one is another thing")]
+pub(crate) fn two_views(
+    source: &dyn Source,
+    augmenter: &Augmenter,
+    seed: u64,
+    scratch: &mut Scratch,
+    epoch: u64,
+    id: u64,
+    stage: Stage,
+    out: &mut [&mut [f32]],
+) -> Result<(), DataError> {
+    let Scratch { reader, planes, augment, .. } = scratch;
+    if stage == Stage::Read {
+        return reader.bytes(source, id);
+    }
+    let mut draws: Vec<ViewDraw> = Vec::with_capacity(NUM_VIEWS);
+    let both = |width, height| {
+        draws.extend(
+            (0..NUM_VIEWS as u8)
+                .map(|view| augmenter.draw(width, height, ViewKey { seed, epoch, sample: id, view })),
+        );
+        draws.iter().map(|draw| draw.crop).reduce(CropBox::union).unwrap_or(CropBox::whole(width, height))
+    };
+    reader.part(source, id, both, planes)?;
+    if stage == Stage::Decode {
+        return Ok(());
+    }
+    for (draw, out) in draws.iter().zip(out) {
+        if stage == Stage::Resize {
+            augmenter.resize_part(augment, planes, draw);
+        } else {
+            augmenter.apply_part(augment, planes, draw, out);
+        }
+    }
+    Ok(())
 }
 
 impl Loader {

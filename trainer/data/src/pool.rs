@@ -15,8 +15,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::decode::RgbImage;
+use crate::decode::{PlanarImage, RgbImage};
 use crate::error::DataError;
+use crate::source::Reader;
 use crate::{augment, eval};
 
 /// What to fill batches with.
@@ -49,8 +50,9 @@ pub(crate) const MAX_PLANES: usize = 2;
 /// Work memory of one decode thread.
 #[derive(Debug, Default)]
 pub(crate) struct Scratch {
-    pub(crate) bytes: Vec<u8>,
+    pub(crate) reader: Reader,
     pub(crate) image: RgbImage,
+    pub(crate) planes: PlanarImage,
     pub(crate) augment: augment::Scratch,
     pub(crate) eval: eval::EvalScratch,
 }

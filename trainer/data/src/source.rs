@@ -13,14 +13,14 @@ use std::sync::Arc;
 
 use mentee_config::recipe::DataFormat;
 
-use crate::decode::{self, DecodeError, RgbImage};
+use crate::decode::{CropBox, DecodeError, Decoder, PlanarImage, RgbImage};
 use crate::error::DataError;
 use crate::{cifar, folder, idx, tar};
 
 /// How the bytes of a sample stand for an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// A JPEG or PNG file.
+    /// A JPEG, PNG or WebP file.
     File,
     /// `[height, width, 3]` pixels.
     Raw {
@@ -82,28 +82,67 @@ pub trait Source: Send + Sync {
     fn stored(&self) -> (u64, u64);
 }
 
-/// Reads and decodes sample `index` into `image`, naming the sample in any error.
-///
-/// # Errors
-/// [`DataError::BadSample`] for a damaged one, [`DataError::Io`] for an unreadable file.
-pub fn read_image(
-    source: &dyn Source,
-    index: u64,
-    bytes: &mut Vec<u8>,
-    image: &mut RgbImage,
-) -> Result<(), DataError> {
-    let encoding = source.read_into(index, bytes)?;
-    // A decoder that panics on hostile bytes must not take the run's threads down without a name.
-    let decoded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match encoding {
-        Encoding::File => decode::decode_into(bytes, image),
-        Encoding::Raw { width, height } => decode::raw_into(bytes, width, height, image),
-    }));
-    let reason = match decoded {
-        Ok(Ok(())) => return Ok(()),
-        Ok(Err(error)) => error,
-        Err(_) => DecodeError::Damaged { format: "image", reason: "the decoder panicked".to_owned() },
-    };
-    Err(DataError::BadSample { sample: source.key(index), reason: reason.to_string() })
+/// Memory of one thread that reads samples: used again from sample to sample.
+#[derive(Debug, Default)]
+pub struct Reader {
+    bytes: Vec<u8>,
+    decoder: Decoder,
+}
+
+impl Reader {
+    /// Reads sample `index` and decodes the part of it that `choose` asks for, given width and height, into `planes`.
+    ///
+    /// # Errors
+    /// [`DataError::BadSample`] for a damaged one, [`DataError::Io`] for an unreadable file; both name the sample.
+    pub fn part(
+        &mut self,
+        source: &dyn Source,
+        index: u64,
+        choose: impl FnOnce(u32, u32) -> CropBox,
+        planes: &mut PlanarImage,
+    ) -> Result<(), DataError> {
+        self.with(source, index, |decoder, encoding, bytes| {
+            let opened = decoder.open(encoding, bytes)?;
+            let part = choose(opened.width, opened.height);
+            opened.part(part, planes)
+        })
+    }
+
+    /// Reads and decodes sample `index` into `image`.
+    ///
+    /// # Errors
+    /// As [`Self::part`].
+    pub fn whole(&mut self, source: &dyn Source, index: u64, image: &mut RgbImage) -> Result<(), DataError> {
+        self.with(source, index, |decoder, encoding, bytes| decoder.decode(encoding, bytes, image))
+    }
+
+    /// Reads sample `index` and leaves it encoded.
+    pub(crate) fn bytes(&mut self, source: &dyn Source, index: u64) -> Result<(), DataError> {
+        source.read_into(index, &mut self.bytes).map(|_| ())
+    }
+
+    fn with(
+        &mut self,
+        source: &dyn Source,
+        index: u64,
+        decode: impl FnOnce(&mut Decoder, Encoding, &[u8]) -> Result<(), DecodeError>,
+    ) -> Result<(), DataError> {
+        let encoding = source.read_into(index, &mut self.bytes)?;
+        let (decoder, bytes) = (&mut self.decoder, &self.bytes);
+        // A decoder that panics on hostile bytes must not take the run's threads down without a name.
+        let decoded =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| decode(decoder, encoding, bytes)));
+        let reason = match decoded {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => error,
+            Err(_) => {
+                // Whatever state it was left in.
+                self.decoder = Decoder::default();
+                DecodeError::Damaged { format: "image", reason: "the decoder panicked".to_owned() }
+            }
+        };
+        Err(DataError::BadSample { sample: source.key(index), reason: reason.to_string() })
+    }
 }
 
 /// Which part of a data set.
@@ -245,7 +284,7 @@ pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError>
 
 /// Whether a file name ends like an image that can be decoded.
 pub(crate) fn is_image_name(extension: &str) -> bool {
-    ["jpg", "jpeg", "png"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+    ["jpg", "jpeg", "png", "webp"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
 /// Texts one after the other in one buffer: 8 bytes of overhead each.

@@ -230,7 +230,7 @@ fn verify_names_damaged_files_of_a_folder() {
         lines,
         [
             "DIR/train/a/empty.jpg: the file is empty",
-            "DIR/train/b/text.jpg: neither JPEG nor PNG (it starts with 68 65 6c 6c)",
+            "DIR/train/b/text.jpg: neither JPEG, PNG nor WebP (it starts with 68 65 6c 6c)",
             "DIR/test/a/cut.jpg: truncated JPEG: the file ends before the image does",
         ]
     );
