@@ -308,7 +308,8 @@ fn a_cancelled_job_is_gone_in_time_and_resumable(bench: &Bench) {
 
 fn devices_follow_slurms_options(bench: &Bench) {
     // Options, and for both ranks of a node: what CUDA_VISIBLE_DEVICES holds and which of these is taken.
-    let table: [(&[&str], [(&str, u64); 2]); 4] = [
+    type Expected = [(&'static str, u64); 2];
+    let table: [(&[&str], Expected); 4] = [
         (&["--gpus-per-node=2"], [("0,1", 0), ("0,1", 1)]),
         (&["--gpus-per-task=1"], [("0", 0), ("1", 0)]),
         (&["--gpus-per-node=2", "--gpu-bind=single:1"], [("0", 0), ("1", 0)]),

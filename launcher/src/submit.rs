@@ -284,7 +284,9 @@ fn variants(sweeps: &[String]) -> Result<Vec<Vec<String>>, Failure> {
         let values = values(sweep)?;
         all = all
             .iter()
-            .flat_map(|chosen| values.iter().map(move |value| [chosen.as_slice(), &[value.clone()]].concat()))
+            .flat_map(|chosen| {
+                values.iter().map(move |value| [chosen.as_slice(), std::slice::from_ref(value)].concat())
+            })
             .collect();
         if all.len() > MAX_VARIANTS {
             return Err(Failure::usage(format!(

@@ -129,6 +129,10 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
     let decode_threads = threads(recipe, &identity);
+    let parallel = &recipe.parallel;
+    if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
+        tracing::warn!("{advice}");
+    }
     let (plan_hash, data_digest) = (recipe.hash(), source.digest());
     tracing::info!(
         rank = identity.rank,
