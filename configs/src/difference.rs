@@ -1,10 +1,10 @@
 //! When two recipes are the same run: equal in every key that decides the numbers.
 
-use crate::recipe::Recipe;
+use crate::recipe::{DataOrder, Recipe};
 use crate::schema::{Decides, KEYS};
 
 impl Recipe {
-    /// 16 hexadecimal digits over everything that decides the loss curve: `run.seed`, `[views]`, `[model]`,
+    /// 16 hexadecimal digits over everything that decides the loss curve: `run.seed`, `data.order`, `[views]`, `[model]`,
     /// `[method]`, `[optimizer]`, `[schedule]` without `max_steps`, `parallel.precision` and
     /// `parallel.sync_batch_norm`. Not the data (its own digest says what it is), not names, paths, threads,
     /// logging, checkpoints or evaluation; nor `views.preset`, as the values that it stands for are in there.
@@ -12,7 +12,9 @@ impl Recipe {
     /// # Panics As [`Recipe::to_toml`].
     pub fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
-        for (key, value) in self.deciding() {
+        // The order came after the first hashes: the one there was before leaves them as they were.
+        let global = self.data.order == DataOrder::Global;
+        for (key, value) in self.deciding().into_iter().filter(|(key, _)| !(global && *key == "data.order")) {
             hasher.update(format!("{key} = {value}\n").as_bytes());
         }
         hasher.finalize().to_hex()[..16].to_owned()

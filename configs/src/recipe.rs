@@ -65,6 +65,33 @@ pub struct Data {
     pub path: PathBuf,
     /// How the images are stored.
     pub format: DataFormat,
+    /// How an epoch's order is drawn.
+    pub order: DataOrder,
+    /// What a damaged image does.
+    pub on_error: OnDataError,
+    /// Different damaged images that [`OnDataError::Skip`] passes over, in one process, before it fails after all.
+    pub max_skipped: u64,
+}
+
+/// How the samples of an epoch are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DataOrder {
+    /// One permutation of all samples.
+    Global,
+    /// Shards in random order, samples in random order within a window that moves over them: reads stay in a few shards
+    /// at a time, for network file systems.
+    Windowed,
+}
+
+/// What a damaged image does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnDataError {
+    /// Ends the run, naming it.
+    Fail,
+    /// Is replaced by another image, the same one on any number of ranks, and named in the log.
+    Skip,
 }
 
 /// How images are stored.

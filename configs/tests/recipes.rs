@@ -243,6 +243,8 @@ fn a_recipe_comes_back_from_its_plan_exactly() {
 fn other_value(key: &str, value: &Value) -> Value {
     let word = match key {
         "data.format" => "tar",
+        "data.order" => "windowed",
+        "data.on_error" => "skip",
         "views.preset" => "simsiam",
         "views.definition" => "torchvision",
         "views.resize" => "bilinear",
@@ -281,6 +283,8 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
         "run.log_every_steps",
         "data.path",
         "data.format",
+        "data.on_error",
+        "data.max_skipped",
         "views.preset",
         "schedule.max_steps",
         "parallel.threads",

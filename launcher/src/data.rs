@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use mentee_config::recipe::DataFormat;
 use mentee_config::{Plan, Recipe, exit_code, plan};
 use mentee_data::digest::{OrderDigest, Running};
-use mentee_data::{DataError, Order, Split, check, open_split};
+use mentee_data::{DataError, OnError, Split, check, open_split, order as order_of};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
@@ -55,9 +55,20 @@ pub struct OrderArgs {
     /// One digest of ids and both views' bytes, in global order
     #[arg(long)]
     pub hash: bool,
+    /// With --hash: from step S on with W ranks, as after a resume; may be given several times
+    #[arg(long, value_name = "S:W", value_parser = change, requires = "hash")]
+    pub resume: Vec<(u64, u32)>,
     /// Replaces a value of the recipe; may be given several times
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
+}
+
+fn change(text: &str) -> Result<(u64, u32), String> {
+    let (step, world) = text.split_once(':').ok_or("a step and a number of ranks, as 300:4")?;
+    match (step.parse(), world.parse()) {
+        (Ok(step), Ok(world)) if world > 0 => Ok((step, world)),
+        _ => Err("a step and a number of ranks, as 300:4".to_owned()),
+    }
 }
 
 /// `mentee data …`.
@@ -148,9 +159,9 @@ fn order(args: &OrderArgs) -> Result<(), Failure> {
     let source = open_split(&path, recipe.data.format, Split::Train)?
         .ok_or(DataError::Missing { key: "data.path".into(), path })?;
     let plan = Plan::new(recipe, source.len(), args.world)?;
-    let Plan { recipe, num_samples, steps_per_epoch, .. } = &plan;
+    let Plan { recipe, steps_per_epoch, .. } = &plan;
     let batch = recipe.schedule.global_batch;
-    let order = Order::new(recipe.run.seed, *num_samples, batch);
+    let order = order_of(&*source, recipe.data.order, recipe.run.seed, batch);
     let default_epochs = if args.hash { 1 } else { recipe.schedule.epochs };
     let end = args.epochs.unwrap_or(default_epochs).saturating_mul(*steps_per_epoch);
     let steps = args.from_step..end;
@@ -163,20 +174,29 @@ fn order(args: &OrderArgs) -> Result<(), Failure> {
     }
     let shares: Vec<_> = (0..args.world).map(|rank| plan::share(batch, rank, args.world)).collect();
     if args.hash {
-        let digest = OrderDigest {
-            source,
-            order,
-            views: recipe.views.clone(),
-            seed: recipe.run.seed,
-            shares,
-            steps,
-            threads: threads(),
-        };
         let mut counter = Counter::new("steps");
         let mut running = Running::default();
-        let result = digest.update(&mut running, &mut |done, total| counter.at(done, total));
+        // Each stretch with its own ranks, every one with a loader that starts where the last had come to.
+        let mut changes = args.resume.clone();
+        changes.retain(|(step, _)| steps.contains(step));
+        changes.sort_unstable();
+        let (mut from, mut world) = (steps.start, args.world);
+        for (until, next_world) in changes.into_iter().chain([(steps.end, args.world)]) {
+            let digest = OrderDigest {
+                source: source.clone(),
+                order: order.clone(),
+                views: recipe.views.clone(),
+                seed: recipe.run.seed,
+                shares: (0..world).map(|rank| plan::share(batch, rank, world)).collect(),
+                steps: from..until,
+                on_error: OnError::of(&recipe.data),
+                threads: threads(),
+            };
+            let (before, total) = (from - steps.start, steps.end - steps.start);
+            digest.update(&mut running, &mut |done, _| counter.at(before + done, total))?;
+            (from, world) = (until, next_world);
+        }
         counter.finish();
-        result?;
         println!("{}", running.finish());
         return Ok(());
     }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mentee_config::recipe::DataFormat;
-use mentee_data::shard::{Written, write_shards};
+use mentee_data::shard::{ShardOptions, Store, Written, write_shards_with};
 use mentee_data::{DataError, Source, Split, open, open_split};
 
 use crate::failure::Failure;
@@ -20,9 +20,38 @@ pub struct ShardArgs {
     /// Size of a shard, e.g. 64MiB
     #[arg(long, default_value = "256MiB", value_parser = bytes, value_name = "BYTES")]
     pub shard_bytes: u64,
+    /// Threads that read and encode [default: one a processor]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub threads: Option<u32>,
+    /// Store JPEG made anew, of this quality (1 to 100) [default with --shorter-side: 90]
+    #[arg(long, value_name = "Q", value_parser = clap::value_parser!(u8).range(1..=100), conflicts_with = "raw")]
+    pub quality: Option<u8>,
+    /// Shrink larger images until their shorter side has so many pixels
+    #[arg(long, value_name = "PIXELS", value_parser = clap::value_parser!(u32).range(1..))]
+    pub shorter_side: Option<u32>,
+    /// Store pixels without compression: nothing to decode; for images of a few pixels
+    #[arg(long)]
+    pub raw: bool,
     /// What the source is, when it cannot be told by looking
     #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
     pub format: DataFormat,
+}
+
+impl ShardArgs {
+    fn options(&self) -> ShardOptions {
+        let shorter_side = self.shorter_side;
+        let store = match (self.raw, self.quality) {
+            (true, _) => Store::Raw { shorter_side },
+            (false, None) if shorter_side.is_none() => Store::AsIs,
+            (false, quality) => Store::Jpeg { shorter_side, quality: quality.unwrap_or(90) },
+        };
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        ShardOptions {
+            shard_bytes: self.shard_bytes,
+            threads: self.threads.map_or(threads, |threads| threads as usize),
+            store,
+        }
+    }
 }
 
 /// `auto`, `tar`, `folder`, `cifar` or `idx`.
@@ -75,26 +104,43 @@ pub fn command(args: &ShardArgs) -> Result<(), Failure> {
     let held_out = open_split(&args.source, args.format, Split::Eval).map_err(named)?;
     let Some(held_out) = held_out else {
         let source = open(&args.source, args.format).map_err(named)?;
-        return write(&*source, &args.out, args.shard_bytes);
+        return write(&*source, &args.out, &args.options());
     };
     let train = open_split(&args.source, args.format, Split::Train)
         .map_err(named)?
         .ok_or_else(|| named(DataError::Missing { key: String::new(), path: args.source.clone() }))?;
-    write(&*train, &args.out.join("train"), args.shard_bytes)?;
-    write(&*held_out, &args.out.join("test"), args.shard_bytes)
+    write(&*train, &args.out.join("train"), &args.options())?;
+    write(&*held_out, &args.out.join("test"), &args.options())
 }
 
-fn write(source: &dyn Source, out: &Path, shard_bytes: u64) -> Result<(), Failure> {
+fn write(source: &dyn Source, out: &Path, options: &ShardOptions) -> Result<(), Failure> {
     let mut counter = Counter::new("images");
-    let written = write_shards(source, out, shard_bytes, &mut |done, total| counter.at(done, total));
+    let started = std::time::Instant::now();
+    let mut taken_over = None;
+    let written = write_shards_with(source, out, options, &mut |done, total| {
+        taken_over.get_or_insert(done);
+        counter.at(done, total);
+    });
     counter.finish();
     let Written { samples, shards, bytes, digest } = written?;
+    let seconds = started.elapsed().as_secs_f64().max(1e-9);
+    let taken_over = taken_over.unwrap_or(0);
     println!(
-        "{}: {samples} images of {} classes in {shards} shards, {}, digest {}",
+        "{}: {samples} images of {} classes in {shards} shards, {}, digest {}{}",
         out.display(),
         source.classes().len(),
         human_bytes(bytes),
-        &digest[..digest.len().min(16)]
+        &digest[..digest.len().min(16)],
+        options.store.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))
+    );
+    if taken_over > 0 {
+        println!("  {taken_over} of them were there from before");
+    }
+    let share = (samples - taken_over) as f64 / samples.max(1) as f64;
+    println!(
+        "  {:.0} images/s, {:.0} MB/s",
+        (samples - taken_over) as f64 / seconds,
+        bytes as f64 * share / seconds / 1e6
     );
     Ok(())
 }

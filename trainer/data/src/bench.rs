@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::augment::Augmenter;
 use crate::error::DataError;
-use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, two_views};
+use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, OnError, two_views};
 use crate::order::Order;
 use crate::pool::Scratch;
 use crate::source::Source;
@@ -183,6 +183,7 @@ fn whole(bench: &LoaderBench, threads: usize) -> Result<(f64, f64, f64), DataErr
         first_step: 0,
         last_step: u64::MAX,
         threads,
+        on_error: OnError::Fail,
         queue_steps: 2,
     })?;
     let mut take = |steps| -> Result<(), DataError> {

@@ -182,10 +182,7 @@ pub fn verify(
         });
         let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
         bad.sort_by_key(|(i, _)| *i);
-        report.problems.extend(bad.into_iter().map(|(_, error)| match error {
-            DataError::BadSample { sample, reason } => format!("{sample}: {reason}"),
-            other => other.to_string(),
-        }));
+        report.problems.extend(bad.into_iter().map(|(_, error)| error.brief()));
         let (bytes, files) = source.stored();
         report.samples += total;
         report.files += files;

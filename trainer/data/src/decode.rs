@@ -117,6 +117,10 @@ impl Decoder {
             (Encoding::File, [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..]) => {
                 decode_webp(bytes, &mut self.whole)?;
             }
+            (Encoding::File, [b'P', b'6', b'\n' | b' ', ..]) => {
+                let (width, height, pixels) = ppm(bytes)?;
+                raw_into(pixels, width, height, &mut self.whole)?;
+            }
             _ => {
                 let start: Vec<String> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
                 return Err(DecodeError::UnknownFormat(start.join(" ")));
@@ -313,6 +317,22 @@ fn decode_webp(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
     }
     image.data.truncate(pixels * 3);
     Ok(())
+}
+
+/// Width, height and pixels of a binary PPM file of 8 bits without comments, as `mentee shard` writes them.
+fn ppm(bytes: &[u8]) -> Result<(u32, u32, &[u8]), DecodeError> {
+    let bad = |reason: &str| DecodeError::Damaged { format: "PPM", reason: reason.to_owned() };
+    let mut fields = bytes[2..].splitn(5, u8::is_ascii_whitespace).skip(1);
+    let mut number = || -> Option<u32> { std::str::from_utf8(fields.next()?).ok()?.parse().ok() };
+    let (Some(width), Some(height), Some(255)) = (number(), number(), number()) else {
+        return Err(bad("no header of width, height and 255"));
+    };
+    let pixels = fields.next().ok_or(DecodeError::Truncated("PPM"))?;
+    let expected = check_size(u64::from(width), u64::from(height))? * 3;
+    if pixels.len() < expected {
+        return Err(DecodeError::Truncated("PPM"));
+    }
+    Ok((width, height, &pixels[..expected]))
 }
 
 /// Takes raw `[H, W, 3]` pixels.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use mentee_config::recipe::Views;
 
 use crate::error::DataError;
-use crate::loader::{Loader, LoaderConfig, NUM_VIEWS};
+use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, OnError};
 use crate::order::Order;
 use crate::source::Source;
 
@@ -26,6 +26,8 @@ pub struct OrderDigest {
     pub shares: Vec<Range<u64>>,
     /// The steps to digest.
     pub steps: Range<u64>,
+    /// What a damaged sample does.
+    pub on_error: OnError,
     /// Decode threads over all ranks.
     pub threads: usize,
 }
@@ -65,6 +67,7 @@ impl OrderDigest {
                     first_step: self.steps.start,
                     last_step: self.steps.end,
                     threads: (self.threads / ranks).max(1),
+                    on_error: self.on_error,
                     queue_steps: 2,
                 })
             })

@@ -53,6 +53,19 @@ pub enum DataError {
         /// Why.
         reason: String,
     },
+    /// More samples are damaged than the recipe passes over.
+    #[error(
+        "{found} damaged samples, data.max_skipped is {budget}; the last: {last}: repair the data \
+         (`mentee data verify` finds all such) or raise data.max_skipped"
+    )]
+    TooManyBad {
+        /// Different ones that were met.
+        found: u64,
+        /// How many are passed over.
+        budget: u64,
+        /// The one that was too many: its place and what is wrong.
+        last: String,
+    },
     /// A label was needed and the sample has none.
     #[error("sample {sample} has no label: evaluation needs labelled images (class folders or .cls entries)")]
     NoLabel {
@@ -92,6 +105,14 @@ impl DataError {
         match self {
             Self::Missing { path, .. } => Self::Missing { key: name.to_owned(), path },
             other => other,
+        }
+    }
+
+    /// Place and reason alone, for a list of what was passed over.
+    pub(crate) fn brief(&self) -> String {
+        match self {
+            Self::BadSample { sample, reason } => format!("{sample}: {reason}"),
+            other => other.to_string(),
         }
     }
 

@@ -196,6 +196,11 @@ impl Work for EvalWork {
         (0, self.indices[first..(first + self.batch).min(self.indices.len())].to_vec())
     }
 
+    /// An accuracy over other images than were asked for would be another number.
+    fn instead(&self, _epoch: u64, _id: u64, _attempt: u32, error: DataError) -> Result<u64, DataError> {
+        Err(error)
+    }
+
     fn fill(
         &self,
         scratch: &mut Scratch,

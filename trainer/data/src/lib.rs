@@ -43,6 +43,6 @@ mod tar;
 
 pub use decode::{CropBox, PlanarImage, RgbImage, decode};
 pub use error::DataError;
-pub use loader::{Batch, Loader, LoaderConfig};
+pub use loader::{Batch, Loader, LoaderConfig, OnError, Skipped};
 pub use order::Order;
-pub use source::{Encoding, Sample, Source, Split, open, open_split};
+pub use source::{Encoding, Sample, Source, Split, open, open_split, order};

@@ -1,7 +1,8 @@
 //! Batches of augmented views, in step order, made ahead of time by decode threads.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mentee_config::recipe::Views;
@@ -11,6 +12,7 @@ use crate::bench::Stage;
 use crate::decode::CropBox;
 use crate::error::DataError;
 use crate::order::Order;
+pub use crate::pool::Skipped;
 use crate::pool::{Pool, Scratch, Work};
 use crate::source::Source;
 
@@ -36,8 +38,33 @@ pub struct LoaderConfig {
     pub last_step: u64,
     /// Decode threads; 0 counts as 1.
     pub threads: usize,
+    /// What a damaged sample does.
+    pub on_error: OnError,
     /// Batches held ahead, finished or being filled; 0 counts as 1. Bounds the memory.
     pub queue_steps: usize,
+}
+
+/// What a damaged sample does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnError {
+    /// Ends the loader with its error.
+    Fail,
+    /// Is replaced ([`Order::replacement`]), up to so many different ones; then it ends the loader after all.
+    Skip {
+        /// How many.
+        budget: u64,
+    },
+}
+
+impl OnError {
+    /// As a recipe says.
+    #[must_use]
+    pub fn of(data: &mentee_config::recipe::Data) -> Self {
+        match data.on_error {
+            mentee_config::recipe::OnDataError::Fail => Self::Fail,
+            mentee_config::recipe::OnDataError::Skip => Self::Skip { budget: data.max_skipped },
+        }
+    }
 }
 
 /// One rank's share of a step.
@@ -49,6 +76,8 @@ pub struct Batch {
     pub epoch: u64,
     /// The samples, in the order of the global batch. `[N]`
     pub ids: Vec<u64>,
+    /// Damaged samples among them that were replaced; `ids` has the replacements.
+    pub skipped: Vec<Skipped>,
     /// Normalised views, channels last. `[V, N, H, W, C]`, V = 2, C = 3
     pub views: Vec<f32>,
     /// How long [`Loader::next`] blocked for it.
@@ -63,6 +92,8 @@ pub struct Loader {
 struct TwoViews {
     config: LoaderConfig,
     augmenter: Augmenter,
+    /// Damaged samples that were met.
+    bad: Mutex<BTreeSet<u64>>,
 }
 
 impl Work for TwoViews {
@@ -82,6 +113,21 @@ impl Work for TwoViews {
         self.config.order.share(step, self.config.rank_share.clone())
     }
 
+    fn instead(&self, epoch: u64, id: u64, attempt: u32, error: DataError) -> Result<u64, DataError> {
+        let (OnError::Skip { budget }, DataError::BadSample { .. }) = (self.config.on_error, &error) else {
+            return Err(error);
+        };
+        let order = &self.config.order;
+        let damaged = if attempt == 0 { id } else { order.replacement(epoch, id, attempt - 1) };
+        let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
+        bad.insert(damaged);
+        let found = bad.len() as u64;
+        if found > budget {
+            return Err(DataError::TooManyBad { found, budget, last: error.brief() });
+        }
+        Ok(order.replacement(epoch, id, attempt))
+    }
+
     fn fill(
         &self,
         scratch: &mut Scratch,
@@ -89,7 +135,7 @@ impl Work for TwoViews {
         id: u64,
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
-        let Self { config, augmenter } = self;
+        let Self { config, augmenter, .. } = self;
         two_views(&*config.source, augmenter, config.seed, scratch, epoch, id, Stage::Full, out)
     }
 }
@@ -141,7 +187,7 @@ impl Loader {
         let share = config.rank_share.end.saturating_sub(config.rank_share.start) as usize;
         let (threads, queue) = (config.threads, config.queue_steps);
         let augmenter = Augmenter::new(&config.views);
-        let pool = Pool::start(Box::new(TwoViews { config, augmenter }), threads, queue, share)?;
+        let pool = Pool::start(Box::new(TwoViews { config, augmenter, bad: Mutex::default() }), threads, queue, share)?;
         Ok(Self { pool })
     }
 
@@ -155,6 +201,7 @@ impl Loader {
             step: filled.step,
             epoch: filled.epoch,
             ids: filled.ids,
+            skipped: filled.skipped,
             views: filled.buffer,
             wait: filled.wait,
         }))

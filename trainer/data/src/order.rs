@@ -6,34 +6,137 @@
 //! Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002), which keeps it a bijection on `[0, n)`. Since
 //! `a² < n + 2√n + 1`, a second pass is rare. Memory is constant for any `n`, and any position costs the same, so
 //! resuming in the middle re-reads nothing.
+//!
+//! The windowed order ([`Order::windowed`]) is made of the same permutations: of the shards, and of the positions within
+//! each window of [`WINDOW`] samples. It costs memory by the number of shards, and any position still costs the same.
+//!
+//! Whatever the world size: a step's global batch is these positions in this order, and a rank takes its part of it. The
+//! samples that do not fill a last batch sit the epoch out.
+
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::rng::{Stream, purpose};
 
 /// Feistel rounds: four make a strong pseudo-random permutation; twice that, since tiny sets have tiny digits.
 const ROUNDS: u32 = 8;
 
-/// The order of samples over a run. Pure: a function of `(seed, num_samples, global_batch)`.
+/// Samples that [`Order::windowed`] shuffles together.
+pub const WINDOW: u64 = 16_384;
+
+/// A keyed permutation of `0 .. n`.
+#[derive(Debug, Clone, Copy)]
+struct Permutation {
+    n: u64,
+    /// ceil(sqrt(n)): the base of the two digits.
+    base: u64,
+}
+
+impl Permutation {
+    fn new(n: u64) -> Self {
+        let mut base = (n as f64).sqrt() as u64;
+        while u128::from(base) * u128::from(base) < u128::from(n) {
+            base += 1;
+        }
+        while base > 1 && u128::from(base - 1) * u128::from(base - 1) >= u128::from(n) {
+            base -= 1;
+        }
+        Self { n, base }
+    }
+
+    /// Where `position` (below `n`) goes. `part` tells apart permutations of one epoch: 0, 1, …
+    fn at(&self, seed: u64, epoch: u64, part: u32, position: u64) -> u64 {
+        debug_assert!(position < self.n);
+        let a = self.base;
+        let mut x = position;
+        loop {
+            let (mut high, mut low) = (x / a, x % a);
+            for round in 0..ROUNDS {
+                let block = part.wrapping_mul(ROUNDS).wrapping_add(round);
+                let mixed = Stream::new(seed, epoch, low, purpose::ORDER).block(block);
+                let mixed = u64::from(mixed[0]) | u64::from(mixed[1]) << 32;
+                let shift = ((u128::from(mixed) * u128::from(a)) >> 64) as u64;
+                (high, low) = (low, (high + shift) % a);
+            }
+            let y = u128::from(high) * u128::from(a) + u128::from(low);
+            if y < u128::from(self.n) {
+                return y as u64;
+            }
+            // y >= n, yet below a², which exceeds u64 only for n > 2^64 − 2^33.
+            x = y as u64;
+        }
+    }
+}
+
+/// The order of samples over a run. Pure: a function of `(seed, num_samples, global_batch)`, and of the shards' sizes
+/// when it is windowed.
 #[derive(Debug, Clone)]
 pub struct Order {
     seed: u64,
     num_samples: u64,
     global_batch: u64,
-    /// ceil(sqrt(num_samples)): the base of the two digits.
-    base: u64,
+    whole: Permutation,
+    shards: Option<Arc<Shards>>,
+}
+
+/// What the windowed order knows of the shards.
+#[derive(Debug)]
+struct Shards {
+    /// Where each shard's samples start, and the number of samples.
+    starts: Vec<u64>,
+    permutation: Permutation,
+    /// The shards as an epoch visits them; of the epoch that was asked for last.
+    visited: Mutex<(u64, Arc<Visit>)>,
+}
+
+/// One epoch's sequence of shards: which, and after how many samples it starts.
+#[derive(Debug, Default)]
+struct Visit {
+    shards: Vec<u32>,
+    starts: Vec<u64>,
+}
+
+impl Shards {
+    fn visit(&self, seed: u64, epoch: u64) -> Arc<Visit> {
+        let mut visited = self.visited.lock().unwrap_or_else(PoisonError::into_inner);
+        if visited.0 != epoch || visited.1.shards.is_empty() {
+            let count = self.starts.len() - 1;
+            let mut visit = Visit { shards: Vec::with_capacity(count), starts: Vec::with_capacity(count) };
+            let mut start = 0;
+            for place in 0..count {
+                let shard = self.permutation.at(seed, epoch, 0, place as u64) as usize;
+                visit.shards.push(shard as u32);
+                visit.starts.push(start);
+                start += self.starts[shard + 1] - self.starts[shard];
+            }
+            *visited = (epoch, Arc::new(visit));
+        }
+        Arc::clone(&visited.1)
+    }
 }
 
 impl Order {
-    /// An order of `num_samples` samples, `global_batch` of them a step.
+    /// An order of `num_samples` samples, `global_batch` of them a step: one permutation of all.
     #[must_use]
     pub fn new(seed: u64, num_samples: u64, global_batch: u64) -> Self {
-        let mut base = (num_samples as f64).sqrt() as u64;
-        while u128::from(base) * u128::from(base) < u128::from(num_samples) {
-            base += 1;
+        Self { seed, num_samples, global_batch, whole: Permutation::new(num_samples), shards: None }
+    }
+
+    /// The order for reading shard by shard: shards in random order; of their samples, laid end to end, every
+    /// [`WINDOW`] are shuffled. At any time a window's samples lie in a few shards that follow each other.
+    ///
+    /// `shards` are the numbers of samples in each, in the order of their samples' indices; empty ones are allowed.
+    #[must_use]
+    pub fn windowed(seed: u64, shards: &[u64], global_batch: u64) -> Self {
+        let mut starts = Vec::with_capacity(shards.len() + 1);
+        let mut total = 0;
+        starts.push(0);
+        for &samples in shards.iter().filter(|&&samples| samples > 0) {
+            total += samples;
+            starts.push(total);
         }
-        while base > 1 && u128::from(base - 1) * u128::from(base - 1) >= u128::from(num_samples) {
-            base -= 1;
-        }
-        Self { seed, num_samples, global_batch, base }
+        let permutation = Permutation::new(starts.len() as u64 - 1);
+        let shards = Shards { starts, permutation, visited: Mutex::default() };
+        Self { shards: Some(Arc::new(shards)), ..Self::new(seed, total, global_batch) }
     }
 
     /// Samples of the data set.
@@ -59,23 +162,22 @@ impl Order {
     #[must_use]
     pub fn sample(&self, epoch: u64, position: u64) -> u64 {
         debug_assert!(position < self.num_samples);
-        let a = self.base;
-        let mut x = position;
-        loop {
-            let (mut high, mut low) = (x / a, x % a);
-            for round in 0..ROUNDS {
-                let mixed = Stream::new(self.seed, epoch, low, purpose::ORDER).block(round);
-                let mixed = u64::from(mixed[0]) | u64::from(mixed[1]) << 32;
-                let shift = ((u128::from(mixed) * u128::from(a)) >> 64) as u64;
-                (high, low) = (low, (high + shift) % a);
-            }
-            let y = u128::from(high) * u128::from(a) + u128::from(low);
-            if y < u128::from(self.num_samples) {
-                return y as u64;
-            }
-            // y >= num_samples, yet below a², which exceeds u64 only for num_samples > 2^64 − 2^33.
-            x = y as u64;
-        }
+        let Some(shards) = &self.shards else { return self.whole.at(self.seed, epoch, 0, position) };
+        let window = position / WINDOW;
+        let first = window * WINDOW;
+        let within = Permutation::new(WINDOW.min(self.num_samples - first));
+        // Part 0 is the shards'. (2^21 − 1 windows have keys of their own: 34 billion samples; then keys repeat.)
+        let at = first + within.at(self.seed, epoch, 1 + window as u32, position - first);
+        let visit = shards.visit(self.seed, epoch);
+        let place = visit.starts.partition_point(|&start| start <= at) - 1;
+        shards.starts[visit.shards[place] as usize] + (at - visit.starts[place])
+    }
+
+    /// The sample that takes the place of `sample` in `epoch` when that is damaged; `attempt` counts from 0, since the
+    /// replacement may be damaged too. The same whatever the world size and the order of arrival.
+    #[must_use]
+    pub fn replacement(&self, epoch: u64, sample: u64, attempt: u32) -> u64 {
+        Stream::new(self.seed, epoch, sample, purpose::REPLACEMENT).below(attempt, self.num_samples)
     }
 
     /// Epoch and position of the first sample of `step`. Needs at least one step an epoch.
@@ -154,6 +256,35 @@ mod tests {
             }
             prop_assert_eq!(joined, whole);
         }
+    }
+
+    /// Every sample once, shards one after the other, and far from sorted.
+    #[test]
+    fn the_windowed_order_stays_in_a_few_shards() {
+        let shards: Vec<u64> = (0..120).map(|i| (i * 37) % 900).collect();
+        let order = Order::windowed(3, &shards, 8);
+        let n = order.num_samples();
+        assert_eq!(n, shards.iter().sum::<u64>());
+        let mut starts: Vec<u64> = vec![0];
+        shards.iter().for_each(|samples| starts.push(starts[starts.len() - 1] + samples));
+        let shard_of = |sample: u64| starts.partition_point(|&start| start <= sample) - 1;
+        for epoch in 0..3 {
+            let list: Vec<u64> = (0..n).map(|p| order.sample(epoch, p)).collect();
+            let mut sorted = list.clone();
+            sorted.sort_unstable();
+            assert!(sorted.iter().copied().eq(0..n), "each once");
+            for window in list.chunks(WINDOW as usize) {
+                let touched: std::collections::BTreeSet<usize> =
+                    window.iter().map(|&sample| shard_of(sample)).collect();
+                let whole: u64 = touched.iter().map(|&shard| shards[shard]).sum();
+                assert!(whole < window.len() as u64 + 2 * 900, "a window reads whole shards but for its ends");
+                let ascending = window.windows(2).filter(|pair| pair[0] < pair[1]).count();
+                assert!(ascending.abs_diff(window.len() / 2) < window.len() / 20, "shuffled: {ascending}");
+            }
+        }
+        let epochs = |epoch| (0..50).map(|p| order.sample(epoch, p)).collect::<Vec<_>>();
+        assert_ne!(epochs(0), epochs(1));
+        assert_eq!(epochs(0), epochs(0), "asking for another epoch in between changes nothing");
     }
 
     #[test]

@@ -34,6 +34,9 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// Epoch and samples of a step.
     fn samples(&self, step: u64) -> (u64, Vec<u64>);
 
+    /// The sample to take instead of `id`, which cannot be used, by `attempt` from 0; or the error that ends it.
+    fn instead(&self, epoch: u64, id: u64, attempt: u32, error: DataError) -> Result<u64, DataError>;
+
     /// Makes all planes of one sample; `out[p]` is its place in plane `p`.
     fn fill(
         &self,
@@ -57,12 +60,30 @@ pub(crate) struct Scratch {
     pub(crate) eval: eval::EvalScratch,
 }
 
+/// A damaged sample that was passed over.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Its place in the batch.
+    pub place: usize,
+    /// Its index in the source.
+    pub id: u64,
+    /// The sample that stands there now.
+    pub instead: u64,
+    /// What is wrong with it, naming shard or file and key.
+    pub reason: String,
+}
+
+/// The most samples that are tried for one place.
+const MAX_ATTEMPTS: u32 = 16;
+
 /// A finished batch.
 #[derive(Debug)]
 pub(crate) struct Filled {
     pub(crate) step: u64,
     pub(crate) epoch: u64,
     pub(crate) ids: Vec<u64>,
+    /// Samples that were replaced, by place.
+    pub(crate) skipped: Vec<Skipped>,
     /// `[planes, N, sample_len]`
     pub(crate) buffer: Vec<f32>,
     /// How long [`Pool::next`] blocked for it.
@@ -108,6 +129,7 @@ struct Open {
     claimed: usize,
     /// Samples not yet in.
     missing: usize,
+    skipped: Vec<Skipped>,
     /// The error of the lowest place.
     error: Option<(usize, DataError)>,
 }
@@ -189,11 +211,16 @@ impl Pool {
         }
         shared.room.notify_all();
         drop(state);
-        let ids = Arc::try_unwrap(done.ids).unwrap_or_else(|ids| ids.to_vec());
+        let mut ids = Arc::try_unwrap(done.ids).unwrap_or_else(|ids| ids.to_vec());
+        let mut skipped = done.skipped;
+        // In order of place, whatever the order of arrival.
+        skipped.sort_by_key(|skipped| skipped.place);
+        skipped.iter().for_each(|skipped| ids[skipped.place] = skipped.instead);
         Ok(Some(Filled {
             step: done.step,
             epoch: done.epoch,
             ids,
+            skipped,
             buffer: done.buffer,
             wait: started.elapsed(),
         }))
@@ -224,18 +251,17 @@ impl Shared {
         let mut scratch = Scratch::default();
         while let Some(claim) = self.claim() {
             let mut failure = None;
+            let mut skipped = Vec::new();
             for place in claim.range.clone() {
-                // A thread lost to a panic would leave its places missing, and the consumer waiting, for ever.
-                let filled = catch_unwind(AssertUnwindSafe(|| self.fill(&mut scratch, &claim, place)))
-                    .unwrap_or_else(|_| {
-                        Err(DataError::Panicked { epoch: claim.epoch, sample: claim.ids[place] })
-                    });
-                if let Err(error) = filled {
-                    failure = Some((place, error));
-                    break;
+                match self.place(&mut scratch, &claim, place) {
+                    Ok(replaced) => skipped.extend(replaced),
+                    Err(error) => {
+                        failure = Some((place, error));
+                        break;
+                    }
                 }
             }
-            self.settle(&claim, failure);
+            self.settle(&claim, skipped, failure);
         }
     }
 
@@ -275,6 +301,7 @@ impl Shared {
                     buffer,
                     claimed: 0,
                     missing,
+                    skipped: Vec::new(),
                     error: None,
                 });
                 // The others may claim from it too; an empty share is complete as it is.
@@ -286,7 +313,37 @@ impl Shared {
         }
     }
 
-    fn fill(&self, scratch: &mut Scratch, claim: &Claim, place: usize) -> Result<(), DataError> {
+    /// Fills one place with its sample, or with what takes the place of a damaged one.
+    fn place(
+        &self,
+        scratch: &mut Scratch,
+        claim: &Claim,
+        place: usize,
+    ) -> Result<Option<Skipped>, DataError> {
+        let id = claim.ids[place];
+        let mut now = id;
+        let mut reasons = Vec::new();
+        loop {
+            // A thread lost to a panic would leave its places missing, and the consumer waiting, for ever.
+            let filled = catch_unwind(AssertUnwindSafe(|| self.fill(scratch, claim, place, now)))
+                .unwrap_or(Err(DataError::Panicked { epoch: claim.epoch, sample: now }));
+            let error = match filled {
+                Ok(()) if reasons.is_empty() => return Ok(None),
+                Ok(()) => {
+                    return Ok(Some(Skipped { place, id, instead: now, reason: reasons.join("; then ") }));
+                }
+                Err(error) => error,
+            };
+            let attempt = reasons.len() as u32;
+            reasons.push(error.brief());
+            if attempt >= MAX_ATTEMPTS {
+                return Err(error);
+            }
+            now = self.work.instead(claim.epoch, id, attempt, error)?;
+        }
+    }
+
+    fn fill(&self, scratch: &mut Scratch, claim: &Claim, place: usize, id: u64) -> Result<(), DataError> {
         let len = self.work.sample_len();
         let planes = self.work.planes();
         let count = claim.ids.len();
@@ -297,12 +354,13 @@ impl Shared {
             // are `missing`; a place belongs to one claim only, so no other reference reaches this (plane, place).
             *slot = unsafe { std::slice::from_raw_parts_mut(claim.base.add(first), len) };
         }
-        self.work.fill(scratch, claim.epoch, claim.ids[place], &mut out[..planes])
+        self.work.fill(scratch, claim.epoch, id, &mut out[..planes])
     }
 
-    fn settle(&self, claim: &Claim, failure: Option<(usize, DataError)>) {
+    fn settle(&self, claim: &Claim, skipped: Vec<Skipped>, failure: Option<(usize, DataError)>) {
         let mut state = lock(&self.state);
         let Some(open) = state.open.iter_mut().find(|open| open.step == claim.step) else { return };
+        open.skipped.extend(skipped);
         if let Some((place, error)) = failure {
             // The lowest place wins: the same error whatever the order of arrival.
             if open.error.as_ref().is_none_or(|(lowest, _)| place < *lowest) {

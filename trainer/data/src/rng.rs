@@ -34,6 +34,8 @@ pub mod purpose {
     pub const ORDER: u8 = 0xFF;
     /// The synthetic image set.
     pub const SYNTHETIC: u8 = 0xFE;
+    /// What takes the place of a damaged sample.
+    pub const REPLACEMENT: u8 = 0xFC;
     /// Held-out choices of an evaluation.
     pub const EVAL: u8 = 0xFD;
 }

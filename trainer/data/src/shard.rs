@@ -1,16 +1,18 @@
 //! Writing tar shards, and the index that goes with them.
 //!
 //! ```text
-//! OUT/00000.tar   KEY.jpg | KEY.png, then KEY.cls when labelled; KEY is the sample's number, eight digits or more
+//! OUT/00000.tar   KEY.jpg | .png | .webp | .ppm, then KEY.cls when labelled; KEY is the sample's number, eight digits or more
 //! OUT/00001.tar   …
 //! OUT/index.json  written last
 //! ```
 //! `index.json`, version 1: `format` ("mentee-shards"), `version`, `classes` (names), and `shards`, each with `file`,
 //! `bytes`, `blake3` (hex, of the whole file) and, for each sample in order, `offsets` (of the image's first byte in
-//! the shard), `lengths` (bytes) and `labels` (null when there is none).
+//! the shard), `lengths` (bytes) and `labels` (null when there is none); and `changed` when the images are not those that
+//! were given but made from them (null when they are): such a set is another data set, by its digest too.
 //!
 //! Everything is written into a hidden sibling of OUT, synced, and renamed: OUT is there complete or not at all.
-//! The same samples give the same bytes: headers carry no time, owner or host.
+//! Shards that were finished there stay when the writer is killed, and are taken over by the next that does the same.
+//! The same samples give the same bytes, however many threads: headers carry no time, owner or host.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -18,9 +20,9 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::decode::encode_png;
+use crate::decode::{RgbImage, encode_png};
 use crate::error::DataError;
-use crate::source::{Encoding, Source};
+use crate::source::{Encoding, Reader, Source};
 use crate::tar::{BLOCK, numbered_key};
 
 /// Name of the index within a folder of shards.
@@ -36,6 +38,9 @@ pub struct Index {
     version: u32,
     /// Names of the classes.
     pub classes: Vec<String>,
+    /// How the images were made from those given; `None`: they are those given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub changed: Option<String>,
     /// The shards, in sample order.
     pub shards: Vec<IndexShard>,
 }
@@ -109,6 +114,7 @@ impl Index {
             hasher.update(s.as_bytes());
         };
         self.classes.iter().for_each(|class| text(class));
+        self.changed.iter().for_each(|changed| text(changed));
         for shard in &self.shards {
             text(&shard.file);
             text(&shard.blake3);
@@ -136,39 +142,213 @@ pub struct Written {
     pub digest: String,
 }
 
-/// Writes every sample of `source` into tar shards of about `shard_bytes` in the folder `out`, which must be new or
-/// empty. JPEG and PNG files are copied as they are; raw pixels become PNG. `progress` hears (done, total).
+/// How [`write_shards_with`] goes about it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ShardOptions {
+    /// Size of a shard, about, bytes.
+    pub shard_bytes: u64,
+    /// Threads that read, decode and encode; 0 counts as 1.
+    pub threads: usize,
+    /// What is stored.
+    pub store: Store,
+}
+
+/// What is stored of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Store {
+    /// JPEG, PNG and WebP files as they are; raw pixels as PNG.
+    AsIs,
+    /// JPEG, made anew.
+    Jpeg {
+        /// Larger images are shrunk until their shorter side is this, pixels (bicubic, antialiased).
+        shorter_side: Option<u32>,
+        /// 1 to 100.
+        quality: u8,
+    },
+    /// Pixels without compression (PPM): nothing to decode; for images of a few pixels.
+    Raw {
+        /// As of [`Store::Jpeg`].
+        shorter_side: Option<u32>,
+    },
+}
+
+impl Store {
+    /// What is done to the images, for the index.
+    #[must_use]
+    pub fn changed(self) -> Option<String> {
+        let smaller = |side: Option<u32>| {
+            side.map_or(String::new(), |side| format!(", shorter side at most {side} pixels"))
+        };
+        match self {
+            Self::AsIs => None,
+            Self::Jpeg { shorter_side, quality } => {
+                Some(format!("JPEG of quality {quality}, 4:2:0{}", smaller(shorter_side)))
+            }
+            Self::Raw { shorter_side } => Some(format!("raw pixels{}", smaller(shorter_side))),
+        }
+    }
+}
+
+/// Writes every sample of `source` as it is into tar shards of about `shard_bytes` in the folder `out`, which must be
+/// new or empty. `progress` hears (done, total).
 ///
 /// # Errors
-/// [`DataError`]: `out` holds something, a sample cannot be read or is no JPEG or PNG, the disk refuses. Nothing is
-/// left at `out` then.
+/// As [`write_shards_with`].
 pub fn write_shards(
     source: &dyn Source,
     out: &Path,
     shard_bytes: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, DataError> {
-    let mut writer = ShardWriter::create(out, shard_bytes, source.classes())?;
+    write_shards_with(source, out, &ShardOptions { shard_bytes, threads: 1, store: Store::AsIs }, progress)
+}
+
+/// Samples that a thread prepares at a time.
+const PIECE: u64 = 32;
+
+/// Writes every sample of `source` into tar shards in the folder `out`, which must be new or empty. `progress` hears
+/// (done, total), from the start: with what an earlier writer of the same had finished.
+///
+/// # Errors
+/// [`DataError`]: `out` holds something, a sample cannot be read or is no image, the disk refuses. Nothing is at `out`
+/// then; finished shards are kept beside it, for the next try.
+pub fn write_shards_with(
+    source: &dyn Source,
+    out: &Path,
+    options: &ShardOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Written, DataError> {
+    let job = format!("{} {} {:?}", source.digest(), options.shard_bytes, options.store);
+    let mut writer = ShardWriter::resume(out, options.shard_bytes, source.classes(), &job)?;
+    writer.index.changed = options.store.changed();
     let total = source.len();
-    let mut bytes = Vec::new();
-    for index in 0..total {
-        match source.read_into(index, &mut bytes)? {
-            Encoding::File => {}
-            Encoding::Raw { width, height } => {
-                bytes = encode_png(width, height, &bytes)
-                    .map_err(|reason| DataError::BadSample { sample: source.key(index), reason })?;
-            }
+    let first = writer.samples;
+    progress(first, total);
+    let threads = options.threads.max(1);
+    std::thread::scope(|scope| {
+        // Piece i comes from thread i % threads: in order, without a thread running ahead of the writer.
+        let (senders, pieces): (Vec<_>, Vec<_>) =
+            (0..threads).map(|_| std::sync::mpsc::sync_channel::<Piece>(1)).unzip();
+        for (thread, sender) in senders.into_iter().enumerate() {
+            scope.spawn(move || {
+                let mut work = Prepare::new(options.store);
+                let starts = (first..total).step_by(PIECE as usize).skip(thread).step_by(threads);
+                for start in starts {
+                    let piece: Piece = (start..(start + PIECE).min(total))
+                        .map(|index| work.sample(source, index).map(|bytes| (index, bytes)))
+                        .collect();
+                    let failed = piece.is_err();
+                    // The writer has given up when it no longer listens.
+                    if sender.send(piece).is_err() || failed {
+                        return;
+                    }
+                }
+            });
         }
-        writer.add(&bytes, source.label(index)).map_err(|error| match error {
-            DataError::BadSample { reason, .. } => DataError::BadSample { sample: source.key(index), reason },
-            other => other,
-        })?;
-        if (index + 1) % 128 == 0 {
-            progress(index + 1, total);
+        for turn in 0..(total - first).div_ceil(PIECE) {
+            let piece = pieces[turn as usize % threads].recv().map_err(|_| DataError::Thread {
+                thread: turn as usize % threads,
+                reason: "it ended early".to_owned(),
+            })??;
+            for (index, bytes) in &piece {
+                writer.add(bytes, source.label(*index)).map_err(|error| match error {
+                    DataError::BadSample { reason, .. } => {
+                        DataError::BadSample { sample: source.key(*index), reason }
+                    }
+                    other => other,
+                })?;
+            }
+            progress(first + ((turn + 1) * PIECE).min(total - first), total);
+        }
+        Ok(())
+    })?;
+    writer.finish()
+}
+
+/// Some samples in order, each with its bytes as they are stored.
+type Piece = Result<Vec<(u64, Vec<u8>)>, DataError>;
+
+/// Memory of one thread that prepares samples.
+struct Prepare {
+    store: Store,
+    reader: Reader,
+    image: RgbImage,
+    smaller: Vec<u8>,
+    resizer: fast_image_resize::Resizer,
+}
+
+impl Prepare {
+    fn new(store: Store) -> Self {
+        Self {
+            store,
+            reader: Reader::default(),
+            image: RgbImage::default(),
+            smaller: Vec::new(),
+            resizer: fast_image_resize::Resizer::new(),
         }
     }
-    progress(total, total);
-    writer.finish()
+
+    fn sample(&mut self, source: &dyn Source, index: u64) -> Result<Vec<u8>, DataError> {
+        let bad = |reason: String| DataError::BadSample { sample: source.key(index), reason };
+        let side = match self.store {
+            Store::AsIs => {
+                let mut bytes = Vec::new();
+                return match source.read_into(index, &mut bytes)? {
+                    Encoding::File => Ok(bytes),
+                    Encoding::Raw { width, height } => encode_png(width, height, &bytes).map_err(bad),
+                };
+            }
+            Store::Jpeg { shorter_side, .. } | Store::Raw { shorter_side } => shorter_side,
+        };
+        self.reader.whole(source, index, &mut self.image)?;
+        if let Some(side) = side {
+            self.shrink(side);
+        }
+        let RgbImage { width, height, data } = &self.image;
+        match self.store {
+            Store::Jpeg { quality, .. } => {
+                let mut bytes = Vec::new();
+                let mut encoder = jpeg_encoder::Encoder::new(&mut bytes, quality);
+                encoder.set_sampling_factor(jpeg_encoder::SamplingFactor::F_2_2);
+                encoder.set_optimized_huffman_tables(true);
+                let (Ok(w), Ok(h)) = (u16::try_from(*width), u16::try_from(*height)) else {
+                    return Err(bad(format!("{width} x {height} pixels: a JPEG has at most 65,535 a side")));
+                };
+                encoder
+                    .encode(data, w, h, jpeg_encoder::ColorType::Rgb)
+                    .map_err(|error| bad(error.to_string()))?;
+                Ok(bytes)
+            }
+            _ => {
+                let mut bytes = format!("P6\n{width} {height}\n255\n").into_bytes();
+                bytes.extend_from_slice(data);
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Shrinks the image until its shorter side is `side`.
+    fn shrink(&mut self, side: u32) {
+        use fast_image_resize::images::{TypedImage, TypedImageRef};
+        use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions, pixels::U8x3};
+        let RgbImage { width, height, data } = &mut self.image;
+        let short = (*width).min(*height);
+        if short <= side {
+            return;
+        }
+        let scaled = |length: u32| {
+            ((u64::from(length) * u64::from(side) + u64::from(short) / 2) / u64::from(short)).max(1) as u32
+        };
+        let (w, h) = (scaled(*width), scaled(*height));
+        self.smaller.resize(w as usize * h as usize * 3, 0);
+        let from = TypedImageRef::<U8x3>::from_buffer(*width, *height, data)
+            .expect("an RgbImage holds width · height · 3 bytes");
+        let mut to = TypedImage::<U8x3>::from_buffer(w, h, &mut self.smaller).expect("sized for it");
+        let options = ResizeOptions::new().resize_alg(ResizeAlg::Convolution(FilterType::CatmullRom));
+        self.resizer.resize_typed(&from, &mut to, &options).expect("both have pixels");
+        std::mem::swap(data, &mut self.smaller);
+        (*width, *height) = (w, h);
+    }
 }
 
 /// Writes shards sample by sample; dropped before [`ShardWriter::finish`] it leaves nothing behind.
@@ -181,7 +361,12 @@ pub struct ShardWriter {
     index: Index,
     samples: u64,
     finished: bool,
+    /// What is done and what was finished of it, line by line; `None`: nothing is kept when this is dropped.
+    journal: Option<File>,
 }
+
+/// Name of the journal within the folder of what is being written.
+const JOURNAL: &str = "journal.jsonl";
 
 /// The shard being written.
 #[derive(Debug)]
@@ -228,12 +413,7 @@ impl ShardWriter {
         })?;
         let partial = out.with_file_name(format!(".{}.partial", name.to_string_lossy()));
         // Left by a writer that was killed.
-        match fs::remove_dir_all(&partial) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                return Err(DataError::io("remove", &partial, &e));
-            }
-            _ => {}
-        }
+        Self::clear(&partial)?;
         fs::create_dir_all(&partial).map_err(|e| DataError::io("create", &partial, &e))?;
         Ok(Self {
             out: out.to_owned(),
@@ -244,14 +424,79 @@ impl ShardWriter {
                 format: FORMAT.to_owned(),
                 version: VERSION,
                 classes: classes.to_vec(),
+                changed: None,
                 shards: Vec::new(),
             },
             samples: 0,
             finished: false,
+            journal: None,
         })
     }
 
-    /// Adds one sample: a JPEG or PNG file and its label.
+    fn clear(partial: &Path) -> Result<(), DataError> {
+        match fs::remove_dir_all(partial) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(DataError::io("remove", partial, &e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// As [`Self::create`], taking over the shards that an earlier writer of the same `job` had finished; what this one
+    /// finishes stays for the next.
+    fn resume(out: &Path, shard_bytes: u64, classes: &[String], job: &str) -> Result<Self, DataError> {
+        let name = out.file_name().unwrap_or_default().to_string_lossy();
+        let partial = out.with_file_name(format!(".{name}.partial"));
+        let done = Self::finished(&partial, job).unwrap_or_default();
+        // Aside, so that the folder is made as any other.
+        let kept = out.with_file_name(format!(".{name}.kept"));
+        Self::clear(&kept)?;
+        if !done.is_empty() {
+            fs::rename(&partial, &kept).map_err(|e| DataError::io("rename", &partial, &e))?;
+        }
+        let mut writer = Self::create(out, shard_bytes, classes)?;
+        for shard in &done {
+            let (from, to) = (kept.join(&shard.file), writer.partial.join(&shard.file));
+            fs::rename(&from, &to).map_err(|e| DataError::io("rename", &from, &e))?;
+            writer.samples += shard.offsets.len() as u64;
+        }
+        Self::clear(&kept)?;
+        let path = writer.partial.join(JOURNAL);
+        let file = File::create(&path).map_err(|e| DataError::io("create", &path, &e))?;
+        writer.journal = Some(file);
+        writer.note(&serde_json::Value::String(job.to_owned()))?;
+        for shard in done {
+            writer.note(&shard)?;
+            writer.index.shards.push(shard);
+        }
+        Ok(writer)
+    }
+
+    /// The shards that a journal in `partial` says are finished, if it is of the same job: up to the first that is not
+    /// as it says.
+    fn finished(partial: &Path, job: &str) -> Option<Vec<IndexShard>> {
+        let text = fs::read_to_string(partial.join(JOURNAL)).ok()?;
+        let mut lines = text.lines();
+        if serde_json::from_str::<String>(lines.next()?).ok()? != job {
+            return None;
+        }
+        let shards = lines.map_while(|line| serde_json::from_str::<IndexShard>(line).ok());
+        let whole = |(i, shard): &(usize, IndexShard)| {
+            let name = format!("{i:05}.tar");
+            let size = fs::metadata(partial.join(&name)).map(|file| file.len());
+            shard.file == name && size.is_ok_and(|size| size == shard.bytes)
+        };
+        Some(shards.enumerate().take_while(whole).map(|(_, shard)| shard).collect())
+    }
+
+    fn note(&mut self, line: &impl Serialize) -> Result<(), DataError> {
+        let Some(journal) = &mut self.journal else { return Ok(()) };
+        let path = self.partial.join(JOURNAL);
+        let io = |e: std::io::Error| DataError::io("write", &path, &e);
+        let mut text = serde_json::to_vec(line).map_err(|e| io(e.into()))?;
+        text.push(b'\n');
+        journal.write_all(&text).and_then(|()| journal.sync_data()).map_err(io)
+    }
+
+    /// Adds one sample: a JPEG, PNG, WebP or PPM file and its label.
     ///
     /// # Errors
     /// [`DataError`] when it is neither, or the disk refuses.
@@ -260,10 +505,12 @@ impl ShardWriter {
         let extension = match image {
             [0xFF, 0xD8, ..] => "jpg",
             [0x89, b'P', b'N', b'G', ..] => "png",
+            [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => "webp",
+            [b'P', b'6', b'\n' | b' ', ..] => "ppm",
             _ => {
                 return Err(DataError::BadSample {
                     sample: key,
-                    reason: if image.is_empty() { "the file is empty" } else { "neither JPEG nor PNG" }
+                    reason: if image.is_empty() { "the file is empty" } else { "neither JPEG, PNG nor WebP" }
                         .to_owned(),
                 });
             }
@@ -317,6 +564,7 @@ impl ShardWriter {
         let synced = shard.file.flush().and_then(|()| shard.file.get_ref().sync_all());
         synced.map_err(|e| DataError::io("write", &shard.path, &e))?;
         shard.entry.blake3 = shard.hasher.finalize().to_hex().to_string();
+        self.note(&shard.entry)?;
         self.index.shards.push(shard.entry);
         Ok(())
     }
@@ -335,6 +583,10 @@ impl ShardWriter {
         let json = serde_json::to_vec(&self.index).map_err(|e| io(e.into()))?;
         let mut file = File::create(&path).map_err(io)?;
         file.write_all(&json).and_then(|()| file.sync_all()).map_err(io)?;
+        if self.journal.take().is_some() {
+            let journal = self.partial.join(JOURNAL);
+            fs::remove_file(&journal).map_err(|e| DataError::io("remove", &journal, &e))?;
+        }
         sync_dir(&self.partial)?;
         fs::rename(&self.partial, &self.out).map_err(|e| DataError::io("rename to", &self.out, &e))?;
         self.finished = true;
@@ -350,7 +602,8 @@ impl ShardWriter {
 
 impl Drop for ShardWriter {
     fn drop(&mut self) {
-        if !self.finished {
+        let kept = self.journal.is_some() && !self.index.shards.is_empty();
+        if !self.finished && !kept {
             // Best effort: the next writer to the same place removes it too.
             let _ = fs::remove_dir_all(&self.partial);
         }

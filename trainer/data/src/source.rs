@@ -11,10 +11,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mentee_config::recipe::DataFormat;
+use mentee_config::recipe::{DataFormat, DataOrder};
 
 use crate::decode::{CropBox, DecodeError, Decoder, PlanarImage, RgbImage};
 use crate::error::DataError;
+use crate::order::Order;
 use crate::{cifar, folder, idx, tar};
 
 /// How the bytes of a sample stand for an image.
@@ -80,6 +81,22 @@ pub trait Source: Send + Sync {
 
     /// Bytes of the images as stored, and the number of files they are in.
     fn stored(&self) -> (u64, u64);
+
+    /// Numbers of samples that are stored together, in the order of their indices: what is best read in one go. Sets
+    /// without shards are cut into runs of a thousand.
+    fn shards(&self) -> Vec<u64> {
+        let (whole, rest) = (self.len() / 1000, self.len() % 1000);
+        std::iter::repeat_n(1000, whole as usize).chain((rest > 0).then_some(rest)).collect()
+    }
+}
+
+/// The order in which a run with these settings visits the samples of `source`.
+#[must_use]
+pub fn order(source: &dyn Source, order: DataOrder, seed: u64, global_batch: u64) -> Order {
+    match order {
+        DataOrder::Global => Order::new(seed, source.len(), global_batch),
+        DataOrder::Windowed => Order::windowed(seed, &source.shards(), global_batch),
+    }
 }
 
 /// Memory of one thread that reads samples: used again from sample to sample.
@@ -284,7 +301,7 @@ pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError>
 
 /// Whether a file name ends like an image that can be decoded.
 pub(crate) fn is_image_name(extension: &str) -> bool {
-    ["jpg", "jpeg", "png", "webp"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+    ["jpg", "jpeg", "png", "webp", "ppm"].iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
 /// Texts one after the other in one buffer: 8 bytes of overhead each.

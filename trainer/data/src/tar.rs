@@ -304,6 +304,11 @@ impl Source for TarShards {
         self.digest.clone()
     }
 
+    fn shards(&self) -> Vec<u64> {
+        let ends = self.shards.iter().skip(1).map(|shard| shard.first).chain([self.len()]);
+        self.shards.iter().zip(ends).map(|(shard, end)| end - shard.first).collect()
+    }
+
     fn stored(&self) -> (u64, u64) {
         (self.lengths.iter().map(|&length| u64::from(length)).sum(), self.shards.len() as u64)
     }

@@ -9,7 +9,7 @@ use common::{Memory, views};
 use mentee_config::recipe::Definition;
 use mentee_data::digest::{OrderDigest, Running};
 use mentee_data::eval::{EvalOptions, EvalView, eval_images};
-use mentee_data::{Batch, DataError, Encoding, Loader, LoaderConfig, Order, Source};
+use mentee_data::{Batch, DataError, Encoding, Loader, LoaderConfig, OnError, Order, Source};
 use proptest::prelude::*;
 
 const SIZE: u32 = 9;
@@ -26,6 +26,7 @@ fn config(source: Arc<dyn Source>, batch: u64) -> LoaderConfig {
         last_step: 11,
         threads: 2,
         queue_steps: 3,
+        on_error: mentee_data::OnError::Fail,
     }
 }
 
@@ -112,6 +113,7 @@ fn one_digest_for_every_world_and_a_resume_at_another() {
                 shares: (0..*world).map(|rank| rank * 5 / world..(rank + 1) * 5 / world).collect(),
                 steps: steps.clone(),
                 threads: 2,
+                on_error: mentee_data::OnError::Fail,
             }
             .update(&mut running, &mut |_, _| {})
             .unwrap();
@@ -315,4 +317,104 @@ fn the_evaluation_crop_is_torchvisions() {
             );
         }
     }
+}
+
+/// A thousand good images and one of each kind of damage, some of it at places that a batch meets early.
+fn five_bad() -> (Arc<Memory>, Vec<u64>) {
+    let mut set = Memory { files: Vec::new(), labels: Vec::new(), classes: vec!["a".to_owned()] };
+    for i in 0..1000 {
+        set.files.push(common::rgb_png(9, 8, i + 1));
+    }
+    let photo = common::jpeg(40, 30, false, jpeg_encoder::ColorType::Rgb);
+    let mut bomb = photo.clone();
+    let frame = bomb.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
+    bomb[frame + 5..frame + 9].copy_from_slice(&[0xFD, 0xE8, 0xFD, 0xE8]);
+    let kinds =
+        [Vec::new(), b"<html>not found</html>".to_vec(), photo[..photo.len() / 2].to_vec(), bomb, photo[..4].to_vec()];
+    let mut bad = Vec::new();
+    for (kind, bytes) in kinds.into_iter().enumerate() {
+        let at = 100 + 173 * kind;
+        set.files.insert(at, bytes);
+        bad.push(at as u64);
+    }
+    set.labels = vec![Some(0); set.files.len()];
+    (Arc::new(set), bad)
+}
+
+#[test]
+fn damaged_samples_are_replaced_named_and_the_same_in_every_world() {
+    let (source, bad) = five_bad();
+    let n = source.len();
+    let run = |world: u64, threads: usize, first: u64| {
+        let mut views = Vec::new();
+        let mut skipped = std::collections::BTreeMap::new();
+        let batch = 67; // 15 steps an epoch, all 1005 samples
+        for rank in 0..world {
+            let batches = all(LoaderConfig {
+                order: Order::new(4, n, batch),
+                rank_share: rank * batch / world..(rank + 1) * batch / world,
+                first_step: first,
+                last_step: 15,
+                threads,
+                on_error: OnError::Skip { budget: 5 },
+                ..config(source.clone(), batch)
+            });
+            for batch in batches {
+                let length = batch.views.len() / 2 / batch.ids.len();
+                for one in &batch.skipped {
+                    assert_eq!(batch.ids[one.place], one.instead);
+                    assert!(!bad.contains(&one.instead));
+                    skipped.insert(one.id, one.reason.clone());
+                }
+                for (i, id) in batch.ids.iter().enumerate() {
+                    views.push((batch.step, rank, *id, batch.views[i * length..][..length].to_vec()));
+                }
+            }
+        }
+        views.sort_by_key(|view| (view.0, view.1));
+        let views: Vec<_> = views.into_iter().map(|(step, _, id, view)| (step, id, view)).collect();
+        (views, skipped)
+    };
+    let (whole, skipped) = run(1, 1, 0);
+    assert_eq!(skipped.keys().copied().collect::<Vec<_>>(), bad);
+    let reasons: Vec<&str> = skipped.values().map(String::as_str).collect();
+    assert_eq!(reasons[0], "memory:100: the file is empty");
+    assert!(reasons[1].contains("neither JPEG, PNG nor WebP"), "{}", reasons[1]);
+    assert!(reasons[2].contains("truncated JPEG"), "{}", reasons[2]);
+    assert!(reasons[3].contains("65000 x 65000 pixels"), "{}", reasons[3]);
+    assert!(reasons[4].contains("truncated JPEG"), "{}", reasons[4]);
+    for (world, threads) in [(2, 3), (3, 1), (8, 2)] {
+        assert_eq!(run(world, threads, 0), (whole.clone(), skipped.clone()), "{world} ranks");
+    }
+    let rest: Vec<_> = whole.iter().filter(|view| view.0 >= 7).cloned().collect();
+    assert_eq!(run(4, 2, 7).0, rest, "from the middle");
+}
+
+#[test]
+fn damage_beyond_the_budget_ends_the_loader() {
+    let (source, bad) = five_bad();
+    let end = |on_error| {
+        let mut loader = Loader::new(LoaderConfig {
+            order: Order::new(4, source.len(), 67),
+            rank_share: 0..67,
+            last_step: 15,
+            on_error,
+            ..config(source.clone(), 67)
+        })
+        .unwrap();
+        loop {
+            match loader.next() {
+                Ok(Some(batch)) => loader.recycle(batch),
+                Ok(None) => return None,
+                Err(error) => return Some(error),
+            }
+        }
+    };
+    assert_eq!(end(OnError::Skip { budget: 5 }), None);
+    let Some(DataError::TooManyBad { found: 4, budget: 3, last }) = end(OnError::Skip { budget: 3 }) else {
+        panic!("the budget was kept");
+    };
+    assert!(last.starts_with("memory:"), "{last}");
+    let Some(DataError::BadSample { sample, .. }) = end(OnError::Fail) else { panic!("damage went by") };
+    assert!(bad.iter().any(|id| sample == format!("memory:{id}")), "{sample}");
 }

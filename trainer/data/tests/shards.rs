@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::{Memory, jpeg, rgb_png};
 use mentee_config::recipe::DataFormat;
-use mentee_data::shard::{INDEX_FILE, write_shards};
+use mentee_data::shard::{INDEX_FILE, ShardOptions, Store, write_shards, write_shards_with};
 use mentee_data::{DataError, Encoding, Source, check, decode, open};
 use tempfile::TempDir;
 
@@ -133,7 +133,7 @@ fn a_failed_write_leaves_nothing_and_nothing_is_overwritten() {
     let error = write_shards(&bad, &out, 1 << 20, &mut quiet()).unwrap_err();
     assert_eq!(
         error,
-        DataError::BadSample { sample: "memory:2".to_owned(), reason: "neither JPEG nor PNG".to_owned() }
+        DataError::BadSample { sample: "memory:2".to_owned(), reason: "neither JPEG, PNG nor WebP".to_owned() }
     );
     assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
     // What a killed writer left is replaced; an empty folder is used; a full one is left alone.
@@ -267,4 +267,87 @@ fn stats_count_and_measure() {
     }
     fs::write(root.join("b/3.png"), b"no image").unwrap();
     assert!(matches!(check::stats(root, DataFormat::Auto, 2), Err(DataError::BadSample { .. })));
+}
+
+/// Fails at a sample, as a kill would: what was finished is taken over, and the result is what one go gives.
+#[test]
+fn a_writer_that_was_stopped_is_carried_on() {
+    let whole = TempDir::new().unwrap();
+    let source = Memory::noise(60);
+    let options = ShardOptions { shard_bytes: 4000, threads: 3, store: Store::AsIs };
+    let all = write_shards_with(&*source, &whole.path().join("out"), &options, &mut quiet()).unwrap();
+    assert!(all.shards > 5);
+
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("out");
+    let broken = Memory {
+        files: source.files.iter().enumerate().map(|(i, f)| if i == 41 { vec![1] } else { f.clone() }).collect(),
+        labels: source.labels.clone(),
+        classes: source.classes.clone(),
+    };
+    write_shards_with(&broken, &out, &options, &mut quiet()).unwrap_err();
+    assert_eq!(names(dir.path()), [".out.partial"]);
+    // A half-written shard, and a finished one that is no longer as the journal says.
+    let finished = names(&dir.path().join(".out.partial")).len() - 1;
+    fs::write(dir.path().join(format!(".out.partial/{finished:05}.tar")), b"half").unwrap();
+    fs::write(dir.path().join(format!(".out.partial/{:05}.tar", finished - 1)), b"cut").unwrap();
+    let mut heard = Vec::new();
+    let again =
+        write_shards_with(&*source, &out, &options, &mut |done, _| heard.push(done)).unwrap();
+    assert!(heard[0] > 0, "it starts where the other had come to");
+    assert_eq!(again, all);
+    assert_eq!(names(dir.path()), ["out"]);
+    assert_eq!(names(&out), names(&whole.path().join("out")));
+    for name in names(&out) {
+        assert_eq!(fs::read(out.join(&name)).unwrap(), fs::read(whole.path().join("out").join(&name)).unwrap());
+    }
+    // Another job does not take them over.
+    write_shards_with(&broken, &dir.path().join("two"), &options, &mut quiet()).unwrap_err();
+    let other = ShardOptions { shard_bytes: 5000, ..options };
+    let mut heard = Vec::new();
+    write_shards_with(&*source, &dir.path().join("two"), &other, &mut |done, _| heard.push(done)).unwrap();
+    assert_eq!(heard[0], 0);
+}
+
+#[test]
+fn changed_images_are_another_data_set() {
+    let dir = TempDir::new().unwrap();
+    let source = Memory {
+        files: (0..20).map(|i| rgb_png(60 + i, 40, u64::from(i))).collect(),
+        labels: vec![Some(0); 20],
+        classes: vec!["a".to_owned()],
+    };
+    let mut digests = std::collections::BTreeSet::new();
+    let stores = [
+        (Store::AsIs, None, "png", (60, 40)),
+        (Store::Raw { shorter_side: None }, Some("raw pixels"), "ppm", (60, 40)),
+        (
+            Store::Jpeg { shorter_side: Some(20), quality: 90 },
+            Some("JPEG of quality 90, 4:2:0, shorter side at most 20 pixels"),
+            "jpg",
+            (30, 20),
+        ),
+        (Store::Jpeg { shorter_side: None, quality: 50 }, Some("JPEG of quality 50, 4:2:0"), "jpg", (60, 40)),
+    ];
+    for (i, (store, changed, extension, size)) in stores.into_iter().enumerate() {
+        let out = dir.path().join(i.to_string());
+        let options = |threads| ShardOptions { shard_bytes: 30_000, threads, store };
+        let written = write_shards_with(&source, &out, &options(2), &mut quiet()).unwrap();
+        let again = write_shards_with(&source, &dir.path().join(format!("again{i}")), &options(1), &mut quiet());
+        assert_eq!(again.unwrap(), written, "threads change nothing");
+        assert!(digests.insert(written.digest));
+        let index = fs::read_to_string(out.join(INDEX_FILE)).unwrap();
+        match changed {
+            None => assert!(!index.contains("changed")),
+            Some(changed) => assert!(index.contains(&format!("\"changed\":\"{changed}\"")), "{index}"),
+        }
+        let tar = fs::read(out.join("00000.tar")).unwrap();
+        assert!(tar.starts_with(format!("00000000.{extension}").as_bytes()));
+        let source_again = open(&out, DataFormat::Auto).unwrap();
+        let image = decode(&source_again.read(0).unwrap().bytes).unwrap();
+        assert_eq!((image.width, image.height), size);
+        if extension == "ppm" {
+            assert_eq!(image, decode(&source.files[0]).unwrap());
+        }
+    }
 }

@@ -11,7 +11,7 @@ use mentee_collectives::mpi::Mpi;
 use mentee_collectives::{Buffer, Collectives, Single};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
-use mentee_data::{Loader, LoaderConfig, Order, Source, Split, open_split};
+use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, order};
 use mentee_ssl::{Method, Schedule, State};
 use mentee_torch_ext::StatReduce;
 
@@ -166,7 +166,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         "ready"
     );
 
-    let order = Order::new(recipe.run.seed, plan.num_samples, recipe.schedule.global_batch);
+    let order = order(&*source, recipe.data.order, recipe.run.seed, recipe.schedule.global_batch);
     let rank_share = share(recipe.schedule.global_batch, identity.rank, identity.world_size);
     let loader = Loader::new(LoaderConfig {
         source: source.clone(),
@@ -177,6 +177,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         first_step: next_step,
         last_step: plan.end_step(),
         threads: decode_threads,
+        on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
     })?;
     let evaluator = agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads))?;
