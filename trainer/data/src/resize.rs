@@ -153,6 +153,7 @@ impl Filter {
 impl Resizer {
     /// `area` of `image` at `size` x `size`, as `[3, size, size]` floats in [0, 1] (multiples of 1/255), mirrored if
     /// asked. Pixels outside `part`, which holds `area` and is within `image.part`, play no part.
+    #[expect(clippy::too_many_arguments, reason = "from where, to where, and how")]
     pub(crate) fn resize(
         &mut self,
         image: &PlanarImage,

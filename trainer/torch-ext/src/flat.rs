@@ -199,7 +199,6 @@ impl SharedFlat {
     ///
     /// # Safety
     /// Nobody else reads or writes these elements while the slice lives.
-    #[expect(clippy::mut_from_ref, reason = "the caller keeps ranges apart")]
     pub unsafe fn range(&self, range: Range<usize>) -> FlatSlice<'_> {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {} elements", self.len);
         let len = range.len();

@@ -38,7 +38,13 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         reporter.phase(Phase::DataWait);
         let batch = run.loader.next()?.ok_or_else(|| ended_early(step))?;
         for skipped in &batch.skipped {
-            tracing::warn!(step, sample = skipped.id, instead = skipped.instead, reason = skipped.reason, "skipped a damaged image");
+            tracing::warn!(
+                step,
+                sample = skipped.id,
+                instead = skipped.instead,
+                reason = skipped.reason,
+                "skipped a damaged image"
+            );
         }
         let views = views::tensor(&batch, recipe.views.size, run.state.student.weights.master.kind())?; // [2N, 3, H, W]
         if step == 0 && run.identity.rank == 0 {
