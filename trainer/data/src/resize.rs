@@ -16,7 +16,7 @@ use mentee_config::recipe::Interpolation;
 use crate::image::{CropBox, PlanarImage};
 
 /// Rows of the view made together.
-const TILE: usize = 8;
+pub(crate) const TILE: usize = 8;
 
 /// Columns loaded together.
 const CHUNK: usize = 16;
@@ -151,19 +151,18 @@ impl Filter {
 }
 
 impl Resizer {
-    /// `area` of `image` at `size` x `size`, as `[3, size, size]` floats in [0, 1] (multiples of 1/255), mirrored if
-    /// asked. Pixels outside `part`, which holds `area` and is within `image.part`, play no part.
-    pub(crate) fn resize(
+    /// Begins to resize `area` of `part` (pixels from its corner) to `size` x `size`, mirrored if asked. `part` is within
+    /// `image.part`; pixels outside it play no part.
+    pub(crate) fn begin(
         &mut self,
         image: &PlanarImage,
         part: CropBox,
         area: Area,
         how: Interpolation,
         mirror: bool,
-        planes: &mut [f32],
         size: usize,
     ) {
-        assert!(image.part.contains(part) && planes.len() == 3 * size * size);
+        assert!(image.part.contains(part), "the part to be resized is there");
         let Self { down, across, raw, .. } = self;
         down.set(how, part.height, (area.y, area.height), size, false, raw);
         across.set(how, part.width, (area.x, area.width), size, true, raw);
@@ -176,19 +175,40 @@ impl Resizer {
         }
         let columns = (part.width as usize).next_multiple_of(CHUNK);
         self.tile.resize(columns / 2 + across.pairs, [0; TILE]);
-        #[cfg(target_arch = "x86_64")]
-        if crate::cpu::has_avx2() {
-            for (channel, out) in planes.chunks_exact_mut(size * size).enumerate() {
-                let from = image.from(channel, part);
+    }
+
+    /// Makes rows `top ..` (`rows`, at most [`TILE`]) of all channels: floats in [0, 1] (multiples of 1/255), to their
+    /// places in `planes`, `[3, size, size]`. `image`, `part` and `size` are those of [`Self::begin`].
+    pub(crate) fn rows(
+        &mut self,
+        image: &PlanarImage,
+        part: CropBox,
+        top: usize,
+        rows: usize,
+        size: usize,
+        planes: &mut [f32],
+    ) {
+        for (channel, plane) in planes.chunks_exact_mut(size * size).enumerate() {
+            let out = &mut plane[top * size..(top + rows) * size];
+            let from = Plane { pixels: image.from(channel, part), stride: image.stride, part };
+            #[cfg(target_arch = "x86_64")]
+            if crate::cpu::has_avx2() {
                 // SAFETY: the processor has AVX2.
-                unsafe { x86::plane(self, from, image.stride, part, out, size) };
+                unsafe { x86::tile(self, from, top, out, size) };
+                continue;
             }
-            return;
-        }
-        for (channel, out) in planes.chunks_exact_mut(size * size).enumerate() {
-            plane_portable(self, image.from(channel, part), image.stride, part, out, size);
+            tile_portable(self, from, top, out, size);
         }
     }
+}
+
+/// One channel of what is resized.
+#[derive(Clone, Copy)]
+struct Plane<'a> {
+    /// From the part's first pixel on.
+    pixels: &'a [u8],
+    stride: usize,
+    part: CropBox,
 }
 
 const SCALE: f32 = 1.0 / 255.0;
@@ -203,24 +223,17 @@ fn filtered(pairs: &[i32], precision: u32, source: impl Fn(usize) -> i32) -> i32
     (sum >> precision).clamp(0, 255)
 }
 
-/// The definition of [`Resizer::resize`], a plane at a time.
-fn plane_portable(
-    work: &mut Resizer,
-    from: &[u8],
-    stride: usize,
-    part: CropBox,
-    out: &mut [f32],
-    size: usize,
-) {
+/// The definition of [`Resizer::rows`], for one channel.
+fn tile_portable(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
     let Resizer { down, across, .. } = work;
-    let (width, height) = (part.width as usize, part.height as usize);
+    let (width, height) = (from.part.width as usize, from.part.height as usize);
     let mut line = vec![0i32; width + 2 * across.pairs];
-    for (y, out) in out.chunks_exact_mut(size).enumerate() {
+    for (y, out) in (top..).zip(out.chunks_exact_mut(size)) {
         let start = down.starts[y] as usize;
         let pairs = &down.weights[y * down.pairs..][..down.pairs];
         for (x, line) in line[..width].iter_mut().enumerate() {
             *line = filtered(pairs, down.precision, |k| {
-                i32::from(from[(start + k).min(height - 1) * stride + x])
+                i32::from(from.pixels[(start + k).min(height - 1) * from.stride + x])
             });
         }
         for (x, out) in out.iter_mut().enumerate() {
@@ -237,22 +250,16 @@ mod x86 {
 
     use super::*;
 
-    /// As [`plane_portable`].
+    /// As [`tile_portable`].
     #[target_feature(enable = "avx2")]
-    pub(super) fn plane(
-        work: &mut Resizer,
-        from: &[u8],
-        stride: usize,
-        part: CropBox,
-        out: &mut [f32],
-        size: usize,
-    ) {
+    pub(super) fn tile(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
         let Resizer { down, across, tile, .. } = work;
-        let (width, height) = (part.width as usize, part.height as usize);
+        let (width, height) = (from.part.width as usize, from.part.height as usize);
+        let (stride, from) = (from.stride, from.pixels);
         // Every load below starts in a row of the part, at most CHUNK columns after its last multiple of CHUNK.
         assert!(from.len() >= (height - 1) * stride + width + OVERREAD);
-        for top in (0..size).step_by(TILE) {
-            let rows = TILE.min(size - top);
+        let rows = out.len() / size;
+        {
             for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
                 let mut lines = [_mm_setzero_si128(); TILE];
                 for (y, line) in (top..top + rows).zip(&mut lines) {
@@ -278,7 +285,7 @@ mod x86 {
                 for (y, row) in square.into_iter().enumerate().take(rows) {
                     let floats =
                         _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(row)), _mm256_set1_ps(SCALE));
-                    let out = &mut out[(top + y) * size + left..][..columns];
+                    let out = &mut out[y * size + left..][..columns];
                     if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
                         // SAFETY: eight floats.
                         unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
@@ -309,7 +316,7 @@ mod x86 {
         let (mut low, mut high) = (round, round);
         for (p, &pair) in pairs.iter().enumerate() {
             let (a, b) = ((start + 2 * p).min(last), (start + 2 * p + 1).min(last));
-            // SAFETY: rows up to `last` have OVERREAD bytes behind their part, which `plane` has checked.
+            // SAFETY: rows up to `last` have OVERREAD bytes behind their part, which `tile` has checked.
             let (a, b) = unsafe {
                 let at = from.as_ptr().add(column);
                 (_mm_loadu_si128(at.add(a * stride).cast()), _mm_loadu_si128(at.add(b * stride).cast()))
@@ -417,10 +424,14 @@ mod tests {
 
             let mut wide = vec![0.0; 3 * size * size];
             let area = Area::from(CropBox::whole(w as u32, h as u32));
-            work.resize(&planes, crop, area, how, mirror, &mut wide, size);
+            work.begin(&planes, crop, area, how, mirror, size);
+            for top in (0..size).step_by(TILE) {
+                work.rows(&planes, crop, top, TILE.min(size - top), size, &mut wide);
+            }
             let mut portable = vec![0.0; 3 * size * size];
             for (channel, out) in portable.chunks_exact_mut(size * size).enumerate() {
-                plane_portable(&mut work, planes.from(channel, crop), planes.stride, crop, out, size);
+                let from = Plane { pixels: planes.from(channel, crop), stride: planes.stride, part: crop };
+                tile_portable(&mut work, from, 0, out, size);
             }
             assert_eq!(wide, portable, "{case}");
             for (i, pixel) in expected.chunks_exact(3).enumerate() {
