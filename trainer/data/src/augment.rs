@@ -29,12 +29,14 @@
 //! function of the image's size and the key, and every quantity has a slot of its own, so that a changed
 //! probability of one step leaves the draws of the others alone.
 
+use std::ops::Range;
+
 use mentee_config::recipe::{Definition, Views};
 
-pub use crate::decode::CropBox;
-use crate::decode::{PlanarImage, RgbImage};
 use crate::blur::Blur;
 use crate::colour::{Mean, Planes, clip};
+pub use crate::decode::CropBox;
+use crate::decode::{PlanarImage, RgbImage};
 use crate::math;
 use crate::resize::{Area, Resizer, TILE};
 use crate::rng::Stream;
@@ -310,7 +312,13 @@ fn make(augmenter: &Augmenter, scratch: &mut Scratch, image: &PlanarImage, draw:
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2")]
-        fn wide(augmenter: &Augmenter, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, out: &mut [f32]) {
+        fn wide(
+            augmenter: &Augmenter,
+            scratch: &mut Scratch,
+            image: &PlanarImage,
+            draw: &ViewDraw,
+            out: &mut [f32],
+        ) {
             make_on::<true>(augmenter, scratch, image, draw, out);
         }
         if crate::cpu::has_avx2() {
@@ -335,37 +343,7 @@ fn make_on<const WIDE: bool>(
     let Scratch { resizer, planes, blur, row, .. } = scratch;
     row.resize(3 * size, 0.0);
     let blurred = draw.blur.is_some_and(|sigma| blur.begin(definition, sigma, size, TILE));
-    let mut finish = |rows: std::ops::Range<usize>, mut planes: Planes<'_>| {
-        if draw.grayscale {
-            planes.grayscale(definition);
-        }
-        let write = |y: usize, [r, g, b]: [&[f32]; 3], out: &mut [f32]| {
-            write_row::<WIDE>(r, g, b, draw.solarize, augmenter.normalise, &mut out[3 * y * size..][..3 * size]);
-        };
-        if !blurred {
-            for (i, y) in rows.enumerate() {
-                let line = i * size..(i + 1) * size;
-                write(y, [&planes.r[line.clone()], &planes.g[line.clone()], &planes.b[line]], out);
-            }
-            return;
-        }
-        for (i, y) in rows.clone().enumerate() {
-            let line = i * size..(i + 1) * size;
-            blur.take(0, y, &planes.r[line.clone()]);
-            blur.take(1, y, &planes.g[line.clone()]);
-            blur.take(2, y, &planes.b[line]);
-        }
-        // A row can be made once those that it looks at are there.
-        let ready = |end: usize| if end == size { size } else { end.saturating_sub(blur.radius()) };
-        for y in ready(rows.start)..ready(rows.end) {
-            let (r, rest) = row.split_at_mut(size);
-            let (g, b) = rest.split_at_mut(size);
-            blur.make(0, y, r);
-            blur.make(1, y, g);
-            blur.make(2, y, b);
-            write(y, [r, g, b], out);
-        }
-    };
+    let mut finish = Finish { augmenter, draw, blur: blurred.then_some(blur), row, out };
     let tiles = (0..size).step_by(TILE).map(|top| top..(top + TILE).min(size));
     let mut means = [Mean::default(); 3];
     for rows in tiles.clone() {
@@ -374,7 +352,7 @@ fn make_on<const WIDE: bool>(
         let mut part = Planes::of(planes, range.clone());
         before.iter().for_each(|&op| part.jitter(op, definition, [0.0; 3]));
         if contrast.is_none() {
-            finish(rows, part);
+            finish.rows::<WIDE>(rows, part);
         } else {
             means.iter_mut().zip(planes.chunks_exact(size * size)).for_each(|(m, p)| m.advance(p, range.end));
         }
@@ -384,14 +362,83 @@ fn make_on<const WIDE: bool>(
         for rows in tiles {
             let mut part = Planes::of(planes, rows.start * size..rows.end * size);
             after.iter().for_each(|&op| part.jitter(op, definition, means));
-            finish(rows, part);
+            finish.rows::<WIDE>(rows, part);
         }
     }
 }
 
+/// What comes after the jitter: gray, blur, and the rows to their place.
+struct Finish<'a> {
+    augmenter: &'a Augmenter,
+    draw: &'a ViewDraw,
+    /// When the view is blurred.
+    blur: Option<&'a mut Blur>,
+    /// `[3, W]`
+    row: &'a mut [f32],
+    out: &'a mut [f32],
+}
+
+impl Finish<'_> {
+    /// Takes the next rows.
+    #[inline(always)]
+    fn rows<const WIDE: bool>(&mut self, rows: Range<usize>, mut planes: Planes<'_>) {
+        let size = self.augmenter.size;
+        if self.draw.grayscale {
+            planes.grayscale(self.augmenter.views.definition);
+        }
+        let lines = |i: usize| {
+            let line = i * size..(i + 1) * size;
+            [&planes.r[line.clone()], &planes.g[line.clone()], &planes.b[line]]
+        };
+        let Some(blur) = &mut self.blur else {
+            for (i, y) in rows.enumerate() {
+                write_row::<WIDE>(
+                    lines(i),
+                    self.draw.solarize,
+                    self.augmenter.normalise,
+                    row_of(self.out, y, size),
+                );
+            }
+            return;
+        };
+        for (i, y) in rows.clone().enumerate() {
+            for (channel, line) in lines(i).into_iter().enumerate() {
+                blur.take(channel, y, line);
+            }
+        }
+        // A row can be made once those that it looks at are there.
+        let radius = blur.radius();
+        let ready = |end: usize| if end == size { size } else { end.saturating_sub(radius) };
+        for y in ready(rows.start)..ready(rows.end) {
+            for (channel, line) in self.row.chunks_exact_mut(size).enumerate() {
+                blur.make(channel, y, line);
+            }
+            let (r, rest) = self.row.split_at(size);
+            let (g, b) = rest.split_at(size);
+            write_row::<WIDE>(
+                [r, g, b],
+                self.draw.solarize,
+                self.augmenter.normalise,
+                row_of(self.out, y, size),
+            );
+        }
+    }
+}
+
+/// Row `y` of `[H, W, 3]`.
+#[inline(always)]
+fn row_of(out: &mut [f32], y: usize, size: usize) -> &mut [f32] {
+    &mut out[3 * y * size..][..3 * size]
+}
+
 /// A row of three channels to normalised `[W, 3]`, solarized if asked (`where(x < 0.5, x, 1 − x)`), clipped.
 #[inline(always)]
-fn write_row<const WIDE: bool>(r: &[f32], g: &[f32], b: &[f32], solarize: bool, normalise: Normalise, out: &mut [f32]) {
+fn write_row<const WIDE: bool>(
+    [r, g, b]: [&[f32]; 3],
+    solarize: bool,
+    normalise: Normalise,
+    out: &mut [f32],
+) {
     // A threshold that no value reaches when it is off, rather than a branch for every value.
     let threshold = if solarize { 0.5 } else { f32::INFINITY };
     #[cfg(target_arch = "x86_64")]

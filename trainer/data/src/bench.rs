@@ -101,7 +101,16 @@ pub fn loader(bench: &LoaderBench, progress: &mut dyn FnMut(u64, u64)) -> Result
             let (epoch, at) = (position / bench.source.len(), position % bench.source.len());
             let id = order.sample(epoch, at);
             let (first, second) = out.split_at_mut(augmenter.view_len());
-            two_views(&*bench.source, &augmenter, bench.seed, &mut scratch, epoch, id, stage, &mut [first, second])?;
+            two_views(
+                &*bench.source,
+                &augmenter,
+                bench.seed,
+                &mut scratch,
+                epoch,
+                id,
+                stage,
+                &mut [first, second],
+            )?;
         }
         Ok((seconds(cpu_time() - cpu), seconds(wall.elapsed())))
     };

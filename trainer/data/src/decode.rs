@@ -138,7 +138,12 @@ impl Decoder {
     ///
     /// # Errors
     /// [`DecodeError`]; `image` then holds no particular pixels.
-    pub fn decode(&mut self, encoding: Encoding, bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
+    pub fn decode(
+        &mut self,
+        encoding: Encoding,
+        bytes: &[u8],
+        image: &mut RgbImage,
+    ) -> Result<(), DecodeError> {
         let opened = self.open(encoding, bytes)?;
         if opened.header.is_none() {
             // The caller's memory is the next image's.
@@ -167,7 +172,8 @@ impl Opened<'_> {
             None => out.take(whole, part),
             Some(header) if header.orientation == 1 => jpeg.decode(self.bytes, header, part, out)?,
             Some(header) => {
-                let turn = Turn { orientation: header.orientation, width: header.width, height: header.height };
+                let turn =
+                    Turn { orientation: header.orientation, width: header.width, height: header.height };
                 jpeg.decode(self.bytes, header, turn.stored(part), lying)?;
                 turn.upright(lying, part, out);
             }
@@ -217,7 +223,8 @@ impl Turn {
             for (y, row) in (part.y..).zip(to.chunks_exact_mut(width)) {
                 for (x, pixel) in (part.x..).zip(row) {
                     let (sx, sy) = self.from(x, y);
-                    *pixel = from[(sy - stored.part.y) as usize * stored.stride + (sx - stored.part.x) as usize];
+                    *pixel =
+                        from[(sy - stored.part.y) as usize * stored.stride + (sx - stored.part.x) as usize];
                 }
             }
         }
@@ -329,12 +336,7 @@ fn ppm(bytes: &[u8]) -> Result<(u32, u32, &[u8]), DecodeError> {
 }
 
 /// Takes raw `[H, W, 3]` pixels.
-fn raw_into(
-    bytes: &[u8],
-    width: u32,
-    height: u32,
-    image: &mut RgbImage,
-) -> Result<(), DecodeError> {
+fn raw_into(bytes: &[u8], width: u32, height: u32, image: &mut RgbImage) -> Result<(), DecodeError> {
     let pixels = check_size(u64::from(width), u64::from(height))?;
     if bytes.len() != pixels * 3 {
         return Err(DecodeError::RawLength { bytes: bytes.len(), width, height });

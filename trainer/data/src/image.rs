@@ -66,7 +66,13 @@ pub struct PlanarImage {
 
 impl Default for PlanarImage {
     fn default() -> Self {
-        Self { part: CropBox { x: 0, y: 0, width: 0, height: 0 }, stride: 0, rows: 0, first: 0, data: Vec::new() }
+        Self {
+            part: CropBox { x: 0, y: 0, width: 0, height: 0 },
+            stride: 0,
+            rows: 0,
+            first: 0,
+            data: Vec::new(),
+        }
     }
 }
 

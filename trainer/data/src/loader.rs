@@ -187,7 +187,12 @@ impl Loader {
         let share = config.rank_share.end.saturating_sub(config.rank_share.start) as usize;
         let (threads, queue) = (config.threads, config.queue_steps);
         let augmenter = Augmenter::new(&config.views);
-        let pool = Pool::start(Box::new(TwoViews { config, augmenter, bad: Mutex::default() }), threads, queue, share)?;
+        let pool = Pool::start(
+            Box::new(TwoViews { config, augmenter, bad: Mutex::default() }),
+            threads,
+            queue,
+            share,
+        )?;
         Ok(Self { pool })
     }
 

@@ -277,7 +277,10 @@ mod tests {
                 let touched: std::collections::BTreeSet<usize> =
                     window.iter().map(|&sample| shard_of(sample)).collect();
                 let whole: u64 = touched.iter().map(|&shard| shards[shard]).sum();
-                assert!(whole < window.len() as u64 + 2 * 900, "a window reads whole shards but for its ends");
+                assert!(
+                    whole < window.len() as u64 + 2 * 900,
+                    "a window reads whole shards but for its ends"
+                );
                 let ascending = window.windows(2).filter(|pair| pair[0] < pair[1]).count();
                 assert!(ascending.abs_diff(window.len() / 2) < window.len() / 20, "shuffled: {ascending}");
             }

@@ -47,6 +47,8 @@ pub(crate) struct Resizer {
     across: Filter,
     raw: Vec<f64>,
     tile: Vec<[i32; TILE]>,
+    /// Sixteen columns of neighbouring rows, interleaved: 16 bits each, `[row, half]`.
+    neighbours: Vec<[[i32; 8]; 2]>,
 }
 
 /// The weights of one dimension: `view[i] = Σ_k weight[i][k] · source[start[i] + k]`, in pairs.
@@ -253,48 +255,81 @@ mod x86 {
     /// As [`tile_portable`].
     #[target_feature(enable = "avx2")]
     pub(super) fn tile(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
-        let Resizer { down, across, tile, .. } = work;
+        let Resizer { down, across, tile, neighbours, .. } = work;
         let (width, height) = (from.part.width as usize, from.part.height as usize);
         let (stride, from) = (from.stride, from.pixels);
         // Every load below starts in a row of the part, at most CHUNK columns after its last multiple of CHUNK.
         assert!(from.len() >= (height - 1) * stride + width + OVERREAD);
         let rows = out.len() / size;
-        {
-            for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
-                let mut lines = [_mm_setzero_si128(); TILE];
-                for (y, line) in (top..top + rows).zip(&mut lines) {
-                    let start = down.starts[y] as usize;
-                    let pairs = &down.weights[y * down.pairs..][..down.pairs];
-                    *line = filter_down(from, stride, column, start, height - 1, pairs, down.precision);
+        // The source rows of these rows of the view, each with the one below it.
+        let first = down.starts[top] as usize;
+        let count = down.starts[top + rows - 1] as usize - first + 2 * down.pairs - 1;
+        neighbours.resize(count.max(neighbours.len()), [[0; 8]; 2]);
+        for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
+            // Rows beyond the last have weights of zero: the last will do for them.
+            let load = |row: usize| {
+                // SAFETY: a row of the part, with OVERREAD bytes behind the last, as checked above.
+                unsafe { _mm_loadu_si128(from.as_ptr().add(row.min(height - 1) * stride + column).cast()) }
+            };
+            let mut above = load(first);
+            for (row, pair) in (first + 1..).zip(&mut neighbours[..count]) {
+                let below = load(row);
+                let halves = [_mm_unpacklo_epi8(above, below), _mm_unpackhi_epi8(above, below)];
+                for (half, to) in halves.into_iter().zip(pair) {
+                    // SAFETY: 32 bytes.
+                    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(half)) };
                 }
-                // Pairs of columns are transposed like numbers of 16 bits.
-                for (pair, tile) in transpose(lines).into_iter().zip(tile) {
-                    // SAFETY: a tile's element is 32 bytes.
-                    unsafe { _mm256_storeu_si256(tile.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(pair)) };
-                }
+                above = below;
             }
-            for left in (0..size).step_by(8) {
-                let columns = 8.min(size - left);
-                let mut sums = [_mm256_setzero_si256(); 8];
-                for (x, sum) in (left..left + columns).zip(&mut sums) {
-                    let start = across.starts[x] as usize / 2;
-                    let pairs = &across.weights[x * across.pairs..][..across.pairs];
-                    *sum = filter_across(&tile[start..], pairs, across.precision);
-                }
-                let square = transpose_bytes(sums);
-                for (y, row) in square.into_iter().enumerate().take(rows) {
-                    let floats =
-                        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(row)), _mm256_set1_ps(SCALE));
-                    let out = &mut out[y * size + left..][..columns];
-                    if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
-                        // SAFETY: eight floats.
-                        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
-                    } else {
-                        let mut eight = [0.0; 8];
-                        // SAFETY: eight floats.
-                        unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), floats) };
-                        out.copy_from_slice(&eight[..columns]);
-                    }
+            let mut lines = [_mm_setzero_si128(); TILE];
+            for (y, line) in (top..top + rows).zip(&mut lines) {
+                let pairs = &down.weights[y * down.pairs..][..down.pairs];
+                *line =
+                    filter_down(&neighbours[down.starts[y] as usize - first..count], pairs, down.precision);
+            }
+            // Pairs of columns are transposed like numbers of 16 bits.
+            for (pair, tile) in transpose(lines).into_iter().zip(tile) {
+                // SAFETY: a tile's element is 32 bytes.
+                unsafe { _mm256_storeu_si256(tile.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(pair)) };
+            }
+        }
+        // The loops over so many weights without a counter.
+        match across.pairs {
+            2 => finish::<2>(across, tile, out, size),
+            3 => finish::<3>(across, tile, out, size),
+            4 => finish::<4>(across, tile, out, size),
+            5 => finish::<5>(across, tile, out, size),
+            6 => finish::<6>(across, tile, out, size),
+            _ => finish::<0>(across, tile, out, size),
+        }
+    }
+
+    /// Filters a tile across. `PAIRS`: pairs of weights of each column; 0: as the filter says.
+    #[target_feature(enable = "avx2")]
+    fn finish<const PAIRS: usize>(across: &Filter, tile: &[[i32; TILE]], out: &mut [f32], size: usize) {
+        let rows = out.len() / size;
+        let count = if PAIRS == 0 { across.pairs } else { PAIRS };
+        for left in (0..size).step_by(8) {
+            let columns = 8.min(size - left);
+            let mut sums = [_mm256_setzero_si256(); 8];
+            for (x, sum) in (left..left + columns).zip(&mut sums) {
+                let start = across.starts[x] as usize / 2;
+                let pairs = &across.weights[x * count..][..count];
+                *sum = filter_across(&tile[start..], pairs, across.precision);
+            }
+            let square = transpose_bytes(sums);
+            for (y, row) in square.into_iter().enumerate().take(rows) {
+                let floats =
+                    _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(row)), _mm256_set1_ps(SCALE));
+                let out = &mut out[y * size + left..][..columns];
+                if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
+                    // SAFETY: eight floats.
+                    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
+                } else {
+                    let mut eight = [0.0; 8];
+                    // SAFETY: eight floats.
+                    unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), floats) };
+                    out.copy_from_slice(&eight[..columns]);
                 }
             }
         }
@@ -303,27 +338,15 @@ mod x86 {
     /// Sixteen columns of one row of the view, 8 bits each.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn filter_down(
-        from: &[u8],
-        stride: usize,
-        column: usize,
-        start: usize,
-        last: usize,
-        pairs: &[i32],
-        precision: u32,
-    ) -> __m128i {
+    fn filter_down(neighbours: &[[[i32; 8]; 2]], pairs: &[i32], precision: u32) -> __m128i {
         let round = _mm256_set1_epi32(1 << (precision - 1));
         let (mut low, mut high) = (round, round);
-        for (p, &pair) in pairs.iter().enumerate() {
-            let (a, b) = ((start + 2 * p).min(last), (start + 2 * p + 1).min(last));
-            // SAFETY: rows up to `last` have OVERREAD bytes behind their part, which `tile` has checked.
-            let (a, b) = unsafe {
-                let at = from.as_ptr().add(column);
-                (_mm_loadu_si128(at.add(a * stride).cast()), _mm_loadu_si128(at.add(b * stride).cast()))
-            };
+        for (rows, &pair) in neighbours.iter().step_by(2).zip(pairs) {
             let weights = _mm256_set1_epi32(pair);
-            let first = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b));
-            let second = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b));
+            // SAFETY: 32 bytes each.
+            let (first, second) = unsafe {
+                (_mm256_loadu_si256(rows[0].as_ptr().cast()), _mm256_loadu_si256(rows[1].as_ptr().cast()))
+            };
             low = _mm256_add_epi32(low, _mm256_madd_epi16(first, weights));
             high = _mm256_add_epi32(high, _mm256_madd_epi16(second, weights));
         }
@@ -370,7 +393,8 @@ mod x86 {
         // In each half: columns 0–3, then 4–7, of four rows each.
         let a = _mm256_packus_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
         let b = _mm256_packus_epi16(_mm256_packs_epi32(x[4], x[5]), _mm256_packs_epi32(x[6], x[7]));
-        let order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+        let order =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
         let (a, b) = (_mm256_shuffle_epi8(a, order), _mm256_shuffle_epi8(b, order));
         // Rows 0, 1 | 4, 5 and 2, 3 | 6, 7.
         let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
@@ -395,7 +419,8 @@ mod tests {
     #[test]
     fn three_implementations_agree() {
         let (width, height) = (150u32, 97u32);
-        let data: Vec<u8> = (0..width * height * 3).map(|i| Stream::new(1, 0, 0, 0).bits(i / 2) as u8).collect();
+        let data: Vec<u8> =
+            (0..width * height * 3).map(|i| Stream::new(1, 0, 0, 0).bits(i / 2) as u8).collect();
         let image = RgbImage { width, height, data };
         let mut planes = PlanarImage::default();
         planes.take(&image, CropBox::whole(width, height));

@@ -147,7 +147,8 @@ impl Reader {
         let encoding = source.read_into(index, &mut self.bytes)?;
         let (decoder, bytes) = (&mut self.decoder, &self.bytes);
         // A decoder that panics on hostile bytes must not take the run's threads down without a name.
-        let decoded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| decode(decoder, encoding, bytes)));
+        let decoded =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| decode(decoder, encoding, bytes)));
         let reason = match decoded {
             Ok(Ok(())) => return Ok(()),
             Ok(Err(error)) => error,

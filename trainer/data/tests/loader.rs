@@ -329,8 +329,13 @@ fn five_bad() -> (Arc<Memory>, Vec<u64>) {
     let mut bomb = photo.clone();
     let frame = bomb.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
     bomb[frame + 5..frame + 9].copy_from_slice(&[0xFD, 0xE8, 0xFD, 0xE8]);
-    let kinds =
-        [Vec::new(), b"<html>not found</html>".to_vec(), photo[..photo.len() / 2].to_vec(), bomb, photo[..4].to_vec()];
+    let kinds = [
+        Vec::new(),
+        b"<html>not found</html>".to_vec(),
+        photo[..photo.len() / 2].to_vec(),
+        bomb,
+        photo[..4].to_vec(),
+    ];
     let mut bad = Vec::new();
     for (kind, bytes) in kinds.into_iter().enumerate() {
         let at = 100 + 173 * kind;

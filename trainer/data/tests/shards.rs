@@ -133,7 +133,10 @@ fn a_failed_write_leaves_nothing_and_nothing_is_overwritten() {
     let error = write_shards(&bad, &out, 1 << 20, &mut quiet()).unwrap_err();
     assert_eq!(
         error,
-        DataError::BadSample { sample: "memory:2".to_owned(), reason: "neither JPEG, PNG nor WebP".to_owned() }
+        DataError::BadSample {
+            sample: "memory:2".to_owned(),
+            reason: "neither JPEG, PNG nor WebP".to_owned()
+        }
     );
     assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
     // What a killed writer left is replaced; an empty folder is used; a full one is left alone.
@@ -281,7 +284,12 @@ fn a_writer_that_was_stopped_is_carried_on() {
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("out");
     let broken = Memory {
-        files: source.files.iter().enumerate().map(|(i, f)| if i == 41 { vec![1] } else { f.clone() }).collect(),
+        files: source
+            .files
+            .iter()
+            .enumerate()
+            .map(|(i, f)| if i == 41 { vec![1] } else { f.clone() })
+            .collect(),
         labels: source.labels.clone(),
         classes: source.classes.clone(),
     };
@@ -292,14 +300,16 @@ fn a_writer_that_was_stopped_is_carried_on() {
     fs::write(dir.path().join(format!(".out.partial/{finished:05}.tar")), b"half").unwrap();
     fs::write(dir.path().join(format!(".out.partial/{:05}.tar", finished - 1)), b"cut").unwrap();
     let mut heard = Vec::new();
-    let again =
-        write_shards_with(&*source, &out, &options, &mut |done, _| heard.push(done)).unwrap();
+    let again = write_shards_with(&*source, &out, &options, &mut |done, _| heard.push(done)).unwrap();
     assert!(heard[0] > 0, "it starts where the other had come to");
     assert_eq!(again, all);
     assert_eq!(names(dir.path()), ["out"]);
     assert_eq!(names(&out), names(&whole.path().join("out")));
     for name in names(&out) {
-        assert_eq!(fs::read(out.join(&name)).unwrap(), fs::read(whole.path().join("out").join(&name)).unwrap());
+        assert_eq!(
+            fs::read(out.join(&name)).unwrap(),
+            fs::read(whole.path().join("out").join(&name)).unwrap()
+        );
     }
     // Another job does not take them over.
     write_shards_with(&broken, &dir.path().join("two"), &options, &mut quiet()).unwrap_err();
@@ -333,7 +343,8 @@ fn changed_images_are_another_data_set() {
         let out = dir.path().join(i.to_string());
         let options = |threads| ShardOptions { shard_bytes: 30_000, threads, store };
         let written = write_shards_with(&source, &out, &options(2), &mut quiet()).unwrap();
-        let again = write_shards_with(&source, &dir.path().join(format!("again{i}")), &options(1), &mut quiet());
+        let again =
+            write_shards_with(&source, &dir.path().join(format!("again{i}")), &options(1), &mut quiet());
         assert_eq!(again.unwrap(), written, "threads change nothing");
         assert!(digests.insert(written.digest));
         let index = fs::read_to_string(out.join(INDEX_FILE)).unwrap();

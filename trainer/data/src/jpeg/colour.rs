@@ -14,13 +14,7 @@ pub(super) struct Rows {
 }
 
 /// Makes the RGB rows `range` (of the image) in the full planes of `data`.
-pub(super) fn rows(
-    header: &Header,
-    layout: &Layout,
-    range: Range<usize>,
-    work: &mut Rows,
-    data: &mut [u8],
-) {
+pub(super) fn rows(header: &Header, layout: &Layout, range: Range<usize>, work: &mut Rows, data: &mut [u8]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2")]
@@ -52,7 +46,15 @@ fn rows_on<const WIDE: bool>(
         for (c, component) in header.components.iter().enumerate() {
             if component.h < header.hmax || component.v < header.vmax {
                 let from = &coarse[layout.planes[c].at - full * planes.max(3)..];
-                upsample(header, component, layout, (from, layout.planes[c].stride), y, work, &mut pixels[c * full + at..][..stride]);
+                upsample(
+                    header,
+                    component,
+                    layout,
+                    (from, layout.planes[c].stride),
+                    y,
+                    work,
+                    &mut pixels[c * full + at..][..stride],
+                );
             }
         }
         let (r, rest) = pixels.split_at_mut(full);

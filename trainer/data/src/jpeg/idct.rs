@@ -131,8 +131,11 @@ mod x86 {
             // One check for the whole block.
             let out = &mut out[place.at..][..7 * place.stride + 8];
             for (i, pair) in pairs.iter().enumerate() {
-                let two =
-                    if half == 0 { _mm256_castsi256_si128(*pair) } else { _mm256_extracti128_si256::<1>(*pair) };
+                let two = if half == 0 {
+                    _mm256_castsi256_si128(*pair)
+                } else {
+                    _mm256_extracti128_si256::<1>(*pair)
+                };
                 let first = _mm_cvtsi128_si64(two).to_le_bytes();
                 let second = _mm_extract_epi64::<1>(two).to_le_bytes();
                 out[2 * i * place.stride..][..8].copy_from_slice(&first);

@@ -178,9 +178,7 @@ struct Part<'a> {
 }
 
 fn steps(quantisation: &[u16; 64]) -> [u32; 128] {
-    std::array::from_fn(|k| {
-        u32::from(quantisation.get(k).copied().unwrap_or(0)) | u32::from(ZIGZAG[k]) << 16
-    })
+    std::array::from_fn(|k| u32::from(quantisation.get(k).copied().unwrap_or(0)) | u32::from(ZIGZAG[k]) << 16)
 }
 
 /// How two blocks are transformed.
@@ -553,8 +551,7 @@ impl Progress {
     ) -> Result<(), JpegError> {
         let block: &mut Block = block.try_into().map_err(|_| OVERLONG)?;
         let steps: [u32; 128] = std::array::from_fn(|k| 1 | u32::from(ZIGZAG[k]) << 16);
-        self.dc[part] =
-            self.dc[part].wrapping_add(tables.huffman(Class::Dc, dc)?.difference(reader)?);
+        self.dc[part] = self.dc[part].wrapping_add(tables.huffman(Class::Dc, dc)?.difference(reader)?);
         read_block(reader, tables.huffman(Class::Ac, ac)?, &steps, block)?;
         block[0] = self.dc[part] as i16;
         Ok(())
