@@ -29,12 +29,16 @@
 //! function of the image's size and the key, and every quantity has a slot of its own, so that a changed
 //! probability of one step leaves the draws of the others alone.
 
-use mentee_config::recipe::{Definition, Interpolation, Views};
+use std::ops::Range;
 
+use mentee_config::recipe::{Definition, Views};
+
+use crate::blur::Blur;
+use crate::colour::{Mean, Planes, clip};
 pub use crate::decode::CropBox;
 use crate::decode::{PlanarImage, RgbImage};
 use crate::math;
-use crate::resize::{Area, Resizer};
+use crate::resize::{Area, Resizer, TILE};
 use crate::rng::Stream;
 
 /// What keys the randomness of one view.
@@ -100,9 +104,6 @@ mod slot {
 /// torchvision's `RandomResizedCrop` gives up after so many tries.
 const CROP_TRIES: u32 = 10;
 
-/// A blur tap lighter than this fraction of the middle one is below what f32 can add to it.
-const NEGLIGIBLE_TAP: f64 = 1e-8;
-
 /// Work memory of one thread, reused from image to image.
 #[derive(Debug, Default)]
 pub struct Scratch {
@@ -111,9 +112,8 @@ pub struct Scratch {
     part: PlanarImage,
     /// `[3, H, W]`, in [0, 1].
     planes: Vec<f32>,
-    /// `[H + 2 · radius, W]`, one plane between the two passes of a blur.
-    plane: Vec<f32>,
-    /// One row and its padding.
+    blur: Blur,
+    /// `[3, W]`, a row that has been blurred.
     row: Vec<f32>,
 }
 
@@ -266,24 +266,25 @@ impl Augmenter {
     pub fn apply_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, out: &mut [f32]) {
         assert_eq!(out.len(), self.view_len(), "a view is [H, W, 3]");
         assert!(image.part.contains(draw.crop), "a crop lies within what was decoded");
-        resize(scratch, image, draw, self.views.resize, self.size);
-        colour_and_write(self, scratch, draw, out);
+        self.begin(scratch, image, draw);
+        make(self, scratch, image, draw, out);
     }
-}
 
-impl Augmenter {
     /// The resize alone, for the bench.
     pub(crate) fn resize_part(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw) {
-        resize(scratch, image, draw, self.views.resize, self.size);
+        self.begin(scratch, image, draw);
+        for top in (0..self.size).step_by(TILE) {
+            let rows = TILE.min(self.size - top);
+            scratch.resizer.rows(image, draw.crop, top, rows, self.size, &mut scratch.planes);
+        }
     }
-}
 
-/// The drawn crop at the view's size into `scratch.planes`.
-fn resize(scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, how: Interpolation, size: usize) {
-    let CropBox { width, height, .. } = draw.crop;
-    scratch.planes.resize(3 * size * size, 0.0);
-    let area = Area::from(CropBox::whole(width, height));
-    scratch.resizer.resize(image, draw.crop, area, how, draw.flip, &mut scratch.planes, size);
+    fn begin(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw) {
+        let CropBox { width, height, .. } = draw.crop;
+        let area = Area::from(CropBox::whole(width, height));
+        scratch.planes.resize(3 * self.size * self.size, 0.0);
+        scratch.resizer.begin(image, draw.crop, area, self.views.resize, draw.flip, self.size);
+    }
 }
 
 /// (x − mean) / std per channel.
@@ -304,343 +305,218 @@ impl Normalise {
     }
 }
 
-/// Everything after the resize. With AVX2 where there is one: the same operations in the same order on wider
-/// registers (no fused multiply-add), so the same bits.
-fn colour_and_write(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
+/// All of a view, a few rows at a time, so that they are worked on in the nearest caches: resized, coloured, blurred and
+/// written. Contrast alone needs the whole view before it goes on. With AVX2 where there is one: the same operations in
+/// the same order on wider registers (no fused multiply-add), so the same bits.
+fn make(augmenter: &Augmenter, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw, out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2")]
-        fn with_avx2(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
-            colour_and_write_on(augmenter, scratch, draw, out);
+        fn wide(
+            augmenter: &Augmenter,
+            scratch: &mut Scratch,
+            image: &PlanarImage,
+            draw: &ViewDraw,
+            out: &mut [f32],
+        ) {
+            make_on::<true>(augmenter, scratch, image, draw, out);
         }
-        if std::arch::is_x86_feature_detected!("avx2") {
-            // SAFETY: the processor has AVX2, the only thing `with_avx2` asks for.
-            return unsafe { with_avx2(augmenter, scratch, draw, out) };
+        if crate::cpu::has_avx2() {
+            // SAFETY: the processor has AVX2, the only thing `wide` asks for.
+            return unsafe { wide(augmenter, scratch, image, draw, out) };
         }
     }
-    colour_and_write_on(augmenter, scratch, draw, out);
+    make_on::<false>(augmenter, scratch, image, draw, out);
 }
 
 #[inline(always)]
-fn colour_and_write_on(augmenter: &Augmenter, scratch: &mut Scratch, draw: &ViewDraw, out: &mut [f32]) {
-    let size = augmenter.size;
-    let mut planes = Planes::of(&mut scratch.planes, size * size);
-    let definition = augmenter.views.definition;
-    for &op in &draw.jitter {
-        match (op, definition) {
-            (ColourOp::Brightness(delta), Definition::Byol) => planes.each(|x| clip(x + delta)),
-            (ColourOp::Brightness(factor), Definition::Torchvision) => planes.each(|x| clip(x * factor)),
-            (ColourOp::Contrast(factor), Definition::Byol) => planes.contrast_byol(factor),
-            (ColourOp::Contrast(factor), Definition::Torchvision) => planes.contrast_torchvision(factor),
-            (ColourOp::Saturation(factor), Definition::Byol) => planes.saturation_byol(factor),
-            (ColourOp::Saturation(factor), Definition::Torchvision) => planes.saturation_torchvision(factor),
-            (ColourOp::Hue(turns), _) => planes.hue(turns),
-        }
-    }
-    if draw.grayscale {
-        planes.grayscale(match definition {
-            Definition::Byol => GRAY_TENSOR,
-            Definition::Torchvision => GRAY_PIL,
-        });
-    }
-    if let Some(sigma) = draw.blur {
-        let (taps, edge) = match definition {
-            Definition::Byol => (gaussian_taps(sigma, size / 20), Edge::Zero),
-            Definition::Torchvision => (gaussian_taps(sigma, (4.0 * sigma).ceil() as usize), Edge::Repeat),
-        };
-        if taps.len() > 1 {
-            for plane in [&mut *planes.r, &mut *planes.g, &mut *planes.b] {
-                blur(plane, size, &taps, edge, &mut scratch.plane, &mut scratch.row);
-            }
-        }
-    }
-    write(&planes, draw.solarize, augmenter.normalise, out);
-}
-
-/// Weights of red, green and blue in gray: JAX and torchvision tensors; PIL (ITU-R 601-2).
-const GRAY_TENSOR: [f32; 3] = [0.2989, 0.5870, 0.1140];
-const GRAY_PIL: [f32; 3] = [0.299, 0.587, 0.114];
-
-#[inline(always)]
-fn min(a: f32, b: f32) -> f32 {
-    if a < b { a } else { b }
-}
-
-#[inline(always)]
-fn max(a: f32, b: f32) -> f32 {
-    if a > b { a } else { b }
-}
-
-#[inline(always)]
-fn clip(x: f32) -> f32 {
-    max(min(x, 1.0), 0.0)
-}
-
-/// Floats that are worked on together, in registers.
-const WIDE: usize = 32;
-
-#[inline(always)]
-fn block(from: &[f32], start: usize) -> [f32; WIDE] {
-    let mut block = [0.0; WIDE];
-    block.copy_from_slice(&from[start..start + WIDE]);
-    block
-}
-
-/// The three channels of a view being made, each `[H, W]`.
-struct Planes<'a> {
-    r: &'a mut [f32],
-    g: &'a mut [f32],
-    b: &'a mut [f32],
-}
-
-impl<'a> Planes<'a> {
-    #[inline(always)]
-    fn of(planes: &'a mut [f32], len: usize) -> Self {
-        let (r, rest) = planes.split_at_mut(len);
-        let (g, b) = rest.split_at_mut(len);
-        Self { r, g, b }
-    }
-
-    #[inline(always)]
-    fn each(&mut self, f: impl Fn(f32) -> f32) {
-        for plane in [&mut *self.r, &mut *self.g, &mut *self.b] {
-            plane.iter_mut().for_each(|x| *x = f(*x));
-        }
-    }
-
-    /// Blocks of pixels are taken out, changed and put back: the three planes cannot be seen to be apart otherwise,
-    /// and nothing would be vectorised.
-    #[inline(always)]
-    fn each_pixel(&mut self, f: impl Fn(f32, f32, f32) -> (f32, f32, f32)) {
-        let (mut r, mut g, mut b) =
-            (self.r.chunks_exact_mut(WIDE), self.g.chunks_exact_mut(WIDE), self.b.chunks_exact_mut(WIDE));
-        for ((r, g), b) in r.by_ref().zip(g.by_ref()).zip(b.by_ref()) {
-            let (mut x, mut y, mut z) = (block(r, 0), block(g, 0), block(b, 0));
-            for i in 0..WIDE {
-                (x[i], y[i], z[i]) = f(x[i], y[i], z[i]);
-            }
-            r.copy_from_slice(&x);
-            g.copy_from_slice(&y);
-            b.copy_from_slice(&z);
-        }
-        for ((r, g), b) in r.into_remainder().iter_mut().zip(g.into_remainder()).zip(b.into_remainder()) {
-            (*r, *g, *b) = f(*r, *g, *b);
-        }
-    }
-
-    #[inline(always)]
-    fn contrast_byol(&mut self, factor: f32) {
-        for plane in [&mut *self.r, &mut *self.g, &mut *self.b] {
-            let mean = mean(plane);
-            plane.iter_mut().for_each(|x| *x = clip(factor * (*x - mean) + mean));
-        }
-    }
-
-    #[inline(always)]
-    fn contrast_torchvision(&mut self, factor: f32) {
-        let [wr, wg, wb] = GRAY_PIL;
-        // The mean is linear: the gray image's mean is the gray of the means.
-        let mean = wr * mean(self.r) + wg * mean(self.g) + wb * mean(self.b);
-        self.each(|x| clip(factor * x + (1.0 - factor) * mean));
-    }
-
-    /// HSV with S' = clip(S · factor), H and V kept. In RGB every channel is V − (V − x) with V − x proportional to
-    /// S, so the conversion there and back is the one factor S'/S = min(factor, 1/S).
-    #[inline(always)]
-    fn saturation_byol(&mut self, factor: f32) {
-        self.each_pixel(|r, g, b| {
-            let v = max(max(r, g), b);
-            let range = v - min(min(r, g), b);
-            let ratio = if range > 0.0 { min(factor, v / range) } else { 0.0 };
-            (clip(v - (v - r) * ratio), clip(v - (v - g) * ratio), clip(v - (v - b) * ratio))
-        });
-    }
-
-    #[inline(always)]
-    fn saturation_torchvision(&mut self, factor: f32) {
-        let [wr, wg, wb] = GRAY_PIL;
-        self.each_pixel(|r, g, b| {
-            let gray = (1.0 - factor) * (wr * r + wg * g + wb * b);
-            (clip(factor * r + gray), clip(factor * g + gray), clip(factor * b + gray))
-        });
-    }
-
-    /// H' = H + turns (mod 1) in HSV.
-    #[inline(always)]
-    fn hue(&mut self, turns: f32) {
-        self.each_pixel(|r, g, b| {
-            let v = max(max(r, g), b);
-            let range = v - min(min(r, g), b);
-            let inverse = if range > 0.0 { 1.0 / range } else { 0.0 };
-            // Hue in sixths of a turn.
-            let on_r = (g - b) * inverse;
-            let on_g = (b - r) * inverse + 2.0;
-            let on_b = (r - g) * inverse + 4.0;
-            let h = if r == v {
-                on_r
-            } else if g == v {
-                on_g
-            } else {
-                on_b
-            };
-            let h = h + 6.0 * turns;
-            // |turns| <= 0.5 and h in [−1, 5]: one correction each way brings it into [0, 6).
-            let h = if h < 0.0 { h + 6.0 } else { h };
-            let h = if h >= 6.0 { h - 6.0 } else { h };
-            // Channel n of HSV: V − range · clip(min(k, 4 − k)), k = (n + h) mod 6, n = 5, 3, 1.
-            let channel = |n: f32| {
-                let k = n + h;
-                let k = if k >= 6.0 { k - 6.0 } else { k };
-                clip(v - range * clip(min(k, 4.0 - k)))
-            };
-            (channel(5.0), channel(3.0), channel(1.0))
-        });
-    }
-
-    #[inline(always)]
-    fn grayscale(&mut self, weights: [f32; 3]) {
-        self.each_pixel(|r, g, b| {
-            let gray = clip(weights[0] * r + weights[1] * g + weights[2] * b);
-            (gray, gray, gray)
-        });
-    }
-}
-
-/// Mean of a plane: sixteen running sums (so that the order of additions is fixed at any register width), emptied
-/// into f64 often enough to lose nothing.
-#[inline(always)]
-fn mean(plane: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut total = 0.0f64;
-    for block in plane.chunks(64 * LANES) {
-        let mut sums = [0.0f32; LANES];
-        let lanes = block.chunks_exact(LANES);
-        let rest: f64 = lanes.remainder().iter().map(|&x| f64::from(x)).sum();
-        for lane in lanes {
-            for (sum, x) in sums.iter_mut().zip(lane) {
-                *sum += x;
-            }
-        }
-        total += rest + sums.iter().map(|&x| f64::from(x)).sum::<f64>();
-    }
-    (total / plane.len() as f64) as f32
-}
-
-/// What a blur sees beyond the border.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Edge {
-    /// Nothing, as `padding="SAME"` of a convolution: borders darken.
-    Zero,
-    /// The border pixel, as PIL.
-    Repeat,
-}
-
-/// Weights of a Gaussian from its middle outwards, at most `radius` steps, normalised over both sides; negligible
-/// ones are left off.
-fn gaussian_taps(sigma: f64, radius: usize) -> Vec<f32> {
-    let weights: Vec<f64> = (0..=radius)
-        .map(|k| math::exp(-((k * k) as f64) / (2.0 * sigma * sigma)))
-        .take_while(|&w| w > NEGLIGIBLE_TAP)
-        .collect();
-    let sum = weights[0] + 2.0 * weights[1..].iter().sum::<f64>();
-    weights.iter().map(|w| (w / sum) as f32).collect()
-}
-
-/// Separable blur of a `[size, size]` plane: rows, then columns. Taps that meet nothing beyond the border add a zero.
-#[inline(always)]
-fn blur(
-    plane: &mut [f32],
-    size: usize,
-    taps: &[f32],
-    edge: Edge,
-    between: &mut Vec<f32>,
-    row: &mut Vec<f32>,
+fn make_on<const WIDE: bool>(
+    augmenter: &Augmenter,
+    scratch: &mut Scratch,
+    image: &PlanarImage,
+    draw: &ViewDraw,
+    out: &mut [f32],
 ) {
-    let radius = taps.len() - 1;
-    // Rows are stored `radius` lower, so that the rows beyond the border have a place.
-    between.resize((size + 2 * radius) * size, 0.0);
-    row.resize(size + 2 * radius, 0.0);
-    for (line, out) in plane.chunks_exact(size).zip(between[radius * size..].chunks_exact_mut(size)) {
-        let (left, right) = match edge {
-            Edge::Zero => (0.0, 0.0),
-            Edge::Repeat => (line[0], line[size - 1]),
+    let (size, definition) = (augmenter.size, augmenter.views.definition);
+    let contrast = draw.jitter.iter().position(|op| matches!(op, ColourOp::Contrast(_)));
+    let (before, after) = draw.jitter.split_at(contrast.unwrap_or(draw.jitter.len()));
+    let Scratch { resizer, planes, blur, row, .. } = scratch;
+    row.resize(3 * size, 0.0);
+    let blurred = draw.blur.is_some_and(|sigma| blur.begin(definition, sigma, size, TILE));
+    let mut finish = Finish { augmenter, draw, blur: blurred.then_some(blur), row, out };
+    let tiles = (0..size).step_by(TILE).map(|top| top..(top + TILE).min(size));
+    let mut means = [Mean::default(); 3];
+    for rows in tiles.clone() {
+        resizer.rows(image, draw.crop, rows.start, rows.len(), size, planes);
+        let range = rows.start * size..rows.end * size;
+        let mut part = Planes::of(planes, range.clone());
+        before.iter().for_each(|&op| part.jitter(op, definition, [0.0; 3]));
+        if contrast.is_none() {
+            finish.rows::<WIDE>(rows, part);
+        } else {
+            means.iter_mut().zip(planes.chunks_exact(size * size)).for_each(|(m, p)| m.advance(p, range.end));
+        }
+    }
+    if contrast.is_some() {
+        let means = means.map(|mean| mean.get());
+        for rows in tiles {
+            let mut part = Planes::of(planes, rows.start * size..rows.end * size);
+            after.iter().for_each(|&op| part.jitter(op, definition, means));
+            finish.rows::<WIDE>(rows, part);
+        }
+    }
+}
+
+/// What comes after the jitter: gray, blur, and the rows to their place.
+struct Finish<'a> {
+    augmenter: &'a Augmenter,
+    draw: &'a ViewDraw,
+    /// When the view is blurred.
+    blur: Option<&'a mut Blur>,
+    /// `[3, W]`
+    row: &'a mut [f32],
+    out: &'a mut [f32],
+}
+
+impl Finish<'_> {
+    /// Takes the next rows.
+    #[inline(always)]
+    fn rows<const WIDE: bool>(&mut self, rows: Range<usize>, mut planes: Planes<'_>) {
+        let size = self.augmenter.size;
+        if self.draw.grayscale {
+            planes.grayscale(self.augmenter.views.definition);
+        }
+        let lines = |i: usize| {
+            let line = i * size..(i + 1) * size;
+            [&planes.r[line.clone()], &planes.g[line.clone()], &planes.b[line]]
         };
-        row[..radius].fill(left);
-        row[radius..radius + size].copy_from_slice(line);
-        row[radius + size..radius + size + radius].fill(right);
-        symmetric_sum(row, 1, radius, taps, out);
-    }
-    let (top, bottom) = (radius * size, (radius + size) * size);
-    match edge {
-        Edge::Zero => {
-            between[..top].fill(0.0);
-            between[bottom..bottom + top].fill(0.0);
-        }
-        Edge::Repeat => {
-            for k in 0..radius {
-                between.copy_within(top..top + size, k * size);
-                between.copy_within(bottom - size..bottom, bottom + k * size);
+        let Some(blur) = &mut self.blur else {
+            for (i, y) in rows.enumerate() {
+                write_row::<WIDE>(
+                    lines(i),
+                    self.draw.solarize,
+                    self.augmenter.normalise,
+                    row_of(self.out, y, size),
+                );
+            }
+            return;
+        };
+        for (i, y) in rows.clone().enumerate() {
+            for (channel, line) in lines(i).into_iter().enumerate() {
+                blur.take(channel, y, line);
             }
         }
-    }
-    for (y, out) in plane.chunks_exact_mut(size).enumerate() {
-        symmetric_sum(between, size, (y + radius) * size, taps, out);
-    }
-}
-
-/// `out[i] = Σ_k taps[|k|] · from[middle + i + k · stride]`, the middle first and then outwards.
-#[inline(always)]
-fn symmetric_sum(from: &[f32], stride: usize, middle: usize, taps: &[f32], out: &mut [f32]) {
-    let mut blocks = out.chunks_exact_mut(WIDE);
-    let mut start = middle;
-    for out in &mut blocks {
-        let mut sum = block(from, start);
-        sum.iter_mut().for_each(|x| *x *= taps[0]);
-        for (k, &tap) in (1..).zip(&taps[1..]) {
-            let (before, after) = (block(from, start - k * stride), block(from, start + k * stride));
-            for i in 0..WIDE {
-                sum[i] += tap * (before[i] + after[i]);
+        // A row can be made once those that it looks at are there.
+        let radius = blur.radius();
+        let ready = |end: usize| if end == size { size } else { end.saturating_sub(radius) };
+        for y in ready(rows.start)..ready(rows.end) {
+            for (channel, line) in self.row.chunks_exact_mut(size).enumerate() {
+                blur.make(channel, y, line);
             }
-        }
-        out.copy_from_slice(&sum);
-        start += WIDE;
-    }
-    for (at, out) in (start..).zip(blocks.into_remainder()) {
-        *out = taps[0] * from[at];
-        for (k, &tap) in (1..).zip(&taps[1..]) {
-            *out += tap * (from[at - k * stride] + from[at + k * stride]);
+            let (r, rest) = self.row.split_at(size);
+            let (g, b) = rest.split_at(size);
+            write_row::<WIDE>(
+                [r, g, b],
+                self.draw.solarize,
+                self.augmenter.normalise,
+                row_of(self.out, y, size),
+            );
         }
     }
 }
 
-/// `[3, H, W]` to normalised `[H, W, 3]`, solarized if asked (`where(x < 0.5, x, 1 − x)`), clipped.
+/// Row `y` of `[H, W, 3]`.
 #[inline(always)]
-fn write(planes: &Planes<'_>, solarize: bool, normalise: Normalise, out: &mut [f32]) {
+fn row_of(out: &mut [f32], y: usize, size: usize) -> &mut [f32] {
+    &mut out[3 * y * size..][..3 * size]
+}
+
+/// A row of three channels to normalised `[W, 3]`, solarized if asked (`where(x < 0.5, x, 1 − x)`), clipped.
+#[inline(always)]
+fn write_row<const WIDE: bool>(
+    [r, g, b]: [&[f32]; 3],
+    solarize: bool,
+    normalise: Normalise,
+    out: &mut [f32],
+) {
     // A threshold that no value reaches when it is off, rather than a branch for every value.
     let threshold = if solarize { 0.5 } else { f32::INFINITY };
+    #[cfg(target_arch = "x86_64")]
+    let done = if WIDE {
+        // SAFETY: `WIDE` is set only where AVX2 was found.
+        unsafe { x86::write_row(r, g, b, threshold, normalise, out) }
+    } else {
+        0
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     let value = |channel: usize, x: f32| {
         let x = if x >= threshold { 1.0 - x } else { x };
         normalise.of(channel, clip(x))
     };
-    let whole = planes.r.len() / WIDE * WIDE;
-    for (start, out) in (0..whole).step_by(WIDE).zip(out.chunks_exact_mut(3 * WIDE)) {
-        let (mut r, mut g, mut b) = (block(planes.r, start), block(planes.g, start), block(planes.b, start));
-        for i in 0..WIDE {
-            (r[i], g[i], b[i]) = (value(0, r[i]), value(1, g[i]), value(2, b[i]));
-        }
-        for i in 0..WIDE {
-            (out[3 * i], out[3 * i + 1], out[3 * i + 2]) = (r[i], g[i], b[i]);
-        }
+    for (i, out) in (done..r.len()).zip(out[3 * done..].chunks_exact_mut(3)) {
+        (out[0], out[1], out[2]) = (value(0, r[i]), value(1, g[i]), value(2, b[i]));
     }
-    for (i, out) in (whole..planes.r.len()).zip(out[3 * whole..].chunks_exact_mut(3)) {
-        for (channel, plane) in [&*planes.r, &*planes.g, &*planes.b].into_iter().enumerate() {
-            out[channel] = value(channel, plane[i]);
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Normalise;
+
+    /// As [`super::write_row`] for as many pixels as fill registers; returns how many.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    pub(super) fn write_row(
+        r: &[f32],
+        g: &[f32],
+        b: &[f32],
+        threshold: f32,
+        normalise: Normalise,
+        out: &mut [f32],
+    ) -> usize {
+        let (zero, one) = (_mm256_setzero_ps(), _mm256_set1_ps(1.0));
+        let threshold = _mm256_set1_ps(threshold);
+        let whole = r.len() / 8;
+        let lines = r.chunks_exact(8).zip(g.chunks_exact(8)).zip(b.chunks_exact(8));
+        for (((r, g), b), out) in lines.zip(out.chunks_exact_mut(24)) {
+            let value = |channel: usize, from: &[f32]| {
+                // SAFETY: eight floats.
+                let x = unsafe { _mm256_loadu_ps(from.as_ptr()) };
+                let bright = _mm256_cmp_ps::<_CMP_GE_OQ>(x, threshold);
+                let x = _mm256_blendv_ps(x, _mm256_sub_ps(one, x), bright);
+                // The second operand wins when one is no number: as `clip` has it.
+                let x = _mm256_max_ps(_mm256_min_ps(x, one), zero);
+                let centred = _mm256_sub_ps(x, _mm256_set1_ps(normalise.mean[channel]));
+                _mm256_mul_ps(centred, _mm256_set1_ps(normalise.inverse_std[channel]))
+            };
+            let (x, y, z) = (value(0, r), value(1, g), value(2, b));
+            // Within each half: x0 y0 z0 x1 | y1 z1 x2 y2 | z2 x3 y3 z3.
+            let xy = _mm256_shuffle_ps::<0b10_00_10_00>(x, y);
+            let yz = _mm256_shuffle_ps::<0b11_01_11_01>(y, z);
+            let zx = _mm256_shuffle_ps::<0b11_01_10_00>(z, x);
+            let first = _mm256_shuffle_ps::<0b10_00_10_00>(xy, zx);
+            let second = _mm256_shuffle_ps::<0b11_01_10_00>(yz, xy);
+            let third = _mm256_shuffle_ps::<0b11_01_11_01>(zx, yz);
+            let a = _mm256_permute2f128_ps::<0x20>(first, second);
+            let b = _mm256_permute2f128_ps::<0x30>(third, first);
+            let c = _mm256_permute2f128_ps::<0x31>(second, third);
+            // SAFETY: 24 floats.
+            unsafe {
+                _mm256_storeu_ps(out.as_mut_ptr(), a);
+                _mm256_storeu_ps(out.as_mut_ptr().add(8), b);
+                _mm256_storeu_ps(out.as_mut_ptr().add(16), c);
+            }
         }
+        whole * 8
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use mentee_config::recipe::Interpolation;
+
     use super::*;
 
     /// Wider registers change no bit, so machines with and without AVX2 train on the same views.
@@ -679,10 +555,9 @@ mod tests {
                 let draw = augmenter.draw(16, 16, ViewKey { seed: 0, epoch: 0, sample, view: 0 });
                 let mut part = PlanarImage::default();
                 part.take(&image, draw.crop);
-                resize(&mut scratch, &part, &draw, Interpolation::Bicubic, augmenter.size);
-                colour_and_write(&augmenter, &mut scratch, &draw, &mut wide);
-                resize(&mut scratch, &part, &draw, Interpolation::Bicubic, augmenter.size);
-                colour_and_write_on(&augmenter, &mut scratch, &draw, &mut narrow);
+                augmenter.begin(&mut scratch, &part, &draw);
+                make(&augmenter, &mut scratch, &part, &draw, &mut wide);
+                make_on::<false>(&augmenter, &mut scratch, &part, &draw, &mut narrow);
                 assert!(
                     wide.iter().zip(&narrow).all(|(a, b)| a.to_bits() == b.to_bits()),
                     "{definition:?} {draw:?}"

@@ -13,7 +13,7 @@ use crate::augment::Normalise;
 use crate::decode::{CropBox, PlanarImage, RgbImage};
 use crate::error::DataError;
 use crate::pool::{Pool, Scratch, Work};
-use crate::resize::{Area, Resizer};
+use crate::resize::{Area, Resizer, TILE};
 use crate::source::Source;
 
 /// Views below this side lose nothing to a margin: they are not resized to 256/224 first.
@@ -80,7 +80,10 @@ impl EvalView {
         part.take(image, whole);
         planes.resize(self.view_len(), 0.0);
         let area = Area { x, y, width, height };
-        resizer.resize(part, whole, area, self.interpolation, false, planes, self.size);
+        resizer.begin(part, whole, area, self.interpolation, false, self.size);
+        for top in (0..self.size).step_by(TILE) {
+            resizer.rows(part, whole, top, TILE.min(self.size - top), self.size, planes);
+        }
         for (channel, plane) in planes.chunks_exact(self.size * self.size).enumerate() {
             for (pixel, &x) in out.chunks_exact_mut(3).zip(plane) {
                 pixel[channel] = self.normalise.of(channel, x);

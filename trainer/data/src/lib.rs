@@ -30,7 +30,9 @@ pub mod shard;
 pub mod source;
 pub mod synthetic;
 
+mod blur;
 mod cifar;
+mod colour;
 mod cpu;
 mod folder;
 mod idx;

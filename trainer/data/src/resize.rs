@@ -16,7 +16,7 @@ use mentee_config::recipe::Interpolation;
 use crate::image::{CropBox, PlanarImage};
 
 /// Rows of the view made together.
-const TILE: usize = 8;
+pub(crate) const TILE: usize = 8;
 
 /// Columns loaded together.
 const CHUNK: usize = 16;
@@ -47,6 +47,8 @@ pub(crate) struct Resizer {
     across: Filter,
     raw: Vec<f64>,
     tile: Vec<[i32; TILE]>,
+    /// Sixteen columns of neighbouring rows, interleaved: 16 bits each, `[row, half]`.
+    neighbours: Vec<[[i32; 8]; 2]>,
 }
 
 /// The weights of one dimension: `view[i] = Σ_k weight[i][k] · source[start[i] + k]`, in pairs.
@@ -151,20 +153,18 @@ impl Filter {
 }
 
 impl Resizer {
-    /// `area` of `image` at `size` x `size`, as `[3, size, size]` floats in [0, 1] (multiples of 1/255), mirrored if
-    /// asked. Pixels outside `part`, which holds `area` and is within `image.part`, play no part.
-    #[expect(clippy::too_many_arguments, reason = "from where, to where, and how")]
-    pub(crate) fn resize(
+    /// Begins to resize `area` of `part` (pixels from its corner) to `size` x `size`, mirrored if asked. `part` is within
+    /// `image.part`; pixels outside it play no part.
+    pub(crate) fn begin(
         &mut self,
         image: &PlanarImage,
         part: CropBox,
         area: Area,
         how: Interpolation,
         mirror: bool,
-        planes: &mut [f32],
         size: usize,
     ) {
-        assert!(image.part.contains(part) && planes.len() == 3 * size * size);
+        assert!(image.part.contains(part), "the part to be resized is there");
         let Self { down, across, raw, .. } = self;
         down.set(how, part.height, (area.y, area.height), size, false, raw);
         across.set(how, part.width, (area.x, area.width), size, true, raw);
@@ -177,19 +177,40 @@ impl Resizer {
         }
         let columns = (part.width as usize).next_multiple_of(CHUNK);
         self.tile.resize(columns / 2 + across.pairs, [0; TILE]);
-        #[cfg(target_arch = "x86_64")]
-        if crate::cpu::has_avx2() {
-            for (channel, out) in planes.chunks_exact_mut(size * size).enumerate() {
-                let from = image.from(channel, part);
+    }
+
+    /// Makes rows `top ..` (`rows`, at most [`TILE`]) of all channels: floats in [0, 1] (multiples of 1/255), to their
+    /// places in `planes`, `[3, size, size]`. `image`, `part` and `size` are those of [`Self::begin`].
+    pub(crate) fn rows(
+        &mut self,
+        image: &PlanarImage,
+        part: CropBox,
+        top: usize,
+        rows: usize,
+        size: usize,
+        planes: &mut [f32],
+    ) {
+        for (channel, plane) in planes.chunks_exact_mut(size * size).enumerate() {
+            let out = &mut plane[top * size..(top + rows) * size];
+            let from = Plane { pixels: image.from(channel, part), stride: image.stride, part };
+            #[cfg(target_arch = "x86_64")]
+            if crate::cpu::has_avx2() {
                 // SAFETY: the processor has AVX2.
-                unsafe { x86::plane(self, from, image.stride, part, out, size) };
+                unsafe { x86::tile(self, from, top, out, size) };
+                continue;
             }
-            return;
-        }
-        for (channel, out) in planes.chunks_exact_mut(size * size).enumerate() {
-            plane_portable(self, image.from(channel, part), image.stride, part, out, size);
+            tile_portable(self, from, top, out, size);
         }
     }
+}
+
+/// One channel of what is resized.
+#[derive(Clone, Copy)]
+struct Plane<'a> {
+    /// From the part's first pixel on.
+    pixels: &'a [u8],
+    stride: usize,
+    part: CropBox,
 }
 
 const SCALE: f32 = 1.0 / 255.0;
@@ -204,24 +225,17 @@ fn filtered(pairs: &[i32], precision: u32, source: impl Fn(usize) -> i32) -> i32
     (sum >> precision).clamp(0, 255)
 }
 
-/// The definition of [`Resizer::resize`], a plane at a time.
-fn plane_portable(
-    work: &mut Resizer,
-    from: &[u8],
-    stride: usize,
-    part: CropBox,
-    out: &mut [f32],
-    size: usize,
-) {
+/// The definition of [`Resizer::rows`], for one channel.
+fn tile_portable(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
     let Resizer { down, across, .. } = work;
-    let (width, height) = (part.width as usize, part.height as usize);
+    let (width, height) = (from.part.width as usize, from.part.height as usize);
     let mut line = vec![0i32; width + 2 * across.pairs];
-    for (y, out) in out.chunks_exact_mut(size).enumerate() {
+    for (y, out) in (top..).zip(out.chunks_exact_mut(size)) {
         let start = down.starts[y] as usize;
         let pairs = &down.weights[y * down.pairs..][..down.pairs];
         for (x, line) in line[..width].iter_mut().enumerate() {
             *line = filtered(pairs, down.precision, |k| {
-                i32::from(from[(start + k).min(height - 1) * stride + x])
+                i32::from(from.pixels[(start + k).min(height - 1) * from.stride + x])
             });
         }
         for (x, out) in out.iter_mut().enumerate() {
@@ -238,57 +252,84 @@ mod x86 {
 
     use super::*;
 
-    /// As [`plane_portable`].
+    /// As [`tile_portable`].
     #[target_feature(enable = "avx2")]
-    pub(super) fn plane(
-        work: &mut Resizer,
-        from: &[u8],
-        stride: usize,
-        part: CropBox,
-        out: &mut [f32],
-        size: usize,
-    ) {
-        let Resizer { down, across, tile, .. } = work;
-        let (width, height) = (part.width as usize, part.height as usize);
+    pub(super) fn tile(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
+        let Resizer { down, across, tile, neighbours, .. } = work;
+        let (width, height) = (from.part.width as usize, from.part.height as usize);
+        let (stride, from) = (from.stride, from.pixels);
         // Every load below starts in a row of the part, at most CHUNK columns after its last multiple of CHUNK.
         assert!(from.len() >= (height - 1) * stride + width + OVERREAD);
-        for top in (0..size).step_by(TILE) {
-            let rows = TILE.min(size - top);
-            for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
-                let mut lines = [_mm_setzero_si128(); TILE];
-                for (y, line) in (top..top + rows).zip(&mut lines) {
-                    let start = down.starts[y] as usize;
-                    let pairs = &down.weights[y * down.pairs..][..down.pairs];
-                    *line = filter_down(from, stride, column, start, height - 1, pairs, down.precision);
+        let rows = out.len() / size;
+        // The source rows of these rows of the view, each with the one below it.
+        let first = down.starts[top] as usize;
+        let count = down.starts[top + rows - 1] as usize - first + 2 * down.pairs - 1;
+        neighbours.resize(count.max(neighbours.len()), [[0; 8]; 2]);
+        for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
+            // Rows beyond the last have weights of zero: the last will do for them.
+            let load = |row: usize| {
+                // SAFETY: a row of the part, with OVERREAD bytes behind the last, as checked above.
+                unsafe { _mm_loadu_si128(from.as_ptr().add(row.min(height - 1) * stride + column).cast()) }
+            };
+            let mut above = load(first);
+            for (row, pair) in (first + 1..).zip(&mut neighbours[..count]) {
+                let below = load(row);
+                let halves = [_mm_unpacklo_epi8(above, below), _mm_unpackhi_epi8(above, below)];
+                for (half, to) in halves.into_iter().zip(pair) {
+                    // SAFETY: 32 bytes.
+                    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(half)) };
                 }
-                // Pairs of columns are transposed like numbers of 16 bits.
-                for (pair, tile) in transpose(lines).into_iter().zip(tile) {
-                    // SAFETY: a tile's element is 32 bytes.
-                    unsafe { _mm256_storeu_si256(tile.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(pair)) };
-                }
+                above = below;
             }
-            for left in (0..size).step_by(8) {
-                let columns = 8.min(size - left);
-                let mut sums = [_mm256_setzero_si256(); 8];
-                for (x, sum) in (left..left + columns).zip(&mut sums) {
-                    let start = across.starts[x] as usize / 2;
-                    let pairs = &across.weights[x * across.pairs..][..across.pairs];
-                    *sum = filter_across(&tile[start..], pairs, across.precision);
-                }
-                let square = transpose_bytes(sums);
-                for (y, row) in square.into_iter().enumerate().take(rows) {
-                    let floats =
-                        _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(row)), _mm256_set1_ps(SCALE));
-                    let out = &mut out[(top + y) * size + left..][..columns];
-                    if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
-                        // SAFETY: eight floats.
-                        unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
-                    } else {
-                        let mut eight = [0.0; 8];
-                        // SAFETY: eight floats.
-                        unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), floats) };
-                        out.copy_from_slice(&eight[..columns]);
-                    }
+            let mut lines = [_mm_setzero_si128(); TILE];
+            for (y, line) in (top..top + rows).zip(&mut lines) {
+                let pairs = &down.weights[y * down.pairs..][..down.pairs];
+                *line =
+                    filter_down(&neighbours[down.starts[y] as usize - first..count], pairs, down.precision);
+            }
+            // Pairs of columns are transposed like numbers of 16 bits.
+            for (pair, tile) in transpose(lines).into_iter().zip(tile) {
+                // SAFETY: a tile's element is 32 bytes.
+                unsafe { _mm256_storeu_si256(tile.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(pair)) };
+            }
+        }
+        // The loops over so many weights without a counter.
+        match across.pairs {
+            2 => finish::<2>(across, tile, out, size),
+            3 => finish::<3>(across, tile, out, size),
+            4 => finish::<4>(across, tile, out, size),
+            5 => finish::<5>(across, tile, out, size),
+            6 => finish::<6>(across, tile, out, size),
+            _ => finish::<0>(across, tile, out, size),
+        }
+    }
+
+    /// Filters a tile across. `PAIRS`: pairs of weights of each column; 0: as the filter says.
+    #[target_feature(enable = "avx2")]
+    fn finish<const PAIRS: usize>(across: &Filter, tile: &[[i32; TILE]], out: &mut [f32], size: usize) {
+        let rows = out.len() / size;
+        let count = if PAIRS == 0 { across.pairs } else { PAIRS };
+        for left in (0..size).step_by(8) {
+            let columns = 8.min(size - left);
+            let mut sums = [_mm256_setzero_si256(); 8];
+            for (x, sum) in (left..left + columns).zip(&mut sums) {
+                let start = across.starts[x] as usize / 2;
+                let pairs = &across.weights[x * count..][..count];
+                *sum = filter_across(&tile[start..], pairs, across.precision);
+            }
+            let square = transpose_bytes(sums);
+            for (y, row) in square.into_iter().enumerate().take(rows) {
+                let floats =
+                    _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(row)), _mm256_set1_ps(SCALE));
+                let out = &mut out[y * size + left..][..columns];
+                if let Ok(out) = <&mut [f32; 8]>::try_from(&mut *out) {
+                    // SAFETY: eight floats.
+                    unsafe { _mm256_storeu_ps(out.as_mut_ptr(), floats) };
+                } else {
+                    let mut eight = [0.0; 8];
+                    // SAFETY: eight floats.
+                    unsafe { _mm256_storeu_ps(eight.as_mut_ptr(), floats) };
+                    out.copy_from_slice(&eight[..columns]);
                 }
             }
         }
@@ -297,27 +338,15 @@ mod x86 {
     /// Sixteen columns of one row of the view, 8 bits each.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn filter_down(
-        from: &[u8],
-        stride: usize,
-        column: usize,
-        start: usize,
-        last: usize,
-        pairs: &[i32],
-        precision: u32,
-    ) -> __m128i {
+    fn filter_down(neighbours: &[[[i32; 8]; 2]], pairs: &[i32], precision: u32) -> __m128i {
         let round = _mm256_set1_epi32(1 << (precision - 1));
         let (mut low, mut high) = (round, round);
-        for (p, &pair) in pairs.iter().enumerate() {
-            let (a, b) = ((start + 2 * p).min(last), (start + 2 * p + 1).min(last));
-            // SAFETY: rows up to `last` have OVERREAD bytes behind their part, which `plane` has checked.
-            let (a, b) = unsafe {
-                let at = from.as_ptr().add(column);
-                (_mm_loadu_si128(at.add(a * stride).cast()), _mm_loadu_si128(at.add(b * stride).cast()))
-            };
+        for (rows, &pair) in neighbours.iter().step_by(2).zip(pairs) {
             let weights = _mm256_set1_epi32(pair);
-            let first = _mm256_cvtepu8_epi16(_mm_unpacklo_epi8(a, b));
-            let second = _mm256_cvtepu8_epi16(_mm_unpackhi_epi8(a, b));
+            // SAFETY: 32 bytes each.
+            let (first, second) = unsafe {
+                (_mm256_loadu_si256(rows[0].as_ptr().cast()), _mm256_loadu_si256(rows[1].as_ptr().cast()))
+            };
             low = _mm256_add_epi32(low, _mm256_madd_epi16(first, weights));
             high = _mm256_add_epi32(high, _mm256_madd_epi16(second, weights));
         }
@@ -420,10 +449,14 @@ mod tests {
 
             let mut wide = vec![0.0; 3 * size * size];
             let area = Area::from(CropBox::whole(w as u32, h as u32));
-            work.resize(&planes, crop, area, how, mirror, &mut wide, size);
+            work.begin(&planes, crop, area, how, mirror, size);
+            for top in (0..size).step_by(TILE) {
+                work.rows(&planes, crop, top, TILE.min(size - top), size, &mut wide);
+            }
             let mut portable = vec![0.0; 3 * size * size];
             for (channel, out) in portable.chunks_exact_mut(size * size).enumerate() {
-                plane_portable(&mut work, planes.from(channel, crop), planes.stride, crop, out, size);
+                let from = Plane { pixels: planes.from(channel, crop), stride: planes.stride, part: crop };
+                tile_portable(&mut work, from, 0, out, size);
             }
             assert_eq!(wide, portable, "{case}");
             for (i, pixel) in expected.chunks_exact(3).enumerate() {

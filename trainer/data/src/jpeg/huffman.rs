@@ -19,7 +19,7 @@ pub(super) enum Class {
     Ac,
 }
 
-/// A decoded symbol, packed: bits 0–7 code and value bits together, 8–15 value bits, 16–23 run, 24–31 code bits.
+/// A decoded symbol, packed: bits 0–7 code and value bits together, 8–15 63 less the value bits, 16–23 run, 24–31 code bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Symbol(u32);
 
@@ -32,7 +32,7 @@ impl Symbol {
         if class == Class::Ac && size == 0 && run != 15 {
             run |= END_OF_BLOCK;
         }
-        Self((code_bits + size) | size << 8 | run << 16 | code_bits << 24)
+        Self((code_bits + size) | (63 - size) << 8 | run << 16 | code_bits << 24)
     }
 
     /// Bits of the code and of the value behind it, at most 31; 0 stands for "not in the lookup".
@@ -44,7 +44,7 @@ impl Symbol {
     /// Bits of the value.
     #[inline(always)]
     pub(super) fn size(self) -> u32 {
-        self.0 >> 8 & 0xFF
+        63 - (self.0 >> 8 & 63)
     }
 
     /// Zeros before the value, or with [`END_OF_BLOCK`] set.
@@ -65,8 +65,8 @@ impl Symbol {
     pub(super) fn value(self, window: u64) -> i32 {
         let top = window << self.code_bits();
         // All ones for a negative value.
-        let mask = !((top as i64) >> 63) as u64;
-        let magnitude = ((top ^ mask) >> 1) >> (63 - self.size());
+        let mask = (top >> 63).wrapping_sub(1);
+        let magnitude = ((top ^ mask) >> 1) >> (self.0 >> 8 & 63);
         (magnitude ^ mask).wrapping_sub(mask) as i32
     }
 }
