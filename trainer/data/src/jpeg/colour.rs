@@ -124,7 +124,7 @@ fn upsample(
             horizontal::<8, 7, 4>(sums, out);
         }
         (1, 2) => {
-            let bias = if y % 2 == 0 { 1 } else { 2 };
+            let bias = if y.is_multiple_of(2) { 1 } else { 2 };
             for ((out, &near), &far) in out.iter_mut().zip(near).zip(far()) {
                 *out = ((3 * u16::from(near) + u16::from(far) + bias) >> 2) as u8;
             }
