@@ -33,6 +33,9 @@ pub enum DataCommand {
         /// As one JSON array, an object a part
         #[arg(long)]
         json: bool,
+        /// Also write a contact sheet of up to 64 images, as PNG
+        #[arg(long, value_name = "FILE.png")]
+        sheet: Option<PathBuf>,
     },
     /// Prints the sample ids each rank gets, step by step
     Order(OrderArgs),
@@ -78,7 +81,13 @@ fn change(text: &str) -> Result<(u64, u32), String> {
 pub fn command(command: &DataCommand) -> Result<(), Failure> {
     match command {
         DataCommand::Verify { path, format } => verify(path, *format),
-        DataCommand::Stats { path, format, json } => stats(path, *format, *json),
+        DataCommand::Stats { path, format, json, sheet } => {
+            if let Some(sheet) = sheet {
+                let png = check::contact_sheet(path, *format).map_err(|error| error.with_key("DIR"))?;
+                std::fs::write(sheet, png).map_err(|error| Failure::io("write", sheet, &error))?;
+            }
+            stats(path, *format, *json)
+        }
         DataCommand::Order(args) => order(args),
     }
 }

@@ -65,7 +65,9 @@ fn shard_verify_stats() {
     assert_eq!(code, Some(0));
     let parts: Value = serde_json::from_str(&said).expect("JSON");
     assert_eq!(parts.as_array().expect("parts").len(), 2);
-    assert!(mentee(&["data", "stats", text(&out)]).1.contains("30 images"));
+    let sheet = out.with_file_name("sheet.png");
+    assert!(mentee(&["data", "stats", text(&out), "--sheet", text(&sheet)]).1.contains("30 images"));
+    assert!(fs::read(&sheet).unwrap().starts_with(b"\x89PNG"));
 
     // Nothing is overwritten.
     let (code, _, err) = mentee(&["shard", text(&data), "--out", text(&out)]);

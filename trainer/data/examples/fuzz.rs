@@ -1,7 +1,7 @@
 //! Feeds damaged files to everything that reads files: `fuzz TARGET [EXECUTIONS] [SEED]`, TARGET one of jpeg, image, tar, index.
 //!
 //! Starts from small valid files and the hostile ones of the tests, changes, cuts, repeats and splices bytes, and counts what is
-//! accepted and refused. A panic or an execution of more than a second ends it and leaves the file in `fuzz-TARGET.bin`.
+//! accepted and refused. A panic or an execution of more than five seconds ends it and leaves the file in `fuzz-TARGET.bin`.
 //! Deterministic: the same seed does the same.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -51,7 +51,7 @@ fn main() {
         let outcome = catch_unwind(AssertUnwindSafe(|| run(&file)));
         let took = began.elapsed();
         slowest = slowest.max(took);
-        if outcome.is_err() || took > Duration::from_secs(1) {
+        if outcome.is_err() || took > Duration::from_secs(5) {
             let name = format!("fuzz-{target}.bin");
             std::fs::write(&name, &file).expect("writable");
             println!("execution {execution}: {outcome:?} after {took:?}: see {name}");

@@ -4,11 +4,12 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use mentee_config::recipe::DataFormat;
+use mentee_config::recipe::{DataFormat, Interpolation};
 use serde::Serialize;
 
-use crate::decode::RgbImage;
+use crate::decode::{CropBox, PlanarImage, RgbImage, encode_png};
 use crate::error::DataError;
+use crate::resize::{Area, Resizer, TILE};
 use crate::source::{self, Reader, Source};
 use crate::tar::TarShards;
 
@@ -128,6 +129,62 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
         decoded,
         digest: source.digest(),
     })
+}
+
+/// Images across and down a contact sheet, and the side of each, pixels.
+const SHEET: u32 = 8;
+const THUMB: u32 = 96;
+
+/// A contact sheet as a PNG file: up to 64 images, evenly spaced over all parts, the centre square of each.
+///
+/// # Errors
+/// [`DataError`]: nothing there, or an image among them is damaged.
+pub fn contact_sheet(path: &Path, format: DataFormat) -> Result<Vec<u8>, DataError> {
+    let sources = parts(path, format)?
+        .into_iter()
+        .map(|(_, (path, format))| source::open_as(&path, format, None))
+        .collect::<Result<Vec<_>, _>>()?;
+    let total: u64 = sources.iter().map(|source| source.len()).sum();
+    let count = total.min(u64::from(SHEET * SHEET));
+    let columns = (count.isqrt() + u64::from(count.isqrt().pow(2) < count)).max(1) as u32;
+    let (width, height) = (columns * THUMB, (count as u32).div_ceil(columns) * THUMB);
+    let mut sheet = vec![255u8; (width * height * 3) as usize];
+    let (mut reader, mut planes, mut resizer) =
+        (Reader::default(), PlanarImage::default(), Resizer::default());
+    let side = THUMB as usize;
+    let mut thumb = vec![0.0; 3 * side * side];
+    for i in 0..count {
+        let mut index = i * total / count;
+        let mut sources = sources.iter();
+        let source = loop {
+            match sources.next() {
+                Some(source) if index < source.len() => break source,
+                Some(source) => index -= source.len(),
+                None => unreachable!("an index below the sum of the lengths"),
+            }
+        };
+        let square = |width: u32, height: u32| {
+            let side = width.min(height);
+            CropBox { x: (width - side) / 2, y: (height - side) / 2, width: side, height: side }
+        };
+        reader.part(&**source, index, square, &mut planes)?;
+        let part = planes.part;
+        let area = Area::from(CropBox::whole(part.width, part.height));
+        resizer.begin(&planes, part, area, Interpolation::Bicubic, false, side);
+        for top in (0..side).step_by(TILE) {
+            resizer.rows(&planes, part, top, TILE.min(side - top), side, &mut thumb);
+        }
+        let (left, top) = (i as usize % columns as usize * side, i as usize / columns as usize * side);
+        for y in 0..side {
+            let row = &mut sheet[((top + y) * width as usize + left) * 3..][..3 * side];
+            for (x, pixel) in row.chunks_exact_mut(3).enumerate() {
+                for (c, value) in pixel.iter_mut().enumerate() {
+                    *value = (thumb[(c * side + y) * side + x] * 255.0).round() as u8;
+                }
+            }
+        }
+    }
+    encode_png(width, height, &sheet).map_err(|reason| DataError::bad_file(path, reason))
 }
 
 /// Sums of each channel's values and of their squares, values in [0, 1].

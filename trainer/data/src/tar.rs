@@ -452,11 +452,8 @@ fn number(field: &[u8]) -> Option<u64> {
         if field[0] != 0x80 {
             return None; // negative, or beyond 2^64
         }
-        let (high, low) = field[1..].split_at(field.len() - 9);
-        return high
-            .iter()
-            .all(|&b| b == 0)
-            .then(|| low.iter().fold(0u64, |value, &b| value << 8 | u64::from(b)));
+        // Of any length: a checksum's field is shorter than the number could be.
+        return field[1..].iter().try_fold(0u64, |value, &b| Some(value.checked_mul(256)? | u64::from(b)));
     }
     let digits = field.split(|&b| b == 0).next().unwrap_or_default().trim_ascii();
     if digits.is_empty() {
