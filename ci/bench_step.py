@@ -4,6 +4,9 @@ A step is what the official code does: two forwards of the student (encoder, pro
 (encoder, projector; train mode, no gradients), the loss summed over both directions, backward, the optimizer, the moving
 average. The views are drawn once and stay in memory: no data loading is measured on either side.
 
+Started by torchrun, several processes share the batch: DistributedDataParallel over gloo, batch norms over each process's
+own part, every process's gradient a mean over its part and those averaged.
+
 Prints one JSON object: images_per_s, step_ms (median), n (steps measured), peak_rss_mb, loss (of the last step).
 """
 
@@ -11,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import resource
 import statistics
 import time
@@ -120,12 +124,23 @@ class Lars(torch.optim.Optimizer):
                 p.add_(m, alpha=-group["lr"])
 
 
+class Online(nn.Module):
+    """What is trained: both views through student and predictor, in one call, as DistributedDataParallel wants it."""
+
+    def __init__(self, student, predictor):
+        super().__init__()
+        self.student, self.predictor = student, predictor
+
+    def forward(self, *views):
+        return [self.predictor(self.student(view)) for view in views]
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--backbone", choices=sorted(BACKBONES), default="resnet20")
     arguments.add_argument("--stem", choices=("cifar", "imagenet"), default="cifar")
     arguments.add_argument("--size", type=int, default=32, help="side of a view, pixels")
-    arguments.add_argument("--batch", type=int, default=128, help="samples a step; each gives two views")
+    arguments.add_argument("--batch", type=int, default=128, help="samples a step, of all processes; each gives two views")
     arguments.add_argument("--projector-hidden", type=int, default=512)
     arguments.add_argument("--projector-out", type=int, default=128)
     arguments.add_argument("--predictor-hidden", type=int, default=512)
@@ -144,6 +159,13 @@ def main():
     student = nn.Sequential(encoder, head(features, a.projector_hidden, a.projector_out))
     student.to(memory_format=layout)
     predictor = head(a.projector_out, a.predictor_hidden, a.projector_out)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if a.batch % world != 0:
+        raise SystemExit(f"error: --batch {a.batch} cannot be shared by {world} processes")
+    predict = Online(student, predictor)
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
+        predict = nn.parallel.DistributedDataParallel(predict, gradient_as_bucket_view=True)
     teacher = copy.deepcopy(student).requires_grad_(False)
     online, moving = list(student.parameters()), list(teacher.parameters())
 
@@ -152,12 +174,12 @@ def main():
         optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9, weight_decay=5e-4, foreach=True)
     else:
         optimizer = Lars(parameters, lr=0.2, momentum=0.9, weight_decay=1.5e-6, eta=1e-3)
-    views = [torch.randn(a.batch, 3, a.size, a.size).contiguous(memory_format=layout) for _ in range(2)]
+    views = [torch.randn(a.batch // world, 3, a.size, a.size).contiguous(memory_format=layout) for _ in range(2)]
     tau = 0.996
 
     def step():
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.precision == "bf16"):
-            p1, p2 = (predictor(student(view)) for view in views)
+            p1, p2 = predict(*views)
             with torch.no_grad():
                 z1, z2 = (teacher(view) for view in views)
         loss = 4 - 2 * (
@@ -180,6 +202,11 @@ def main():
     if not math.isfinite(loss):
         raise SystemExit(f"error: the loss became {loss}; these times mean nothing")
     median = statistics.median(times)
+    if world > 1:
+        first = torch.distributed.get_rank() == 0
+        torch.distributed.destroy_process_group()
+        if not first:
+            return
     print(
         json.dumps(
             {

@@ -49,6 +49,22 @@ pub fn is_loader(arguments: &[OsString]) -> bool {
     arguments.first().is_some_and(|first| first == "loader")
 }
 
+/// How many workers the arguments of `bench` ask for; what cannot be read is left to the worker to refuse.
+pub fn workers(arguments: &[OsString]) -> u32 {
+    let mut words = arguments.iter().filter_map(|word| word.to_str());
+    while let Some(word) = words.next() {
+        let value = match word.split_once('=') {
+            Some(("--workers", value)) => Some(value),
+            None if word == "--workers" => words.next(),
+            _ => None,
+        };
+        if let Some(value) = value {
+            return value.parse().unwrap_or(1);
+        }
+    }
+    1
+}
+
 /// `mentee bench loader …`; `arguments` begin with `loader`. Returns the exit code of the argument parser when that has
 /// said all there is to say.
 ///
@@ -109,5 +125,20 @@ fn print(report: &LoaderReport, json: bool) {
             "{} decode threads: {:.0} images/s, {:.0} per CPU-second",
             line.threads, line.images_per_s, line.images_per_cpu_s
         );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_wherever_they_stand() {
+        let of = |line: &str| workers(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
+        assert_eq!(of("step --steps 3 --workers 2 --json"), 2);
+        assert_eq!(of("allreduce --workers=4"), 4);
+        assert_eq!(of("step"), 1);
+        assert_eq!(of("step --workers many"), 1);
+        assert_eq!(of("step --workers"), 1);
     }
 }

@@ -123,20 +123,21 @@ pub fn choose(engine: Engine, workers: u32, allocation: Option<&Allocation>) -> 
     }
 }
 
-/// The command line for `workers` workers with `arguments` each.
+/// The command line for `workers` workers with `arguments` each; without an address they have no coordinator.
 pub fn command_line(
     engine: Engine,
     workers: u32,
     tools: &Tools,
     layout: &Layout,
-    address: &CoordinatorAddress,
+    address: Option<&CoordinatorAddress>,
     arguments: &[OsString],
 ) -> CommandLine {
-    let mut set = vec![
-        (COORDINATOR, address.host_port.clone()),
-        (TOKEN, address.token.clone()),
-        (GENERATION, address.generation.to_string()),
-    ];
+    let mut set: Vec<(&'static str, String)> = Vec::new();
+    if let Some(address) = address {
+        set.push((COORDINATOR, address.host_port.clone()));
+        set.push((TOKEN, address.token.clone()));
+        set.push((GENERATION, address.generation.to_string()));
+    }
     let clear: Vec<&'static str> = identity::variables().collect();
     let (program, mut all): (PathBuf, Vec<OsString>) = match engine {
         Engine::Direct | Engine::Auto => {
@@ -160,7 +161,7 @@ pub fn command_line(
                     if tools.root {
                         all.push("--allow-run-as-root".into());
                     }
-                    for variable in [COORDINATOR, TOKEN, GENERATION] {
+                    for (variable, _) in &set {
                         all.extend([OsString::from("-x"), variable.into()]);
                     }
                 }
@@ -287,7 +288,7 @@ mod tests {
             workers,
             &tools,
             layout,
-            &address,
+            Some(&address),
             &["p.toml".into(), "--run-dir".into(), "r".into()],
         );
         assert!(command.set.contains(&(COORDINATOR, "h:1".to_owned())));

@@ -30,6 +30,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 use mentee_config::exit_code;
 
+use crate::engine::{Engine, Layout};
 use crate::failure::Failure;
 
 /// Pretrains vision backbones without labels: BYOL and SimSiam, on one CPU or many machines, on the same loss curve.
@@ -135,23 +136,36 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Status { run, json } => status::command(&run, json)?,
         Command::Logs(args) => logs::command(&args)?,
         Command::Place(args) => place::command(&args)?,
-        Command::Eval(forwarded) => return Err(forward("eval", &forwarded)),
+        Command::Eval(forwarded) => return Err(forward("eval", &forwarded, 1)),
         Command::Bench(forwarded) if bench::is_loader(&forwarded.arguments) => {
             return Ok(bench::command(&forwarded.arguments)?.unwrap_or(exit_code::DONE));
         }
-        Command::Bench(forwarded) => return Err(forward("bench", &forwarded)),
+        Command::Bench(forwarded) => {
+            let workers = bench::workers(&forwarded.arguments);
+            return Err(forward("bench", &forwarded, workers));
+        }
     }
     Ok(exit_code::DONE)
 }
 
-/// Becomes `mentee-worker COMMAND ARGUMENTS`; returns only when that cannot be.
-fn forward(command: &str, forwarded: &Forwarded) -> Failure {
-    let worker = match engine::find_worker() {
-        Ok(worker) => worker,
+/// Becomes `mentee-worker COMMAND ARGUMENTS`, or the `mpirun` of several; returns only when that cannot be.
+fn forward(command: &str, forwarded: &Forwarded, workers: u32) -> Failure {
+    let mut arguments = vec![OsString::from(command)];
+    arguments.extend_from_slice(&forwarded.arguments);
+    let engine = if workers > 1 { Engine::Mpirun } else { Engine::Direct };
+    let line = match engine::find_tools(engine, &[]) {
+        Ok(tools) => {
+            let layout = Layout { nodes: 1, left_out: Vec::new() };
+            engine::command_line(engine, workers, &tools, &layout, None, &arguments)
+        }
         Err(failure) => return failure,
     };
-    let error = std::process::Command::new(&worker).arg(command).args(&forwarded.arguments).exec();
-    Failure::failed(format!("cannot start {}: {error}", worker.display()))
+    let mut command = std::process::Command::new(&line.program);
+    for name in &line.clear {
+        command.env_remove(name);
+    }
+    let error = command.args(&line.arguments).envs(line.set).exec();
+    Failure::failed(format!("cannot start {}: {error}", line.program.display()))
 }
 
 fn code(exit_code: i32) -> ExitCode {

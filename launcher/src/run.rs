@@ -323,7 +323,7 @@ impl Shell<'_> {
             self.job.workers,
             &self.job.tools,
             &self.job.layout,
-            &address,
+            Some(&address),
             &arguments,
         );
         let mut command = Command::new(&line.program);

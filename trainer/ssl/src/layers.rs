@@ -1,7 +1,7 @@
 //! Layers are descriptions; a [`Pass`] runs them on one set of weights. So the student and the teacher are the same
 //! network on two buffers.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use mentee_torch_ext::{self as ext, StatReduce};
 use tch::{Kind, Tensor};
@@ -18,12 +18,15 @@ pub const NORM_MOMENTUM: f64 = 0.1;
 pub struct Pass<'a> {
     weights: &'a Weights,
     mode: Mode<'a>,
+    /// Whether the views pass through the networks one after the other.
+    apart: bool,
 }
 
 enum Mode<'a> {
     Train {
         stats: RefCell<&'a mut Stats>,
-        views: i64,
+        /// How many are stacked along the batch.
+        views: Cell<i64>,
         reduce: Option<&'a StatReduce>,
     },
     /// Trains with the running statistics as they are.
@@ -43,17 +46,42 @@ impl<'a> Pass<'a> {
         views: i64,
         reduce: Option<&'a StatReduce>,
     ) -> Self {
-        Self { weights, mode: Mode::Train { stats: RefCell::new(stats), views, reduce } }
+        Self::new(weights, Mode::Train { stats: RefCell::new(stats), views: Cell::new(views), reduce })
     }
 
     /// Normalises by the running statistics, which stay as they are; differentiable.
     pub fn frozen(weights: &'a Weights, stats: &'a Stats) -> Self {
-        Self { weights, mode: Mode::Frozen { stats } }
+        Self::new(weights, Mode::Frozen { stats })
     }
 
     /// Normalises by the running statistics; keeps no graph through the norms.
     pub fn eval(weights: &'a Weights, stats: &'a Stats) -> Self {
-        Self { weights, mode: Mode::Eval { stats } }
+        Self::new(weights, Mode::Eval { stats })
+    }
+
+    fn new(weights: &'a Weights, mode: Mode<'a>) -> Self {
+        Self { weights, mode, apart: false }
+    }
+
+    /// Lets the views pass one after the other.
+    pub fn views_apart(&mut self) {
+        self.apart = true;
+    }
+
+    /// What `network` makes of the views [V·N, …], together or one after the other.
+    pub fn run(
+        &self,
+        views: &Tensor,
+        network: impl Fn(&Tensor) -> Result<Tensor, SslError>,
+    ) -> Result<Tensor, SslError> {
+        let Mode::Train { views: count, .. } = &self.mode else { return network(views) };
+        if !self.apart {
+            return network(views);
+        }
+        let all = count.replace(1);
+        let parts = views.f_chunk(all, 0)?.iter().map(network).collect::<Result<Vec<_>, _>>();
+        count.set(all);
+        Ok(Tensor::f_cat(&parts?, 0)?)
     }
 
     /// The type activations have.
@@ -145,7 +173,7 @@ impl Norm {
         let norm = ext::Norm { affine, eps: NORM_EPS, relu };
         match &pass.mode {
             Mode::Train { stats, views, reduce } => {
-                let (y, batch) = ext::batch_norm_train(x, norm, residual, *views, *reduce)?;
+                let (y, batch) = ext::batch_norm_train(x, norm, residual, views.get(), *reduce)?;
                 stats.borrow_mut().update(self.stat, &batch, NORM_MOMENTUM);
                 Ok(y)
             }

@@ -46,6 +46,8 @@ pub struct State {
     pub teacher: Option<Network>,
     /// Momentum.
     pub optimizer: Optimizer,
+    /// Whether both views pass through a network together. Apart they give the same numbers (up to rounding), slower.
+    pub one_pass: bool,
 }
 
 /// The types that a precision means.
@@ -86,7 +88,7 @@ impl State {
             }
         };
         let optimizer = Optimizer::new(&recipe.optimizer, &student.weights);
-        Ok(Self { student, gradients, teacher, optimizer })
+        Ok(Self { student, gradients, teacher, optimizer, one_pass: true })
     }
 
     /// The loss of a batch [V·N, 3, H, W] of this rank: its samples' part of the mean over the global batch. Batch-norm
@@ -99,8 +101,12 @@ impl State {
         statistics: NormStatistics,
         reduce: Option<&StatReduce>,
     ) -> Result<StepLoss, SslError> {
-        let student = self.student.pass(statistics, reduce);
-        let teacher = self.teacher.as_mut().map(|teacher| teacher.pass(statistics, reduce));
+        let mut student = self.student.pass(statistics, reduce);
+        let mut teacher = self.teacher.as_mut().map(|teacher| teacher.pass(statistics, reduce));
+        if !self.one_pass {
+            student.views_apart();
+            teacher.iter_mut().for_each(Pass::views_apart);
+        }
         method.loss(&student, teacher.as_ref(), views, global_batch)
     }
 

@@ -27,9 +27,22 @@ pub struct AllreduceArgs {
     /// About how long each size is measured, seconds.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
+    /// How many ranks take part; `mentee bench` starts them.
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
     /// One JSON object a size.
     #[arg(long)]
     json: bool,
+}
+
+/// What makes a step fast and can be left out. (A message a tensor instead of large buckets is
+/// `--set parallel.bucket_mib=1e-9`.)
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Gain {
+    /// Sums gradients after the backward pass instead of beside it.
+    Overlap,
+    /// Passes the two views through each network one after the other.
+    OnePass,
 }
 
 /// `bench step`
@@ -47,6 +60,12 @@ pub struct StepArgs {
     /// Steps before those.
     #[arg(long, default_value_t = 3)]
     warmup: u64,
+    /// How many ranks share the batch; `mentee bench` starts them.
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+    /// Leaves out what makes the step fast, to see what it buys.
+    #[arg(long, value_enum, value_name = "WHAT")]
+    without: Vec<Gain>,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -74,6 +93,16 @@ struct Breakdown {
     update: f64,
 }
 
+/// That there are as many ranks as asked for.
+fn check_workers(workers: Option<u32>, place: &setup::Place) -> Result<(), WorkerError> {
+    match (workers, place.identity.world_size) {
+        (Some(workers), started) if workers != started => Err(WorkerError::Usage(format!(
+            "--workers {workers}, but this is one of {started} ranks: start it as `mentee bench … --workers {workers}`"
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// Runs a benchmark.
 pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
     let place = setup::place()?;
@@ -91,6 +120,7 @@ pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
 }
 
 fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerError> {
+    check_workers(args.workers, place)?;
     let rows = bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
         .map_err(|source| WorkerError::Collective { step: 0, source })?;
     if place.identity.rank != 0 {
@@ -110,6 +140,7 @@ fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerEr
 }
 
 fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
+    check_workers(args.workers, place)?;
     let (identity, collectives) = (place.identity, &place.collectives);
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
     let batch = recipe.schedule.global_batch;
@@ -117,6 +148,7 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let recipe = &plan.recipe;
     setup::threads(recipe, &identity);
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    state.one_pass = !args.without.contains(&Gain::OnePass);
     let mut reducer = GradientReducer::new(collectives, &mut state, recipe.parallel.bucket_mib)?;
     let stat_reduce = setup::stat_reduce(recipe, collectives);
     let schedule = mentee_ssl::Schedule::new(&plan);
@@ -135,7 +167,9 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         let rates = schedule.at(n);
         let start = Instant::now();
         reducer.begin(&mut state.gradients, None).map_err(at_step)?;
-        reducer.last_pass();
+        if !args.without.contains(&Gain::Overlap) {
+            reducer.last_pass();
+        }
         let out = state
             .loss(&*method, &views, batch, recipe.parallel.norm_statistics, stat_reduce.as_ref())
             .map_err(at_step)?;

@@ -26,13 +26,13 @@ pub struct Networks {
 impl Networks {
     /// z: [V·N, 3, H, W] to [V·N, D].
     pub fn project(&self, pass: &Pass, views: &Tensor) -> Result<Tensor, SslError> {
-        self.projector.forward(pass, &self.backbone.forward(pass, views)?)
+        pass.run(views, |views| self.projector.forward(pass, &self.backbone.forward(pass, views)?))
     }
 
     /// p: [V·N, D] to [V·N, D]; the projection itself without a predictor.
     pub fn predict(&self, pass: &Pass, z: &Tensor) -> Result<Tensor, SslError> {
         match &self.predictor {
-            Some(predictor) => predictor.forward(pass, z),
+            Some(predictor) => pass.run(z, |z| predictor.forward(pass, z)),
             None => Ok(z.shallow_clone()),
         }
     }
