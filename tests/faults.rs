@@ -66,3 +66,20 @@ fn a_skipped_bucket_is_an_error_that_names_both_calls() {
     assert!(outcome.stderr.contains("step 2: ") && outcome.stderr.contains("gradients"), "{told}");
     assert!(outcome.stderr.contains("rank 0 wants") || outcome.stderr.contains("rank 1"), "{told}");
 }
+
+#[test]
+fn a_skipped_bucket_ends_the_run_also_when_calls_are_not_compared() {
+    let _machine = machine();
+    // The last bucket: the other rank waits for it, and nothing else is sent that it could take for it.
+    let dir = temp_dir();
+    let sets = ["parallel.bucket_mib=0.05", "parallel.timeout_s=3"];
+    let outcome = run(dir.path(), 2, "skip-bucket:rank=1,step=2,bucket=last", &sets);
+    let told = outcome.told();
+    assert_ne!(outcome.code, Some(0), "{told}");
+    // Rank 0 waits in its last bucket, rank 1 in what comes after it; who loses patience first ends both.
+    let rank_0 =
+        "on lane gradients) failed on rank 0 of 2: waited 3.0 s for rank 1; see in its log what it was doing";
+    let rank_1 = "failed on rank 1 of 2: waited 3.0 s for rank 0; see in its log what it was doing";
+    assert!(outcome.stderr.contains(rank_0) || outcome.stderr.contains(rank_1), "{told}");
+    assert_eq!(losses(&dir.path().join("run")).keys().copied().collect::<Vec<_>>(), [1, 2]);
+}

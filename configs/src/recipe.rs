@@ -364,6 +364,8 @@ pub struct Parallel {
     pub check_every_steps: u64,
     /// Ranks compare every collective call before they make it.
     pub check_collectives: bool,
+    /// Seconds a rank waits for the others in one collective call before it gives up.
+    pub timeout_s: f64,
     /// Compute threads per rank; 0 = the cores this rank may use.
     pub threads: u64,
     /// Decode threads per rank; 0 = the cores this rank may use.

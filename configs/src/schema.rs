@@ -253,6 +253,10 @@ pub(crate) const KEYS: &[Key] = &[
         "ranks compare digests of student and teacher; 0 = off", "ours"),
     key("parallel.check_collectives", Kind::Switch, Decides::No, "",
         "ranks compare every collective call before they make it: slower, for finding bugs", "ours"),
+    key("parallel.timeout_s", Kind::Real(POSITIVE), Decides::No, "seconds",
+        "how long a rank waits for the others in one collective call before the run is ended with an error; longer \
+         than any one of them may take over a step, a checkpoint or an evaluation",
+        "10 minutes in `torch.distributed`"),
     key("parallel.threads", THREADS, Decides::No, "threads per rank",
         "compute; 0 = the cores this rank may use", "ours"),
     key("parallel.decode_threads", THREADS, Decides::No, "threads per rank",

@@ -1,12 +1,15 @@
 //! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose
 //! when asked to. `tests/mpi.rs` runs it under mpirun.
 //!
-//! `mpi_check sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | abort RANK CODE | expect RANK WORLD`
+//! `mpi_check sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | sleep RANK | abort RANK CODE | expect RANK WORLD`
 
 use std::{env, process::ExitCode, sync::mpsc, thread, time::Duration};
 
 use mentee_collectives::{
-    Buffer, CollectiveError, Collectives, ErrorKind, StartError, checked::Checked, mpi::Mpi, threads,
+    Buffer, CollectiveError, Collectives, ErrorKind, StartError,
+    checked::Checked,
+    mpi::{self, Mpi},
+    threads,
 };
 
 fn main() -> ExitCode {
@@ -88,6 +91,17 @@ fn main() -> ExitCode {
                 return ExitCode::from(3);
             }
             group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE)
+        }
+        "sleep" => {
+            // One rank never comes to the call that the others make, on a lane.
+            let lane = group.lane("gradients").expect("lane");
+            mpi::set_patience(Duration::from_millis(500));
+            if chosen {
+                thread::sleep(Duration::from_secs(600));
+            }
+            lane.all_reduce_sum((&mut vec![0f32; 100_000]).into())
+                .map(|()| ExitCode::SUCCESS)
+                .unwrap_or(ExitCode::FAILURE)
         }
         "abort" => {
             if chosen {

@@ -68,11 +68,11 @@ pub struct CollectiveError {
 #[non_exhaustive]
 pub enum ErrorKind {
     /// Not all ranks arrived in time.
-    #[error("waited {waited:?} for rank {}; see what it was doing in its log", list(missing))]
+    #[error("waited {:.1} s for {}; see in its log what it was doing", waited.as_secs_f64(), absent(missing))]
     Timeout {
         /// How long this rank waited.
         waited: Duration,
-        /// The ranks that had not arrived.
+        /// The ranks that had not arrived; empty when it is not known which.
         missing: Vec<u32>,
     },
     /// A peer reported that it cannot go on.
@@ -137,6 +137,10 @@ pub enum ErrorKind {
 
 fn on_lane(lane: &Option<String>) -> String {
     lane.as_ref().map(|name| format!(" on lane {name}")).unwrap_or_default()
+}
+
+fn absent(ranks: &[u32]) -> String {
+    if ranks.is_empty() { "another rank".to_owned() } else { format!("rank {}", list(ranks)) }
 }
 
 fn list(ranks: &[u32]) -> String {

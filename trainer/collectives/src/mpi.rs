@@ -2,10 +2,12 @@
 //!
 //! # What MPI can and cannot tell
 //!
-//! A failed or absent peer does not surface here as an error: most MPI libraries wait forever or end the
+//! A failed or absent peer does not surface here as an error of MPI's: most MPI libraries wait forever or end the
 //! process. Who starts the ranks has to be the failure detector. What is done here so that nothing hangs by
 //! itself:
 //!
+//! - a wait ends after [`patience`] with an error that names the ranks waited for. MPI cannot be made to give back
+//!   the memory it was to fill, so the error is printed and the whole world ends;
 //! - a panic on any thread ends the whole world (`MPI_Abort`) after its message was printed, with
 //!   [`PANIC_EXIT_CODE`];
 //! - dropping [`Mpi`] does **not** shut MPI down, because `MPI_Finalize` waits for all ranks. A rank that
@@ -37,6 +39,25 @@
 //! and the same bits everywhere. Long messages go in pieces that stay in the processor's cache; that also
 //! keeps every count within MPI's `int`. A few pieces are under way at a time, so that one is added up while the
 //! next arrive. Short messages are gathered whole by everyone and added locally: one exchange instead of two.
+
+use std::{
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+/// In milliseconds; see [`patience`].
+static PATIENCE: AtomicU64 = AtomicU64::new(600_000);
+
+/// How long an operation waits for other ranks before it fails; ten minutes unless [`set_patience`] says otherwise.
+pub fn patience() -> Duration {
+    Duration::from_millis(PATIENCE.load(Ordering::Relaxed))
+}
+
+/// Sets [`patience`] for all groups and lanes of this process, from their next wait on. It must cover everything that
+/// one rank does while the others wait for it.
+pub fn set_patience(patience: Duration) {
+    PATIENCE.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
 
 /// The exit code of the ranks that a panic on one of them ends.
 pub const PANIC_EXIT_CODE: i32 = 1;

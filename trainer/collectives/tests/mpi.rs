@@ -201,6 +201,27 @@ fn a_rank_that_leaves_by_an_error_does_not_hang_in_finalize() {
 
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
+fn a_rank_that_does_not_come_is_named_and_all_end() {
+    for ranks in [2, 3] {
+        let Some(outcome) = world(ranks, &["sleep", "1"]) else { return };
+        assert_eq!(outcome.code, Some(1), "{outcome}");
+        let (call, message) = (
+            format!("error: all-reduce (call 0 on lane gradients) failed on rank 0 of {ranks}: waited "),
+            " s for rank 1; see in its log what it was doing; ending all ranks",
+        );
+        let stderr = &outcome.stderr;
+        // Of three ranks, the third may lose its patience first, and waits for the first two.
+        assert!(ranks == 3 || stderr.contains(&call) && stderr.contains(message), "{outcome}");
+        assert!(
+            stderr.contains("waited 0.5 s for rank ") && stderr.contains("on lane gradients"),
+            "{outcome}"
+        );
+        assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
+    }
+}
+
+#[test]
+#[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn abort_ends_all_with_its_code() {
     let Some(outcome) = world(2, &["abort", "0", "4"]) else { return };
     assert_eq!(outcome.code, Some(4), "{outcome}");

@@ -3,7 +3,7 @@
 //! ```text
 //! flip:rank=1,step=17,tensor=teacher.backbone.conv1.weight   inverts one bit after the update of that step
 //! nan:rank=0,step=5                                          puts a NaN into the first gradient bucket
-//! skip-bucket:rank=1,step=9,bucket=0                         leaves out one all-reduce
+//! skip-bucket:rank=1,step=9,bucket=0                         leaves out one all-reduce; `bucket=last`: the last
 //! ```
 
 use mentee_ssl::State;
@@ -14,12 +14,15 @@ use crate::error::WorkerError;
 /// The variable.
 const VARIABLE: &str = "MENTEE_FAULTS";
 
+/// The number that stands for the last bucket.
+pub const LAST: usize = usize::MAX;
+
 /// What goes wrong with one step's gradient.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GradientFault {
     /// A NaN in the first bucket.
     Nan,
-    /// This bucket is not summed.
+    /// This bucket is not summed; [`LAST`]: the last of them.
     SkipBucket(usize),
 }
 
@@ -100,7 +103,10 @@ fn entry(text: &str) -> Result<Fault, String> {
     let kind = match kind.trim() {
         "flip" => Kinds::Flip { tensor: field("tensor")?.to_owned() },
         "nan" => Kinds::Gradient(GradientFault::Nan),
-        "skip-bucket" => Kinds::Gradient(GradientFault::SkipBucket(number("bucket")? as usize)),
+        "skip-bucket" => Kinds::Gradient(GradientFault::SkipBucket(match field("bucket")? {
+            "last" => LAST,
+            _ => number("bucket")? as usize,
+        })),
         other => return Err(format!("`{other}` is none of flip, nan, skip-bucket")),
     };
     Ok(Fault { rank: number("rank")? as u32, step: number("step")?, kind })

@@ -25,7 +25,7 @@ use mentee_ssl::{SslError, State};
 use mentee_torch_ext::{FlatSlice, SharedFlat};
 
 use crate::error::WorkerError;
-use crate::faults::GradientFault;
+use crate::faults::{GradientFault, LAST};
 
 /// The first bucket has at most so many MiB, so that communication starts early.
 const FIRST_BUCKET_MIB: f64 = 1.0;
@@ -230,6 +230,11 @@ impl GradientReducer {
     pub fn begin(&mut self, gradients: &mut Gradients, fault: Option<GradientFault>) -> Result<(), SslError> {
         let mut round = lock(&self.round);
         round.begin();
+        let last = round.buckets.len() - 1;
+        let fault = match fault {
+            Some(GradientFault::SkipBucket(LAST)) => Some(GradientFault::SkipBucket(last)),
+            fault => fault,
+        };
         round.fault = fault;
         drop(round);
         if let Some(lane) = &mut self.lane {

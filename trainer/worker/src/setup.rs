@@ -4,10 +4,11 @@
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mentee_cluster::{Identity, Phase, identity};
 use mentee_collectives::checked::Checked;
-use mentee_collectives::mpi::Mpi;
+use mentee_collectives::mpi::{self, Mpi};
 use mentee_collectives::{Buffer, Collectives, Single};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
@@ -116,6 +117,7 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
     let Place { identity, collectives } = place;
     let local = agree::together(&**collectives, local(args, identity))?;
+    mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     logging::start(&local.run_dir, identity.rank)?;
     let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
     let mut reporter = Reporter::connect(identity, &**collectives, &plan_hash, &data_digest)?;

@@ -99,6 +99,9 @@ struct Scratch {
     u8: Vec<u8>,
 }
 
+/// Makes the whole message of an operation's failure.
+type Report<'a> = dyn Fn(&ErrorKind) -> String + 'a;
+
 /// A type that both this crate and MPI know.
 trait MpiElement: Element {
     fn datatype() -> ffi::MPI_Datatype;
@@ -181,46 +184,58 @@ impl Mpi {
     fn operate<R>(
         &self,
         operation: Operation,
-        work: impl FnOnce(&mut Scratch) -> Result<R, ErrorKind>,
+        work: impl FnOnce(&mut Scratch, &Report<'_>) -> Result<R, ErrorKind>,
     ) -> Result<R, CollectiveError> {
         let mut scratch = self.line.turn();
         let call = self.line.calls.fetch_add(1, Ordering::Relaxed);
-        // Also for those that have nothing to send.
-        let running = if self.world.library.lock().is_some() { Ok(()) } else { Err(ErrorKind::Finished) };
-        running.and_then(|()| work(&mut scratch)).map_err(|kind| CollectiveError {
+        let failed = |kind| CollectiveError {
             operation,
             call,
             lane: self.line.name.clone(),
             rank: self.world.rank,
             world_size: self.world.world_size,
             kind,
-        })
+        };
+        // Also for those that have nothing to send.
+        let running = if self.world.library.lock().is_some() { Ok(()) } else { Err(ErrorKind::Finished) };
+        let report = |kind: &ErrorKind| failed(kind.clone()).to_string();
+        running.and_then(|()| work(&mut scratch, &report)).map_err(failed)
     }
 
-    fn requests(&self) -> Requests<'_> {
-        Requests::new(&self.world.library, self.line.comm, self.line.polling)
+    fn requests<'a>(&'a self, report: &'a Report<'a>) -> Requests<'a> {
+        Requests::new(&self.world.library, self.line.comm, self.line.polling, report)
     }
 
-    fn sum<T: MpiElement>(&self, scratch: &mut Scratch, slice: &mut [T]) -> Result<(), ErrorKind> {
+    fn sum<T: MpiElement>(
+        &self,
+        scratch: &mut Scratch,
+        slice: &mut [T],
+        report: &Report<'_>,
+    ) -> Result<(), ErrorKind> {
         let world_size = self.world.world_size as usize;
         if slice.is_empty() || world_size == 1 {
             return Ok(());
         }
         let parts = T::parts(scratch);
         if size_of_val(slice) <= SHORT_BYTES {
-            self.sum_short(slice, parts)
+            self.sum_short(slice, parts, report)
         } else {
-            self.sum_long(slice, parts)
+            self.sum_long(slice, parts, report)
         }
     }
 
     /// Everyone receives everything and adds it up.
-    fn sum_short<T: MpiElement>(&self, slice: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
+    fn sum_short<T: MpiElement>(
+        &self,
+        slice: &mut [T],
+        parts: &mut Vec<T>,
+        report: &Report<'_>,
+    ) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
         let len = slice.len();
         grow(parts, len * world_size);
         let (own, all) = (slice.as_mut_ptr(), parts.as_mut_ptr());
-        let mut requests = self.requests();
+        let mut requests = self.requests(report);
         if world_size <= FEW_RANKS {
             requests.post(|posting| {
                 for peer in (1..world_size).map(|round| (rank + world_size - round) % world_size) {
@@ -264,7 +279,12 @@ impl Mpi {
 
     /// Every rank sums one block of each piece over all ranks and hands the sum to all. Several pieces are under
     /// way: the parts of the next ones arrive while one is added up, and sums are handed on meanwhile.
-    fn sum_long<T: MpiElement>(&self, slice: &mut [T], parts: &mut Vec<T>) -> Result<(), ErrorKind> {
+    fn sum_long<T: MpiElement>(
+        &self,
+        slice: &mut [T],
+        parts: &mut Vec<T>,
+        report: &Report<'_>,
+    ) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
         let len = slice.len();
         let eager = size_of_val(slice) <= EAGER_UP_TO * world_size;
@@ -285,8 +305,8 @@ impl Mpi {
         // is a bottleneck.
         let partners = (1..world_size)
             .map(|round| ((rank + round) % world_size, (rank + world_size - round) % world_size));
-        let mut scattered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests());
-        let mut gathered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests());
+        let mut scattered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests(report));
+        let mut gathered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests(report));
         let part = |piece: usize, from: usize| {
             let own_len = block(piece, rank).1;
             (piece % depth * slot_len + from * own_len, own_len)
@@ -341,10 +361,15 @@ impl Mpi {
         gathered.iter_mut().try_for_each(Requests::wait)
     }
 
-    fn broadcast_slice<T: MpiElement>(&self, slice: &mut [T], root: u32) -> Result<(), ErrorKind> {
+    fn broadcast_slice<T: MpiElement>(
+        &self,
+        slice: &mut [T],
+        root: u32,
+        report: &Report<'_>,
+    ) -> Result<(), ErrorKind> {
         for piece in slice.chunks_mut(BROADCAST_BYTES / size_of::<T>()) {
             let (at, count) = (piece.as_mut_ptr().cast::<c_void>(), piece.len() as c_int);
-            let mut requests = self.requests();
+            let mut requests = self.requests(report);
             // SAFETY: the count is the length of the piece, which fits an int; the datatype is that of T. The
             // piece is borrowed until after `wait`.
             unsafe {
@@ -358,12 +383,12 @@ impl Mpi {
     }
 
     /// Lengths first, then the bytes, in rounds that keep every count and offset within an `int`.
-    fn gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, ErrorKind> {
+    fn gather(&self, bytes: &[u8], report: &Report<'_>) -> Result<Vec<Vec<u8>>, ErrorKind> {
         let world_size = self.world.world_size as usize;
         let own_len = bytes.len() as u64;
         let mut lens = vec![0u64; world_size];
         let (from, to) = ((&raw const own_len).cast::<c_void>(), lens.as_mut_ptr().cast::<c_void>());
-        let mut requests = self.requests();
+        let mut requests = self.requests(report);
         // SAFETY: one u64 from each rank into `world_size` of them; both live until after `wait`.
         unsafe {
             requests.start(|comm, request| {
@@ -391,7 +416,7 @@ impl Mpi {
             let own = &bytes[begin.min(bytes.len())..][..part(bytes.len())];
             let (from, to) = (own.as_ptr().cast::<c_void>(), round.as_mut_ptr().cast::<c_void>());
             let (counts_at, starts_at) = (counts.as_ptr(), starts.as_ptr());
-            let mut requests = self.requests();
+            let mut requests = self.requests(report);
             // SAFETY: `own` is what this rank announced for the round; counts and starts lie inside `round`; no
             // overlap. All of them live until after `wait`.
             unsafe {
@@ -420,13 +445,13 @@ impl Mpi {
 
     /// Rounds of empty messages over distances 1, 2, 4, …: after the last, every rank has heard, directly or
     /// not, of every other (Hensgen, Finkel and Manber 1988: the dissemination barrier).
-    fn meet(&self) -> Result<(), ErrorKind> {
+    fn meet(&self, report: &Report<'_>) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
         let mut distance = 1;
         let nothing = std::ptr::dangling_mut::<u8>();
         while distance < world_size {
             let (to, from) = ((rank + distance) % world_size, (rank + world_size - distance) % world_size);
-            let mut requests = self.requests();
+            let mut requests = self.requests(report);
             requests.post(|posting| {
                 // SAFETY: no memory is named.
                 unsafe {
@@ -441,11 +466,11 @@ impl Mpi {
     }
 
     /// Duplicates the communicator, so that nothing sent on the new line meets what is sent on this one.
-    fn branch(&self, name: &str) -> Result<Mpi, ErrorKind> {
+    fn branch(&self, name: &str, report: &Report<'_>) -> Result<Mpi, ErrorKind> {
         // SAFETY: a constant of the C library, never written.
         let mut comm = unsafe { ffi::RSMPI_COMM_NULL };
         let at = &raw mut comm;
-        let mut requests = self.requests();
+        let mut requests = self.requests(report);
         // SAFETY: `comm` lives until after `wait`.
         unsafe { requests.start(|from, request| ffi::MPI_Comm_idup(from, at, request))? };
         requests.wait()?;
@@ -600,34 +625,34 @@ impl Collectives for Mpi {
     fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError> {
         self.operate(
             Operation::AllReduceSum,
-            |scratch| with_slice!(buffer, slice => self.sum(scratch, slice)),
+            |scratch, report| with_slice!(buffer, slice => self.sum(scratch, slice, report)),
         )
     }
 
     fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError> {
-        self.operate(Operation::Broadcast, |_| {
+        self.operate(Operation::Broadcast, |_, report| {
             if root >= self.world.world_size {
                 return Err(ErrorKind::NoSuchRoot { root });
             }
-            with_slice!(buffer, slice => self.broadcast_slice(slice, root))
+            with_slice!(buffer, slice => self.broadcast_slice(slice, root, report))
         })
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        self.operate(Operation::AllGather, |_| self.gather(bytes))
+        self.operate(Operation::AllGather, |_, report| self.gather(bytes, report))
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.operate(Operation::Barrier, |_| self.meet())
+        self.operate(Operation::Barrier, |_, report| self.meet(report))
     }
 
     fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
-        let lane = self.operate(Operation::Lane, |_| self.branch(name))?;
+        let lane = self.operate(Operation::Lane, |_, report| self.branch(name, report))?;
         Ok(Arc::new(lane))
     }
 
     fn finish(&self) -> Result<(), CollectiveError> {
-        self.operate(Operation::Finish, |_| self.shut_down())
+        self.operate(Operation::Finish, |_, _| self.shut_down())
     }
 
     fn abort(&self, code: i32) -> ! {

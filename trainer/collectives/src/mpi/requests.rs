@@ -22,6 +22,8 @@ use crate::ErrorKind;
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 /// The exit code when it does not.
 const MEMORY_EXIT_CODE: i32 = 1;
+/// Waiting threads look at the clock once in so many looks.
+const LOOKS_PER_CLOCK: u32 = 256;
 
 /// The MPI library of this process: one call at a time, until it is shut down.
 pub(super) struct Library(Mutex<Option<ManuallyDrop<Universe>>>);
@@ -93,13 +95,14 @@ impl Polling {
 struct Waiting {
     polling: Polling,
     began: Option<Instant>,
+    looks: u32,
     yields: u32,
     sleep: Duration,
 }
 
 impl Waiting {
     fn new(polling: Polling) -> Self {
-        Waiting { polling, began: None, yields: 0, sleep: Polling::FIRST_SLEEP }
+        Waiting { polling, began: None, looks: 0, yields: 0, sleep: Polling::FIRST_SLEEP }
     }
 
     /// Between two looks.
@@ -114,6 +117,15 @@ impl Waiting {
             thread::sleep(self.sleep);
             self.sleep = (self.sleep + Duration::from_micros(2)).min(self.polling.longest_sleep);
         }
+    }
+
+    /// How long it has taken, when that is `patience` or more.
+    fn too_long(&mut self, patience: Duration) -> Option<Duration> {
+        self.looks = self.looks.wrapping_add(1);
+        if !self.looks.is_multiple_of(LOOKS_PER_CLOCK) {
+            return None;
+        }
+        self.began.map(|began| began.elapsed()).filter(|&waited| waited >= patience)
     }
 }
 
@@ -131,13 +143,26 @@ pub(super) struct Requests<'a> {
     comm: Comm,
     polling: Polling,
     handles: Vec<ffi::MPI_Request>,
+    /// Of every handle, in the same order: the rank at the other end of a message; none for an operation of all.
+    peers: Vec<Option<usize>>,
+    /// What ended the wait.
+    failure: Option<ErrorKind>,
+    /// Says which operation failed, and how.
+    report: &'a dyn Fn(&ErrorKind) -> String,
     /// The memory MPI may touch outlives this value.
     memory: PhantomData<&'a mut ()>,
 }
 
 impl<'a> Requests<'a> {
-    pub(super) fn new(library: &'a Library, comm: Comm, polling: Polling) -> Self {
-        Requests { library, comm, polling, handles: Vec::new(), memory: PhantomData }
+    /// `report` makes a failure's whole message.
+    pub(super) fn new(
+        library: &'a Library,
+        comm: Comm,
+        polling: Polling,
+        report: &'a dyn Fn(&ErrorKind) -> String,
+    ) -> Self {
+        let (handles, peers, failure) = (Vec::new(), Vec::new(), None);
+        Requests { library, comm, polling, handles, peers, failure, report, memory: PhantomData }
     }
 
     /// Starts a few operations in one turn.
@@ -149,7 +174,7 @@ impl<'a> Requests<'a> {
         if universe.is_none() {
             return Err(ErrorKind::Finished);
         }
-        post(&mut Posting { comm: self.comm, handles: &mut self.handles })
+        post(&mut Posting { comm: self.comm, handles: &mut self.handles, peers: &mut self.peers })
     }
 
     /// Starts one operation.
@@ -161,16 +186,40 @@ impl<'a> Requests<'a> {
         call: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
     ) -> Result<(), ErrorKind> {
         // SAFETY: as this function's.
-        self.post(|posting| unsafe { posting.start(call) })
+        self.post(|posting| unsafe { posting.start(None, call) })
     }
 
-    /// Returns when all of them are complete, and forgets them.
+    /// Returns when all of them are complete, and forgets them; gives up after [`super::super::patience`].
     pub(super) fn wait(&mut self) -> Result<(), ErrorKind> {
+        let result = self.wait_within(super::super::patience());
+        self.failure = result.as_ref().err().cloned();
+        result
+    }
+
+    fn wait_within(&mut self, patience: Duration) -> Result<(), ErrorKind> {
         let mut waiting = Waiting::new(self.polling);
         while !self.test()? {
             waiting.pause();
+            if let Some(waited) = waiting.too_long(patience) {
+                return Err(ErrorKind::Timeout { waited, missing: self.missing()? });
+            }
         }
         Ok(())
+    }
+
+    /// The ranks at the other end of what is not complete, in rising order; none when all are waited for at once.
+    fn missing(&mut self) -> Result<Vec<u32>, ErrorKind> {
+        let Requests { library, handles, peers, .. } = self;
+        let mut missing = Vec::new();
+        for (handle, peer) in handles.iter_mut().zip(peers) {
+            let mut complete: c_int = 0;
+            // SAFETY: the request is active or null, and null afterwards if it is complete; no status is wanted.
+            library.call(|| unsafe { ffi::MPI_Test(handle, &raw mut complete, ffi::RSMPI_STATUS_IGNORE) })?;
+            missing.extend(peer.filter(|_| complete == 0).map(|rank| rank as u32));
+        }
+        missing.sort_unstable();
+        missing.dedup();
+        Ok(missing)
     }
 
     fn test(&mut self) -> Result<bool, ErrorKind> {
@@ -190,6 +239,7 @@ impl<'a> Requests<'a> {
         })?;
         if complete != 0 {
             self.handles.clear();
+            self.peers.clear();
         }
         Ok(complete != 0)
     }
@@ -199,23 +249,26 @@ impl<'a> Requests<'a> {
 pub(super) struct Posting<'r> {
     comm: Comm,
     handles: &'r mut Vec<ffi::MPI_Request>,
+    peers: &'r mut Vec<Option<usize>>,
 }
 
 impl Posting<'_> {
-    /// Starts an operation by a call that fills in its request.
+    /// Starts an operation, with one other rank or with all, by a call that fills in its request.
     ///
     /// # Safety
     /// `call` is an MPI call that does not wait, with valid arguments. The memory it names is valid, and used by
     /// nobody else (written by nobody else, if MPI only reads it), until [`Requests::wait`] returned `Ok` or the
     /// [`Requests`] are dropped.
-    pub(super) unsafe fn start(
+    unsafe fn start(
         &mut self,
+        peer: Option<usize>,
         call: impl FnOnce(ffi::MPI_Comm, *mut ffi::MPI_Request) -> c_int,
     ) -> Result<(), ErrorKind> {
         // SAFETY: a constant of the C library, never written.
         let mut handle = unsafe { ffi::RSMPI_REQUEST_NULL };
         check(call(self.comm.0, &raw mut handle))?;
         self.handles.push(handle);
+        self.peers.push(peer);
         Ok(())
     }
 
@@ -228,7 +281,7 @@ impl Posting<'_> {
         let buffer = at.cast_const().cast::<c_void>();
         // SAFETY: as this function's.
         unsafe {
-            self.start(|comm, request| {
+            self.start(Some(peer), |comm, request| {
                 ffi::MPI_Isend(buffer, len as c_int, T::datatype(), peer as c_int, tag, comm, request)
             })
         }
@@ -242,7 +295,7 @@ impl Posting<'_> {
         let Message { at, len, peer, tag } = message;
         // SAFETY: as this function's.
         unsafe {
-            self.start(|comm, request| {
+            self.start(Some(peer), |comm, request| {
                 ffi::MPI_Irecv(at.cast(), len as c_int, T::datatype(), peer as c_int, tag, comm, request)
             })
         }
@@ -265,9 +318,11 @@ impl Drop for Requests<'_> {
             waiting.pause();
         }
         if !self.handles.is_empty() {
-            eprintln!(
-                "error: an MPI operation failed and others it had begun cannot be ended; ending all ranks"
-            );
+            let report = self.report;
+            match &self.failure {
+                Some(failure) => eprintln!("error: {}; ending all ranks", report(failure)),
+                None => eprintln!("error: MPI does not let go of memory it was handed; ending all ranks"),
+            }
             abort_world(MEMORY_EXIT_CODE);
         }
     }
