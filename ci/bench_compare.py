@@ -2,7 +2,9 @@
 
 Every round runs each side once, in its own process, in turns of order; the ratio of a round is PyTorch's time for a step
 over mentee's of the same round, so that a machine that slows down between rounds touches neither. More than 1 means that
-mentee is faster. Both sides get the same environment, threads, network, batch, precision and memory layout.
+mentee is faster. Both sides get the same environment, threads, network, batch, precision and memory layout. With --all,
+PyTorch also runs contiguous, and with the allocator settings that mentee makes for itself (whole-batch buffers stay mapped),
+and the ratio is to the fastest of its four ways in that round.
 """
 
 import argparse
@@ -61,6 +63,10 @@ def pytorch_command(case, precision, layout, a):
     return command
 
 
+# What mentee-worker sets by mallopt.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(64 << 20)}
+
+
 def measure(command, environment):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -91,56 +97,64 @@ def main():
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=5, help="steps measured in each process")
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--contiguous", action="store_true", help="also PyTorch without channels-last")
+    arguments.add_argument("--all", action="store_true", help="PyTorch in all of its four ways, compared with the fastest")
     arguments.add_argument("--json", action="store_true", help="print one object instead of the table")
     a = arguments.parse_args()
 
     environment = dict(os.environ, OMP_NUM_THREADS=str(a.threads), MKL_NUM_THREADS=str(a.threads))
     where = machine()
     cells = [(name, precision) for name in a.case or CASES for precision in a.precision or ("f32", "bf16")]
-    layouts = ["channels-last"] + (["contiguous"] if a.contiguous else [])
+    layouts = ["channels-last"] + (["contiguous"] if a.all else [])
+    ways = [(layout, {}) for layout in layouts]
+    ways += [(layout, KEEP_FREED_MEMORY) for layout in layouts if a.all]
 
     ours = {cell: [] for cell in cells}
-    theirs = {(cell, layout): [] for cell in cells for layout in layouts}
+    theirs = {cell: [[] for _ in ways] for cell in cells}
     for round in range(a.rounds):
         for cell in cells:
             case, precision = CASES[cell[0]], cell[1]
-            runs = [(ours[cell], worker_command(a.worker, case, precision, a))]
-            for layout in layouts:
-                runs.append((theirs[cell, layout], pytorch_command(case, precision, layout, a)))
-            for results, command in runs if round % 2 == 0 else reversed(runs):
-                results.append(measure(command, environment))
+            runs = [(ours[cell], worker_command(a.worker, case, precision, a), {})]
+            for results, (layout, allocator) in zip(theirs[cell], ways):
+                runs.append((results, pytorch_command(case, precision, layout, a), allocator))
+            for results, command, allocator in runs if round % 2 == 0 else reversed(runs):
+                results.append(measure(command, environment | allocator))
         print(f"round {round + 1} of {a.rounds} done", file=sys.stderr)
 
     rows = []
     for cell in cells:
-        for layout in layouts:
-            reference = theirs[cell, layout]
-            ratios = [r["step_ms"] / o["step_ms"] for o, r in zip(ours[cell], reference)]
+        fastest = [min(way[n]["step_ms"] for way in theirs[cell]) for n in range(a.rounds)]
+        references = [
+            (layout + (" kept" if allocator else ""), [r["step_ms"] for r in results], results)
+            for (layout, allocator), results in zip(ways, theirs[cell])
+        ]
+        if a.all:
+            references.append(("fastest", fastest, [r for results in theirs[cell] for r in results]))
+        for way, times, results in references:
+            ratios = [time / o["step_ms"] for o, time in zip(ours[cell], times)]
             rows.append(
                 {
                     "network": cell[0],
                     "batch": CASES[cell[0]]["batch"],
                     "precision": cell[1],
-                    "pytorch_layout": layout,
+                    "pytorch": way,
                     "mentee_ms": statistics.median(o["step_ms"] for o in ours[cell]),
-                    "pytorch_ms": statistics.median(r["step_ms"] for r in reference),
+                    "pytorch_ms": statistics.median(times),
                     "mentee_images_per_s": statistics.median(o["images_per_s"] for o in ours[cell]),
                     "ratio": statistics.median(ratios),
                     "ratio_min": min(ratios),
                     "ratio_max": max(ratios),
                     "mentee_rss_mb": max(o["peak_rss_mb"] for o in ours[cell]),
-                    "pytorch_rss_mb": max(r["peak_rss_mb"] for r in reference),
+                    "pytorch_rss_mb": max(r["peak_rss_mb"] for r in results),
                 }
             )
     if a.json:
         print(json.dumps({"machine": where, "threads": a.threads, "rounds": a.rounds, "rows": rows}, indent=1))
         return
     print(f"{where}; {a.threads} threads, {a.rounds} rounds of {a.steps} steps, {a.optimizer}; ratio = PyTorch's time / mentee's")
-    print(f"{'network':9} {'batch':>5} {'type':5} {'PyTorch layout':14} {'mentee ms':>9} {'PyTorch ms':>10}", end="")
+    print(f"{'network':9} {'batch':>5} {'type':5} {'PyTorch':18} {'mentee ms':>9} {'PyTorch ms':>10}", end="")
     print(f" {'mentee img/s':>12} {'ratio':>6} {'min':>6} {'max':>6} {'mentee MB':>9} {'PyTorch MB':>10}")
     for r in rows:
-        print(f"{r['network']:9} {r['batch']:5} {r['precision']:5} {r['pytorch_layout']:14}", end="")
+        print(f"{r['network']:9} {r['batch']:5} {r['precision']:5} {r['pytorch']:18}", end="")
         print(f" {r['mentee_ms']:9.1f} {r['pytorch_ms']:10.1f} {r['mentee_images_per_s']:12.1f}", end="")
         print(f" {r['ratio']:6.3f} {r['ratio_min']:6.3f} {r['ratio_max']:6.3f}", end="")
         print(f" {r['mentee_rss_mb']:9.0f} {r['pytorch_rss_mb']:10.0f}")
