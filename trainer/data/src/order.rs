@@ -326,6 +326,29 @@ mod tests {
         assert!(chi2 < 225.0 + 5.0 * (2.0f64 * 225.0).sqrt(), "{chi2}");
     }
 
+    /// A trillion samples cost no memory: `cargo test … a_trillion -- --nocapture` says how long a million draws take.
+    #[test]
+    fn a_trillion_samples() {
+        let pages = || -> u64 {
+            let text = std::fs::read_to_string("/proc/self/statm").unwrap();
+            text.split(' ').nth(1).unwrap().parse().unwrap()
+        };
+        let before = pages();
+        let started = std::time::Instant::now();
+        let order = Order::new(1, 1_000_000_000_000, 4096);
+        let sum = (0..1_000_000).fold(0u64, |sum, position| sum.wrapping_add(order.sample(0, position)));
+        let took = started.elapsed();
+        let grown = pages().saturating_sub(before) * 4;
+        println!(
+            "10^12 samples: {} bytes, 10^6 draws in {took:?}, resident memory grown by {grown} KiB",
+            size_of::<Order>()
+        );
+        // Their mean is that of all, to a few standard errors (0.29 · 10^12 / 1000).
+        assert!((sum as f64 / 1e6 / 5e11 - 1.0).abs() < 0.003, "{sum}");
+        // Other tests run beside this one.
+        assert!(grown < 64 << 10, "{grown} KiB");
+    }
+
     #[test]
     fn the_largest_sets_do_not_overflow() {
         for n in [1, 2, u64::from(u32::MAX), 1 << 40, u64::MAX >> 1] {
