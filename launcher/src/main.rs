@@ -93,6 +93,9 @@ enum Command {
     /// Evaluates frozen features: kNN with its floors and protocol
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
+    /// Records views, weights, losses and gradients of a few steps, for checks against another implementation
+    #[command(disable_help_flag = true)]
+    Trace(Forwarded),
     /// Measures this machine: loader, step
     #[command(disable_help_flag = true)]
     Bench(Forwarded),
@@ -137,6 +140,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Logs(args) => logs::command(&args)?,
         Command::Place(args) => place::command(&args)?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded, 1)),
+        Command::Trace(forwarded) => return Err(forward("trace", &forwarded, 1)),
         Command::Bench(forwarded) if bench::is_loader(&forwarded.arguments) => {
             return Ok(bench::command(&forwarded.arguments)?.unwrap_or(exit_code::DONE));
         }

@@ -15,7 +15,8 @@ pub fn folder(run_dir: &Path) -> PathBuf {
     run_dir.join("checkpoints")
 }
 
-fn bytes(tensor: &Tensor) -> Result<Vec<u8>, WorkerError> {
+/// The elements of a tensor in row-major order.
+pub fn bytes(tensor: &Tensor) -> Result<Vec<u8>, WorkerError> {
     let dense = tensor.f_contiguous()?;
     let mut bytes = vec![0u8; dense.numel() * dense.kind().elt_size_in_bytes()];
     dense.f_copy_data_u8(&mut bytes, dense.numel())?;

@@ -15,6 +15,7 @@ mod reducer;
 mod run_dir;
 mod setup;
 mod stop;
+mod trace;
 mod train;
 mod views;
 
@@ -53,6 +54,8 @@ pub struct TrainArgs {
 enum Command {
     /// Evaluate frozen features of a run or checkpoint.
     Eval(eval::EvalArgs),
+    /// Record what a few steps read and make, for checks against another implementation.
+    Trace(trace::TraceArgs),
     /// Measure this machine.
     Bench {
         #[command(subcommand)]
@@ -73,6 +76,7 @@ fn main() -> ExitCode {
     mentee_torch_ext::keep_freed_memory();
     let result = match (cli.command, cli.train) {
         (Some(Command::Eval(args)), _) => eval::command(&args),
+        (Some(Command::Trace(args)), _) => trace::command(&args),
         (Some(Command::Bench { what }), _) => bench::command(&what),
         (None, Some(args)) => train::command(&args),
         (None, None) => Err(WorkerError::Usage("no recipe given: mentee-worker RECIPE, or --help".into())),

@@ -1,0 +1,184 @@
+//! `mentee-worker trace`: what a few steps read and what they make of it, so that another implementation can be held
+//! against this one. `tests/replay.py` does that with PyTorch.
+//!
+//! ```text
+//! DIR/trace.json                        the recipe; of every step: loss, rates, samples
+//! DIR/step-0000/views.safetensors       views [2N, 3, H, W]: view 1 of all samples, then view 2
+//! DIR/step-0000/before.safetensors      student, teacher, momentum, running statistics, as in a checkpoint
+//! DIR/step-0000/gradients.safetensors   of the student's parameters
+//! DIR/step-0000/after.safetensors       as before, after the update
+//! ```
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use mentee_cluster::Identity;
+use mentee_collectives::{Collectives, Single};
+use mentee_config::{Plan, Recipe, exit_code};
+use mentee_data::{Loader, LoaderConfig, OnError, Split, open_split, order};
+use mentee_ssl::params::view;
+use mentee_ssl::{Rates, Schedule};
+use tch::Tensor;
+
+use crate::checkpoints;
+use crate::error::WorkerError;
+use crate::reducer::GradientReducer;
+use crate::{setup, views};
+
+/// Batches decoded ahead.
+const QUEUE_STEPS: usize = 1;
+
+/// `mentee-worker trace`
+#[derive(clap::Args)]
+pub struct TraceArgs {
+    /// A recipe file, the name of a built-in recipe, or a run's plan.toml.
+    recipe: String,
+    /// Steps to record.
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
+    /// A new folder.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// Changes one key of the recipe.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+}
+
+/// `trace.json`
+#[derive(serde::Serialize)]
+struct Trace {
+    mentee_version: &'static str,
+    plan_hash: String,
+    data_digest: String,
+    /// Every key of the recipe.
+    recipe: Recipe,
+    steps: Vec<Step>,
+}
+
+#[derive(serde::Serialize)]
+struct Step {
+    step: u64,
+    epoch: u64,
+    /// Mean over the batch.
+    loss: f64,
+    lr: f64,
+    predictor_lr: f64,
+    tau: f64,
+    weight_decay: f64,
+    /// The batch, by number within the data set.
+    samples: Vec<u64>,
+}
+
+/// Trains the first steps of a recipe on one rank and writes down everything.
+pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
+    let recipe = Recipe::load(&args.recipe, &args.sets)?;
+    if recipe.parallel.micro_batches != 1 {
+        return Err(WorkerError::Usage(
+            "a trace records one pass a step: set parallel.micro_batches=1".into(),
+        ));
+    }
+    std::fs::create_dir(&args.out)
+        .map_err(WorkerError::io("create (a trace wants a new folder)", &args.out))?;
+    let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
+        .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
+    let plan = Plan::new(recipe, source.len(), 1)?;
+    let recipe = &plan.recipe;
+    let steps = args.steps.min(plan.end_step());
+    let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "trace" };
+    let decode_threads = setup::threads(recipe, &alone);
+    let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    let collectives: Arc<dyn Collectives> = Arc::new(Single::new());
+    let mut reducer = GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?;
+    let (schedule, global_batch) = (Schedule::new(&plan), recipe.schedule.global_batch);
+    let mut loader = Loader::new(LoaderConfig {
+        order: order(&*source, recipe.data.order, recipe.run.seed, global_batch),
+        source: source.clone(),
+        views: recipe.views.clone(),
+        seed: recipe.run.seed,
+        rank_share: 0..global_batch,
+        first_step: 0,
+        last_step: steps,
+        threads: decode_threads,
+        on_error: OnError::of(&recipe.data),
+        queue_steps: QUEUE_STEPS,
+    })?;
+    let mut trace = Trace {
+        mentee_version: env!("CARGO_PKG_VERSION"),
+        plan_hash: recipe.hash(),
+        data_digest: source.digest(),
+        recipe: recipe.clone(),
+        steps: Vec::new(),
+    };
+    while let Some(batch) = loader.next()? {
+        let step = batch.step;
+        let folder = args.out.join(format!("step-{step:04}"));
+        std::fs::create_dir(&folder).map_err(WorkerError::io("create", &folder))?;
+        let at_step = |source| WorkerError::Step { step, source };
+        let views = views::tensor(&batch, recipe.views.size, state.student.weights.master.kind())?;
+        write(&folder.join("views.safetensors"), [("views".to_owned(), views.shallow_clone())])?;
+        write(&folder.join("before.safetensors"), state.tensors()?)?;
+
+        reducer.begin(&mut state.gradients, None).map_err(at_step)?;
+        reducer.last_pass();
+        let out = state
+            .loss(&*method, &views, global_batch, recipe.parallel.norm_statistics, None)
+            .map_err(at_step)?;
+        state.backward(&out.loss).map_err(at_step)?;
+        reducer.finish(step)?;
+        let layout = state.student.weights.layout.clone();
+        let gradients: Vec<(String, Tensor)> = layout
+            .params()
+            .map(|place| {
+                let name = format!("student.{}", place.declaration.name);
+                Ok((name, view(&state.gradients.flat, place)?))
+            })
+            .collect::<Result<_, WorkerError>>()?;
+        write(&folder.join("gradients.safetensors"), gradients)?;
+
+        let Rates { lr, predictor_lr, tau, weight_decay } = schedule.at(step);
+        state.update(&schedule.at(step), step).map_err(at_step)?;
+        let epoch_ends = (step + 1).is_multiple_of(plan.steps_per_epoch);
+        state.move_teacher(recipe.method.teacher, &schedule.at(step), epoch_ends).map_err(at_step)?;
+        write(&folder.join("after.safetensors"), state.tensors()?)?;
+        let (loss, epoch, samples) = (out.loss.f_double_value(&[])?, batch.epoch, batch.ids.clone());
+        trace.steps.push(Step { step, epoch, loss, lr, predictor_lr, tau, weight_decay, samples });
+        drop((out, views)); // both point into the batch
+        loader.recycle(batch);
+    }
+    let path = args.out.join("trace.json");
+    let text =
+        serde_json::to_string_pretty(&trace).map_err(|error| WorkerError::Failed(error.to_string()))?;
+    std::fs::write(&path, text).map_err(WorkerError::io("write", &path))?;
+    println!(
+        "{}: {} steps; `tests/replay.py {}` repeats them in PyTorch",
+        path.display(),
+        steps,
+        args.out.display()
+    );
+    Ok(exit_code::DONE)
+}
+
+/// Writes dense tensors, [O, I, H, W], under their names.
+fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<(), WorkerError> {
+    let mut stored: BTreeMap<String, (safetensors::Dtype, Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for (name, tensor) in tensors {
+        let dtype = match tensor.kind() {
+            tch::Kind::Double => safetensors::Dtype::F64,
+            tch::Kind::Float => safetensors::Dtype::F32,
+            other => {
+                return Err(WorkerError::Failed(format!("{name}: a trace holds f32 or f64, not {other:?}")));
+            }
+        };
+        let shape = tensor.size().iter().map(|&dim| dim as usize).collect();
+        stored.insert(name, (dtype, shape, checkpoints::bytes(&tensor)?));
+    }
+    let views = stored
+        .iter()
+        .map(|(name, (dtype, shape, bytes))| {
+            Ok((name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), bytes)?))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
+    let failed = |error| WorkerError::Failed(format!("failed to write {}: {error}", path.display()));
+    safetensors::serialize_to_file(views.map_err(failed)?, None, path).map_err(failed)
+}
