@@ -6,6 +6,7 @@ mod checkpoints;
 mod data;
 mod demo;
 mod engine;
+mod export;
 mod failure;
 mod interface;
 mod logs;
@@ -78,6 +79,8 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
+    /// Writes a backbone under the names that torchvision or timm use, with a model card
+    Export(export::ExportArgs),
     /// Says where a run stands
     Status {
         /// A run directory
@@ -136,6 +139,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Data(data) => data::command(&data)?,
         Command::Checkpoints { run, verify, json } => checkpoints::command(&run, verify, json)?,
         Command::Report { run, out } => report::command(&run, out.as_deref())?,
+        Command::Export(args) => export::command(&args)?,
         Command::Status { run, json } => status::command(&run, json)?,
         Command::Logs(args) => logs::command(&args)?,
         Command::Place(args) => place::command(&args)?,

@@ -30,6 +30,12 @@ pub struct EvalView {
     normalise: Normalise,
 }
 
+/// What the shorter side of an image is resized to before the centre `size` x `size` is cut out.
+#[must_use]
+pub fn shorter_side(size: u64) -> u64 {
+    if size < u64::from(SMALL) { size } else { (size * 256 + 112) / 224 }
+}
+
 impl EvalView {
     /// For these settings (`size`, `resize`, `mean` and `std` count).
     #[must_use]
@@ -47,7 +53,7 @@ impl EvalView {
     #[must_use]
     pub fn crop(&self, width: u32, height: u32) -> (f64, f64, f64, f64) {
         let size = self.size as u64;
-        let short = if self.size < SMALL as usize { size } else { (size * 256 + 112) / 224 };
+        let short = shorter_side(size);
         let (width, height) = (u64::from(width), u64::from(height));
         // torchvision: the shorter side becomes `short`, the longer int(short · long / short side).
         let (resized_w, resized_h) = if width <= height {
