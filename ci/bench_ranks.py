@@ -4,7 +4,7 @@ Every round runs each of these once, in its own processes, in turns of order, on
 
 - one worker with all threads, the yardstick;
 - as many workers of one thread each, with synchronised batch norms;
-- those without one of the things that make them fast: gradients summed after the backward pass instead of beside it, a
+- with --ablate, those without one of the things that make them fast: gradients summed after the backward pass instead of beside it, a
   message a tensor instead of large buckets, the two views one after the other;
 - PyTorch in one process with all threads, and its DistributedDataParallel over gloo (torchrun) with as many processes of
   one thread, channels-last, without synchronised batch norms.
@@ -37,6 +37,7 @@ def main():
     arguments.add_argument("--precision", action="append", choices=("f32", "bf16"), help="default: both")
     arguments.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd")
     arguments.add_argument("--workers", type=int, default=2)
+    arguments.add_argument("--ablate", action="store_true", help="also without overlap, without buckets, views one by one")
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--steps", type=int, default=5, help="steps measured in each process")
     a = arguments.parse_args()
@@ -47,8 +48,10 @@ def main():
     runs = []
     for precision in a.precision or ("f32", "bf16"):
         for name, (workers, more) in OURS.items():
+            if more and not a.ablate:
+                continue
             a.threads = a.workers // (workers or a.workers)
-            command = worker_command(a.mentee, case, precision, a) + ["--workers", str(workers or a.workers)] + more
+            command = worker_command(a.mentee, case, precision, a) + ["--warmup", "2", "--workers", str(workers or a.workers)] + more
             runs.append(((precision, name), command, a.threads))
         a.threads = a.workers
         runs.append(((precision, "PyTorch, 1 process"), pytorch_command(case, precision, "channels-last", a), a.threads))
