@@ -3,7 +3,7 @@
 Every round runs each of these once, in its own processes, in turns of order, on the same network and global batch:
 
 - one worker with all threads, the yardstick;
-- as many workers of one thread each, with synchronised batch norms;
+- as many workers of one thread each, with synchronised batch norms; and with each worker's own, as DDP has them;
 - with --ablate, those without one of the things that make them fast: gradients summed after the backward pass instead of beside it, a
   message a tensor instead of large buckets, the two views one after the other;
 - PyTorch in one process with all threads, and its DistributedDataParallel over gloo (torchrun) with as many processes of
@@ -23,11 +23,14 @@ from bench_compare import CASES, machine, measure, pytorch_command, worker_comma
 OURS = {
     "mentee, 1 worker": (1, []),
     "mentee, N workers": (None, []),
+    "  norms by worker": (None, ["--set", "parallel.sync_batch_norm=false"]),
     "  without overlap": (None, ["--without", "overlap"]),
     "  a message a tensor": (None, ["--set", "parallel.bucket_mib=1e-9"]),
     "  views one by one": (None, ["--without", "one-pass"]),
     "  without all three": (None, ["--without", "overlap", "--without", "one-pass", "--set", "parallel.bucket_mib=1e-9"]),
 }
+# Those of --ablate.
+ABLATION = ("  without overlap", "  a message a tensor", "  views one by one", "  without all three")
 
 
 def main():
@@ -48,7 +51,7 @@ def main():
     runs = []
     for precision in a.precision or ("f32", "bf16"):
         for name, (workers, more) in OURS.items():
-            if more and not a.ablate:
+            if name in ABLATION and not a.ablate:
                 continue
             a.threads = a.workers // (workers or a.workers)
             command = worker_command(a.mentee, case, precision, a) + ["--warmup", "2", "--workers", str(workers or a.workers)] + more
@@ -81,9 +84,10 @@ def main():
             print(f" {total:21.1f} {exposed:10.1f}", end="")
         print()
     for precision in a.precision or ("f32", "bf16"):
-        ours, theirs = results[precision, "mentee, N workers"], results[precision, "PyTorch, N processes of DDP"]
-        ratios = [t["step_ms"] / o["step_ms"] for o, t in zip(ours, theirs)]
-        print(f"{precision}: mentee, N workers, against DDP: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        theirs = results[precision, "PyTorch, N processes of DDP"]
+        for name in ("mentee, N workers", "  norms by worker"):
+            ratios = [t["step_ms"] / o["step_ms"] for o, t in zip(results[precision, name], theirs)]
+            print(f"{precision}: {name.strip()}, against DDP: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 if __name__ == "__main__":
