@@ -236,9 +236,11 @@ struct Shape {
 
   // Adds 2 width sums of a piece to its 2C sums.
   void fold(const std::vector<double>& wide, double* sums) const {
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c % channels] += wide[c];
-      sums[channels + c % channels] += wide[width + c];
+    for (int64_t row = 0; row < width; row += channels) {
+      for (int64_t c = 0; c < channels; ++c) {
+        sums[c] += wide[row + c];
+        sums[channels + c] += wide[width + row + c];
+      }
     }
   }
 
