@@ -212,10 +212,7 @@ fn a_rank_that_does_not_come_is_named_and_all_end() {
         let stderr = &outcome.stderr;
         // Of three ranks, the third may lose its patience first, and waits for the first two.
         assert!(ranks == 3 || stderr.contains(&call) && stderr.contains(message), "{outcome}");
-        assert!(
-            stderr.contains("waited 0.5 s for rank ") && stderr.contains("on lane gradients"),
-            "{outcome}"
-        );
+        assert!(stderr.contains(" s for rank ") && stderr.contains("on lane gradients"), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
     }
 }
