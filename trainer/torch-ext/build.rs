@@ -16,6 +16,7 @@ fn main() {
         .cpp(true)
         .std("c++17")
         .file("cpp/shim.cpp")
+        .file("cpp/layers.cpp")
         .file("cpp/batch_norm.cpp")
         .file("cpp/update.cpp")
         .include(libtorch.join("include"))

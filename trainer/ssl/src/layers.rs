@@ -114,8 +114,7 @@ impl Conv {
     /// [N, C, H, W] to [N, C', H/stride, W/stride].
     pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
         let x = x.f_to_kind(pass.compute_kind(self.weight))?;
-        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        Ok(x.f_conv2d(pass.weights.leaf(self.weight), None::<&Tensor>, stride, padding, [1, 1], 1)?)
+        Ok(ext::conv2d(&x, pass.weights.leaf(self.weight), self.stride, self.padding)?)
     }
 }
 
@@ -255,6 +254,6 @@ impl Linear {
     pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
         let x = x.f_to_kind(pass.compute_kind(self.weight))?;
         let bias = self.bias.map(|id| pass.weights.leaf(id));
-        Ok(x.f_linear(pass.weights.leaf(self.weight), bias)?)
+        Ok(ext::linear(&x, pass.weights.leaf(self.weight), bias)?)
     }
 }

@@ -25,6 +25,10 @@ int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad);
 typedef int (*mentee_ready_fn)(void* context);
 int mentee_on_gradient(at::Tensor* leaf, mentee_ready_fn ready, void* context, mentee_drop_fn drop);
 
+// See layers.cpp.
+int mentee_conv2d(const at::Tensor* x, const at::Tensor* weight, int64_t stride, int64_t padding, at::Tensor** out);
+int mentee_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias, at::Tensor** out);
+
 // See batch_norm.cpp. The callback's context is dropped with the last node that needs it.
 int mentee_batch_norm_train(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
                             const at::Tensor* residual, int64_t groups, double eps, int relu, mentee_reduce_fn reduce,

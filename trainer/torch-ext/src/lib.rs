@@ -1,4 +1,5 @@
-//! What tch does not offer of libtorch: parameters as views of flat buffers, batch normalisation over several ranks
+//! What tch does not offer of libtorch: parameters as views of flat buffers, bf16 layers
+//! that are fast on processors without bf16, batch normalisation over several ranks
 //! and fused with what follows it, and one-pass updates of flat buffers. The only crate with C++.
 //!
 //! Three levels: `cpp/` (C interface, nothing throws across), `sys` (declarations), and the safe functions here.
@@ -6,11 +7,13 @@
 mod batch_norm;
 mod flat;
 mod hook;
+mod layers;
 mod sys;
 
 pub use batch_norm::{BatchNormStatistics, Norm, StatReduce, batch_norm_apply, batch_norm_train};
 pub use flat::{FlatSlice, SharedFlat, adamw, ema, lars, leaf, norm, set_grad, sgd, slice_f32, slice_f64};
 pub use hook::on_gradient;
+pub use layers::{conv2d, linear};
 pub use tch;
 
 /// libtorch refused a call.

@@ -25,6 +25,19 @@ unsafe extern "C" {
         context: *mut c_void,
         drop: DropFn,
     ) -> c_int;
+    pub fn mentee_conv2d(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        stride: i64,
+        padding: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_linear(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
     pub fn mentee_batch_norm_train(
         x: *const C_tensor,
         weight: *const C_tensor,

@@ -1,0 +1,92 @@
+// Convolution and linear layer. Where the processor has no bf16 arithmetic that libtorch's kernels use, its bf16
+// convolution falls back to a loop that is ten times slower than f32; here the operands are widened instead: bf16 values
+// are f32 values, products are summed in f32 as bf16 units do, and only results are rounded to bf16.
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "shim.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// What oneDNN asks for (mkldnn_bf16_device_check): AVX-512 with these parts; with AVX512-BF16 or AMX it is fast, without it
+// widens by itself.
+bool has_bf16_kernels() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool has = __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq");
+  return has;
+#else
+  return true;
+#endif
+}
+
+bool widens(const Tensor& x) {
+  return x.scalar_type() == at::kBFloat16 && x.device().is_cpu() && !has_bf16_kernels();
+}
+
+Tensor wide(const Tensor& t) { return t.to(at::kFloat); }
+
+// Keeps the bf16 operands for the backward pass, not their f32 copies.
+struct WideConv : torch::autograd::Function<WideConv> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["stride"] = stride;
+    ctx->saved_data["padding"] = padding;
+    return at::conv2d(wide(x), wide(weight), {}, {stride, stride}, {padding, padding}).to(at::kBFloat16);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    int64_t stride = ctx->saved_data["stride"].toInt(), padding = ctx->saved_data["padding"].toInt();
+    std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), false};
+    auto [gx, gw, gb] = at::convolution_backward(wide(grads[0]), wide(saved[0]), wide(saved[1]), c10::nullopt,
+                                                 {stride, stride}, {padding, padding}, {1, 1}, false, {0, 0}, 1, wanted);
+    auto narrow = [](const Tensor& t) { return t.defined() ? t.to(at::kBFloat16) : t; };
+    return {narrow(gx), narrow(gw), Tensor(), Tensor()};
+  }
+};
+
+struct WideLinear : torch::autograd::Function<WideLinear> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["bias"] = bias.has_value();
+    auto y = at::linear(wide(x), wide(weight), bias ? std::optional<Tensor>(wide(*bias)) : std::nullopt);
+    return y.to(at::kBFloat16);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    auto saved = ctx->get_saved_variables();
+    auto g = wide(grads[0]);
+    Tensor gx, gw, gb;
+    if (ctx->needs_input_grad(0)) gx = at::mm(g, wide(saved[1])).to(at::kBFloat16);
+    if (ctx->needs_input_grad(1)) gw = at::mm(g.t(), wide(saved[0])).to(at::kBFloat16);
+    if (ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)) gb = g.sum(0).to(at::kBFloat16);
+    return {gx, gw, gb};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+int mentee_conv2d(const Tensor* x, const Tensor* weight, int64_t stride, int64_t padding, Tensor** out) {
+  return mentee::guarded([&] {
+    Tensor y = widens(*x) ? WideConv::apply(*x, *weight, stride, padding)
+                          : at::conv2d(*x, *weight, {}, {stride, stride}, {padding, padding});
+    *out = new Tensor(std::move(y));
+  });
+}
+
+int mentee_linear(const Tensor* x, const Tensor* weight, const Tensor* bias, Tensor** out) {
+  return mentee::guarded([&] {
+    std::optional<Tensor> b = bias ? std::optional<Tensor>(*bias) : std::nullopt;
+    Tensor y = widens(*x) ? WideLinear::apply(*x, *weight, b) : at::linear(*x, *weight, b);
+    *out = new Tensor(std::move(y));
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,70 @@
+//! Layers in bf16 against the same sums in f64: whichever kernel the processor gets, only the rounding of operands and
+//! results may show.
+
+use mentee_torch_ext::{conv2d, linear};
+use tch::{Kind, Tensor};
+
+/// bf16 keeps 8 bits: half a unit in the last place of the largest value, and some for sums of rounded gradients.
+const TOLERANCE: f64 = 1.0 / 256.0;
+
+fn leaf(shape: &[i64], seed: i64) -> Tensor {
+    let count = shape.iter().product::<i64>();
+    let values = Tensor::arange(count, (Kind::Double, tch::Device::Cpu));
+    let values: Tensor = (values * 12.9898 + seed as f64).sin();
+    values.to_kind(Kind::BFloat16).reshape(shape).set_requires_grad(true)
+}
+
+fn double(t: &Tensor) -> Tensor {
+    t.detach().to_kind(Kind::Double).set_requires_grad(true)
+}
+
+fn assert_close(what: &str, found: &Tensor, expected: &Tensor) {
+    assert_eq!(found.kind(), Kind::BFloat16, "{what}");
+    let difference = (found.to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
+    let scale = expected.abs().max().double_value(&[]);
+    assert!(difference <= TOLERANCE * scale, "{what}: {difference:e} of {scale:e}");
+}
+
+#[test]
+fn a_bf16_convolution_rounds_operands_and_results_only() {
+    for (kernel, stride) in [(3, 1), (3, 2), (1, 1), (1, 2)] {
+        let x = leaf(&[4, 6, 9, 9], 1);
+        let weight = leaf(&[5, 6, kernel, kernel], 2);
+        let (x64, weight64) = (double(&x), double(&weight));
+        let y = conv2d(&x, &weight, stride, kernel / 2).expect("a convolution");
+        let y64 = x64.conv2d(&weight64, None::<&Tensor>, [stride; 2], [kernel / 2; 2], [1, 1], 1);
+        assert_close("y", &y, &y64);
+        let weights = leaf(&y64.size(), 3).detach();
+        (&y * &weights).sum(Kind::BFloat16).backward();
+        (&y64 * weights.to_kind(Kind::Double)).sum(Kind::Double).backward();
+        assert_close("gradient of x", &x.grad(), &x64.grad());
+        assert_close("gradient of the weight", &weight.grad(), &weight64.grad());
+    }
+}
+
+#[test]
+fn a_bf16_linear_layer_rounds_operands_and_results_only() {
+    for has_bias in [false, true] {
+        let (x, weight, bias) = (leaf(&[7, 12], 1), leaf(&[5, 12], 2), leaf(&[5], 3));
+        let (x64, weight64, bias64) = (double(&x), double(&weight), double(&bias));
+        let y = linear(&x, &weight, has_bias.then_some(&bias)).expect("a linear layer");
+        let y64 = x64.linear(&weight64, has_bias.then_some(&bias64));
+        assert_close("y", &y, &y64);
+        let weights = leaf(&y64.size(), 4).detach();
+        (&y * &weights).sum(Kind::BFloat16).backward();
+        (&y64 * weights.to_kind(Kind::Double)).sum(Kind::Double).backward();
+        assert_close("gradient of x", &x.grad(), &x64.grad());
+        assert_close("gradient of the weight", &weight.grad(), &weight64.grad());
+        if has_bias {
+            assert_close("gradient of the bias", &bias.grad(), &bias64.grad());
+        }
+    }
+}
+
+#[test]
+fn other_types_are_libtorchs_own() {
+    let (x, weight) = (double(&leaf(&[2, 3, 5, 5], 1)), double(&leaf(&[4, 3, 3, 3], 2)));
+    let y = conv2d(&x, &weight, 1, 1).expect("a convolution");
+    assert_eq!(y, x.conv2d(&weight, None::<&Tensor>, [1; 2], [1; 2], [1, 1], 1));
+    assert!(conv2d(&x, &double(&leaf(&[4, 2, 3, 3], 2)), 1, 1).is_err(), "channels do not fit");
+}
