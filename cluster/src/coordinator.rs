@@ -84,6 +84,11 @@ pub enum Effect {
 /// What the owner of the coordinator (supervisor, or rank 0 of a bare `mpirun`) gets to know.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Output {
+    /// Another start of the gang is waited for: what follows is of this one, what came before is not.
+    Gathering {
+        /// Which start of the gang.
+        generation: u32,
+    },
     /// Every rank is there and was told to go.
     Go {
         /// Which start of the gang.
@@ -325,9 +330,10 @@ impl Coordinator {
             WorkerEvent::Eval { step, knn_top1, .. } => {
                 format!("rank {rank} evaluated step {step}: kNN {knn_top1}")
             }
-            WorkerEvent::Failed { step, phase, .. } => {
+            WorkerEvent::Failed { step, phase, peers, .. } => {
                 member.failed = true;
-                format!("rank {rank} failed at step {step}, {phase}")
+                let own = if peers.is_some() { " because of its peers" } else { "" };
+                format!("rank {rank} failed at step {step}, {phase}{own}")
             }
             WorkerEvent::Finished { exit_code } => {
                 member.finished = Some(*exit_code);
@@ -392,7 +398,9 @@ impl Coordinator {
         if generation <= self.generation {
             return (Vec::new(), format!("start {generation} is not after start {}", self.generation));
         }
-        let effects = self.members.values().map(|member| Effect::Close(member.peer)).collect();
+        let mut effects: Vec<Effect> =
+            self.members.values().map(|member| Effect::Close(member.peer)).collect();
+        effects.push(Effect::Tell(Output::Gathering { generation }));
         self.members.clear();
         self.generation = generation;
         self.generation_started = now;

@@ -13,7 +13,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Version of this table. Both sides must speak the same.
-pub const PROTOCOL: u32 = 1;
+pub const PROTOCOL: u32 = 2;
 
 /// Where a coordinator listens, and the proof that a worker belongs to its job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -174,6 +174,10 @@ pub enum WorkerEvent {
         message: String,
         /// Code it is about to exit with.
         exit_code: i32,
+        /// The ranks whose failure this one follows from, empty when it is not known which; `None` when it is
+        /// the rank's own.
+        #[serde(default)]
+        peers: Option<Vec<u32>>,
     },
     /// This rank is done and about to exit.
     Finished {
@@ -184,6 +188,8 @@ pub enum WorkerEvent {
 
 /// Longest text of a worker that is sent, kept and passed on, bytes.
 const MAX_TEXT: usize = 2000;
+/// Most ranks that one event names.
+const MAX_RANKS: usize = 64;
 
 impl WorkerEvent {
     /// Cuts texts to a length that fits a frame.
@@ -194,7 +200,10 @@ impl WorkerEvent {
                 clip(digest);
             }
             WorkerEvent::Eval { protocol, .. } => clip(protocol),
-            WorkerEvent::Failed { message, .. } => clip(message),
+            WorkerEvent::Failed { message, peers, .. } => {
+                clip(message);
+                peers.iter_mut().for_each(|peers| peers.truncate(MAX_RANKS));
+            }
             WorkerEvent::Finished { .. } => {}
         }
     }

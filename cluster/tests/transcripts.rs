@@ -169,6 +169,25 @@ fn a_rank_says_why_it_fails() {
             phase: Phase::Update,
             message: "loss is NaN at step 7 on rank 1: lower optimizer.base_lr".into(),
             exit_code: 6,
+            peers: None,
+        },
+    );
+    job.gone(1).gone(0);
+    job.check();
+}
+
+#[test]
+fn a_rank_whose_peer_vanished_says_so() {
+    let mut job = Transcript::new("rank-fails-of-its-peer", agreement(2));
+    job.hello(0, hello(0, 2)).hello(1, hello(1, 2));
+    job.reports(
+        0,
+        WorkerEvent::Failed {
+            step: 7,
+            phase: Phase::Reduce,
+            message: "step 7: waited 600.0 s for rank 1; see in its log what it was doing".into(),
+            exit_code: 1,
+            peers: Some(vec![1]),
         },
     );
     job.gone(1).gone(0);

@@ -95,7 +95,7 @@ fn main() {
         if let Some(exit_code) = script.at("fail", rank, step) {
             let message = format!("rank {rank} was told to fail at step {step}");
             eprintln!("error: {message}");
-            link.event(WorkerEvent::Failed { step, phase: Phase::Update, message, exit_code });
+            link.event(WorkerEvent::Failed { step, phase: Phase::Update, message, exit_code, peers: None });
             link.close();
             std::process::exit(exit_code);
         }

@@ -33,6 +33,9 @@ const EXIT_GRACE: Duration = Duration::from_secs(30);
 const KILL_GRACE: Duration = Duration::from_secs(5);
 /// After the process has ended: its ranks' last words may still be on their way through the sockets.
 const SETTLE: Duration = Duration::from_millis(300);
+/// The same when all that is known is that ranks missed another: the cause is still to come, of a machine whose last
+/// packets are late.
+const SETTLE_LONGER: Duration = Duration::from_secs(2);
 /// Schedulers send SIGTERM twice at once (Slurm does); only a later one means impatience.
 const REPEAT: Duration = Duration::from_secs(2);
 /// Failures on one node before it is left out.
@@ -173,6 +176,21 @@ pub struct Culprit {
     pub cause: String,
     /// The exit code it announced.
     pub exit_code: Option<i32>,
+    /// It failed because another rank was gone or late, and is no cause itself.
+    pub follows: bool,
+}
+
+impl Culprit {
+    /// How much it explains. A failure that follows from another rank's gives way to that, and everything to one
+    /// that names the code the run is to end with: whatever the order in which they are heard, since a rank's last
+    /// word may overtake the end of another's connection.
+    fn weight(&self) -> u8 {
+        match self.exit_code {
+            _ if self.follows => 0,
+            Some(code) if FINAL.contains(&code) => 2,
+            _ => 1,
+        }
+    }
 }
 
 impl std::fmt::Display for Culprit {
@@ -207,7 +225,11 @@ pub struct Outcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
-    Settling(Exit),
+    /// `longer`: it has been longer once.
+    Settling {
+        exit: Exit,
+        longer: bool,
+    },
     Waiting,
     Over,
 }
@@ -221,6 +243,10 @@ pub struct Supervisor {
     generation: u32,
     restarts: u32,
     stop: Option<(Duration, StopSignal)>,
+    /// The workers have been told to end.
+    ending: bool,
+    /// The coordinator speaks of this start of the gang, no more of the last.
+    in_step: bool,
     culprit: Option<Culprit>,
     finished: Option<i32>,
     hosts: BTreeMap<u32, String>,
@@ -242,6 +268,8 @@ impl Supervisor {
             generation: 0,
             restarts: 0,
             stop: None,
+            ending: false,
+            in_step: true,
             culprit: None,
             finished: None,
             hosts: BTreeMap::new(),
@@ -258,32 +286,45 @@ impl Supervisor {
             Event::Coordinator(output) => self.output(output),
             Event::Signal(signal) => self.signal(now, signal),
             Event::Exited(exit) if self.state == State::Running => {
-                self.state = State::Settling(exit);
+                self.state = State::Settling { exit, longer: false };
                 vec![Action::Arm(Timer::Settle, SETTLE)]
             }
             Event::Exited(_) => Vec::new(),
             Event::Due(timer) => self.due(timer),
             Event::Settled { said } => match self.state {
-                State::Settling(exit) => self.judge(exit, said),
+                State::Settling { exit, longer } => self.judge(exit, said, longer),
                 _ => Vec::new(),
             },
         }
     }
 
     fn output(&mut self, output: Output) -> Vec<Action> {
+        if let Output::Gathering { generation } = output {
+            self.in_step = generation == self.generation;
+            return Vec::new();
+        }
+        if !self.in_step || self.state == State::Waiting {
+            return Vec::new(); // last words of a gang that has been judged
+        }
         match output {
             Output::Go { ranks, .. } => {
                 self.hosts = ranks.into_iter().map(|hello| (hello.rank, hello.host)).collect();
                 Vec::new()
             }
-            Output::Event { rank, event: WorkerEvent::Failed { step, phase, message, exit_code } } => {
+            Output::Event { rank, event: WorkerEvent::Failed { step, phase, message, exit_code, peers } } => {
+                // Of one other rank that was waited for, that one is to be looked at.
+                let (named, phase, cause) = match peers.as_deref() {
+                    Some(&[peer]) => (peer, None, format!("rank {rank} missed it: {message}")),
+                    _ => (rank, Some(phase), message),
+                };
                 let culprit = Culprit {
-                    rank: Some(rank),
-                    host: self.hosts.get(&rank).cloned(),
+                    rank: Some(named),
+                    host: self.hosts.get(&named).cloned(),
                     step: Some(step),
-                    phase: Some(phase),
-                    cause: message,
+                    phase,
+                    cause,
                     exit_code: Some(exit_code),
+                    follows: peers.is_some(),
                 };
                 self.blame(culprit, END_GRACE)
             }
@@ -295,6 +336,7 @@ impl Supervisor {
                     phase: Some(phase),
                     cause: "its process ended without a word".into(),
                     exit_code: None,
+                    follows: false,
                 };
                 self.blame(culprit, LOST_GRACE)
             }
@@ -316,21 +358,23 @@ impl Supervisor {
                     Vec::new()
                 }
             }
-            Output::Progress { .. } | Output::Event { .. } | Output::Refused { ours: false, .. } => {
-                Vec::new()
-            }
+            Output::Gathering { .. }
+            | Output::Progress { .. }
+            | Output::Event { .. }
+            | Output::Refused { ours: false, .. } => Vec::new(),
         }
     }
 
-    /// The first failure is the cause, the rest follow from it; but one that names its own exit code explains more
-    /// than a connection that broke.
+    /// Of failures that explain as much, the first is the cause: the rest follow from it.
     fn blame(&mut self, culprit: Culprit, grace: Duration) -> Vec<Action> {
-        let explains = |culprit: &Culprit| culprit.exit_code.is_some_and(|code| FINAL.contains(&code));
-        let first = self.culprit.is_none();
-        if first || explains(&culprit) && !self.culprit.as_ref().is_some_and(explains) {
+        let known = self.culprit.as_ref().map(Culprit::weight);
+        let better = known.is_none_or(|known| culprit.weight() > known);
+        // When the cause is known, nothing more is waited for than after it alone.
+        let arms = better && known.unwrap_or(0) == 0 && !self.ending;
+        if better {
             self.culprit = Some(culprit);
         }
-        if self.state != State::Running || !first {
+        if self.state != State::Running || !arms {
             return Vec::new();
         }
         vec![Action::Arm(Timer::End, grace)]
@@ -350,7 +394,7 @@ impl Supervisor {
                             "{name}: the ranks stop at the next step with a checkpoint (once more: kill them)"
                         )),
                     ],
-                    State::Settling(_) | State::Over => Vec::new(),
+                    State::Settling { .. } | State::Over => Vec::new(),
                 }
             }
             // The warning was first, and the scheduler's own end comes later: no sign of impatience.
@@ -374,6 +418,7 @@ impl Supervisor {
     fn due(&mut self, timer: Timer) -> Vec<Action> {
         match (timer, self.state) {
             (Timer::End, State::Running) => {
+                self.ending = true;
                 let mut actions = vec![Action::Terminate, Action::Arm(Timer::Kill, KILL_GRACE)];
                 if self.stop.is_some() && self.culprit.is_none() && self.finished.is_none() {
                     let line = format!(
@@ -387,6 +432,9 @@ impl Supervisor {
             (Timer::Kill, State::Running) => vec![Action::Kill, Action::Arm(Timer::Kill, KILL_GRACE)],
             (Timer::Backoff, State::Waiting) => {
                 self.state = State::Running;
+                (self.in_step, self.ending) = (false, false);
+                (self.culprit, self.finished) = (None, None);
+                self.hosts.clear();
                 vec![Action::Start { generation: self.generation }]
             }
             _ => Vec::new(),
@@ -394,7 +442,11 @@ impl Supervisor {
     }
 
     /// The workers are gone and all that they had to say is known.
-    fn judge(&mut self, exit: Exit, said: Option<String>) -> Vec<Action> {
+    fn judge(&mut self, exit: Exit, said: Option<String>, longer: bool) -> Vec<Action> {
+        if !longer && self.culprit.as_ref().is_some_and(|culprit| culprit.follows) {
+            self.state = State::Settling { exit, longer: true };
+            return vec![Action::Arm(Timer::Settle, SETTLE_LONGER)];
+        }
         let mut culprit = self.culprit.take();
         if let Some(code) =
             culprit.as_ref().and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code))
@@ -409,6 +461,7 @@ impl Supervisor {
         let its_own = self.direct || self.finished.is_some() || said.is_some();
         if let (Some(culprit), Some(cause)) = (&mut culprit, &said)
             && culprit.exit_code.is_none()
+            && !is_anothers(cause, culprit.rank)
             && code.is_some_and(|code| code == FAILED || FINAL.contains(&code))
         {
             culprit.cause.clone_from(cause);
@@ -440,7 +493,6 @@ impl Supervisor {
         let wait = (BACKOFF * 2u32.saturating_pow(self.restarts)).min(MAX_BACKOFF);
         self.restarts += 1;
         self.generation += 1;
-        self.finished = None;
         self.state = State::Waiting;
         let line = format!(
             "{culprit}; restart {} of {} from the last checkpoint in {:.1} s",
@@ -448,7 +500,7 @@ impl Supervisor {
             self.max_restarts,
             wait.as_secs_f64()
         );
-        let bad = culprit.host.clone().filter(|host| self.failed_too_often(host));
+        let bad = culprit.host.clone().filter(|host| !culprit.follows && self.failed_too_often(host));
         let mut actions =
             vec![Action::Say(line), Action::RecordRestart { generation: self.generation, culprit }];
         if let Some(host) = bad {
@@ -470,6 +522,12 @@ impl Supervisor {
         self.state = State::Over;
         vec![Action::Finish(Outcome { exit_code, culprit })]
     }
+}
+
+/// Whether a worker's line (`rank 3: …`) is the word of another rank than this one.
+fn is_anothers(line: &str, rank: Option<u32>) -> bool {
+    let speaker = line.strip_prefix("rank ").and_then(|rest| rest.split_once(':'));
+    speaker.and_then(|(number, _)| number.parse().ok()).is_some_and(|speaker: u32| Some(speaker) != rank)
 }
 
 #[cfg(test)]
@@ -495,8 +553,19 @@ mod tests {
 
     fn failed(rank: u32, exit_code: i32) -> Event {
         let message = format!("rank {rank} says {exit_code}");
-        let event = WorkerEvent::Failed { step: 8, phase: Phase::Update, message, exit_code };
+        let event = WorkerEvent::Failed { step: 8, phase: Phase::Update, message, exit_code, peers: None };
         Event::Coordinator(Output::Event { rank, event })
+    }
+
+    fn missed(rank: u32, peers: &[u32]) -> Event {
+        let message = format!("rank {rank} waited in vain");
+        let peers = Some(peers.to_vec());
+        let event = WorkerEvent::Failed { step: 8, phase: Phase::Reduce, message, exit_code: 1, peers };
+        Event::Coordinator(Output::Event { rank, event })
+    }
+
+    fn gathering(generation: u32) -> Event {
+        Event::Coordinator(Output::Gathering { generation })
     }
 
     fn lost(rank: u32) -> Event {
@@ -602,8 +671,9 @@ mod tests {
 
     #[test]
     fn a_crash_is_restarted_until_the_budget_is_spent() {
-        let crash = [go(), lost(1), KILLED, SETTLED, Event::Due(Timer::Backoff)];
-        let actions = run(2, crash.iter().cycle().take(15).cloned().collect());
+        let crash =
+            |generation| [gathering(generation), go(), lost(1), KILLED, SETTLED, Event::Due(Timer::Backoff)];
+        let actions = run(2, (0..3).flat_map(crash).collect());
         let starts: Vec<u32> = actions
             .iter()
             .filter_map(|action| match action {
@@ -637,12 +707,125 @@ mod tests {
         assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 8 (update): rank 1 says 1");
     }
 
+    /// Every order in which three ranks' last words can be heard, before and after the end of their launcher.
+    #[test]
+    fn the_cause_is_named_whatever_the_order_of_last_words() {
+        let orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]];
+        let killed = [lost(1), missed(0, &[]), missed(2, &[1])];
+        let failed_by_itself = [failed(1, 1), missed(0, &[]), missed(2, &[1])];
+        let diverged = [failed(1, DIVERGED), missed(0, &[]), lost(2)];
+        let table: [(&str, [Event; 3], &str); 3] = [
+            ("killed", killed, "rank 1 on host1 at step 7 (backward): its process ended without a word"),
+            ("failed", failed_by_itself, "rank 1 on host1 at step 8 (update): rank 1 says 1"),
+            ("diverged", diverged, "rank 1 on host1 at step 8 (update): rank 1 says 6"),
+        ];
+        for (name, words, expected) in table {
+            for order in orders {
+                for heard_before in 0..=3 {
+                    let mut events: Vec<Event> = order.iter().map(|&n| words[n].clone()).collect();
+                    events.insert(heard_before, Event::Exited(Exit::Code(1)));
+                    events.insert(0, go());
+                    events.extend([SETTLED, SETTLED]);
+                    let actions = run(0, events);
+                    let (_, culprit) = end(&actions).expect("over");
+                    let said = culprit.expect("named").to_string();
+                    assert!(said.starts_with(expected), "{name}, {order:?}, {heard_before} before: {said}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_rank_that_missed_another_is_no_cause_and_no_mark_against_its_machine() {
+        // The cause is waited for a little longer than usual, once.
+        let actions = run(0, vec![go(), missed(0, &[]), Event::Exited(Exit::Code(1)), SETTLED]);
+        assert_eq!(actions.last(), Some(&Action::Arm(Timer::Settle, SETTLE_LONGER)));
+        let actions = run(0, vec![go(), missed(0, &[]), Event::Exited(Exit::Code(1)), SETTLED, SETTLED]);
+        let (_, culprit) = end(&actions).expect("over");
+        let alone = "rank 0 on host0 at step 8 (reduce): rank 0 waited in vain";
+        assert_eq!(culprit.expect("named").to_string(), alone);
+        let actions = run(0, vec![go(), missed(0, &[1]), Event::Exited(Exit::Code(1)), SETTLED, SETTLED]);
+        let (_, culprit) = end(&actions).expect("over");
+        let absent = "rank 1 on host1 at step 8: rank 0 missed it: rank 0 waited in vain";
+        assert_eq!(culprit.expect("named").to_string(), absent);
+
+        let (mut supervisor, mut actions) = Supervisor::new(9, false, 2);
+        for generation in 0..4 {
+            let crash = [
+                gathering(generation),
+                go(),
+                missed(0, &[]),
+                Event::Exited(Exit::Code(1)),
+                SETTLED,
+                SETTLED,
+                Event::Due(Timer::Backoff),
+            ];
+            for event in crash {
+                actions.extend(supervisor.handle_event(Duration::ZERO, event));
+            }
+        }
+        assert!(!actions.iter().any(|action| matches!(action, Action::LeaveOut { .. })), "{actions:?}");
+    }
+
+    #[test]
+    fn once_the_cause_is_known_no_more_is_waited_for_than_after_it_alone() {
+        let grace = |events: Vec<Event>| match run(0, events).last() {
+            Some(Action::Arm(Timer::End, grace)) => *grace,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(grace(vec![go(), missed(0, &[])]), END_GRACE);
+        assert_eq!(grace(vec![go(), missed(0, &[]), lost(1)]), LOST_GRACE);
+        assert_eq!(grace(vec![go(), lost(1), missed(0, &[])]), LOST_GRACE);
+        // What has been told to end is not told again later.
+        let actions = run(0, vec![go(), missed(0, &[]), Event::Due(Timer::End), lost(1)]);
+        assert_eq!(actions.last(), Some(&Action::Arm(Timer::Kill, KILL_GRACE)));
+    }
+
+    #[test]
+    fn last_words_of_a_gang_that_was_judged_are_not_the_next_ones() {
+        for late in [lost(0), missed(0, &[1]), finished(75), failed(0, 3)] {
+            let (mut supervisor, _) = Supervisor::new(9, false, 2);
+            let mut actions = Vec::new();
+            for event in [
+                go(),
+                lost(1),
+                KILLED,
+                SETTLED,
+                late.clone(),
+                Event::Due(Timer::Backoff),
+                late.clone(),
+                gathering(1),
+                go(),
+                lost(1),
+                KILLED,
+                SETTLED,
+            ] {
+                actions.extend(supervisor.handle_event(Duration::ZERO, event));
+            }
+            let reasons: Vec<Option<u32>> = actions
+                .iter()
+                .filter_map(|action| match action {
+                    Action::RecordRestart { culprit, .. } => Some(culprit.rank),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(reasons, [Some(1), Some(1)], "{late:?}: {actions:?}");
+            let ends = actions.iter().filter(|action| matches!(action, Action::Arm(Timer::End, _))).count();
+            assert_eq!(ends, 2, "{late:?}: both gangs are ended");
+            assert!(actions.contains(&Action::LeaveOut { host: "host1".into() }), "{late:?}");
+        }
+    }
+
     #[test]
     fn what_a_worker_said_is_better_than_that_it_went() {
         let said = |text: &str| Event::Settled { said: Some(text.into()) };
         let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(1)), said("disk full")]);
         let (_, culprit) = end(&actions).expect("over");
         assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 7 (backward): disk full");
+        let actions =
+            run(0, vec![go(), lost(1), Event::Exited(Exit::Code(1)), said("rank 0: step 8: waited for 1")]);
+        let (_, culprit) = end(&actions).expect("over");
+        assert!(culprit.expect("named").cause.starts_with("its process ended without a word"));
         // Of a rank that was killed, another's complaint is no explanation.
         let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(9)), said("peer lost")]);
         let (_, culprit) = end(&actions).expect("over");
@@ -703,8 +886,9 @@ mod tests {
     fn a_machine_that_failed_twice_is_left_out_while_there_is_another() {
         let crashes = |nodes: usize, ranks: &[u32]| {
             let (mut supervisor, mut actions) = Supervisor::new(9, false, nodes);
-            for &rank in ranks {
-                for event in [go(), lost(rank), KILLED, SETTLED, Event::Due(Timer::Backoff)] {
+            for (generation, &rank) in ranks.iter().enumerate() {
+                let gathering = gathering(generation as u32);
+                for event in [gathering, go(), lost(rank), KILLED, SETTLED, Event::Due(Timer::Backoff)] {
                     actions.extend(supervisor.handle_event(Duration::ZERO, event));
                 }
             }

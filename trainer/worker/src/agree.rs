@@ -1,6 +1,8 @@
 //! What all ranks must agree on: before the first step that they are about to do the same, and at every step whether
 //! to go on.
 
+use std::time::Duration;
+
 use mentee_collectives::{Buffer, Collectives};
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
@@ -73,11 +75,19 @@ pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>
     }
 }
 
+/// How long a rank that fails because of another stays before it ends all.
+const CAUSE_FIRST: Duration = Duration::from_millis(300);
+
 /// The end of a rank that failed. When all ranks know, they part in order; when only this one does, it says why and
 /// ends the others, which would wait for it.
 pub fn leave(collectives: &dyn Collectives, error: WorkerError) -> WorkerError {
     if collectives.world_size() > 1 && !matches!(error, WorkerError::Known { .. }) {
         eprintln!("error: rank {}: {error}", collectives.rank());
+        if error.peers().is_some() {
+            // Another rank is the cause: time for its own word, or for the end of its connection, to be heard before
+            // the end of everyone.
+            std::thread::sleep(CAUSE_FIRST);
+        }
         collectives.abort(error.exit_code());
     }
     // The exit code tells how the run went; a network that cannot be shut down does not change that.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use mentee_checkpoint::CheckpointError;
 use mentee_cluster::{IdentityError, LinkError};
-use mentee_collectives::{CollectiveError, StartError};
+use mentee_collectives::{CollectiveError, ErrorKind, StartError};
 use mentee_config::{ConfigError, exit_code};
 use mentee_data::DataError;
 use mentee_ssl::SslError;
@@ -94,6 +94,18 @@ impl WorkerError {
     pub fn known(self, says: bool) -> Self {
         let exit_code = self.exit_code();
         Self::Known { says: says.then(|| Box::new(self)), exit_code }
+    }
+
+    /// The ranks that this failure follows from, empty when it is not known which; none when it is this rank's own.
+    pub fn peers(&self) -> Option<Vec<u32>> {
+        let Self::Collective { source, .. } = self else { return None };
+        match &source.kind {
+            ErrorKind::Timeout { missing, .. } => Some(missing.clone()),
+            ErrorKind::PeerFailed { rank, .. } | ErrorKind::PeerLeft { rank } => Some(vec![*rank]),
+            // What MPI says of a peer that is gone depends on the library and the network.
+            ErrorKind::Mpi { .. } => Some(Vec::new()),
+            _ => None,
+        }
     }
 
     /// Whether this rank is the one to report it.

@@ -140,12 +140,12 @@ impl Reporter {
     /// The last word of a rank that fails: what happened, unless another rank says it.
     pub fn failed(mut self, error: &WorkerError) {
         let (step, phase) = (self.now.step, self.now.phase);
-        let (message, exit_code) = (error.to_string(), error.exit_code());
+        let (message, exit_code, peers) = (error.to_string(), error.exit_code(), error.peers());
         tracing::error!(step, %phase, "{message}");
         self.event(if error.is_silent() {
             WorkerEvent::Finished { exit_code }
         } else {
-            WorkerEvent::Failed { step, phase, message, exit_code }
+            WorkerEvent::Failed { step, phase, message, exit_code, peers }
         });
         self.close();
     }

@@ -18,6 +18,7 @@ mod stop;
 mod trace;
 mod train;
 mod views;
+mod waits;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -23,6 +23,7 @@ use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
+use crate::waits::{Waits, Watched};
 use crate::{TrainArgs, affinity, agree, checkpoints, logging, run_dir};
 
 /// Batches decoded ahead of the step.
@@ -57,17 +58,21 @@ pub struct Run {
 pub struct Place {
     pub identity: Identity,
     pub collectives: Arc<dyn Collectives>,
+    /// Of the calls made through `collectives`.
+    pub waits: Arc<Waits>,
 }
 
 /// Finds this rank's place. Starts MPI only when there is more than one rank.
 pub fn place() -> Result<Place, WorkerError> {
     let identity = identity::discover(&|name| std::env::var(name).ok())?;
+    let waits = Arc::new(Waits::default());
     let collectives: Arc<dyn Collectives> = if identity.world_size > 1 {
-        Arc::new(Mpi::initialize(Some((identity.rank, identity.world_size)))?)
+        let mpi = Mpi::initialize(Some((identity.rank, identity.world_size)))?;
+        Arc::new(Watched::new(Arc::new(mpi), waits.clone()))
     } else {
         Arc::new(Single::new())
     };
-    Ok(Place { identity, collectives })
+    Ok(Place { identity, collectives, waits })
 }
 
 /// Sets the compute threads and says how many decode threads there are to be.
@@ -115,7 +120,7 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
-    let Place { identity, collectives } = place;
+    let Place { identity, collectives, .. } = place;
     let local = agree::together(&**collectives, local(args, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     logging::start(&local.run_dir, identity.rank)?;

@@ -251,6 +251,7 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
             Ok(exit_code)
         }
         Err(error) => {
+            let error = place.waits.explain(error);
             reporter.failed(&error);
             Err(agree::leave(&*collectives, error))
         }
