@@ -8,6 +8,8 @@
 //!  world of one  processes   ranks as threads of one process, for tests
 //! ```
 //!
+//! The memory of devices has a trait of its own beside it, [`DeviceCollectives`], with [`nccl`] behind it.
+//!
 //! # The contract of every implementation
 //!
 //! - All ranks of the world make the same calls in the same order with the same lengths and element types.
@@ -24,13 +26,19 @@
 pub mod bench;
 mod buffer;
 pub mod checked;
+mod device;
 mod error;
 pub mod faulty;
 pub mod mpi;
+pub mod nccl;
 mod single;
 pub mod threads;
 
 pub use buffer::{Buffer, ElementType};
+pub use device::{
+    DeviceBuffer, DeviceCollectives, DeviceError, DeviceErrorKind, DeviceType, Event, EventError, Record,
+    RecordState, Stream, Ticket,
+};
 pub use error::{CollectiveError, ErrorKind, Operation, StartError};
 pub use single::Single;
 

@@ -1,0 +1,289 @@
+//! The last operations of a group and its lanes, for the report of a hang.
+
+use std::{
+    collections::VecDeque,
+    fmt::Write,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::{
+    DeviceType, Event, Operation, Ticket,
+    device::{Record, RecordState},
+};
+
+/// How many operations are remembered.
+pub const HISTORY: usize = 64;
+
+/// A ring of operations. Its lock is its own, so that a report can be made while a thread is stuck inside NCCL.
+#[derive(Default)]
+pub(super) struct History(Mutex<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    entries: VecDeque<Entry>,
+    /// By line: the name of its lane, and how many operations it has had.
+    lines: Vec<(Option<Arc<str>>, u64)>,
+}
+
+struct Entry {
+    line: usize,
+    record: Record,
+    event: Option<Arc<dyn Event>>,
+}
+
+impl History {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        // Consistent between any two statements below.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A new line of calls; lines are numbered in this order.
+    pub(super) fn line(&self, name: Option<Arc<str>>) -> usize {
+        let mut inner = self.lock();
+        inner.lines.push((name, 0));
+        inner.lines.len() - 1
+    }
+
+    /// "the group" or "lane NAME".
+    pub(super) fn name(&self, line: usize) -> String {
+        match self.lock().lines.get(line).and_then(|(name, _)| name.clone()) {
+            Some(name) => format!("lane {name}"),
+            None => "the group".to_owned(),
+        }
+    }
+
+    /// Remembers that an operation was called.
+    pub(super) fn called(
+        &self,
+        line: usize,
+        operation: Operation,
+        elements: usize,
+        element_type: DeviceType,
+    ) -> Ticket {
+        let mut inner = self.lock();
+        let (name, next) = &mut inner.lines[line];
+        let (lane, number) = (name.clone(), *next);
+        *next += 1;
+        let (called, state) = (Instant::now(), RecordState::Called);
+        let record = Record { number, operation, elements, element_type, lane, called, state };
+        if inner.entries.len() == HISTORY {
+            inner.entries.pop_front();
+        }
+        inner.entries.push_back(Entry { line, record, event: None });
+        Ticket { line, number }
+    }
+
+    /// The library has put it on its stream.
+    pub(super) fn enqueued(&self, ticket: Ticket) {
+        if let Some(entry) = self.lock().find(ticket) {
+            entry.record.state = RecordState::Enqueued(Instant::now());
+        }
+    }
+
+    /// Keeps the event recorded behind an operation.
+    pub(super) fn watch(&self, ticket: Ticket, event: Arc<dyn Event>) {
+        if let Some(entry) = self.lock().find(ticket) {
+            entry.event = Some(event);
+        }
+    }
+
+    /// The stream has passed it, and so everything before it on its lane.
+    pub(super) fn complete(&self, ticket: Ticket) {
+        let seen = RecordState::Complete(Instant::now());
+        for entry in &mut self.lock().entries {
+            let before = entry.line == ticket.line && entry.record.number <= ticket.number;
+            if before && !matches!(entry.record.state, RecordState::Complete(_)) {
+                entry.record.state = seen;
+                entry.event = None;
+            }
+        }
+    }
+
+    /// Asks the events that were left here. What the device says against one shows elsewhere.
+    pub(super) fn look(&self) {
+        let waiting: Vec<(Ticket, Arc<dyn Event>)> = {
+            let inner = self.lock();
+            let ticket = |entry: &Entry| Ticket { line: entry.line, number: entry.record.number };
+            inner.entries.iter().filter_map(|entry| Some((ticket(entry), entry.event.clone()?))).collect()
+        };
+        for (ticket, event) in waiting {
+            if event.is_complete() == Ok(true) {
+                self.complete(ticket);
+            }
+        }
+    }
+
+    /// The operations that are remembered, oldest first.
+    pub(super) fn records(&self) -> Vec<Record> {
+        self.lock().entries.iter().map(|entry| entry.record.clone()).collect()
+    }
+
+    /// What one operation is: "all-reduce 117 of 2,359,296 f32 on lane gradients".
+    pub(super) fn describe(&self, ticket: Ticket) -> String {
+        match self.lock().find(ticket) {
+            Some(entry) => describe(&entry.record),
+            None => format!("operation {}", ticket.number),
+        }
+    }
+
+    /// What is not complete, per lane the oldest and how many follow; on one line. Empty if nothing is open.
+    pub(super) fn report(&self, rank: u32) -> String {
+        let (inner, now) = (self.lock(), Instant::now());
+        let mut report = String::new();
+        for line in 0..inner.lines.len() {
+            let of_line = || inner.entries.iter().filter(|entry| entry.line == line);
+            let mut open = of_line().filter(|entry| !matches!(entry.record.state, RecordState::Complete(_)));
+            let Some(Entry { record, .. }) = open.next() else { continue };
+            let start = if report.is_empty() { format!("rank {rank}: ") } else { "; ".to_owned() };
+            let (how, since) = match record.state {
+                RecordState::Enqueued(at) => ("enqueued", at),
+                _ => ("called", record.called),
+            };
+            // Writing to a string cannot fail.
+            let _ = write!(report, "{start}{} {how} {} ago, ", describe(record), age(now - since));
+            report.push_str(if how == "enqueued" { "not complete" } else { "not on the stream yet" });
+            let behind = open.count();
+            let last = of_line().rfind(|entry| matches!(entry.record.state, RecordState::Complete(_)));
+            let mut notes = Vec::new();
+            if behind > 0 {
+                notes.push(format!("{behind} behind it"));
+            }
+            if let Some(Entry { record, .. }) = last
+                && let RecordState::Complete(seen) = record.state
+            {
+                notes.push(format!(
+                    "{} {} seen complete {} ago",
+                    record.operation,
+                    record.number,
+                    age(now - seen)
+                ));
+            }
+            if !notes.is_empty() {
+                let _ = write!(report, " ({})", notes.join(", "));
+            }
+        }
+        report
+    }
+}
+
+impl Inner {
+    fn find(&mut self, ticket: Ticket) -> Option<&mut Entry> {
+        let same = |entry: &&mut Entry| entry.line == ticket.line && entry.record.number == ticket.number;
+        self.entries.iter_mut().rev().find(same)
+    }
+}
+
+fn describe(record: &Record) -> String {
+    let Record { number, operation, elements, element_type, lane, .. } = record;
+    let lane = lane.as_ref().map(|name| format!(" on lane {name}")).unwrap_or_default();
+    format!("{operation} {number} of {} {element_type}{lane}", grouped(*elements))
+}
+
+/// 2359296 as "2,359,296".
+fn grouped(number: usize) -> String {
+    let digits = number.to_string();
+    let mut text = String::with_capacity(digits.len() + digits.len() / 3);
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+fn age(age: Duration) -> String {
+    let seconds = age.as_secs_f64();
+    if seconds < 9.95 { format!("{seconds:.1} s") } else { format!("{seconds:.0} s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::EventError;
+
+    struct Fixed(Result<bool, EventError>);
+
+    impl Event for Fixed {
+        fn is_complete(&self) -> Result<bool, EventError> {
+            self.0.clone()
+        }
+    }
+
+    fn shift(history: &History, by: Duration) {
+        for entry in &mut history.lock().entries {
+            entry.record.called -= by;
+            if let RecordState::Enqueued(at) | RecordState::Complete(at) = &mut entry.record.state {
+                *at -= by;
+            }
+        }
+    }
+
+    #[test]
+    fn a_report_names_the_oldest_open_operation_of_each_lane() {
+        let history = History::default();
+        let (group, lane) = (history.line(None), history.line(Some("gradients".into())));
+        assert_eq!(history.report(3), "");
+        for _ in 0..3 {
+            let ticket = history.called(lane, Operation::AllReduceSum, 2_359_296, DeviceType::F32);
+            history.enqueued(ticket);
+        }
+        history.complete(Ticket { line: lane, number: 0 });
+        history.called(group, Operation::Broadcast, 999, DeviceType::Bf16);
+        shift(&history, Duration::from_millis(31_200));
+        assert_eq!(
+            history.report(3),
+            "rank 3: broadcast 0 of 999 bf16 called 31 s ago, not on the stream yet; \
+             all-reduce 1 of 2,359,296 f32 on lane gradients enqueued 31 s ago, not complete \
+             (1 behind it, all-reduce 0 seen complete 31 s ago)"
+        );
+        assert_eq!(history.name(group), "the group");
+        assert_eq!(history.name(lane), "lane gradients");
+    }
+
+    #[test]
+    fn events_left_here_move_the_report() {
+        let history = History::default();
+        let line = history.line(None);
+        let states = [Ok(true), Ok(true), Ok(false), Err(EventError("illegal".to_owned()))];
+        for state in states {
+            let ticket = history.called(line, Operation::AllReduceSum, 1, DeviceType::F64);
+            history.enqueued(ticket);
+            history.watch(ticket, Arc::new(Fixed(state)));
+        }
+        assert!(
+            history.report(0).starts_with("rank 0: all-reduce 0 of 1 f64 enqueued 0.0 s ago, not complete")
+        );
+        history.look();
+        assert!(history.report(0).starts_with("rank 0: all-reduce 2 "), "{}", history.report(0));
+        let complete = |record: &Record| matches!(record.state, RecordState::Complete(_));
+        assert_eq!(history.records().iter().map(complete).collect::<Vec<_>>(), [true, true, false, false]);
+    }
+
+    #[test]
+    fn the_ring_forgets_the_oldest() {
+        let history = History::default();
+        let line = history.line(None);
+        for _ in 0..HISTORY + 6 {
+            history.called(line, Operation::AllReduceSum, 1, DeviceType::F32);
+        }
+        let numbers: Vec<u64> = history.records().iter().map(|record| record.number).collect();
+        assert_eq!(numbers, (6..(HISTORY + 6) as u64).collect::<Vec<_>>());
+        // What is forgotten can still be reported on, without harm.
+        let forgotten = Ticket { line, number: 0 };
+        history.enqueued(forgotten);
+        history.complete(forgotten);
+        assert_eq!(history.describe(forgotten), "operation 0");
+        assert!(history.report(0).contains("all-reduce 6 "));
+    }
+
+    #[test]
+    fn numbers_are_grouped() {
+        for (number, text) in [(0, "0"), (999, "999"), (1000, "1,000"), (2_359_296, "2,359,296")] {
+            assert_eq!(grouped(number), text);
+        }
+        assert_eq!(age(Duration::from_millis(9960)), "10 s");
+        assert_eq!(age(Duration::from_millis(9940)), "9.9 s");
+    }
+}
