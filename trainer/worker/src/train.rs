@@ -178,9 +178,9 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter, epoch_ends: bool) -> 
     reporter.event(WorkerEvent::Eval {
         step: line.step,
         epoch: line.epoch,
-        knn_top1: line.knn_top1,
-        knn_random_init: Some(line.knn_random_init),
-        knn_raw_pixels: Some(line.knn_raw_pixels),
+        knn_top1: line.knn_top1.unwrap_or_default(),
+        knn_random_init: line.knn_random_init,
+        knn_raw_pixels: line.knn_raw_pixels,
         protocol: line.protocol,
     });
     Ok(())
