@@ -25,6 +25,9 @@ pub struct TrainLine {
     pub tau: f64,
     pub grad_norm: f64,
     pub z_std: f64,
+    /// Accuracy of the online probe since the last line, percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub online_top1: Option<f64>,
     /// Over all ranks, since the last line.
     pub images_per_s: f64,
     /// Means since the last line.

@@ -19,7 +19,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::metrics::{EvalLine, GridPoint};
-use crate::{affinity, checkpoints};
+use crate::{affinity, checkpoints, trace};
 
 /// Images in a forward pass.
 const BATCH: usize = 250;
@@ -61,6 +61,9 @@ pub struct EvalArgs {
     /// Also adds the result to the run's metrics.jsonl, where report and export find it; measures kNN too.
     #[arg(long)]
     record: bool,
+    /// Also writes the features and labels of bank and queries, for other programs.
+    #[arg(long, value_name = "FILE.safetensors")]
+    features: Option<PathBuf>,
     /// One JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -445,7 +448,7 @@ impl Linear {
     fn of(args: &EvalArgs, recipe: &Recipe, bank: u64) -> Result<Self, WorkerError> {
         let of_method = match recipe.method.name {
             MethodName::Simsiam => LinearProtocol::Simsiam,
-            MethodName::Byol => LinearProtocol::Byol,
+            MethodName::Byol | MethodName::Mocov3 => LinearProtocol::Byol,
         };
         let usual = if args.linear_augment { of_method } else { LinearProtocol::Logistic };
         let official = match args.linear_protocol.unwrap_or(usual) {
@@ -523,7 +526,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let (method, mut state) = mentee_ssl::state::new(&recipe)?;
-    checkpoints::load(&mut state, &checkpoint)?;
+    checkpoints::load(&mut state, None, &checkpoint)?;
     let meta = &checkpoint.manifest.meta;
     let mut evaluator = Evaluator::new(&recipe, train, cores)?;
     if !args.k.is_empty() {
@@ -536,6 +539,14 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     let linear = args.linear.then(|| Linear::of(args, &recipe, bank)).transpose()?;
     let alone = Single::new();
     let trained = evaluator.features(&alone, &|images| Ok(state.features(&*method, images)?))?;
+    if let Some(path) = &args.features {
+        let parts = [("bank", &trained.bank), ("queries", &trained.queries)];
+        let tensors = parts.iter().flat_map(|(name, part)| {
+            let of = |what: &str, tensor: &Tensor| (format!("{name}.{what}"), tensor.shallow_clone());
+            [of("features", &part.features), of("labels", &part.labels)]
+        });
+        trace::write(path, tensors)?;
+    }
     let mut line = EvalLine::new(meta.step, meta.epoch);
     if args.knn || args.record || linear.is_none() {
         evaluator.add_knn(&alone, &trained, &mut line)?;
