@@ -56,7 +56,9 @@ fn linear_probes_say_their_protocol_and_floors_and_repeat_themselves() {
     let simsiam = official(&["--linear-protocol", "simsiam"]);
     assert!(protocol(&simsiam).contains("LARC, momentum 0.9, lr 0.025, cosine, 3 epochs"), "{simsiam}");
     let augmented = official(&["--linear-augment"]);
-    assert!(protocol(&augmented).contains("BYOL's protocol") && protocol(&augmented).contains("random crops"));
+    assert!(
+        protocol(&augmented).contains("BYOL's protocol") && protocol(&augmented).contains("random crops")
+    );
     let without_time = |mut line: Value| {
         line.as_object_mut().expect("an object").remove("time");
         line
@@ -82,7 +84,8 @@ fn a_grid_of_knn_has_every_setting_and_a_record_reaches_the_report() {
         assert_eq!(points[3][key], single[key], "{key}");
         assert_eq!(points[0][key], grid[key], "the first setting is the line's own: {key}");
     }
-    let spectrum: Vec<f64> = grid["spectrum"].as_array().expect("a spectrum").iter().flat_map(Value::as_f64).collect();
+    let spectrum: Vec<f64> =
+        grid["spectrum"].as_array().expect("a spectrum").iter().flat_map(Value::as_f64).collect();
     assert_eq!((spectrum.len(), spectrum[0]), (64, 1.0));
     assert!(spectrum.is_sorted_by(|a, b| a >= b) && spectrum[63] >= 0.0, "{spectrum:?}");
     let rank = grid["effective_rank"].as_f64().expect("a rank");
@@ -105,7 +108,11 @@ fn an_online_probe_changes_nothing_and_is_carried_on() {
     let _machine = machine();
     let dir = temp_dir();
     let online = |run: &Path| -> Vec<Option<f64>> {
-        metrics(run).iter().filter(|line| line["kind"] == "train").map(|line| line["online_top1"].as_f64()).collect()
+        metrics(run)
+            .iter()
+            .filter(|line| line["kind"] == "train")
+            .map(|line| line["online_top1"].as_f64())
+            .collect()
     };
     let sets = |more: &[(&'static str, &'static str)]| -> Vec<(&'static str, &'static str)> {
         [&[("schedule.max_steps", "8"), ("checkpoint.every_steps", "3")], more].concat()
@@ -161,8 +168,14 @@ fn an_exported_backbone_comes_back_in() {
 
     // A run that stops before it has moved at all evaluates like the one the weights come from.
     let init = format!("{:?}", file.to_str().expect("UTF-8"));
-    let still =
-        [("schedule.max_steps", "1"), ("optimizer.base_lr", "1e-300"), ("optimizer.weight_decay", "0.0"), ("parallel.norm_statistics", "\"running\""), ("run.seed", "9"), ("model.init", init.as_str())];
+    let still = [
+        ("schedule.max_steps", "1"),
+        ("optimizer.base_lr", "1e-300"),
+        ("optimizer.weight_decay", "0.0"),
+        ("parallel.norm_statistics", "\"running\""),
+        ("run.seed", "9"),
+        ("model.init", init.as_str()),
+    ];
     let copy = trained(dir.path(), "copy", &still);
     let features = |run: &Path, name: &str| {
         let path = dir.path().join(name);
@@ -173,7 +186,11 @@ fn an_exported_backbone_comes_back_in() {
 
     let refused = |init: &str, more: &[&str]| {
         let mut command = mentee();
-        command.arg("trace").arg(dir.path().join("run.toml")).arg("--out").arg(dir.path().join(format!("trace-{init}")));
+        command
+            .arg("trace")
+            .arg(dir.path().join("run.toml"))
+            .arg("--out")
+            .arg(dir.path().join(format!("trace-{init}")));
         command.arg("--set").arg(format!("model.init={}", dir.path().join(init).display())).args(more);
         finish(command).expect(2).error_line().to_owned()
     };

@@ -90,7 +90,11 @@ fn torchvision_timm_and_scikit_learn_find_the_features_and_scores_of_eval() {
     finish(command).expect(0);
     let features = dir.path().join("features.safetensors");
     let mut command = mentee();
-    command.arg("eval").arg(&run_dir).args(["--knn", "--linear", "--k", "7", "--json", "--features"]).arg(&features);
+    command
+        .arg("eval")
+        .arg(&run_dir)
+        .args(["--knn", "--linear", "--k", "7", "--json", "--features"])
+        .arg(&features);
     let scores: Value = serde_json::from_str(&finish(command).expect(0).stdout).expect("one object");
     for layout in ["torchvision", "timm"] {
         let out = dir.path().join(format!("{layout}.safetensors"));
@@ -98,9 +102,17 @@ fn torchvision_timm_and_scikit_learn_find_the_features_and_scores_of_eval() {
         command.arg("export").arg(&run_dir).args(["--layout", layout, "--out"]).arg(&out);
         finish(command).expect(0);
         let mut python = Command::new(root().join(".venv/bin/python"));
-        python.args(["-c", REAL]).arg(root().join("tests")).arg(out.with_extension("md")).arg(&images).arg(&features);
+        python
+            .args(["-c", REAL])
+            .arg(root().join("tests"))
+            .arg(out.with_extension("md"))
+            .arg(&images)
+            .arg(&features);
         python.args(["7", "0.1", &scores["knn_top1"].to_string(), &scores["linear_top1"].to_string()]);
-        println!("{layout}: largest relative difference of a feature {}", finish(python).expect(0).stdout.trim());
+        println!(
+            "{layout}: largest relative difference of a feature {}",
+            finish(python).expect(0).stdout.trim()
+        );
     }
 }
 

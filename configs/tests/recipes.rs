@@ -283,11 +283,10 @@ fn mocov3_has_the_official_values() {
     assert_eq!((method.projector_hidden, method.projector_out, method.predictor_hidden), (4096, 256, 4096));
     assert_eq!((method.temperature, method.tau_base, method.teacher), (1.0, 0.99, Teacher::Ema));
     assert_eq!((recipe.optimizer.base_lr, recipe.optimizer.weight_decay), (0.6, 1e-6));
-    assert_eq!((recipe.views.crop_area, recipe.views.blur, recipe.views.solarize), (
-        [0.2, 1.0],
-        [1.0, 0.1],
-        [0.0, 0.2]
-    ));
+    assert_eq!(
+        (recipe.views.crop_area, recipe.views.blur, recipe.views.solarize),
+        ([0.2, 1.0], [1.0, 0.1], [0.0, 0.2])
+    );
     // A recipe that names the method alone has them too.
     let mut named = load("mocov3-imagenet-resnet50", &["data.path=images"]).unwrap();
     named.run.name = "short".into();

@@ -92,7 +92,15 @@ impl State {
             }
         };
         let optimizer = Optimizer::new(&recipe.optimizer, &student.weights);
-        Ok(Self { student, gradients, teacher, optimizer, one_pass: true, gather: Gather::default(), keep_features: false })
+        Ok(Self {
+            student,
+            gradients,
+            teacher,
+            optimizer,
+            one_pass: true,
+            gather: Gather::default(),
+            keep_features: false,
+        })
     }
 
     /// The loss of a batch [V·N, 3, H, W] of this rank: its samples' part of the mean over the global batch. Batch-norm

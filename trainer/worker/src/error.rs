@@ -62,7 +62,9 @@ pub enum WorkerError {
         "step {step}: {tensor} on rank {ranks} is not what the other ranks hold; no checkpoint was written of it, start again from the last one (a fault of memory or of the network: watch those ranks' machines)"
     )]
     WeightsDiffer { step: u64, tensor: String, ranks: String },
-    #[error("model.init = {path}: {problem}; give the weights of this model.backbone under torchvision's names")]
+    #[error(
+        "model.init = {path}: {problem}; give the weights of this model.backbone under torchvision's names"
+    )]
     Import { path: PathBuf, problem: String },
     #[error("failed to {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },

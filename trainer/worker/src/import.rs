@@ -26,7 +26,8 @@ fn backbone(state: &mut State, path: &Path) -> Result<(), WorkerError> {
     let mut tensors: BTreeMap<String, Tensor> =
         state.tensors()?.into_iter().map(|(name, tensor)| (name, tensor.copy())).collect();
     for (name, own) in &mut tensors {
-        let name = ["student.backbone.", "teacher.backbone."].iter().find_map(|prefix| name.strip_prefix(prefix));
+        let name =
+            ["student.backbone.", "teacher.backbone."].iter().find_map(|prefix| name.strip_prefix(prefix));
         let Some(name) = name else { continue };
         let found = file.tensor(name).map_err(|_| failed(format!("tensor `{name}` is missing")))?;
         let shape: Vec<i64> = found.shape().iter().map(|&dim| dim as i64).collect();

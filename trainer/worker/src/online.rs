@@ -95,7 +95,8 @@ impl OnlineProbe {
             .map_err(|source| WorkerError::Collective { step, source })?;
         self.since[0] += message[0];
         self.since[1] += message[1];
-        let of_weight = Tensor::f_from_slice(&message[2..2 + (classes * dim) as usize])?.f_view([classes, dim])?;
+        let of_weight =
+            Tensor::f_from_slice(&message[2..2 + (classes * dim) as usize])?.f_view([classes, dim])?;
         let of_bias = Tensor::f_from_slice(&message[2 + (classes * dim) as usize..])?;
         for ((p, m), g) in self.params.iter_mut().zip(&mut self.momentum).zip([of_weight, of_bias]) {
             *m *= MOMENTUM;

@@ -21,9 +21,9 @@ use mentee_ssl::params::view;
 use mentee_ssl::{Rates, Schedule};
 use tch::Tensor;
 
-use crate::{checkpoints, import};
 use crate::error::WorkerError;
 use crate::reducer::GradientReducer;
+use crate::{checkpoints, import};
 use crate::{setup, views};
 
 /// Batches decoded ahead.
@@ -169,7 +169,9 @@ pub fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -
             tch::Kind::Float => safetensors::Dtype::F32,
             tch::Kind::Int64 => safetensors::Dtype::I64,
             other => {
-                return Err(WorkerError::Failed(format!("{name}: such a file holds f32, f64 or i64, not {other:?}")));
+                return Err(WorkerError::Failed(format!(
+                    "{name}: such a file holds f32, f64 or i64, not {other:?}"
+                )));
             }
         };
         let shape = tensor.size().iter().map(|&dim| dim as usize).collect();

@@ -11,8 +11,8 @@ use crate::agree::{self, Agreed};
 use crate::collapse::CollapseWatch;
 use crate::error::WorkerError;
 use crate::link::Reporter;
-use crate::online::OnlineProbe;
 use crate::metrics::{self, CheckpointLine, Meter, TrainLine};
+use crate::online::OnlineProbe;
 use crate::setup::{self, Run};
 use crate::{TrainArgs, checkpoints, views};
 
@@ -220,7 +220,8 @@ fn checkpoint(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError>
         data_digest: run.data_digest.clone(),
         mentee_version: env!("CARGO_PKG_VERSION").into(),
     };
-    let (path, digest) = checkpoints::write(&run.run_dir, &run.state, run.probe.as_ref(), &meta, recipe.checkpoint.keep)?;
+    let (path, digest) =
+        checkpoints::write(&run.run_dir, &run.state, run.probe.as_ref(), &meta, recipe.checkpoint.keep)?;
     let write_ms = start.elapsed().as_secs_f64() * 1e3;
     tracing::info!(step, digest, write_ms, "checkpoint");
     run.metrics.write(&CheckpointLine {
