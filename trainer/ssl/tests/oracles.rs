@@ -7,7 +7,7 @@ use mentee_config::recipe::NormStatistics;
 use mentee_config::{Plan, Recipe};
 use mentee_ssl::layers::{Gather, Pass};
 use mentee_ssl::loss::{cosine, swap_views};
-use mentee_ssl::{Schedule, State};
+use mentee_ssl::{Schedule, SslError, State};
 use tch::{Device, Kind, Tensor};
 
 /// libtorch has one random generator a process: tests that draw from it take turns.
@@ -391,16 +391,18 @@ fn mocov3_over_two_ranks_is_mocov3_on_one() {
     let handed_out: Arc<Mutex<Vec<Tensor>>> = Arc::default();
     for share in &shares {
         let kept = handed_out.clone();
-        let gather = move |rows: &Tensor| {
+        let gather = move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
             kept.lock().unwrap().push(rows.copy());
             Ok((rows.copy(), 0))
         };
         loss_and_gradient(share, Gather(Some(Arc::new(gather))));
     }
     let (mut loss, mut sum) = (0.0, gradient.zeros_like());
-    for (share, first) in shares.iter().zip([0, 3]) {
+    for (share, first) in shares.iter().zip([0i64, 3]) {
         let all = handed_out.clone();
-        let gather = move |_: &Tensor| Ok((Tensor::cat(&all.lock().unwrap(), 0), first));
+        let gather = move |_: &Tensor| -> Result<(Tensor, i64), SslError> {
+            Ok((Tensor::cat(&all.lock().unwrap(), 0), first))
+        };
         let (part, gradient) = loss_and_gradient(share, Gather(Some(Arc::new(gather))));
         loss += part;
         sum += gradient;

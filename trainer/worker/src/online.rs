@@ -122,7 +122,9 @@ impl OnlineProbe {
                 .map(|(name, tensor)| (format!("{PREFIX}{prefix}{name}"), tensor.shallow_clone()))
                 .collect::<Vec<_>>()
         };
-        [of("", &self.params), of("momentum.", &self.momentum)].concat()
+        let mut all = of("", &self.params);
+        all.extend(of("momentum.", &self.momentum));
+        all
     }
 
     /// Goes on from what a checkpoint holds; from zero where it holds no probe of these classes and features.

@@ -109,7 +109,7 @@ pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
         return Gather(None);
     }
     let collectives = collectives.clone();
-    Gather(Some(Arc::new(move |rows: &Tensor| {
+    Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
         let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
         let own = checkpoints::bytes(rows).map_err(|error| failed(&error))?;
         let parts = collectives.all_gather(&own).map_err(|error| failed(&error))?;

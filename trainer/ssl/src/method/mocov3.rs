@@ -77,11 +77,12 @@ impl Method for MocoV3 {
 
         // 2T · cross-entropy of q·k / T against its own image, both ways, mean over the batch. Equation 1.
         let t = self.settings.temperature;
-        let mut loss = Tensor::f_zeros([], (q[0].kind(), q[0].device()))?;
+        let mut own_image = Vec::with_capacity(2);
         for (q, keys) in q.iter().zip(&keys) {
             let log_p = (q.f_matmul(&keys.f_tr()?)? / t).f_log_softmax(1, q.kind())?; // [n, N]
-            loss = loss - log_p.f_gather(1, &own.f_unsqueeze(1)?, false)?.f_sum(None)?;
+            own_image.push(log_p.f_gather(1, &own.f_unsqueeze(1)?, false)?); // [n, 1]
         }
-        Ok(StepLoss::new(loss * (2.0 * t / global_batch as f64), &z))
+        let log_p = Tensor::f_cat(&own_image, 0)?.f_sum(None)?;
+        Ok(StepLoss::new(log_p * (-2.0 * t / global_batch as f64), &z))
     }
 }
