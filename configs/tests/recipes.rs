@@ -76,11 +76,17 @@ fn byol_on_imagenet_has_deepminds_presets() {
                 tau_base,
                 tau_schedule: TauSchedule::Cosine,
                 fixed_predictor_lr: false,
+                temperature: 1.0,
             }
         );
         assert_eq!(
             model,
-            Model { backbone: Backbone::Resnet50, stem: Stem::Imagenet, zero_init_residual: true }
+            Model {
+                backbone: Backbone::Resnet50,
+                stem: Stem::Imagenet,
+                zero_init_residual: true,
+                init: "".into(),
+            }
         );
         assert_eq!(
             views,

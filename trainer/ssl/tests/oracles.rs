@@ -395,7 +395,7 @@ fn mocov3_over_two_ranks_is_mocov3_on_one() {
             kept.lock().unwrap().push(rows.copy());
             Ok((rows.copy(), 0))
         };
-        loss_and_gradient(share, Gather(Some(Arc::new(gather))));
+        let _ = loss_and_gradient(share, Gather(Some(Arc::new(gather))));
     }
     let (mut loss, mut sum) = (0.0, gradient.zeros_like());
     for (share, first) in shares.iter().zip([0i64, 3]) {
