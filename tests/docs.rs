@@ -105,8 +105,17 @@ fn commands(text: &str, program: &str) -> BTreeSet<String> {
     found
 }
 
-const DOCUMENTS: [&str; 5] =
-    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/slurm.md", "docs/mpirun.md"];
+const DOCUMENTS: [&str; 9] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/slurm.md",
+    "docs/mpirun.md",
+    "docs/evaluation.md",
+    "docs/own-data.md",
+    "docs/reproducibility.md",
+    "docs/methods.md",
+];
 
 #[test]
 fn every_command_the_documents_name_exists() {
@@ -125,14 +134,38 @@ fn every_command_the_documents_name_exists() {
     finish(help).expect(0);
 }
 
-#[test]
-fn every_command_of_the_mpirun_guide_runs() {
+fn run_every_command(guide: &str) {
     let _machine = machine();
     let folder = temp_dir();
     let place = guide::place(folder.path());
-    for command in guide::commands("docs/mpirun.md") {
+    for command in guide::commands(guide) {
         finish(guide::shell(&command, &place)).expect(0);
     }
+}
+
+#[test]
+fn every_command_of_the_mpirun_guide_runs() {
+    run_every_command("docs/mpirun.md");
+}
+
+#[test]
+fn every_command_of_the_evaluation_guide_runs() {
+    run_every_command("docs/evaluation.md");
+}
+
+#[test]
+fn every_command_of_the_guide_to_own_data_runs() {
+    run_every_command("docs/own-data.md");
+}
+
+#[test]
+fn every_command_of_the_reproducibility_guide_runs() {
+    run_every_command("docs/reproducibility.md");
+}
+
+#[test]
+fn every_command_of_the_guide_to_methods_runs() {
+    run_every_command("docs/methods.md");
 }
 
 #[test]

@@ -28,6 +28,94 @@ for name, value in exported.items():
 print(count, tuple(network.eval()(torch.randn(2, 3, 16, 16)).shape))
 "#;
 
+/// Runs the code of a model card, gives the model the test images of a CIFAR file as the card says, and holds its features and
+/// what scikit-learn makes of them against `mentee eval`'s.
+const REAL: &str = r#"
+import os, re, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import numpy, torch, replay
+replay.KINDS["I64"] = torch.int64
+card, images, features = (Path(a).resolve() for a in sys.argv[2:5])
+k, temperature, knn, linear = int(sys.argv[5]), *map(float, sys.argv[6:9])
+os.chdir(card.parent)
+exec(re.search(r"```python\n(.*?)```", card.read_text(), re.S).group(1))
+text = card.read_text()
+mean, std = (torch.tensor(eval(re.search(word + r" (\[.*?\])", text).group(1))).reshape(3, 1, 1) for word in ("minus mean", "deviation"))
+ours = replay.read(features)
+
+def embed(part, file):
+    rows = torch.frombuffer(bytearray((images / file).read_bytes()), dtype=torch.uint8).reshape(-1, 3073)
+    labels, pixels = rows[:, 0].long(), rows[:, 1:].reshape(-1, 3, 32, 32).float() / 255
+    with torch.no_grad():
+        found = model((pixels - mean) / std)
+    assert torch.equal(labels, ours[part + ".labels"])
+    expected = ours[part + ".features"]
+    return found, labels.numpy(), ((found - expected).abs().max() / expected.abs().max()).item()
+
+bank, bank_labels, bank_off = embed("bank", "data_batch_1.bin")
+queries, labels, queries_off = embed("queries", "test_batch.bin")
+assert max(bank_off, queries_off) <= 1e-5, (bank_off, queries_off)
+
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+votes = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda d: numpy.exp((1 - d) / temperature))
+found = 100 * votes.fit(bank.numpy(), bank_labels).score(queries.numpy(), labels)
+assert abs(found - knn) < 1e-6, ("kNN", found, knn)
+probe = make_pipeline(StandardScaler(), LogisticRegression(C=1, tol=1e-6, max_iter=1000))
+found = 100 * probe.fit(bank.double().numpy(), bank_labels).score(queries.double().numpy(), labels)
+# An image on the border between two classes may fall to either side.
+assert abs(found - linear) <= 100 / len(labels) + 1e-6, ("logistic regression", found, linear)
+print(max(bank_off, queries_off))
+"#;
+
+#[test]
+fn torchvision_timm_and_scikit_learn_find_the_features_and_scores_of_eval() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let images = dir.path().join("images");
+    write_images(&images);
+    let recipe = TinyRecipe::new(&images)
+        .set("model.backbone", "\"resnet18\"")
+        .set("views.size", "32")
+        .set("parallel.precision", "\"f32\"")
+        .set("schedule.max_steps", "3")
+        .write(dir.path().join("tiny.toml"));
+    let run_dir = dir.path().join("run");
+    let mut command = mentee();
+    command.arg("run").arg(&recipe).arg("--run-dir").arg(&run_dir);
+    finish(command).expect(0);
+    let features = dir.path().join("features.safetensors");
+    let mut command = mentee();
+    command
+        .arg("eval")
+        .arg(&run_dir)
+        .args(["--knn", "--linear", "--k", "7", "--json", "--features"])
+        .arg(&features);
+    let scores: Value = serde_json::from_str(&finish(command).expect(0).stdout).expect("one object");
+    for layout in ["torchvision", "timm"] {
+        let out = dir.path().join(format!("{layout}.safetensors"));
+        let mut command = mentee();
+        command.arg("export").arg(&run_dir).args(["--layout", layout, "--out"]).arg(&out);
+        finish(command).expect(0);
+        let mut python = Command::new(root().join(".venv/bin/python"));
+        python
+            .args(["-c", REAL])
+            .arg(root().join("tests"))
+            .arg(out.with_extension("md"))
+            .arg(&images)
+            .arg(&features);
+        python.args(["7", "0.1", &scores["knn_top1"].to_string(), &scores["linear_top1"].to_string()]);
+        println!(
+            "{layout}: largest relative difference of a feature {}",
+            finish(python).expect(0).stdout.trim()
+        );
+    }
+}
+
 #[test]
 fn student_and_teacher_load_under_torchvisions_names() {
     let _machine = machine();

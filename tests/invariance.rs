@@ -81,6 +81,32 @@ fn simsiam_with_lars_on_one_and_two_ranks() {
 }
 
 #[test]
+fn mocov3_whose_keys_come_from_all_ranks_on_one_two_and_three() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images"))
+        .set("method.name", "\"mocov3\"")
+        .set("method.temperature", "0.2")
+        .set("eval.online_probe", "true")
+        .write(dir.path().join("tiny.toml"));
+    let run = |workers| {
+        let run_dir = dir.path().join(format!("run-{workers}"));
+        let losses = train(&recipe, &run_dir, workers);
+        let online = |line: &serde_json::Value| line["online_top1"].as_f64();
+        (losses, metrics(&run_dir).iter().filter_map(online).collect::<Vec<_>>())
+    };
+    let (one, online) = run(1);
+    assert_eq!(online.len() as u64, STEPS);
+    assert!(online.iter().all(|top1| (0.0..=100.0).contains(top1)), "{online:?}");
+    for workers in [2, 3] {
+        let (curve, same_online) = run(workers);
+        assert_same_curve(&one, &curve, &format!("{workers} ranks"));
+        assert_eq!(online, same_online, "{workers} ranks");
+    }
+}
+
+#[test]
 fn micro_batches_are_one_update() {
     let _machine = machine();
     let dir = temp_dir();

@@ -114,15 +114,28 @@ def simsiam_predictor(width, hidden):
     return nn.Sequential(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, width))
 
 
+def moco_mlp(widths, last_norm):
+    """Linear layers without bias, norm and ReLU between, at the end a plain norm or nothing (facebookresearch/moco-v3)."""
+    layers = []
+    for inputs, outputs in zip(widths[:-2], widths[1:-1]):
+        layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU()]
+    layers.append(nn.Linear(widths[-2], widths[-1], bias=False))
+    return nn.Sequential(*layers, *([nn.BatchNorm1d(widths[-1], affine=False)] if last_norm else []))
+
+
 def network(recipe, with_predictor):
     method = recipe["method"]
     backbone = Backbone(recipe["model"]["backbone"], recipe["model"]["stem"])
     hidden, out, narrow = method["projector_hidden"], method["projector_out"], method["predictor_hidden"]
     widths = [backbone.features] + [hidden] * (method["projector_layers"] - 1) + [out]
-    byol = method["name"] == "byol"
-    parts = {"backbone": backbone, "projector": byol_mlp(widths) if byol else simsiam_projector(widths)}
+    projector, predictor = {
+        "byol": (lambda: byol_mlp(widths), lambda: byol_mlp([out, narrow, out])),
+        "simsiam": (lambda: simsiam_projector(widths), lambda: simsiam_predictor(out, narrow)),
+        "mocov3": (lambda: moco_mlp(widths, True), lambda: moco_mlp([out, narrow, out], False)),
+    }[method["name"]]
+    parts = {"backbone": backbone, "projector": projector()}
     if with_predictor and method["predictor"]:
-        parts["predictor"] = byol_mlp([out, narrow, out]) if byol else simsiam_predictor(out, narrow)
+        parts["predictor"] = predictor()
     return nn.ModuleDict(parts)
 
 
@@ -150,6 +163,10 @@ def loss_of(recipe, student, teacher, views):
             t = [project(teacher, view) for view in views]
     else:
         t = [one.detach() for one in z] if recipe["method"]["stop_gradient"] else z
+    if recipe["method"]["name"] == "mocov3":
+        temperature, own = recipe["method"]["temperature"], torch.arange(len(p[0]))
+        logits = lambda q, k: F.normalize(q, dim=1) @ F.normalize(k, dim=1).detach().T / temperature
+        return 2 * temperature * (F.cross_entropy(logits(p[0], t[1]), own) + F.cross_entropy(logits(p[1], t[0]), own))
     both = cosine(p[0], t[1]) + cosine(p[1], t[0])
     return 4 - 2 * both if recipe["method"]["name"] == "byol" else -both / 2
 

@@ -60,6 +60,18 @@ fn simsiam_with_sgd_is_pytorchs() {
 }
 
 #[test]
+fn mocov3_with_lars_is_pytorchs() {
+    let lars = [
+        ("method.name", "\"mocov3\""),
+        ("method.temperature", "0.5"),
+        ("optimizer.name", "\"lars\""),
+        ("optimizer.base_lr", "2.0"),
+        ("optimizer.weight_decay", "0.001"),
+    ];
+    assert_within(&differences(&lars), 1e-9);
+}
+
+#[test]
 fn resnet18_with_the_imagenet_stem_is_pytorchs() {
     let sets = [
         ("model.backbone", "\"resnet18\""),

@@ -13,7 +13,7 @@ macro_rules! layers {
     ($($name:literal),*) => { &[$(($name, include_str!(concat!("../defaults/", $name, ".toml")))),*] };
 }
 pub(crate) const BASE: &[(&str, &str)] = layers!["base"];
-pub(crate) const METHODS: &[(&str, &str)] = layers!["byol", "simsiam"];
+pub(crate) const METHODS: &[(&str, &str)] = layers!["byol", "simsiam", "mocov3"];
 pub(crate) const VIEWS: &[(&str, &str)] =
     layers!["views-byol", "views-simsiam", "views-byol-cifar", "views-simsiam-cifar"];
 
@@ -26,7 +26,7 @@ const OF_THE_METHODS_OPTIMIZER: &[&str] =
 pub(crate) fn fill(entries: &mut Entries, path: &Path, name: &str) -> Result<(), ConfigError> {
     let method = entries
         .text("method.name")
-        .ok_or_else(|| missing("method.name", path, "byol or simsiam"))?
+        .ok_or_else(|| missing("method.name", path, "byol, simsiam or mocov3"))?
         .to_owned();
 
     let mut of_method = layer(METHODS, &method)?;

@@ -12,9 +12,14 @@ impl Recipe {
     /// # Panics As [`Recipe::to_toml`].
     pub fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
-        // The order came after the first hashes: the one there was before leaves them as they were.
-        let global = self.data.order == DataOrder::Global;
-        for (key, value) in self.deciding().into_iter().filter(|(key, _)| !(global && *key == "data.order")) {
+        // These came after the first hashes: what there was before leaves them as they were.
+        let as_before = |key: &str| match key {
+            "data.order" => self.data.order == DataOrder::Global,
+            "model.init" => self.model.init.as_os_str().is_empty(),
+            "method.temperature" => self.method.temperature == 1.0,
+            _ => false,
+        };
+        for (key, value) in self.deciding().into_iter().filter(|(key, _)| !as_before(key)) {
             hasher.update(format!("{key} = {value}\n").as_bytes());
         }
         hasher.finalize().to_hex()[..16].to_owned()

@@ -198,6 +198,8 @@ pub struct Model {
     pub stem: Stem,
     /// The last batch-norm weight of each residual block starts at zero.
     pub zero_init_residual: bool,
+    /// A safetensors file with the backbone's weights under torchvision's names, to start from; empty = random.
+    pub init: PathBuf,
 }
 
 /// Residual networks (arXiv:1512.03385) with torchvision's parameter names.
@@ -252,6 +254,8 @@ pub struct Method {
     pub tau_schedule: TauSchedule,
     /// The predictor keeps the peak learning rate (SimSiam's `--fix-pred-lr`).
     pub fixed_predictor_lr: bool,
+    /// MoCo v3 divides similarities by it.
+    pub temperature: f64,
 }
 
 /// A way of learning without labels.
@@ -262,6 +266,8 @@ pub enum MethodName {
     Byol,
     /// arXiv:2011.10566.
     Simsiam,
+    /// arXiv:2104.02057.
+    Mocov3,
 }
 
 /// The branch that gives the targets.
@@ -432,4 +438,6 @@ pub struct Eval {
     pub knn_temperature: f64,
     /// At most so many labelled training images in the bank; 0 = all.
     pub knn_bank: u64,
+    /// Trains a linear classifier on the features of every step beside the encoder, which does not notice.
+    pub online_probe: bool,
 }

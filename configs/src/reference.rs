@@ -24,7 +24,7 @@ The resolved recipe is written to `RUN/plan.toml`. Keys marked • decide the nu
 is resumed only by a recipe that agrees in all of them.
 
 Sources: `byol/…` are files of google-deepmind/deepmind-research, `main_simsiam.py` and `simsiam/…` of
-facebookresearch/simsiam; \"the preset\" stands for the source at the head of
+facebookresearch/simsiam, `main_moco.py` of facebookresearch/moco-v3; \"the preset\" stands for the source at the head of
 `configs/defaults/views-PRESET.toml`; \"ours\" comes from no paper.
 ";
 
@@ -58,7 +58,7 @@ pub fn markdown() -> Result<String, ConfigError> {
     }
     page.push_str(
         "\n## Rules between keys\n\n\
-         - `method.stop_gradient` = false needs `method.teacher` = \"shared\".\n\
+         - `method.stop_gradient` = false needs `method.teacher` = \"shared\", and another method than \"mocov3\".\n\
          - `method.fixed_predictor_lr` = true needs `method.predictor` = true.\n\
          - `schedule.warmup_epochs` is less than `schedule.epochs`.\n\
          - `model.backbone` = \"resnet20\" needs `model.stem` = \"cifar\".\n\

@@ -181,8 +181,12 @@ pub(crate) const KEYS: &[Key] = &[
     key("model.zero_init_residual", Kind::Switch, Decides::Yes, "",
         "the last batch-norm weight of each residual block starts at zero",
         "both official codes (BYOL's paper ran without: `byol/README.md`)"),
+    key("model.init", Kind::Path { may_be_empty: true }, Decides::Yes, "path",
+        "a safetensors file with a backbone under torchvision's names, as `mentee export` writes it, to start from; \
+         empty = random weights",
+        "ours"),
 
-    key("method.name", Kind::Choice(&["byol", "simsiam"]), Decides::Yes, "",
+    key("method.name", Kind::Choice(&["byol", "simsiam", "mocov3"]), Decides::Yes, "",
         "the method", ""),
     key("method.projector_layers", Kind::Count { min: 1, max: 8 }, Decides::Yes, "layers",
         "linear layers of the projector", HEADS),
@@ -207,6 +211,8 @@ pub(crate) const KEYS: &[Key] = &[
     key("method.fixed_predictor_lr", Kind::Switch, Decides::Yes, "",
         "the predictor keeps the peak learning rate",
         "`main_simsiam.py --fix-pred-lr`; false without a predictor"),
+    key("method.temperature", Kind::Real(POSITIVE), Decides::Yes, "",
+        "`mocov3`: similarities are divided by it", "`main_moco.py --moco-t`"),
 
     key("optimizer.name", Kind::Choice(&["lars", "sgd", "adamw"]), Decides::Yes, "",
         "the optimizer", BYOL_CODE),
@@ -281,6 +287,10 @@ pub(crate) const KEYS: &[Key] = &[
         "a vote weighs exp(cosine / temperature)", "lightly's benchmarks (arXiv:1805.01978 has 0.07)"),
     key("eval.knn_bank", ANY_COUNT, Decides::No, "images",
         "at most so many labelled training images in the bank; 0 = all", "ours"),
+    key("eval.online_probe", Kind::Switch, Decides::No, "",
+        "trains a linear classifier on the features of every step beside the encoder, which does not notice; its accuracy \
+         is `online_top1` in `metrics.jsonl`",
+        "ours; BYOL's code has one"),
 ];
 
 impl Key {

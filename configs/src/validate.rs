@@ -4,7 +4,7 @@ use toml::Value;
 
 use crate::error::{ConfigError, Place};
 use crate::file::Entries;
-use crate::recipe::{Backbone, Recipe, Stem, Teacher};
+use crate::recipe::{Backbone, MethodName, Recipe, Stem, Teacher};
 use crate::schema;
 
 impl Recipe {
@@ -47,6 +47,10 @@ impl Recipe {
         if !method.stop_gradient && method.teacher != Teacher::Shared {
             let why = "gradients can only flow into a target that is the student itself; set \
                        `method.teacher` = \"shared\"";
+            return conflict("method.stop_gradient", "false".into(), why.into());
+        }
+        if !method.stop_gradient && method.name == MethodName::Mocov3 {
+            let why = "the keys of `method.name` = \"mocov3\" never have a gradient; leave it out";
             return conflict("method.stop_gradient", "false".into(), why.into());
         }
         if method.fixed_predictor_lr && !method.predictor {

@@ -135,7 +135,7 @@ fn wrong_types_say_what_was_expected_and_found() {
 fn unknown_words_name_the_known_ones() {
     says(
         "[method]\nname = \"boyl\"\n",
-        "`method.name` in my.toml (line 2): expected one of \"byol\", \"simsiam\", found the string \
+        "`method.name` in my.toml (line 2): expected one of \"byol\", \"simsiam\", \"mocov3\", found the string \
          \"boyl\": did you \
          mean \"byol\"?",
     );
@@ -248,7 +248,7 @@ fn ranges_name_key_value_and_range() {
 
 #[test]
 fn missing_keys_say_what_they_are_for() {
-    says("[data]\npath = \"x\"\n", "missing key `method.name` in my.toml: byol or simsiam");
+    says("[data]\npath = \"x\"\n", "missing key `method.name` in my.toml: byol, simsiam or mocov3");
     says(
         "[method]\nname = \"byol\"\n",
         "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/` or `val/`) \
@@ -261,7 +261,7 @@ fn missing_keys_say_what_they_are_for() {
          adamw; give it a \
          value",
     );
-    says("", "missing key `method.name` in my.toml: byol or simsiam");
+    says("", "missing key `method.name` in my.toml: byol, simsiam or mocov3");
 }
 
 #[test]

@@ -76,11 +76,17 @@ fn byol_on_imagenet_has_deepminds_presets() {
                 tau_base,
                 tau_schedule: TauSchedule::Cosine,
                 fixed_predictor_lr: false,
+                temperature: 1.0,
             }
         );
         assert_eq!(
             model,
-            Model { backbone: Backbone::Resnet50, stem: Stem::Imagenet, zero_init_residual: true }
+            Model {
+                backbone: Backbone::Resnet50,
+                stem: Stem::Imagenet,
+                zero_init_residual: true,
+                init: "".into(),
+            }
         );
         assert_eq!(
             views,
@@ -277,6 +283,25 @@ fn other_value(key: &str, value: &Value) -> Value {
 }
 
 #[test]
+fn mocov3_has_the_official_values() {
+    let recipe = load("mocov3-imagenet-resnet50", &[]).unwrap();
+    let method = &recipe.method;
+    assert_eq!((method.projector_hidden, method.projector_out, method.predictor_hidden), (4096, 256, 4096));
+    assert_eq!((method.temperature, method.tau_base, method.teacher), (1.0, 0.99, Teacher::Ema));
+    assert_eq!((recipe.optimizer.base_lr, recipe.optimizer.weight_decay), (0.6, 1e-6));
+    assert_eq!(
+        (recipe.views.crop_area, recipe.views.blur, recipe.views.solarize),
+        ([0.2, 1.0], [1.0, 0.1], [0.0, 0.2])
+    );
+    // A recipe that names the method alone has them too.
+    let mut named = load("mocov3-imagenet-resnet50", &["data.path=images"]).unwrap();
+    named.run.name = "short".into();
+    assert_eq!(short("mocov3", &[]), named);
+    let error = load("mocov3-imagenet-resnet50", &["method.teacher=shared", "method.stop_gradient=false"]);
+    assert!(error.unwrap_err().to_string().contains("never have a gradient"));
+}
+
+#[test]
 fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
     let no_matter = [
         "run.name",
@@ -304,6 +329,7 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
         "eval.knn_k",
         "eval.knn_temperature",
         "eval.knn_bank",
+        "eval.online_probe",
     ];
     let recipe = load("byol-imagenet-resnet50-100ep", &[]).unwrap();
     let hash = recipe.hash();

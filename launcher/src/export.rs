@@ -248,6 +248,8 @@ fn card(args: &ExportArgs, recipe: &Recipe, description: &Value) -> String {
                 ("kNN top-1 of the same network at random", "knn_random_init"),
                 ("kNN top-1 of raw pixels", "knn_raw_pixels"),
                 ("linear top-1", "linear_top1"),
+                ("linear top-1 of the same network at random", "linear_random_init"),
+                ("linear top-1 of raw pixels", "linear_raw_pixels"),
             ] {
                 if let Some(score) = scores[key].as_f64() {
                     let _ = writeln!(text, "| {name} | {score:.1} |");

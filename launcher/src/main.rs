@@ -34,7 +34,7 @@ use mentee_config::exit_code;
 use crate::engine::{Engine, Layout};
 use crate::failure::Failure;
 
-/// Pretrains vision backbones without labels: BYOL and SimSiam, on one CPU or many machines, on the same loss curve.
+/// Pretrains vision backbones without labels: BYOL, SimSiam, MoCo v3, on one CPU or many machines, on the same loss curve.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -93,7 +93,7 @@ enum Command {
     Logs(logs::LogsArgs),
     /// Says which rank the launcher made of this process, on which cores and device
     Place(place::PlaceArgs),
-    /// Evaluates frozen features: kNN with its floors and protocol
+    /// Evaluates frozen features: kNN and linear probes, with their floors and protocols
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
     /// Records views, weights, losses and gradients of a few steps, for checks against another implementation

@@ -36,7 +36,9 @@ impl Line {
             ("kNN top-1, trained", "knn_top1"),
             ("kNN top-1, random init", "knn_random_init"),
             ("kNN top-1, raw pixels", "knn_raw_pixels"),
-            ("linear top-1", "linear_top1"),
+            ("linear top-1, trained", "linear_top1"),
+            ("linear, random init", "linear_random_init"),
+            ("linear, raw pixels", "linear_raw_pixels"),
         ];
         let mut lines: Vec<String> = rows
             .iter()

@@ -1,4 +1,5 @@
-//! Images as an evaluation sees them: no randomness, every image once, in the order asked for.
+//! Images as an evaluation sees them: no randomness, every image once, in the order asked for; and as a classifier on
+//! frozen features is trained on them: random crops and flips, every epoch in an order of its own.
 //!
 //! The view is torchvision's standard one: the shorter side resized to `size · 256/224`, the centre `size` x `size`
 //! cut out, normalised. Small views (below [`SMALL`] pixels, as for CIFAR) are resized to `size` itself, and an
@@ -9,9 +10,10 @@ use std::sync::Arc;
 
 use mentee_config::recipe::{Interpolation, Views};
 
-use crate::augment::Normalise;
+use crate::augment::{Augmenter, Normalise, ViewKey};
 use crate::decode::{CropBox, PlanarImage, RgbImage};
 use crate::error::DataError;
+use crate::order::Order;
 use crate::pool::{Pool, Scratch, Work};
 use crate::resize::{Area, Resizer, TILE};
 use crate::source::Source;
@@ -137,21 +139,53 @@ pub fn eval_images(
     views: &Views,
     options: EvalOptions,
 ) -> Result<EvalImages, DataError> {
-    let labels = indices
-        .iter()
-        .map(|&index| source.label(index).ok_or_else(|| DataError::NoLabel { sample: source.key(index) }))
-        .collect::<Result<Vec<u32>, _>>()?;
+    all_labelled(&*source, &indices)?;
     let batch = options.batch.max(1);
-    let work = EvalWork { view: EvalView::new(views), source, indices, batch };
+    let work = EvalWork { view: EvalView::new(views), source: source.clone(), indices, batch };
     let pool = Pool::start(Box::new(work), options.threads, QUEUE, batch)?;
-    Ok(EvalImages { pool, labels, batch, done: false })
+    Ok(EvalImages { pool, source, done: false })
 }
 
-/// The batches of [`eval_images`].
+/// The images `indices` of `source`, `epochs` times, each time in another order and in another view as `views` says: the
+/// batches of one epoch after those of the other. Order and views are functions of (seed, epoch, sample).
+///
+/// # Errors
+/// As [`eval_images`].
+pub fn training_images(
+    source: Arc<dyn Source>,
+    indices: Vec<u64>,
+    views: &Views,
+    seed: u64,
+    epochs: u64,
+    options: EvalOptions,
+) -> Result<EvalImages, DataError> {
+    all_labelled(&*source, &indices)?;
+    let (count, batch) = (indices.len() as u64, options.batch.max(1));
+    let work = TrainingWork {
+        augmenter: Augmenter::new(views),
+        source: source.clone(),
+        order: Order::new(seed, count, count),
+        steps_per_epoch: count.div_ceil(batch as u64),
+        indices,
+        batch: batch as u64,
+        seed,
+        epochs,
+    };
+    let pool = Pool::start(Box::new(work), options.threads, QUEUE, batch)?;
+    Ok(EvalImages { pool, source, done: false })
+}
+
+fn all_labelled(source: &dyn Source, indices: &[u64]) -> Result<(), DataError> {
+    match indices.iter().find(|&&index| source.label(index).is_none()) {
+        Some(&index) => Err(DataError::NoLabel { sample: source.key(index) }),
+        None => Ok(()),
+    }
+}
+
+/// The batches of [`eval_images`] and [`training_images`].
 pub struct EvalImages {
     pool: Pool,
-    labels: Vec<u32>,
-    batch: usize,
+    source: Arc<dyn Source>,
     done: bool,
 }
 
@@ -164,9 +198,11 @@ impl Iterator for EvalImages {
         }
         match self.pool.next() {
             Ok(Some(filled)) => {
-                let first = filled.step as usize * self.batch;
-                let labels = self.labels[first..first + filled.ids.len()].to_vec();
-                Some(Ok(EvalBatch { ids: filled.ids, labels, images: filled.buffer }))
+                let label = |&id: &u64| {
+                    self.source.label(id).ok_or_else(|| DataError::NoLabel { sample: self.source.key(id) })
+                };
+                let labels = filled.ids.iter().map(label).collect::<Result<Vec<u32>, _>>();
+                Some(labels.map(|labels| EvalBatch { ids: filled.ids, labels, images: filled.buffer }))
             }
             Ok(None) => {
                 self.done = true;
@@ -219,6 +255,64 @@ impl Work for EvalWork {
     ) -> Result<(), DataError> {
         scratch.reader.whole(&*self.source, id, &mut scratch.image)?;
         self.view.view(&mut scratch.eval, &scratch.image, &mut *out[0]);
+        Ok(())
+    }
+}
+
+struct TrainingWork {
+    augmenter: Augmenter,
+    source: Arc<dyn Source>,
+    /// An epoch is one step of it.
+    order: Order,
+    steps_per_epoch: u64,
+    indices: Vec<u64>,
+    batch: u64,
+    seed: u64,
+    epochs: u64,
+}
+
+impl Work for TrainingWork {
+    fn sample_len(&self) -> usize {
+        self.augmenter.view_len()
+    }
+
+    fn planes(&self) -> usize {
+        1
+    }
+
+    fn steps(&self) -> Range<u64> {
+        0..self.epochs * self.steps_per_epoch
+    }
+
+    fn samples(&self, step: u64) -> (u64, Vec<u64>) {
+        let epoch = step / self.steps_per_epoch;
+        let first = step % self.steps_per_epoch * self.batch;
+        let last = (first + self.batch).min(self.indices.len() as u64);
+        let (_, places) = self.order.share(epoch, first..last);
+        (epoch, places.into_iter().map(|place| self.indices[place as usize]).collect())
+    }
+
+    fn instead(&self, _epoch: u64, _id: u64, _attempt: u32, error: DataError) -> Result<u64, DataError> {
+        Err(error)
+    }
+
+    fn fill(
+        &self,
+        scratch: &mut Scratch,
+        epoch: u64,
+        id: u64,
+        out: &mut [&mut [f32]],
+    ) -> Result<(), DataError> {
+        let Scratch { reader, planes, augment, .. } = scratch;
+        let mut draw = None;
+        let part = |width, height| {
+            let key = ViewKey { seed: self.seed, epoch, sample: id, view: 0 };
+            draw.insert(self.augmenter.draw(width, height, key)).crop
+        };
+        reader.part(&*self.source, id, part, planes)?;
+        if let Some(draw) = &draw {
+            self.augmenter.apply_part(augment, planes, draw, &mut *out[0]);
+        }
         Ok(())
     }
 }

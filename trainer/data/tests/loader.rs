@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use common::{Memory, views};
 use mentee_config::recipe::Definition;
 use mentee_data::digest::{OrderDigest, Running};
-use mentee_data::eval::{EvalOptions, EvalView, eval_images};
+use mentee_data::eval::{EvalBatch, EvalOptions, EvalView, eval_images, training_images};
 use mentee_data::{Batch, DataError, Encoding, Loader, LoaderConfig, OnError, Order, Source};
 use proptest::prelude::*;
 
@@ -272,6 +272,39 @@ fn evaluation_images_come_once_each_with_labels() {
         let (mean, std) = ([0.5, 0.4, 0.3][i % 3], [0.2, 0.25, 0.5][i % 3]);
         assert!(((x - mean) / std - y).abs() < 1e-5);
     }
+}
+
+#[test]
+fn training_images_come_once_an_epoch_in_another_order_and_view() {
+    let source = Memory::noise(23);
+    let settings = views(Definition::Torchvision, SIZE);
+    let indices: Vec<u64> = (0..23).filter(|index| index % 5 != 0).collect();
+    let epochs = |threads, seed| {
+        let options = EvalOptions { batch: 7, threads };
+        training_images(source.clone(), indices.clone(), &settings, seed, 2, options)
+            .unwrap()
+            .collect::<Result<Vec<_>, _>>()
+            .unwrap()
+    };
+    let batches = epochs(3, 1);
+    assert_eq!(batches.iter().map(|batch| batch.ids.len()).collect::<Vec<_>>(), [7, 7, 4, 7, 7, 4]);
+    let order = |batches: &[EvalBatch]| batches.iter().flat_map(|b| b.ids.clone()).collect::<Vec<_>>();
+    let (first, second) = (order(&batches[..3]), order(&batches[3..]));
+    assert_ne!(first, second);
+    for mut order in [first.clone(), second] {
+        order.sort_unstable();
+        assert_eq!(order, indices);
+    }
+    let image = |batches: &[EvalBatch], id: u64| {
+        let found = batches.iter().find_map(|b| Some((b, b.ids.iter().position(|&other| other == id)?)));
+        let (batch, place) = found.unwrap();
+        assert_eq!(Some(batch.labels[place]), source.label(id));
+        batch.images[place * LEN..][..LEN].to_vec()
+    };
+    assert_ne!(image(&batches[..3], 3), image(&batches[3..], 3), "the same view in both epochs");
+    // Whatever the number of threads; another seed is another run.
+    assert_eq!(epochs(1, 1), batches);
+    assert_ne!(order(&epochs(1, 2)[..3]), first);
 }
 
 #[test]

@@ -2,6 +2,8 @@
 //! network on two buffers.
 
 use std::cell::{Cell, RefCell};
+use std::fmt;
+use std::sync::Arc;
 
 use mentee_torch_ext::{self as ext, StatReduce};
 use tch::{Kind, Tensor};
@@ -14,12 +16,28 @@ pub const NORM_EPS: f64 = 1e-5;
 /// Weight of a new batch in the running statistics: PyTorch's 0.1, DeepMind's decay of 0.9.
 pub const NORM_MOMENTUM: f64 = 0.1;
 
+/// This rank's rows [n, D] to those of all ranks [N, D], in rank order, and where its own begin.
+pub type GatherRows = dyn Fn(&Tensor) -> Result<(Tensor, i64), SslError> + Send + Sync;
+
+/// Collects rows over ranks; they carry no gradient. None for a world of one.
+#[derive(Clone, Default)]
+pub struct Gather(pub Option<Arc<GatherRows>>);
+
+impl fmt::Debug for Gather {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(if self.0.is_some() { "Gather(over ranks)" } else { "Gather(alone)" })
+    }
+}
+
 /// One forward pass of a network.
 pub struct Pass<'a> {
     weights: &'a Weights,
     mode: Mode<'a>,
     /// Whether the views pass through the networks one after the other.
     apart: bool,
+    gather: Gather,
+    /// The backbone's features of this pass, without a graph, where somebody wants them.
+    features: Option<RefCell<Vec<Tensor>>>,
 }
 
 enum Mode<'a> {
@@ -60,7 +78,38 @@ impl<'a> Pass<'a> {
     }
 
     fn new(weights: &'a Weights, mode: Mode<'a>) -> Self {
-        Self { weights, mode, apart: false }
+        Self { weights, mode, apart: false, gather: Gather::default(), features: None }
+    }
+
+    /// Lets a method see the rows of other ranks.
+    pub fn set_gather(&mut self, gather: &Gather) {
+        self.gather = gather.clone();
+    }
+
+    /// Rows [n, D] of all ranks, [N, D] in rank order, and where this rank's begin; without a gradient.
+    pub fn gather(&self, rows: &Tensor) -> Result<(Tensor, i64), SslError> {
+        match &self.gather.0 {
+            Some(gather) => gather(&rows.detach()),
+            None => Ok((rows.detach(), 0)),
+        }
+    }
+
+    /// Keeps the backbone's features for [`Self::take_features`].
+    pub fn keep_features(&mut self) {
+        self.features = Some(RefCell::default());
+    }
+
+    /// Called with the features of every part of the batch, in order.
+    pub(crate) fn has_features(&self, features: &Tensor) {
+        if let Some(kept) = &self.features {
+            kept.borrow_mut().push(features.detach());
+        }
+    }
+
+    /// The features [V·N, feature_dim] of what passed through, if they were kept.
+    pub fn take_features(&self) -> Result<Option<Tensor>, SslError> {
+        let Some(kept) = &self.features else { return Ok(None) };
+        Ok(Some(Tensor::f_cat(&kept.take(), 0)?))
     }
 
     /// Lets the views pass one after the other.

@@ -27,6 +27,9 @@ pub enum SslError {
     /// libtorch refused a call made through tch.
     #[error("libtorch: {0}")]
     Tch(#[from] tch::TchError),
+    /// The rows of other ranks could not be had.
+    #[error("collecting rows over ranks: {0}")]
+    Gather(String),
     /// A tensor to be loaded is missing, or not what this recipe's network has.
     #[error("tensor `{name}`: {problem}")]
     Load {

@@ -7,7 +7,7 @@ use mentee_config::recipe::{NormStatistics, Precision, Recipe, Teacher as Teache
 use mentee_torch_ext::StatReduce;
 use tch::{Kind, Tensor, no_grad};
 
-use crate::layers::Pass;
+use crate::layers::{Gather, Pass};
 use crate::method::{Method, StepLoss};
 use crate::optimizer::Optimizer;
 use crate::params::{Declarations, Gradients, Kinds, Layout, Stats, Weights, view};
@@ -48,6 +48,10 @@ pub struct State {
     pub optimizer: Optimizer,
     /// Whether both views pass through a network together. Apart they give the same numbers (up to rounding), slower.
     pub one_pass: bool,
+    /// Rows of other ranks, for methods that compare with them.
+    pub gather: Gather,
+    /// Whether a step's loss comes with the features it was made of.
+    pub keep_features: bool,
 }
 
 /// The types that a precision means.
@@ -88,7 +92,15 @@ impl State {
             }
         };
         let optimizer = Optimizer::new(&recipe.optimizer, &student.weights);
-        Ok(Self { student, gradients, teacher, optimizer, one_pass: true })
+        Ok(Self {
+            student,
+            gradients,
+            teacher,
+            optimizer,
+            one_pass: true,
+            gather: Gather::default(),
+            keep_features: false,
+        })
     }
 
     /// The loss of a batch [V·N, 3, H, W] of this rank: its samples' part of the mean over the global batch. Batch-norm
@@ -107,7 +119,13 @@ impl State {
             student.views_apart();
             teacher.iter_mut().for_each(Pass::views_apart);
         }
-        method.loss(&student, teacher.as_ref(), views, global_batch)
+        student.set_gather(&self.gather);
+        if self.keep_features {
+            student.keep_features();
+        }
+        let mut out = method.loss(&student, teacher.as_ref(), views, global_batch)?;
+        out.features = student.take_features()?;
+        Ok(out)
     }
 
     /// Adds the gradients of this rank's share of the loss to `gradients`, whose hooks tell when each is complete.

@@ -1,12 +1,13 @@
 //! Networks, losses, schedules and updates against closed forms and plain tensor operations.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mentee_config::recipe::NormStatistics;
 use mentee_config::{Plan, Recipe};
+use mentee_ssl::layers::{Gather, Pass};
 use mentee_ssl::loss::{cosine, swap_views};
-use mentee_ssl::{Schedule, State};
+use mentee_ssl::{Schedule, SslError, State};
 use tch::{Device, Kind, Tensor};
 
 /// libtorch has one random generator a process: tests that draw from it take turns.
@@ -322,4 +323,112 @@ fn a_state_of_another_network_is_refused_by_name() {
     tensors.insert("student.extra".into(), Tensor::from(1.0));
     let error = state.load(&tensors).unwrap_err().to_string();
     assert_eq!(error, "tensor `student.extra`: not part of this recipe");
+}
+
+/// Every row of [N, D] as numbers, L2-normalised.
+fn unit_rows(x: &Tensor) -> Vec<Vec<f64>> {
+    Vec::<Vec<f64>>::try_from(x)
+        .unwrap()
+        .into_iter()
+        .map(|row| {
+            let norm = row.iter().map(|v| v * v).sum::<f64>().sqrt();
+            row.into_iter().map(|v| v / norm).collect()
+        })
+        .collect()
+}
+
+#[test]
+fn mocov3s_loss_is_its_equation() {
+    let _turn = serial();
+    let recipe = recipe(&["method.name=mocov3", "method.temperature=0.4"]);
+    let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+    let (n, batch) = (5, views(5, 3));
+    let (mut stats, teacher) = (state.student.stats.clone(), state.teacher.as_ref().unwrap());
+    let mut teacher_stats = teacher.stats.clone();
+    let networks = method.networks();
+    let (q, k) = {
+        let student = Pass::train(&state.student.weights, &mut stats, 2, None);
+        let teacher = Pass::train(&teacher.weights, &mut teacher_stats, 2, None);
+        let z = networks.project(&student, &batch).unwrap();
+        (networks.predict(&student, &z).unwrap(), networks.project(&teacher, &batch).unwrap())
+    };
+    let (q, k) = (unit_rows(&q), unit_rows(&k));
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+    let mut expected = 0.0;
+    for (queries, keys) in [(&q[..n], &k[n..]), (&q[n..], &k[..n])] {
+        for (i, query) in queries.iter().enumerate() {
+            let all: f64 = keys.iter().map(|key| (dot(query, key) / 0.4).exp()).sum();
+            expected += 2.0 * 0.4 * (all.ln() - dot(query, &keys[i]) / 0.4) / n as f64;
+        }
+    }
+    let found = state.loss(&*method, &batch, n as u64, NormStatistics::Batch, None).unwrap();
+    let loss = found.loss.double_value(&[]);
+    assert!((loss - expected).abs() < 1e-12, "{loss} and {expected}");
+    assert_eq!(found.projections.size(), [10, 128]);
+}
+
+#[test]
+fn mocov3_over_two_ranks_is_mocov3_on_one() {
+    let _turn = serial();
+    let recipe = recipe(&["method.name=mocov3"]);
+    let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+    let batch = views(8, 3);
+    let mut loss_and_gradient = |batch: &Tensor, gather: Gather| {
+        state.gather = gather;
+        // Norms that do not look at the batch: the keys are all that ranks have in common.
+        let out = state.loss(&*method, batch, 8, NormStatistics::Running, None).unwrap();
+        backward(&mut state, &out.loss);
+        (out.loss.double_value(&[]), state.gradients.flat.copy())
+    };
+    let (whole, gradient) = loss_and_gradient(&batch, Gather::default());
+    let both = batch.chunk(2, 0);
+    let share = |rank: i64, rows: i64| {
+        let first = if rank == 0 { 0 } else { 8 - rows };
+        Tensor::cat(&[both[0].narrow(0, first, rows), both[1].narrow(0, first, rows)], 0)
+    };
+    // Shares of 3 and 5: first what each rank hands out, then what both get.
+    let shares = [share(0, 3), share(1, 5)];
+    let handed_out: Arc<Mutex<Vec<Tensor>>> = Arc::default();
+    for share in &shares {
+        let kept = handed_out.clone();
+        let gather = move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
+            kept.lock().unwrap().push(rows.copy());
+            Ok((rows.copy(), 0))
+        };
+        let _ = loss_and_gradient(share, Gather(Some(Arc::new(gather))));
+    }
+    let (mut loss, mut sum) = (0.0, gradient.zeros_like());
+    for (share, first) in shares.iter().zip([0i64, 3]) {
+        let all = handed_out.clone();
+        let gather = move |_: &Tensor| -> Result<(Tensor, i64), SslError> {
+            Ok((Tensor::cat(&all.lock().unwrap(), 0), first))
+        };
+        let (part, gradient) = loss_and_gradient(share, Gather(Some(Arc::new(gather))));
+        loss += part;
+        sum += gradient;
+    }
+    assert!((loss - whole).abs() < 1e-12, "{loss} and {whole}");
+    let difference = max_difference(&sum, &gradient);
+    assert!(difference < 1e-12 && gradient.abs().max().double_value(&[]) > 1e-3, "{difference}");
+}
+
+#[test]
+fn features_are_kept_on_request_and_change_nothing() {
+    let _turn = serial();
+    for one_pass in [true, false] {
+        let step = |keep: bool| {
+            let (method, mut state) = mentee_ssl::state::new(&recipe(&[])).unwrap();
+            (state.one_pass, state.keep_features) = (one_pass, keep);
+            let out = state.loss(&*method, &views(4, 5), 4, NormStatistics::Batch, None).unwrap();
+            backward(&mut state, &out.loss);
+            (out.loss.double_value(&[]), state.gradients.flat.copy(), out.features)
+        };
+        let (loss, gradient, none) = step(false);
+        let (same_loss, same_gradient, features) = step(true);
+        assert_eq!(loss, same_loss);
+        assert!(gradient.equal(&same_gradient) && none.is_none());
+        let features = features.unwrap();
+        assert_eq!(features.size(), [8, 64]);
+        assert!(!features.requires_grad());
+    }
 }

@@ -9,6 +9,7 @@ use mentee_ssl::State;
 use tch::{Kind, Tensor};
 
 use crate::error::WorkerError;
+use crate::online::{self, OnlineProbe};
 
 /// The folder of a run's checkpoints.
 pub fn folder(run_dir: &Path) -> PathBuf {
@@ -32,10 +33,15 @@ fn dtype(kind: Kind) -> Result<Dtype, WorkerError> {
 }
 
 /// The state as a checkpoint holds it: every tensor dense, [O, I, H, W].
-fn tensors(state: &State) -> Result<Vec<checkpoint::Tensor<'static>>, WorkerError> {
+fn tensors(
+    state: &State,
+    probe: Option<&OnlineProbe>,
+) -> Result<Vec<checkpoint::Tensor<'static>>, WorkerError> {
+    let of_probe = probe.map(OnlineProbe::tensors).unwrap_or_default();
     state
         .tensors()?
         .into_iter()
+        .chain(of_probe)
         .map(|(name, tensor)| {
             Ok(checkpoint::Tensor {
                 name,
@@ -76,21 +82,27 @@ pub fn digest(state: &State) -> Result<String, WorkerError> {
 pub fn write(
     run_dir: &Path,
     state: &State,
+    probe: Option<&OnlineProbe>,
     meta: &Meta,
     keep: u64,
 ) -> Result<(PathBuf, String), WorkerError> {
     let folder = folder(run_dir);
     std::fs::create_dir_all(&folder).map_err(WorkerError::io("create", &folder))?;
-    let files = [("state.safetensors".to_owned(), tensors(state)?)];
+    let files = [("state.safetensors".to_owned(), tensors(state, probe)?)];
     let path = checkpoint::write(&folder, meta, &files)?;
     let digest = checkpoint::open(&path)?.manifest.state_digest;
     checkpoint::retain(&folder, keep)?;
     Ok((path, digest))
 }
 
-/// Takes the state from a checkpoint; nothing is changed when it does not fit.
-pub fn load(state: &mut State, checkpoint: &Checkpoint) -> Result<(), WorkerError> {
-    let mut tensors = BTreeMap::new();
+/// Takes the state from a checkpoint, and the online probe where there is one; nothing is changed when the state does not
+/// fit.
+pub fn load(
+    state: &mut State,
+    probe: Option<&mut OnlineProbe>,
+    checkpoint: &Checkpoint,
+) -> Result<(), WorkerError> {
+    let (mut tensors, mut of_probe) = (BTreeMap::new(), BTreeMap::new());
     for (name, tensor) in checkpoint.load()? {
         let kind = match tensor.dtype {
             Dtype::F32 => Kind::Float,
@@ -100,8 +112,10 @@ pub fn load(state: &mut State, checkpoint: &Checkpoint) -> Result<(), WorkerErro
             Dtype::U8 => Kind::Uint8,
         };
         let shape: Vec<i64> = tensor.shape.iter().map(|&dim| dim as i64).collect();
-        tensors.insert(name, Tensor::f_from_data_size(tensor.bytes(), &shape, kind)?);
+        let part = if name.starts_with(online::PREFIX) { &mut of_probe } else { &mut tensors };
+        part.insert(name, Tensor::f_from_data_size(tensor.bytes(), &shape, kind)?);
     }
     let path = checkpoint.folder.clone();
-    state.load(&tensors).map_err(|source| WorkerError::CheckpointContent { path, source })
+    state.load(&tensors).map_err(|source| WorkerError::CheckpointContent { path, source })?;
+    probe.map_or(Ok(()), |probe| probe.load(&of_probe))
 }

@@ -62,6 +62,10 @@ pub enum WorkerError {
         "step {step}: {tensor} on rank {ranks} is not what the other ranks hold; no checkpoint was written of it, start again from the last one (a fault of memory or of the network: watch those ranks' machines)"
     )]
     WeightsDiffer { step: u64, tensor: String, ranks: String },
+    #[error(
+        "model.init = {path}: {problem}; give the weights of this model.backbone under torchvision's names"
+    )]
+    Import { path: PathBuf, problem: String },
     #[error("failed to {action} {path}: {source}")]
     Io { action: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{0}")]
@@ -79,6 +83,7 @@ impl WorkerError {
             | Self::Config(_)
             | Self::Identity(_)
             | Self::OtherRecipe { .. }
+            | Self::Import { .. }
             | Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } => exit_code::CHECKPOINT,

@@ -25,6 +25,9 @@ pub struct TrainLine {
     pub tau: f64,
     pub grad_norm: f64,
     pub z_std: f64,
+    /// Accuracy of the online probe since the last line, percent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub online_top1: Option<f64>,
     /// Over all ranks, since the last line.
     pub images_per_s: f64,
     /// Means since the last line.
@@ -39,17 +42,73 @@ pub struct TrainLine {
     pub rss_mb: f64,
 }
 
-/// One evaluation, percent.
+/// One evaluation, percent; what was not measured is left out.
 #[derive(Debug, Clone, Serialize)]
 pub struct EvalLine {
     pub kind: &'static str,
     pub step: u64,
     pub epoch: u64,
     pub time: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub knn_top1: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub knn_random_init: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub knn_raw_pixels: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub knn_grid: Vec<GridPoint>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linear_top1: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linear_random_init: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub linear_raw_pixels: Option<f64>,
+    /// Singular values of the bank's features over the largest, falling, at most 128.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub spectrum: Vec<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub effective_rank: Option<f64>,
+    pub protocol: String,
+}
+
+/// kNN under one setting, percent.
+#[derive(Debug, Clone, Serialize)]
+pub struct GridPoint {
+    pub k: u64,
+    pub temperature: f64,
     pub knn_top1: f64,
     pub knn_random_init: f64,
     pub knn_raw_pixels: f64,
-    pub protocol: String,
+}
+
+impl EvalLine {
+    /// With nothing measured yet.
+    pub fn new(step: u64, epoch: u64) -> Self {
+        Self {
+            kind: "eval",
+            step,
+            epoch,
+            time: now(),
+            knn_top1: None,
+            knn_random_init: None,
+            knn_raw_pixels: None,
+            knn_grid: Vec::new(),
+            linear_top1: None,
+            linear_random_init: None,
+            linear_raw_pixels: None,
+            spectrum: Vec::new(),
+            effective_rank: None,
+            protocol: String::new(),
+        }
+    }
+
+    /// Adds what one of the numbers means.
+    pub fn add_protocol(&mut self, what: &str) {
+        if !self.protocol.is_empty() {
+            self.protocol.push_str(" | ");
+        }
+        self.protocol.push_str(what);
+    }
 }
 
 /// One checkpoint written.

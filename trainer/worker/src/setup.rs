@@ -13,18 +13,21 @@ use mentee_collectives::{Buffer, Collectives, Single};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
 use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, order};
-use mentee_ssl::{Method, Schedule, State};
+use mentee_ssl::layers::Gather;
+use mentee_ssl::{Method, Schedule, SslError, State};
 use mentee_torch_ext::StatReduce;
+use tch::Tensor;
 
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
+use crate::online::OnlineProbe;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
 use crate::waits::{Waits, Watched};
-use crate::{TrainArgs, affinity, agree, checkpoints, logging, run_dir};
+use crate::{TrainArgs, affinity, agree, checkpoints, import, logging, run_dir};
 
 /// Batches decoded ahead of the step.
 const QUEUE_STEPS: usize = 3;
@@ -48,6 +51,8 @@ pub struct Run {
     pub stat_reduce: Option<StatReduce>,
     /// None when the recipe does not evaluate, or the images have no labels.
     pub evaluator: Option<Evaluator>,
+    /// None when the recipe has none, or the images have no labels.
+    pub probe: Option<OnlineProbe>,
     pub metrics: Metrics,
     pub stop: StopFlag,
     /// Updates done so far.
@@ -96,6 +101,30 @@ pub fn stat_reduce(recipe: &Recipe, collectives: &Arc<dyn Collectives>) -> Optio
             false
         }
     }))
+}
+
+/// The closure by which methods collect rows over ranks.
+pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
+    if collectives.world_size() == 1 {
+        return Gather(None);
+    }
+    let collectives = collectives.clone();
+    Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
+        let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
+        let own = checkpoints::bytes(rows).map_err(|error| failed(&error))?;
+        let parts = collectives.all_gather(&own).map_err(|error| failed(&error))?;
+        let (dim, kind) = (rows.size2()?.1, rows.kind());
+        let parts = parts
+            .iter()
+            .map(|part| {
+                let n = part.len() / (kind.elt_size_in_bytes() * dim.max(1) as usize);
+                Tensor::f_from_data_size(part, &[n as i64, dim], kind)
+            })
+            .collect::<Result<Vec<_>, _>>()?;
+        let before = &parts[..collectives.rank() as usize];
+        let first = before.iter().map(|part| part.size()[0]).sum();
+        Ok((Tensor::f_cat(&parts, 0)?, first))
+    })))
 }
 
 /// What can be checked without any other rank: recipe, run directory, data.
@@ -154,7 +183,11 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     );
 
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
-    let next_step = agree::together(&*collectives, resume(&mut state, &run_dir, &plan, &data_digest))?;
+    let dim = method.networks().backbone.feature_dim;
+    let mut probe = OnlineProbe::of_run(recipe, source.clone(), dim)?;
+    state.keep_features = probe.is_some();
+    let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan, &data_digest);
+    let next_step = agree::together(&*collectives, resumed)?;
     let own = agree::Start {
         version: env!("CARGO_PKG_VERSION").into(),
         plan_hash,
@@ -165,6 +198,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     agree::on_start(&*collectives, &own)?;
     let collectives: Arc<dyn Collectives> =
         if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
+    state.gather = gather(&collectives);
     tracing::info!(
         next_step,
         total_steps = plan.total_steps,
@@ -205,18 +239,24 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         state,
         loader,
         evaluator,
+        probe,
         next_step,
     })
 }
 
-/// Takes the state from the newest checkpoint, if there is one; the number of updates done.
+/// Takes the state from the newest checkpoint, if there is one, else the backbone from `model.init`; the number of updates
+/// done.
 fn resume(
     state: &mut State,
+    probe: Option<&mut OnlineProbe>,
     run_dir: &std::path::Path,
     plan: &Plan,
     data_digest: &str,
 ) -> Result<u64, WorkerError> {
-    let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else { return Ok(0) };
+    let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else {
+        import::of_recipe(state, &plan.recipe)?;
+        return Ok(0);
+    };
     for (path, reason) in &newest.rejected {
         tracing::warn!(path = %path.display(), %reason, "passing over a checkpoint that cannot be used");
     }
@@ -231,7 +271,7 @@ fn resume(
         });
     }
     let step = meta.step;
-    checkpoints::load(state, &checkpoint)?;
+    checkpoints::load(state, probe, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok(step)
 }

@@ -21,9 +21,9 @@ use mentee_ssl::params::view;
 use mentee_ssl::{Rates, Schedule};
 use tch::Tensor;
 
-use crate::checkpoints;
 use crate::error::WorkerError;
 use crate::reducer::GradientReducer;
+use crate::{checkpoints, import};
 use crate::{setup, views};
 
 /// Batches decoded ahead.
@@ -88,6 +88,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "trace" };
     let decode_threads = setup::threads(recipe, &alone);
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    import::of_recipe(&mut state, recipe)?;
     let collectives: Arc<dyn Collectives> = Arc::new(Single::new());
     let mut reducer = GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?;
     let (schedule, global_batch) = (Schedule::new(&plan), recipe.schedule.global_batch);
@@ -160,14 +161,17 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
 }
 
 /// Writes dense tensors, [O, I, H, W], under their names.
-fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<(), WorkerError> {
+pub fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<(), WorkerError> {
     let mut stored: BTreeMap<String, (safetensors::Dtype, Vec<usize>, Vec<u8>)> = BTreeMap::new();
     for (name, tensor) in tensors {
         let dtype = match tensor.kind() {
             tch::Kind::Double => safetensors::Dtype::F64,
             tch::Kind::Float => safetensors::Dtype::F32,
+            tch::Kind::Int64 => safetensors::Dtype::I64,
             other => {
-                return Err(WorkerError::Failed(format!("{name}: a trace holds f32 or f64, not {other:?}")));
+                return Err(WorkerError::Failed(format!(
+                    "{name}: such a file holds f32, f64 or i64, not {other:?}"
+                )));
             }
         };
         let shape = tensor.size().iter().map(|&dim| dim as usize).collect();

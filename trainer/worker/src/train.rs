@@ -12,6 +12,7 @@ use crate::collapse::CollapseWatch;
 use crate::error::WorkerError;
 use crate::link::Reporter;
 use crate::metrics::{self, CheckpointLine, Meter, TrainLine};
+use crate::online::OnlineProbe;
 use crate::setup::{self, Run};
 use crate::{TrainArgs, checkpoints, views};
 
@@ -81,6 +82,9 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let grad_norm =
             agree::on_gradient(&*run.collectives, step, &run.state, run.reducer.own_was_finite())?;
 
+        if let Some(probe) = &mut run.probe {
+            probe.step(&*run.collectives, step, &parts, &batch.ids, &run.rank_share)?;
+        }
         reporter.phase(Phase::Update);
         run.state.update(&rates, step).map_err(at_step)?;
         run.next_step = step + 1;
@@ -141,6 +145,7 @@ fn record(
         tau: rates.tau,
         grad_norm,
         z_std: agreed.z_std,
+        online_top1: run.probe.as_mut().and_then(OnlineProbe::take_top1),
         images_per_s,
         step_ms: means.step_ms,
         data_wait_ms: means.data_wait_ms,
@@ -178,9 +183,9 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter, epoch_ends: bool) -> 
     reporter.event(WorkerEvent::Eval {
         step: line.step,
         epoch: line.epoch,
-        knn_top1: line.knn_top1,
-        knn_random_init: Some(line.knn_random_init),
-        knn_raw_pixels: Some(line.knn_raw_pixels),
+        knn_top1: line.knn_top1.unwrap_or_default(),
+        knn_random_init: line.knn_random_init,
+        knn_raw_pixels: line.knn_raw_pixels,
         protocol: line.protocol,
     });
     Ok(())
@@ -215,7 +220,8 @@ fn checkpoint(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError>
         data_digest: run.data_digest.clone(),
         mentee_version: env!("CARGO_PKG_VERSION").into(),
     };
-    let (path, digest) = checkpoints::write(&run.run_dir, &run.state, &meta, recipe.checkpoint.keep)?;
+    let (path, digest) =
+        checkpoints::write(&run.run_dir, &run.state, run.probe.as_ref(), &meta, recipe.checkpoint.keep)?;
     let write_ms = start.elapsed().as_secs_f64() * 1e3;
     tracing::info!(step, digest, write_ms, "checkpoint");
     run.metrics.write(&CheckpointLine {

@@ -68,6 +68,6 @@ impl Method for Byol {
         // |p̂₁ − t̂₂|² + |p̂₂ − t̂₁|², where |â − b̂|² = 2 − 2 cos(a, b); mean over the batch. Equations 2 and 3.
         let cosines = cosine(&p, &swap_views(&t)?)?; // [2N]
         let loss = (cosines * -2.0 + 2.0).f_sum(None)? / global_batch as f64;
-        Ok(StepLoss { loss, projections: z.detach() })
+        Ok(StepLoss::new(loss, &z))
     }
 }

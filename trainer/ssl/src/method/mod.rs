@@ -1,6 +1,7 @@
 //! Methods: which networks there are and what the student is asked to predict. One file each.
 
 mod byol;
+mod mocov3;
 mod simsiam;
 
 use mentee_config::recipe::{self, MethodName, Recipe};
@@ -26,7 +27,11 @@ pub struct Networks {
 impl Networks {
     /// z: [V·N, 3, H, W] to [V·N, D].
     pub fn project(&self, pass: &Pass, views: &Tensor) -> Result<Tensor, SslError> {
-        pass.run(views, |views| self.projector.forward(pass, &self.backbone.forward(pass, views)?))
+        pass.run(views, |views| {
+            let features = self.backbone.forward(pass, views)?;
+            pass.has_features(&features);
+            self.projector.forward(pass, &features)
+        })
     }
 
     /// p: [V·N, D] to [V·N, D]; the projection itself without a predictor.
@@ -45,9 +50,16 @@ pub struct StepLoss {
     pub loss: Tensor,
     /// The student's projections, without a graph: [V·N, D].
     pub projections: Tensor,
+    /// The student's features, without a graph, where the state keeps them: [V·N, feature_dim].
+    pub features: Option<Tensor>,
 }
 
 impl StepLoss {
+    /// Of this rank's share of the loss and the student's projections.
+    pub fn new(loss: Tensor, projections: &Tensor) -> Self {
+        Self { loss, projections: projections.detach(), features: None }
+    }
+
     /// What the micro-batches of one update yield together.
     pub fn sum(parts: &[StepLoss]) -> Result<StepLoss, SslError> {
         let losses: Vec<Tensor> = parts.iter().map(|part| part.loss.detach()).collect();
@@ -55,6 +67,7 @@ impl StepLoss {
         Ok(StepLoss {
             loss: Tensor::f_stack(&losses, 0)?.f_sum(None)?,
             projections: Tensor::f_cat(&projections, 0)?,
+            features: None, // of each part by itself
         })
     }
 }
@@ -78,6 +91,7 @@ pub trait Method {
 pub fn new(recipe: &Recipe, d: &mut Declarations) -> Box<dyn Method> {
     let backbone = ResNet::new(d, &recipe.model);
     match recipe.method.name {
+        MethodName::Mocov3 => Box::new(mocov3::MocoV3::new(&recipe.method, backbone, d)),
         MethodName::Byol => Box::new(byol::Byol::new(&recipe.method, backbone, d)),
         MethodName::Simsiam => Box::new(simsiam::Simsiam::new(&recipe.method, backbone, d)),
     }

@@ -66,6 +66,6 @@ impl Method for Simsiam {
         // −(cos(p₁, z₂) + cos(p₂, z₁)) / 2, mean over the batch. Equations 1 to 4.
         let cosines = cosine(&p, &swap_views(&t)?)?; // [2N]
         let loss = cosines.f_sum(None)? / (-2.0 * global_batch as f64);
-        Ok(StepLoss { loss, projections: z.detach() })
+        Ok(StepLoss::new(loss, &z))
     }
 }

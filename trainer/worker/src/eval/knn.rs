@@ -30,37 +30,45 @@ impl Labelled {
     }
 }
 
-/// How neighbours vote.
+/// How neighbours vote, in every combination.
 #[derive(Debug, Clone, Copy)]
-pub struct Settings {
+pub struct Grid<'a> {
     /// Neighbours that vote; at most the bank.
-    pub k: i64,
+    pub k: &'a [u64],
     /// T.
-    pub temperature: f64,
+    pub temperature: &'a [f64],
     /// Classes there are.
     pub num_classes: i64,
 }
 
-/// How many queries are classified correctly.
-pub fn correct(bank: &Labelled, queries: &Labelled, settings: Settings) -> Result<i64, WorkerError> {
-    let Settings { k, temperature, num_classes } = settings;
+/// How many queries are classified correctly: by the first k and every T, by the second k and every T, …
+pub fn correct(bank: &Labelled, queries: &Labelled, grid: Grid) -> Result<Vec<i64>, WorkerError> {
+    let Grid { k, temperature, num_classes } = grid;
+    let mut correct = vec![0; k.len() * temperature.len()];
     if queries.len() == 0 || bank.len() == 0 {
-        return Ok(0);
+        return Ok(correct);
     }
-    let k = k.min(bank.len());
+    let at_most_bank = |k: u64| bank.len().min(k.cast_signed());
+    let most = k.iter().copied().map(at_most_bank).max().unwrap_or(1);
     let keys = l2_normalise(&bank.features)?.f_tr()?; // [D, B]
-    let mut correct = 0;
     for begin in (0..queries.len()).step_by(CHUNK as usize) {
         let n = CHUNK.min(queries.len() - begin);
         let queries_n = l2_normalise(&queries.features.f_narrow(0, begin, n)?)?; // [n, D]
-        let (cosines, neighbours) = queries_n.f_matmul(&keys)?.f_topk(k, 1, true, true)?; // [n, k]
-        let labels = bank.labels.f_index_select(0, &neighbours.f_view([-1])?)?.f_view([n, k])?;
-        let weights = (cosines / temperature).f_exp()?;
-        let votes = Tensor::f_zeros([n, num_classes], (Kind::Float, weights.device()))?
-            .f_scatter_add(1, &labels, &weights)?;
-        let predicted = votes.f_argmax(1, false)?;
+        let (cosines, neighbours) = queries_n.f_matmul(&keys)?.f_topk(most, 1, true, true)?; // [n, k], nearest first
+        let labels = bank.labels.f_index_select(0, &neighbours.f_view([-1])?)?.f_view([n, most])?;
         let truth = queries.labels.f_narrow(0, begin, n)?;
-        correct += predicted.f_eq_tensor(&truth)?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        let mut counts = correct.iter_mut();
+        for k in k.iter().copied().map(at_most_bank) {
+            for temperature in temperature {
+                let weights = (cosines.f_narrow(1, 0, k)? / *temperature).f_exp()?;
+                let votes = Tensor::f_zeros([n, num_classes], (Kind::Float, weights.device()))?
+                    .f_scatter_add(1, &labels.f_narrow(1, 0, k)?, &weights)?;
+                let right = votes.f_argmax(1, false)?.f_eq_tensor(&truth)?;
+                if let Some(count) = counts.next() {
+                    *count += right.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+                }
+            }
+        }
     }
     Ok(correct)
 }
@@ -81,11 +89,18 @@ mod tests {
             features: Tensor::from_slice(&[3.0f32, 0.0, 0.0, 0.5, 1.0, 0.9]).view([3, 2]),
             labels: Tensor::from_slice(&[0i64, 1, 1]),
         };
-        let settings = Settings { k: 2, temperature: 0.1, num_classes: 2 };
+        let count = |k: &[u64], temperature: &[f64]| {
+            correct(&bank, &queries, Grid { k, temperature, num_classes: 2 }).unwrap()
+        };
         // The third lies nearer to class 0: its two nearest are (1, 0.1) and (0.1, 1), with cosines 0.807 and 0.743.
-        assert_eq!(correct(&bank, &queries, settings).unwrap(), 2);
+        assert_eq!(count(&[2], &[0.1]), [2]);
         // With every image voting, class 1's three outweigh class 0's two only at a high temperature.
-        let all = Settings { k: 200, temperature: 100.0, num_classes: 2 };
-        assert_eq!(correct(&bank, &queries, all).unwrap(), 2, "majority class 1 for everyone");
+        assert_eq!(count(&[200], &[100.0]), [2], "majority class 1 for everyone");
+        // A grid is its settings one by one.
+        let single = |k, t| count(&[k], &[t])[0];
+        assert_eq!(
+            count(&[1, 200], &[0.1, 100.0]),
+            [single(1, 0.1), single(1, 100.0), single(200, 0.1), single(200, 100.0)]
+        );
     }
 }

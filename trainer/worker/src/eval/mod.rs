@@ -1,24 +1,32 @@
 //! Evaluation of frozen features: how well the labels of test images follow from those of their nearest
-//! training images, always beside the same measure on features nobody trained.
+//! training images, or from a linear classifier, always beside the same measure on features nobody trained.
 
 mod knn;
+mod linear;
+mod spectrum;
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use mentee_collectives::{Collectives, Single};
+use mentee_config::recipe::MethodName;
 use mentee_config::{Recipe, exit_code};
-use mentee_data::eval::{EvalOptions, eval_images};
+use mentee_data::eval::{EvalOptions, eval_images, training_images};
 use mentee_data::{Source, Split, open, open_split};
 use mentee_ssl::{Method, State};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
-use crate::metrics::{self, EvalLine};
-use crate::{affinity, checkpoints};
+use crate::metrics::{EvalLine, GridPoint};
+use crate::{affinity, checkpoints, trace};
 
 /// Images in a forward pass.
 const BATCH: usize = 250;
+/// Raw pixels of views from this side on are averaged to [`POOLED`] x [`POOLED`] first: their floor would not fit into memory.
+const POOL_FROM: u32 = 64;
+const POOLED: i64 = 32;
+
 /// `mentee-worker eval`
 #[derive(clap::Args)]
 pub struct EvalArgs {
@@ -31,9 +39,52 @@ pub struct EvalArgs {
     /// Weighted k-nearest-neighbour classification (the default).
     #[arg(long)]
     knn: bool,
+    /// Neighbours that vote; several give a table [default: the recipe's eval.knn_k].
+    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
+    k: Vec<u64>,
+    /// A vote weighs exp(cosine / T); several give a table [default: the recipe's eval.knn_temperature].
+    #[arg(long, value_delimiter = ',', value_parser = positive)]
+    temperature: Vec<f64>,
+    /// A linear classifier on frozen features.
+    #[arg(long)]
+    linear: bool,
+    /// How it is trained [default: logistic; with --linear-augment that of the run's method].
+    #[arg(long, value_enum, requires = "linear")]
+    linear_protocol: Option<LinearProtocol>,
+    /// Trains it on random crops and flips of the images, as the official protocols do, instead of features computed
+    /// once: slower by the number of epochs.
+    #[arg(long, requires = "linear")]
+    linear_augment: bool,
+    /// Epochs of an official protocol [default: its own, 80 or 90].
+    #[arg(long, requires = "linear", value_parser = clap::value_parser!(u64).range(1..))]
+    linear_epochs: Option<u64>,
+    /// Also adds the result to the run's metrics.jsonl, where report and export find it; measures kNN too.
+    #[arg(long)]
+    record: bool,
+    /// Also writes the features and labels of bank and queries, for other programs.
+    #[arg(long, value_name = "FILE.safetensors")]
+    features: Option<PathBuf>,
     /// One JSON object instead of a table.
     #[arg(long)]
     json: bool,
+}
+
+/// How a linear classifier is trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum LinearProtocol {
+    /// the best there is: logistic regression to its optimum
+    Logistic,
+    /// BYOL's official one: SGD with Nesterov momentum
+    Byol,
+    /// SimSiam's official one: SGD with LARC
+    Simsiam,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
+        _ => Err("a number greater than 0 is needed".into()),
+    }
 }
 
 /// The images of an evaluation and what it has to beat.
@@ -45,8 +96,17 @@ pub struct Evaluator {
     /// How bank and queries were chosen, for the protocol.
     split: String,
     threads: usize,
-    /// kNN on random-init features and on raw pixels, percent; measured once.
-    floors: Option<(f64, f64)>,
+    /// Neighbours and temperatures: the first of each is what stands for kNN.
+    k: Vec<u64>,
+    temperature: Vec<f64>,
+    /// kNN on random-init features and on raw pixels, percent, by setting; measured once.
+    floors: Option<[Vec<f64>; 2]>,
+}
+
+/// Features of the bank, of all ranks, and of this rank's queries.
+struct Features {
+    bank: knn::Labelled,
+    queries: knn::Labelled,
 }
 
 struct Part {
@@ -145,6 +205,8 @@ impl Evaluator {
             bank,
             queries,
             threads,
+            k: vec![recipe.eval.knn_k],
+            temperature: vec![recipe.eval.knn_temperature],
             floors: None,
         })
     }
@@ -158,44 +220,89 @@ impl Evaluator {
         step: u64,
         epoch: u64,
     ) -> Result<EvalLine, WorkerError> {
-        let floors = match self.floors {
-            Some(floors) => floors,
-            None => *self.floors.insert(self.measure_floors(collectives)?),
-        };
-        let features = |images: &Tensor| Ok(state.features(method, images)?);
-        let knn_top1 = self.measure(collectives, &features)?;
-        Ok(EvalLine {
-            kind: "eval",
-            step,
-            epoch,
-            time: metrics::now(),
-            knn_top1,
-            knn_random_init: floors.0,
-            knn_raw_pixels: floors.1,
-            protocol: self.protocol(),
-        })
+        let trained = self.features(collectives, &|images| Ok(state.features(method, images)?))?;
+        let mut line = EvalLine::new(step, epoch);
+        self.add_knn(collectives, &trained, &mut line)?;
+        Ok(line)
     }
 
-    /// In words what the numbers mean.
-    pub fn protocol(&self) -> String {
-        let (eval, views) = (&self.recipe.eval, &self.recipe.views);
+    /// Measures kNN and the spectrum of `trained`.
+    fn add_knn(
+        &mut self,
+        collectives: &dyn Collectives,
+        trained: &Features,
+        line: &mut EvalLine,
+    ) -> Result<(), WorkerError> {
+        if self.floors.is_none() {
+            let floors = [
+                self.vote(collectives, &self.random_init(collectives)?)?,
+                self.vote(collectives, &self.raw_pixels(collectives)?)?,
+            ];
+            self.floors = Some(floors);
+        }
+        let knn = self.vote(collectives, trained)?;
+        let [random_init, raw_pixels] = self.floors.as_ref().expect("measured above");
+        line.knn_top1 = Some(knn[0]);
+        line.knn_random_init = Some(random_init[0]);
+        line.knn_raw_pixels = Some(raw_pixels[0]);
+        if knn.len() > 1 {
+            let settings = self.k.iter().flat_map(|k| self.temperature.iter().map(move |t| (*k, *t)));
+            line.knn_grid = settings
+                .enumerate()
+                .map(|(n, (k, temperature))| GridPoint {
+                    k,
+                    temperature,
+                    knn_top1: knn[n],
+                    knn_random_init: random_init[n],
+                    knn_raw_pixels: raw_pixels[n],
+                })
+                .collect();
+        }
+        if collectives.rank() == 0 {
+            let spectrum = spectrum::of(&trained.bank.features)?;
+            line.spectrum = spectrum.values;
+            line.effective_rank = Some(spectrum.effective_rank);
+        }
+        line.add_protocol(&self.knn_protocol());
+        Ok(())
+    }
+
+    /// In words what kNN's numbers mean.
+    fn knn_protocol(&self) -> String {
         format!(
-            "weighted kNN, k={}, T={}, cosine, frozen backbone features, {} px; bank {} training images, {} queries ({})",
-            eval.knn_k.min(self.bank.indices.len() as u64),
-            eval.knn_temperature,
-            views.size,
+            "weighted kNN, k={}, T={}, cosine, {}",
+            self.k[0].min(self.bank.indices.len() as u64),
+            self.temperature[0],
+            self.images_in_words(),
+        )
+    }
+
+    fn images_in_words(&self) -> String {
+        let size = self.recipe.views.size;
+        let pooled =
+            if size < POOL_FROM { String::new() } else { format!(" (raw pixels averaged to {POOLED})") };
+        format!(
+            "frozen backbone features, {size} px{pooled}; bank {} training images, {} queries ({})",
             self.bank.indices.len(),
             self.queries.indices.len(),
             self.split,
         )
     }
 
-    /// The same kNN on the encoder's initial weights and on the pixels themselves, as the network would see them.
-    fn measure_floors(&self, collectives: &dyn Collectives) -> Result<(f64, f64), WorkerError> {
+    /// Features of the encoder's initial weights.
+    fn random_init(&self, collectives: &dyn Collectives) -> Result<Features, WorkerError> {
         let (method, state) = mentee_ssl::state::new(&self.recipe)?;
-        let random_init = self.measure(collectives, &|images| Ok(state.features(&*method, images)?))?;
-        let raw_pixels = self.measure(collectives, &|images| Ok(images.f_flatten(1, -1)?))?;
-        Ok((random_init, raw_pixels))
+        self.features(collectives, &|images| Ok(state.features(&*method, images)?))
+    }
+
+    /// The pixels themselves, as the network would see them.
+    fn raw_pixels(&self, collectives: &dyn Collectives) -> Result<Features, WorkerError> {
+        let pooled = self.recipe.views.size >= POOL_FROM;
+        self.features(collectives, &|images| {
+            let images =
+                if pooled { images.f_adaptive_avg_pool2d([POOLED; 2])? } else { images.shallow_clone() };
+            Ok(images.f_flatten(1, -1)?)
+        })
     }
 
     /// [N, H, W, C] floats as [N, C, H, W], channels-last in memory.
@@ -206,25 +313,105 @@ impl Evaluator {
         Ok(nhwc.f_permute([0, 3, 1, 2])?.f_to_kind(kind)?)
     }
 
-    /// Top-1 in percent of kNN on `features`, which may depend on the image alone.
-    fn measure(
+    fn features(
         &self,
         collectives: &dyn Collectives,
         features: &dyn Fn(&Tensor) -> Result<Tensor, WorkerError>,
-    ) -> Result<f64, WorkerError> {
+    ) -> Result<Features, WorkerError> {
         let bank = self.embed(&self.bank.share(collectives), features)?;
         let bank = gather(collectives, bank)?;
-        let queries = self.embed(&self.queries.share(collectives), features)?;
-        let settings = knn::Settings {
-            k: self.recipe.eval.knn_k as i64,
-            temperature: self.recipe.eval.knn_temperature,
-            num_classes: self.num_classes.max(bank.max_label()? + 1).max(queries.max_label()? + 1),
-        };
-        let mut counts = [knn::correct(&bank, &queries, settings)? as f64, queries.len() as f64];
+        Ok(Features { bank, queries: self.embed(&self.queries.share(collectives), features)? })
+    }
+
+    /// Top-1 in percent of kNN on `features`, by setting.
+    fn vote(&self, collectives: &dyn Collectives, features: &Features) -> Result<Vec<f64>, WorkerError> {
+        let Features { bank, queries } = features;
+        let num_classes = self.num_classes_of(features)?;
+        let grid = knn::Grid { k: &self.k, temperature: &self.temperature, num_classes };
+        let mut counts: Vec<f64> =
+            knn::correct(bank, queries, grid)?.into_iter().map(|count| count as f64).collect();
+        counts.push(queries.len() as f64);
         collectives
             .all_reduce_sum(mentee_collectives::Buffer::F64(&mut counts))
             .map_err(|source| WorkerError::Collective { step: 0, source })?;
-        Ok(100.0 * counts[0] / counts[1].max(1.0))
+        let all = counts.pop().unwrap_or(0.0).max(1.0);
+        Ok(counts.into_iter().map(|count| 100.0 * count / all).collect())
+    }
+
+    fn num_classes_of(&self, features: &Features) -> Result<i64, WorkerError> {
+        Ok(self.num_classes.max(features.bank.max_label()? + 1).max(features.queries.max_label()? + 1))
+    }
+
+    /// Trains a linear classifier on `trained` and on what it has to beat, in a world of one.
+    fn add_linear(
+        &self,
+        method: &dyn Method,
+        state: &State,
+        trained: &Features,
+        how: Linear,
+        line: &mut EvalLine,
+    ) -> Result<(), WorkerError> {
+        let num_classes = self.num_classes_of(trained)?;
+        let top1 = |layer: &linear::Linear, queries: &knn::Labelled| -> Result<f64, WorkerError> {
+            Ok(100.0 * layer.correct(queries)? as f64 / queries.len().max(1) as f64)
+        };
+        // The floors' own classifier is the best there is: what beats it beats any.
+        let best = |features: &Features| -> Result<f64, WorkerError> {
+            top1(&linear::logistic(&features.bank, num_classes)?, &features.queries)
+        };
+        let seed = self.recipe.run.seed;
+        let (layer, what) = match how {
+            Linear::Logistic => (
+                linear::logistic(&trained.bank, num_classes)?,
+                "logistic regression by L-BFGS, features standardised, L2 penalty 1/n (C=1)".to_owned(),
+            ),
+            Linear::Cached(settings) => (
+                linear::on_cached(settings, &trained.bank, num_classes, seed)?,
+                format!("{}, floors by logistic regression", settings.describe()),
+            ),
+            Linear::Augmented(settings) => (
+                self.on_augmented(settings, method, state, num_classes)?,
+                format!("{}, random crops and flips, floors by logistic regression", settings.describe()),
+            ),
+        };
+        line.linear_top1 = Some(top1(&layer, &trained.queries)?);
+        line.linear_random_init = Some(best(&self.random_init(&Single::new())?)?);
+        line.linear_raw_pixels = Some(best(&self.raw_pixels(&Single::new())?)?);
+        line.add_protocol(&format!("linear classifier, {what}, {}", self.images_in_words()));
+        Ok(())
+    }
+
+    /// An official protocol with everything it has: every epoch other crops and flips.
+    fn on_augmented(
+        &self,
+        settings: linear::Settings,
+        method: &dyn Method,
+        state: &State,
+        num_classes: i64,
+    ) -> Result<linear::Linear, WorkerError> {
+        let (seed, dim) = (self.recipe.run.seed, method.networks().backbone.feature_dim);
+        let bank = self.bank.indices.len() as u64;
+        let mut training = linear::Training::new(settings, bank, dim, num_classes, seed)?;
+        let options = EvalOptions { batch: settings.batch as usize, threads: self.threads };
+        let (source, indices) = (self.bank.source.clone(), self.bank.indices.clone());
+        let views = settings.views(&self.recipe.views);
+        let steps_per_epoch = bank.div_ceil(settings.batch);
+        let batches = training_images(source, indices, &views, seed, settings.epochs, options)?;
+        for (step, batch) in (1..).zip(batches) {
+            let batch = batch?;
+            let view = views.size as usize * views.size as usize * 3;
+            let parts = batch
+                .images
+                .chunks(BATCH * view)
+                .map(|part| Ok(state.features(method, &self.images(part, part.len() / view)?)?))
+                .collect::<Result<Vec<_>, WorkerError>>()?;
+            let labels: Vec<i64> = batch.labels.iter().map(|&label| i64::from(label)).collect();
+            training.step(&Tensor::f_cat(&parts, 0)?, &Tensor::f_from_slice(&labels)?)?;
+            if u64::is_multiple_of(step, steps_per_epoch) {
+                eprintln!("linear classifier: epoch {} of {}", step / steps_per_epoch, settings.epochs);
+            }
+        }
+        Ok(training.finish())
     }
 
     fn embed(
@@ -246,6 +433,39 @@ impl Evaluator {
             Tensor::f_cat(&rows, 0)?
         };
         Ok(knn::Labelled { features, labels: Tensor::f_from_slice(&labels)? })
+    }
+}
+
+/// How a linear classifier is trained, with what it needs.
+#[derive(Clone, Copy)]
+enum Linear {
+    Logistic,
+    Cached(linear::Settings),
+    Augmented(linear::Settings),
+}
+
+impl Linear {
+    fn of(args: &EvalArgs, recipe: &Recipe, bank: u64) -> Result<Self, WorkerError> {
+        let of_method = match recipe.method.name {
+            MethodName::Simsiam => LinearProtocol::Simsiam,
+            MethodName::Byol | MethodName::Mocov3 => LinearProtocol::Byol,
+        };
+        let usual = if args.linear_augment { of_method } else { LinearProtocol::Logistic };
+        let official = match args.linear_protocol.unwrap_or(usual) {
+            LinearProtocol::Logistic => {
+                if args.linear_augment || args.linear_epochs.is_some() {
+                    return Err(WorkerError::Usage(
+                        "logistic regression knows no epochs and no augmentation; give --linear-protocol byol or simsiam"
+                            .into(),
+                    ));
+                }
+                return Ok(Self::Logistic);
+            }
+            LinearProtocol::Byol => linear::Official::Byol,
+            LinearProtocol::Simsiam => linear::Official::Simsiam,
+        };
+        let settings = linear::Settings::new(official, bank, args.linear_epochs);
+        Ok(if args.linear_augment { Self::Augmented(settings) } else { Self::Cached(settings) })
     }
 }
 
@@ -306,21 +526,93 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let (method, mut state) = mentee_ssl::state::new(&recipe)?;
-    checkpoints::load(&mut state, &checkpoint)?;
+    checkpoints::load(&mut state, None, &checkpoint)?;
     let meta = &checkpoint.manifest.meta;
     let mut evaluator = Evaluator::new(&recipe, train, cores)?;
-    let line = evaluator.knn(&Single::new(), &*method, &state, meta.step, meta.epoch)?;
+    if !args.k.is_empty() {
+        evaluator.k.clone_from(&args.k);
+    }
+    if !args.temperature.is_empty() {
+        evaluator.temperature.clone_from(&args.temperature);
+    }
+    let bank = evaluator.bank.indices.len() as u64;
+    let linear = args.linear.then(|| Linear::of(args, &recipe, bank)).transpose()?;
+    let alone = Single::new();
+    let trained = evaluator.features(&alone, &|images| Ok(state.features(&*method, images)?))?;
+    if let Some(path) = &args.features {
+        let parts = [("bank", &trained.bank), ("queries", &trained.queries)];
+        let tensors = parts.iter().flat_map(|(name, part)| {
+            let of = |what: &str, tensor: &Tensor| (format!("{name}.{what}"), tensor.shallow_clone());
+            [of("features", &part.features), of("labels", &part.labels)]
+        });
+        trace::write(path, tensors)?;
+    }
+    let mut line = EvalLine::new(meta.step, meta.epoch);
+    if args.knn || args.record || linear.is_none() {
+        evaluator.add_knn(&alone, &trained, &mut line)?;
+    }
+    if let Some(how) = linear {
+        evaluator.add_linear(&*method, &state, &trained, how, &mut line)?;
+    }
+    let text = serde_json::to_string(&line).map_err(|error| WorkerError::Failed(error.to_string()))?;
+    if args.record {
+        record(&checkpoint.folder, &text)?;
+    }
     if args.json {
-        let text = serde_json::to_string(&line).map_err(|error| WorkerError::Failed(error.to_string()))?;
         println!("{text}");
     } else {
-        println!("features             kNN top-1");
-        println!("step {:<10}      {:>6.2} %", line.step, line.knn_top1);
-        println!("random init          {:>6.2} %", line.knn_random_init);
-        println!("raw pixels           {:>6.2} %", line.knn_raw_pixels);
-        println!("{}", line.protocol);
+        print(&line);
     }
     Ok(exit_code::DONE)
+}
+
+/// Adds a line to the metrics of the run whose checkpoint lies in `folder`.
+fn record(folder: &Path, line: &str) -> Result<(), WorkerError> {
+    let folder = folder.canonicalize().map_err(WorkerError::io("find", folder))?;
+    let metrics = folder.ancestors().nth(2).map(|run| run.join("metrics.jsonl"));
+    let Some(metrics) = metrics.filter(|metrics| metrics.is_file()) else {
+        return Err(WorkerError::Usage(format!(
+            "{}: not within a run directory; leave out --record",
+            folder.display()
+        )));
+    };
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(&metrics)
+        .and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
+        .map_err(WorkerError::io("write", &metrics))
+}
+
+/// The line as a table for people.
+fn print(line: &EvalLine) {
+    let step = format!("step {}", line.step);
+    let table = |what: &str, rows: [Option<f64>; 3]| {
+        if rows.iter().any(Option::is_some) {
+            println!("features             {what}");
+            for (name, value) in [step.as_str(), "random init", "raw pixels"].iter().zip(rows) {
+                if let Some(value) = value {
+                    println!("{name:<21}{value:>6.2} %");
+                }
+            }
+        }
+    };
+    table("kNN top-1", [line.knn_top1, line.knn_random_init, line.knn_raw_pixels]);
+    if !line.knn_grid.is_empty() {
+        println!("     k       T   {step:>12}   random init   raw pixels");
+        for point in &line.knn_grid {
+            println!(
+                "{:>6}{:>8}   {:>10.2} %{:>12.2} %{:>11.2} %",
+                point.k, point.temperature, point.knn_top1, point.knn_random_init, point.knn_raw_pixels
+            );
+        }
+    }
+    table("linear top-1", [line.linear_top1, line.linear_random_init, line.linear_raw_pixels]);
+    if let Some(rank) = line.effective_rank {
+        println!("effective rank       {rank:>6.2}");
+    }
+    for part in line.protocol.split(" | ") {
+        println!("{part}");
+    }
 }
 
 /// The recipe inside a checkpoint.
