@@ -12,10 +12,11 @@
 //! later. What ends a generation is the supervisor's business ([`crate::Output`] tells it what happened); the next
 //! one starts with [`Event::NewGeneration`], and whoever still belongs to the last one is refused.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use crate::message::{Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent, clip};
+use crate::watch::{Pace, Stall, Watch};
 
 /// A connection, numbered by the server; never used twice.
 pub type Peer = u64;
@@ -35,7 +36,12 @@ pub struct Agreement {
     pub plan_hash: Option<String>,
     /// Version of mentee that every rank must run.
     pub version: String,
+    /// When a gang that does not go on is a stall, see [`crate::watch`]. This one is the coordinator's alone.
+    pub stall: Duration,
 }
+
+/// [`Agreement::stall`] where nothing else is asked for.
+pub const STALL: Duration = Duration::from_secs(60);
 
 /// What happens to the coordinator.
 #[derive(Debug, Clone, PartialEq)]
@@ -123,6 +129,20 @@ pub enum Output {
         /// How the connection ended.
         why: String,
     },
+    /// The gang does not go on; said once a start.
+    Stalled {
+        /// The rank that holds it up, where and how.
+        stall: Stall,
+        /// Its machine.
+        host: String,
+    },
+    /// A rank has become a straggler, or is none any longer.
+    Pace {
+        /// The rank and its times.
+        pace: Pace,
+        /// Its machine.
+        host: String,
+    },
     /// A process that knows the token was turned away.
     Refused {
         /// The rank it claims.
@@ -172,6 +192,11 @@ pub struct Coordinator {
     generation_started: Duration,
     state: State,
     members: BTreeMap<u32, Member>,
+    /// The members' ranks.
+    ranks: HashMap<Peer, u32>,
+    /// Members that have said they are finished.
+    finished: usize,
+    watch: Option<Watch>,
     stop: Option<String>,
 }
 
@@ -185,6 +210,9 @@ impl Coordinator {
             generation_started: Duration::ZERO,
             state: State::Gathering { missing_told: false },
             members: BTreeMap::new(),
+            ranks: HashMap::new(),
+            finished: 0,
+            watch: None,
             stop: None,
         }
     }
@@ -193,10 +221,10 @@ impl Coordinator {
     pub fn handle(&mut self, now: Duration, event: Event) -> (Vec<Effect>, Reason) {
         match event {
             Event::Message { peer, message: ToCoordinator::Hello { protocol, token, generation, hello } } => {
-                self.hello(peer, protocol, &token, generation, hello)
+                self.hello(now, peer, protocol, &token, generation, hello)
             }
             Event::Message { peer, message: ToCoordinator::Progress { progress } } => {
-                self.progress(peer, progress)
+                self.progress(now, peer, progress)
             }
             Event::Message { peer, message: ToCoordinator::Event { event } } => {
                 self.worker_event(peer, event)
@@ -210,6 +238,7 @@ impl Coordinator {
 
     fn hello(
         &mut self,
+        now: Duration,
         peer: Peer,
         protocol: u32,
         token: &str,
@@ -235,12 +264,14 @@ impl Coordinator {
         let rank = hello.rank;
         let member = Member { peer, hello, progress: Progress::default(), finished: None, failed: false };
         self.members.insert(rank, member);
+        self.ranks.insert(peer, rank);
         let mut effects = vec![Effect::Admit(peer)];
         let (there, world) = (self.members.len(), self.agreement.world_size);
         if there < world as usize {
             return (effects, format!("rank {rank} is here, {there} of {world}"));
         }
         self.state = State::Running;
+        self.watch = Some(Watch::new(self.agreement.stall, world, now));
         effects.extend(
             self.members
                 .values()
@@ -315,16 +346,31 @@ impl Coordinator {
         None
     }
 
-    fn progress(&mut self, peer: Peer, progress: Progress) -> (Vec<Effect>, Reason) {
-        let Some((rank, member)) = find(&mut self.members, peer) else { return stranger(peer) };
+    fn progress(&mut self, now: Duration, peer: Peer, progress: Progress) -> (Vec<Effect>, Reason) {
+        let Some((rank, member)) = self.find(peer) else { return stranger(peer) };
         member.progress = progress.clone();
-        let reason = format!("rank {rank} is at step {}, {}", progress.step, progress.phase);
-        (vec![Effect::Tell(Output::Progress { rank, progress })], reason)
+        let mut reason = format!("rank {rank} is at step {}, {}", progress.step, progress.phase);
+        let paces = self.watch.as_mut().map_or(Vec::new(), |watch| watch.progress(now, rank, &progress));
+        let mut effects = vec![Effect::Tell(Output::Progress { rank, progress })];
+        for pace in paces {
+            reason = format!(
+                "rank {} {}: {:.1} ms of its own a step, the median {:.1} ms",
+                pace.rank,
+                if pace.slow { "is a straggler" } else { "is no straggler any longer" },
+                pace.own_ms,
+                pace.median_ms
+            );
+            let host = self.host(pace.rank);
+            effects.push(Effect::Tell(Output::Pace { pace, host }));
+        }
+        (effects, reason)
     }
 
     fn worker_event(&mut self, peer: Peer, mut event: WorkerEvent) -> (Vec<Effect>, Reason) {
-        let Some((rank, member)) = find(&mut self.members, peer) else { return stranger(peer) };
+        let Some((rank, member)) = self.find(peer) else { return stranger(peer) };
         event.clip();
+        let mut newly_finished = false;
+        let mut over = false;
         let reason = match &event {
             WorkerEvent::Checkpoint { step, .. } => format!("rank {rank} has checkpoint {step}"),
             WorkerEvent::Eval { step, knn_top1, .. } => {
@@ -332,19 +378,25 @@ impl Coordinator {
             }
             WorkerEvent::Failed { step, phase, peers, .. } => {
                 member.failed = true;
+                over = true;
                 let own = if peers.is_some() { " because of its peers" } else { "" };
                 format!("rank {rank} failed at step {step}, {phase}{own}")
             }
             WorkerEvent::Finished { exit_code } => {
+                newly_finished = member.finished.is_none();
+                over = true;
                 member.finished = Some(*exit_code);
                 format!("rank {rank} finished with {exit_code}")
             }
         };
         let mut effects = vec![Effect::Tell(Output::Event { rank, event })];
-        let finished: Option<Vec<i32>> = self.members.values().map(|member| member.finished).collect();
-        if self.state == State::Running
-            && let Some(exit_code) = finished.and_then(|codes| codes.into_iter().max())
-        {
+        self.finished += usize::from(newly_finished);
+        if let Some(watch) = self.watch.as_mut().filter(|_| over) {
+            watch.over(rank);
+        }
+        if self.state == State::Running && self.finished == self.members.len() {
+            let codes = self.members.values().filter_map(|member| member.finished);
+            let exit_code = codes.max().unwrap_or_default();
             self.state = State::Ended;
             effects.push(Effect::Tell(Output::AllFinished { exit_code }));
             return (effects, format!("{reason}: all have"));
@@ -355,10 +407,11 @@ impl Coordinator {
     fn gone(&mut self, peer: Peer, mut why: String) -> (Vec<Effect>, Reason) {
         clip(&mut why);
         let gathering = matches!(self.state, State::Gathering { .. });
-        let Some((rank, member)) = find(&mut self.members, peer) else {
+        let Some((rank, member)) = self.find(peer) else {
             return (Vec::new(), format!("connection {peer} ended: {why}"));
         };
         if member.finished.is_some() || member.failed {
+            self.forget(peer, gathering);
             return (Vec::new(), format!("rank {rank} left as announced"));
         }
         let reason = format!("rank {rank} is lost: {why}");
@@ -369,10 +422,11 @@ impl Coordinator {
             phase: member.progress.phase,
             why,
         };
-        // So that it is told once. While gathering, the place is free again.
+        // So that it is told once.
         member.failed = true;
-        if gathering {
-            self.members.remove(&rank);
+        self.forget(peer, gathering);
+        if let Some(watch) = &mut self.watch {
+            watch.over(rank);
         }
         (vec![Effect::Tell(lost)], reason)
     }
@@ -402,6 +456,9 @@ impl Coordinator {
             self.members.values().map(|member| Effect::Close(member.peer)).collect();
         effects.push(Effect::Tell(Output::Gathering { generation }));
         self.members.clear();
+        self.ranks.clear();
+        self.finished = 0;
+        self.watch = None;
         self.generation = generation;
         self.generation_started = now;
         self.state = State::Gathering { missing_told: false };
@@ -409,6 +466,18 @@ impl Coordinator {
     }
 
     fn tick(&mut self, now: Duration) -> (Vec<Effect>, Reason) {
+        if let Some(stall) = self.watch.as_mut().and_then(|watch| watch.tick(now)) {
+            let reason = format!(
+                "the gang does not go on since {} s: rank {} at step {}, {} ({:?})",
+                stall.lasted.as_secs(),
+                stall.rank,
+                stall.step,
+                stall.phase,
+                stall.kind
+            );
+            let host = self.host(stall.rank);
+            return (vec![Effect::Tell(Output::Stalled { stall, host })], reason);
+        }
         let waited = now.saturating_sub(self.generation_started);
         if self.state != (State::Gathering { missing_told: false }) || waited < GATHER_DEADLINE {
             return (Vec::new(), "nothing is due".into());
@@ -419,10 +488,25 @@ impl Coordinator {
         let reason = format!("{} ranks have not come in {} s", ranks.len(), GATHER_DEADLINE.as_secs());
         (vec![Effect::Tell(Output::Missing { ranks })], reason)
     }
-}
 
-fn find(members: &mut BTreeMap<u32, Member>, peer: Peer) -> Option<(u32, &mut Member)> {
-    members.iter_mut().find(|(_, member)| member.peer == peer).map(|(rank, member)| (*rank, member))
+    fn find(&mut self, peer: Peer) -> Option<(u32, &mut Member)> {
+        let rank = *self.ranks.get(&peer)?;
+        self.members.get_mut(&rank).map(|member| (rank, member))
+    }
+
+    /// A connection is gone. While the gang gathers, its rank's place is free again.
+    fn forget(&mut self, peer: Peer, gathering: bool) {
+        if gathering
+            && let Some(rank) = self.ranks.remove(&peer)
+            && let Some(member) = self.members.remove(&rank)
+        {
+            self.finished -= usize::from(member.finished.is_some());
+        }
+    }
+
+    fn host(&self, rank: u32) -> String {
+        self.members.get(&rank).map_or_else(String::new, |member| member.hello.host.clone())
+    }
 }
 
 fn stranger(peer: Peer) -> (Vec<Effect>, Reason) {

@@ -13,6 +13,8 @@ pub mod identity;
 pub mod link;
 pub mod message;
 pub mod server;
+pub mod vitals;
+pub mod watch;
 pub mod wire;
 
 pub use coordinator::{Agreement, Coordinator, Output};
@@ -20,3 +22,5 @@ pub use identity::{Identity, IdentityError, discover};
 pub use link::{Link, LinkError, StopReason};
 pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, WorkerEvent};
 pub use server::{CoordinatorHandle, Events};
+pub use vitals::Vitals;
+pub use watch::{Pace, Stall, StallKind};

@@ -5,7 +5,7 @@
 //! ask it later.
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, mpsc as std_mpsc};
 use std::time::{Duration, Instant};
 
@@ -17,12 +17,15 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use crate::message::{
     CoordinatorAddress, Go, Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent,
 };
+use crate::vitals::Vitals;
 use crate::wire::{self, Decoder, MAX_FRAME};
 
 /// Without news, this often.
 const HEARTBEAT: Duration = Duration::from_secs(1);
-/// With news, at most this often: people read it, at ten a second.
+/// With news, at most this often: people read it, at ten a second. In worlds of more than [`REPORTS_A_SECOND`] / 10 ranks
+/// less often, so that all together the coordinator gets no more than so many, or one a second of each.
 const REPORT_EVERY: Duration = Duration::from_millis(100);
+const REPORTS_A_SECOND: u32 = 2000;
 /// How long [`Link::close`] waits for the coordinator to have read everything.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(5);
 /// A frame is small; a coordinator that does not take one in this time has stopped.
@@ -88,10 +91,10 @@ impl std::fmt::Display for StopReason {
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// Newest report; `phase` in it is replaced by that of `phase`.
+    /// Newest report; what `vitals` holds is newer.
     progress: Mutex<Progress>,
+    vitals: Arc<Vitals>,
     fresh: AtomicBool,
-    phase: AtomicU8,
     stop: AtomicBool,
     stop_reason: Mutex<Option<StopReason>>,
     wake: Notify,
@@ -123,6 +126,19 @@ impl Link {
         hello: Hello,
         deadline: Duration,
     ) -> Result<(Link, Go), LinkError> {
+        Link::connect_with(address, hello, deadline, Arc::default())
+    }
+
+    /// [`Link::connect`], with vital signs that are kept outside.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn connect_with(
+        address: &CoordinatorAddress,
+        hello: Hello,
+        deadline: Duration,
+        vitals: Arc<Vitals>,
+    ) -> Result<(Link, Go), LinkError> {
         let (rank, world_size) = (hello.rank, hello.world_size);
         let unreachable =
             |reason: String| LinkError::Unreachable { rank, address: address.host_port.clone(), reason };
@@ -130,7 +146,7 @@ impl Link {
             .enable_all()
             .build()
             .map_err(|error| unreachable(error.to_string()))?;
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Shared { vitals, ..Shared::default() });
         let (events, queue) = mpsc::unbounded_channel();
         let (answer, answered) = std_mpsc::sync_channel(1);
         let thread = std::thread::Builder::new()
@@ -158,15 +174,21 @@ impl Link {
 
     /// Where this rank stands; never waits. The phase is taken over too.
     pub fn report(&self, progress: Progress) {
-        self.shared.phase.store(progress.phase as u8, Ordering::Relaxed);
+        self.shared.vitals.phase(progress.phase);
+        self.shared.vitals.step(progress.step);
         *lock(&self.shared.progress) = progress;
+        self.news();
+    }
+
+    /// There is news among the vital signs; never waits.
+    pub fn news(&self) {
         self.shared.fresh.store(true, Ordering::Release);
         self.shared.wake.notify_one();
     }
 
     /// What this rank does now; one atomic store, sent with the next report or heartbeat.
     pub fn phase(&self, phase: Phase) {
-        self.shared.phase.store(phase as u8, Ordering::Relaxed);
+        self.shared.vitals.phase(phase);
     }
 
     /// Something that must not be lost; never waits. Delivered in order, at the latest by [`Link::close`].
@@ -223,6 +245,7 @@ async fn run(
     events: mpsc::UnboundedReceiver<WorkerEvent>,
     answer: std_mpsc::SyncSender<Answer>,
 ) {
+    let every = report_every(hello.world_size);
     let joined = timeout(deadline, join(&address, hello)).await.unwrap_or(Err(Answer::TimedOut));
     let (stream, decoder) = match joined {
         Ok((stream, decoder, go)) => {
@@ -234,9 +257,14 @@ async fn run(
             return;
         }
     };
-    if let Err(reason) = exchange(stream, decoder, &shared, events).await {
+    if let Err(reason) = exchange(stream, decoder, &shared, events, every).await {
         shared.stop(StopReason::CoordinatorLost(reason));
     }
+}
+
+/// How often a rank of such a world reports at most.
+pub fn report_every(world_size: u32) -> Duration {
+    (Duration::from_secs(1) * world_size / REPORTS_A_SECOND).clamp(REPORT_EVERY, HEARTBEAT)
 }
 
 async fn join(address: &CoordinatorAddress, hello: Hello) -> Result<(TcpStream, Decoder, Go), Answer> {
@@ -294,6 +322,7 @@ async fn exchange(
     mut decoder: Decoder,
     shared: &Shared,
     mut events: mpsc::UnboundedReceiver<WorkerEvent>,
+    every: Duration,
 ) -> Result<(), String> {
     let (mut reader, mut writer) = stream.into_split();
     let mut heartbeat = interval(HEARTBEAT);
@@ -316,7 +345,7 @@ async fn exchange(
             }
             let now = tokio::time::Instant::now();
             if now >= next_report && shared.fresh.swap(false, Ordering::AcqRel) {
-                next_report = now + REPORT_EVERY;
+                next_report = now + every;
                 send(&mut writer, &newest(shared)).await?;
             }
         }
@@ -350,8 +379,7 @@ async fn listen(
 }
 
 fn newest(shared: &Shared) -> ToCoordinator {
-    let phase = Phase::from_u8(shared.phase.load(Ordering::Relaxed));
-    ToCoordinator::Progress { progress: Progress { phase, ..lock(&shared.progress).clone() } }
+    ToCoordinator::Progress { progress: shared.vitals.fill(lock(&shared.progress).clone()) }
 }
 
 async fn send(writer: &mut (impl AsyncWriteExt + Unpin), message: &ToCoordinator) -> Result<(), String> {

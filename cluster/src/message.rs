@@ -6,7 +6,7 @@
 //! | worker → coordinator | `hello` | first, once: token, protocol, rank, and what every rank must agree on |
 //! | coordinator → worker | `go` | when every rank of the generation has said hello |
 //! | coordinator → worker | `refused` | instead of `go`, with the reason; the connection is then closed |
-//! | worker → coordinator | `progress` | at most ten times a second; once a second without news (heartbeat) |
+//! | worker → coordinator | `progress` | at most ten times a second, less often in large worlds; once a second without news (heartbeat) |
 //! | worker → coordinator | `event` | in order: checkpoint, eval, failed, finished |
 //! | coordinator → worker | `stop` | stop at a step boundary, checkpoint, exit 75 |
 
@@ -134,6 +134,15 @@ pub struct Progress {
     pub images_per_s: Option<f64>,
     /// Milliseconds of the last step.
     pub step_ms: Option<f64>,
+    /// In a call to the other ranks just now.
+    #[serde(default)]
+    pub waiting: bool,
+    /// Milliseconds of all steps of this start, waits for other ranks left out.
+    #[serde(default)]
+    pub own_ms: f64,
+    /// Of these, waiting for data.
+    #[serde(default)]
+    pub data_ms: f64,
 }
 
 /// What must not be lost: delivered in order.

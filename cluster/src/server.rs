@@ -5,7 +5,7 @@
 //! dropped when it does not read what it is sent. An owner that does not read [`Events`] loses some, and never
 //! holds up the job.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, MissedTickBehavior, timeout};
 
 use crate::coordinator::{Agreement, Coordinator, Effect, Event, Output, Peer};
 use crate::message::{CoordinatorAddress, ToCoordinator, ToWorker};
@@ -29,12 +29,18 @@ const WRITE_DEADLINE: Duration = Duration::from_secs(10);
 const OUTBOUND: usize = 16;
 /// Between connections and the state machine; when full, TCP holds the workers' link threads back.
 const INBOUND: usize = 1024;
-/// Events an owner may leave unread.
+/// Messages that are taken from there at once.
+const BATCH: usize = 256;
+/// Events an owner may leave unread, and one more for every rank: all may fail at once.
 const EVENTS: usize = 4096;
 /// Of these, kept free for events other than progress.
 const RESERVED: usize = 1024;
-/// Connections beyond one a rank: those of the last generation that are not closed yet, and strangers.
+/// Connections beyond one a rank: those of the last generation that are not closed yet, and strangers. Above that, who
+/// has been longest without saying hello makes room: a worker says it at once, so that no number of silent strangers keeps
+/// it out.
 const SPARE_CONNECTIONS: usize = 64;
+/// Connections that are being closed, beyond those.
+const CLOSING: usize = 256;
 
 /// A running coordinator. Dropping it ends the coordinator and closes every connection.
 #[derive(Debug)]
@@ -115,7 +121,7 @@ pub async fn start(interface: IpAddr, agreement: Agreement) -> io::Result<Coordi
     let listener = TcpListener::bind((interface, 0)).await?;
     let address = address(&listener, &agreement)?;
     let (commands, command_queue) = mpsc::unbounded_channel();
-    let (tell, events) = mpsc::channel(EVENTS);
+    let (tell, events) = mpsc::channel(EVENTS + agreement.world_size as usize);
     tokio::spawn(core(listener, agreement, command_queue, tell));
     Ok(CoordinatorHandle { address, events: Events(events), commands, thread: None })
 }
@@ -129,7 +135,7 @@ pub fn start_thread(interface: IpAddr, agreement: Agreement) -> io::Result<Coord
     let listener = runtime.block_on(TcpListener::bind((interface, 0)))?;
     let address = address(&listener, &agreement)?;
     let (commands, command_queue) = mpsc::unbounded_channel();
-    let (tell, events) = mpsc::channel(EVENTS);
+    let (tell, events) = mpsc::channel(EVENTS + agreement.world_size as usize);
     let thread = std::thread::Builder::new()
         .name("coordinator".into())
         .spawn(move || runtime.block_on(core(listener, agreement, command_queue, tell)))?;
@@ -165,33 +171,52 @@ async fn core(
     mut commands: mpsc::UnboundedReceiver<Event>,
     tell: mpsc::Sender<Output>,
 ) {
-    let slots = Arc::new(Semaphore::new(2 * agreement.world_size as usize + SPARE_CONNECTIONS));
+    let room = 2 * agreement.world_size as usize + SPARE_CONNECTIONS;
+    let slots = Arc::new(Semaphore::new(room + CLOSING));
+    // In order of their coming; those that have said hello or gone since are passed over.
+    let mut strangers: VecDeque<Peer> = VecDeque::new();
     let mut coordinator = Coordinator::new(agreement, 0);
     let mut connections: HashMap<Peer, Connection> = HashMap::new();
     let (inbound, mut arrivals) = mpsc::channel::<Event>(INBOUND);
     let mut next_peer: Peer = 0;
+    let mut batch = Vec::with_capacity(BATCH);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    // After a pause of this process one tick says all.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let started = Instant::now();
     let mut last_reason = String::new();
     loop {
-        let event = tokio::select! {
+        tokio::select! {
             command = commands.recv() => match command {
-                Some(command) => command,
+                Some(command) => batch.push(command),
                 None => return,
             },
-            Some(event) = arrivals.recv() => event,
+            _ = arrivals.recv_many(&mut batch, BATCH) => {}
             accepted = listener.accept() => {
                 let Ok((stream, _)) = accepted else {
                     // Out of file descriptors, most likely: give some the time to close.
                     tokio::time::sleep(Duration::from_millis(50)).await;
                     continue;
                 };
+                while connections.len() >= room
+                    && let Some(oldest) = strangers.pop_front()
+                {
+                    if connections.get(&oldest).is_some_and(|it| !it.admitted.load(Ordering::Acquire)) {
+                        connections.remove(&oldest);
+                    }
+                }
                 // Above the bound the stream is dropped, that is closed.
                 if let Ok(slot) = slots.clone().try_acquire_owned() {
                     let peer = next_peer;
                     next_peer += 1;
                     let (outbound, queue) = mpsc::channel(OUTBOUND);
                     let admitted = Arc::new(AtomicBool::new(false));
+                    strangers.push_back(peer);
+                    if strangers.len() > 2 * room {
+                        strangers.retain(|peer| {
+                            connections.get(peer).is_some_and(|it| !it.admitted.load(Ordering::Acquire))
+                        });
+                    }
                     connections.insert(peer, Connection { outbound, admitted: admitted.clone() });
                     let inbound = inbound.clone();
                     tokio::spawn(async move {
@@ -202,17 +227,19 @@ async fn core(
                 }
                 continue;
             }
-            _ = ticks.tick() => Event::Tick,
-        };
-        let mut events = vec![event];
-        while let Some(event) = events.pop() {
+            _ = ticks.tick() => batch.push(Event::Tick),
+        }
+        // In order of their coming; what follows from one comes before the next.
+        let mut events: VecDeque<Event> = batch.drain(..).collect();
+        while let Some(event) = events.pop_front() {
             if let Event::Gone { peer, .. } = &event {
                 connections.remove(peer);
             }
-            let quiet = matches!(event, Event::Tick)
+            let routine = matches!(event, Event::Tick)
                 || matches!(event, Event::Message { message: ToCoordinator::Progress { .. }, .. });
             let (effects, reason) = coordinator.handle(started.elapsed(), event);
-            if !quiet && reason != last_reason {
+            let news = |effect: &Effect| matches!(effect, Effect::Tell(output) if !matches!(output, Output::Progress { .. }));
+            if (!routine || effects.iter().any(news)) && reason != last_reason {
                 tracing::info!(target: "mentee::coordinator", "{reason}");
                 last_reason = reason;
             }
@@ -225,7 +252,10 @@ async fn core(
                     }
                     Effect::Send(peer, message) => {
                         if !send(&connections, peer, &message) && connections.remove(&peer).is_some() {
-                            events.push(Event::Gone { peer, why: "it does not read what it is sent".into() });
+                            events.push_front(Event::Gone {
+                                peer,
+                                why: "it does not read what it is sent".into(),
+                            });
                         }
                     }
                     // Dropping the queue lets the connection send what is in it, then close.

@@ -11,7 +11,13 @@ use mentee_cluster::message::{Hello, PROTOCOL, Phase, Progress, ToCoordinator, T
 const TOKEN: &str = "right";
 
 fn agreement(world_size: u32) -> Agreement {
-    Agreement { token: TOKEN.into(), world_size, plan_hash: Some("plan-a".into()), version: "0.1.0".into() }
+    Agreement {
+        token: TOKEN.into(),
+        world_size,
+        plan_hash: Some("plan-a".into()),
+        version: "0.1.0".into(),
+        stall: Duration::from_secs(60),
+    }
 }
 
 fn hello(rank: u32, world_size: u32) -> Hello {

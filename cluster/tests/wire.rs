@@ -21,6 +21,7 @@ fn coordinator(world_size: u32) -> CoordinatorHandle {
         world_size,
         plan_hash: None,
         version: "0.1.0".into(),
+        stall: Duration::from_secs(60),
     };
     server::start_thread(LOCAL, agreement).expect("a port is free")
 }
@@ -304,8 +305,8 @@ fn hostile_peers_do_not_disturb_the_job() {
     });
 }
 
-/// More silent connections than the bound: those above it are closed at once, those below hold their place only until
-/// the hello deadline.
+/// More silent connections than the bound: those that were first make room at once, the others hold their place only
+/// until the hello deadline, and a worker is let in beside them.
 #[test]
 fn a_flood_of_silent_connections_is_bounded() {
     let handle = coordinator(1);
@@ -321,7 +322,63 @@ fn a_flood_of_silent_connections_is_bounded() {
             .count()
     };
     becomes(|| closed() >= 100);
-    drop(streams);
     let links = gang(&handle.address, 1);
     assert!(!links[0].stop_requested());
+    assert!(closed() < 200, "most of the silent are still there");
+}
+
+/// Memory of this process in use, bytes.
+fn memory() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").expect("linux");
+    pages.split(' ').nth(1).and_then(|pages| pages.parse::<usize>().ok()).expect("a number") * 4096
+}
+
+/// Strangers of every kind, thousands of them, while a gang works: it notices nothing, and they cost no memory.
+#[test]
+fn a_storm_of_hostile_peers_costs_the_job_nothing() {
+    let mut handle = coordinator(2);
+    let address = handle.address.clone();
+    let links = gang(&address, 2);
+    let hello = |token: &str| {
+        wire::encode(&ToCoordinator::Hello {
+            protocol: PROTOCOL,
+            token: token.into(),
+            generation: 0,
+            hello: hello(0, 2),
+        })
+        .expect("small")
+    };
+    let hostile: Vec<Vec<u8>> = vec![
+        hello("guess"),                                                           // a wrong token
+        hello(""),                                                                // none
+        hello(&address.token),         // the right one, of a rank that is there
+        hello("guess")[..30].to_vec(), // half a frame
+        vec![0xff; 2000],              // a frame of 4 GiB
+        (MAX_HELLO as u32).to_be_bytes().to_vec(), // the longest frame, and nothing of it
+        [&(MAX_HELLO as u32).to_be_bytes()[..], &[b'['; MAX_HELLO][..]].concat(), // deeply nested
+        Vec::new(),                    // nothing
+    ];
+    // A drip: one byte at a time of a frame that is never whole.
+    let mut drip = TcpStream::connect(&address.host_port).expect("listening");
+    let before = memory();
+    let mut open = Vec::new();
+    for round in 0..500_u64 {
+        let _ = drip.write_all(&hello("guess")[round as usize % 8..][..1]);
+        for bytes in &hostile {
+            let mut stream = TcpStream::connect(&address.host_port).expect("listening");
+            let _ = stream.write_all(bytes);
+            open.push(stream);
+        }
+        // They stay for a while.
+        open.drain(..open.len().saturating_sub(100));
+        links[(round % 2) as usize].report(Progress { step: round + 1, ..Progress::default() });
+    }
+    until(&mut handle, |output| match output {
+        Output::Lost { rank, .. } => panic!("rank {rank} was lost"),
+        Output::Progress { progress, .. } if progress.step == 500 => Some(()),
+        _ => None,
+    });
+    assert!(links.iter().all(|link| !link.stop_requested()));
+    let grown = memory().saturating_sub(before);
+    assert!(grown < 16 << 20, "{grown} bytes more");
 }

@@ -372,6 +372,8 @@ pub struct Parallel {
     pub check_collectives: bool,
     /// Seconds a rank waits for the others in one collective call before it gives up.
     pub timeout_s: f64,
+    /// Seconds without any progress after which the run is started again, see the schema; longer where steps are slow.
+    pub stall_s: f64,
     /// Compute threads per rank; 0 = the cores this rank may use.
     pub threads: u64,
     /// Decode threads per rank; 0 = the cores this rank may use.

@@ -263,6 +263,11 @@ pub(crate) const KEYS: &[Key] = &[
         "how long a rank waits for the others in one collective call before the run is ended with an error; longer \
          than any one of them may take over a step, a checkpoint or an evaluation",
         "10 minutes in `torch.distributed`"),
+    key("parallel.stall_s", Kind::Real(POSITIVE), Decides::No, "seconds",
+        "when nothing goes on for so long the workers are started again from the last checkpoint; at least ten of \
+         the longest recent steps, ten times as long at the start and in a checkpoint, thirty times in an \
+         evaluation; a worker of which nothing is heard is given a quarter of it",
+        "ours"),
     key("parallel.threads", THREADS, Decides::No, "threads per rank",
         "compute; 0 = the cores this rank may use", "ours"),
     key("parallel.decode_threads", THREADS, Decides::No, "threads per rank",

@@ -318,6 +318,7 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
         "parallel.check_every_steps",
         "parallel.check_collectives",
         "parallel.timeout_s",
+        "parallel.stall_s",
         "run.collapse_z_std",
         "run.collapse_steps",
         "run.on_collapse",

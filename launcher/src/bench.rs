@@ -1,5 +1,7 @@
-//! `mentee bench`: what this machine can do. The loader is measured here, without libtorch; the rest is forwarded to
-//! `mentee-worker`.
+//! `mentee bench`: what this machine can do. The loader and the coordinator are measured here, without libtorch; the
+//! rest is forwarded to `mentee-worker`.
+
+mod coordinator;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -45,8 +47,8 @@ struct LoaderArgs {
 }
 
 /// Whether these arguments of `bench` are served here.
-pub fn is_loader(arguments: &[OsString]) -> bool {
-    arguments.first().is_some_and(|first| first == "loader")
+pub fn is_here(arguments: &[OsString]) -> bool {
+    arguments.first().is_some_and(|first| first == "loader" || first == "coordinator")
 }
 
 /// How many workers the arguments of `bench` ask for; what cannot be read is left to the worker to refuse.
@@ -65,12 +67,15 @@ pub fn workers(arguments: &[OsString]) -> u32 {
     1
 }
 
-/// `mentee bench loader …`; `arguments` begin with `loader`. Returns the exit code of the argument parser when that has
-/// said all there is to say.
+/// `mentee bench loader …` or `mentee bench coordinator …`; `arguments` begin with that word. Returns the exit code of the
+/// argument parser when that has said all there is to say.
 ///
 /// # Errors
 /// [`Failure`] with exit code 2 for a bad recipe, 3 for bad data.
 pub fn command(arguments: &[OsString]) -> Result<Option<i32>, Failure> {
+    if arguments.first().is_some_and(|first| first == "coordinator") {
+        return coordinator::command(arguments);
+    }
     let args = match LoaderArgs::try_parse_from(arguments) {
         Ok(args) => args,
         Err(error) => {

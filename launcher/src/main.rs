@@ -9,6 +9,7 @@ mod engine;
 mod export;
 mod failure;
 mod interface;
+mod limits;
 mod logs;
 mod metrics;
 mod place;
@@ -17,6 +18,7 @@ mod report;
 mod run;
 mod rundir;
 mod shard;
+mod shm;
 mod site;
 mod slurm;
 mod status;
@@ -99,7 +101,7 @@ enum Command {
     /// Records views, weights, losses and gradients of a few steps, for checks against another implementation
     #[command(disable_help_flag = true)]
     Trace(Forwarded),
-    /// Measures this machine: loader, step
+    /// Measures this machine: loader, step, allreduce, coordinator
     #[command(disable_help_flag = true)]
     Bench(Forwarded),
 }
@@ -145,7 +147,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Place(args) => place::command(&args)?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded, 1)),
         Command::Trace(forwarded) => return Err(forward("trace", &forwarded, 1)),
-        Command::Bench(forwarded) if bench::is_loader(&forwarded.arguments) => {
+        Command::Bench(forwarded) if bench::is_here(&forwarded.arguments) => {
             return Ok(bench::command(&forwarded.arguments)?.unwrap_or(exit_code::DONE));
         }
         Command::Bench(forwarded) => {

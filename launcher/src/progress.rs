@@ -31,6 +31,9 @@ impl Display {
 
     /// Takes rank 0's newest state.
     pub fn progress(&mut self, progress: &Progress) {
+        if progress.total_steps == 0 {
+            return; // a heartbeat of a rank that has not reported a step yet
+        }
         let now = Instant::now();
         self.eta.note(now, progress);
         if let Some(bar) = &self.bar {

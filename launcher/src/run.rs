@@ -24,10 +24,12 @@ use tokio::sync::mpsc;
 use crate::engine::{self, Engine, Layout, Tools};
 use crate::failure::Failure;
 use crate::interface;
+use crate::limits;
 use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::shm;
 use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
 use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
@@ -114,9 +116,12 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     drop(source);
     let tools = engine::find_tools(engine, &args.engine_args)?;
 
+    // A connection for each worker, and what the process needs besides.
+    limits::allow_open_files(2 * u64::from(args.workers) + 256)?;
     let _lock = dir.lock()?;
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
+    shm::clean(&dir);
     let done = checkpoint::list(&dir.checkpoints())?
         .iter()
         .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
@@ -182,6 +187,7 @@ impl Job<'_> {
             world_size: self.workers,
             plan_hash: Some(self.plan.recipe.hash()),
             version: env!("CARGO_PKG_VERSION").into(),
+            stall: Duration::try_from_secs_f64(self.plan.recipe.parallel.stall_s).unwrap_or(Duration::MAX),
         };
         server::start(self.interface, agreement).await
     }
@@ -192,6 +198,8 @@ struct Shell<'a> {
     job: Job<'a>,
     coordinator: CoordinatorHandle,
     child: Option<Child>,
+    /// The workers have been killed, their launcher not yet.
+    killed: bool,
     lines: (mpsc::Sender<Vec<u8>>, mpsc::Receiver<Vec<u8>>),
     output: File,
     tail: VecDeque<String>,
@@ -240,6 +248,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         job,
         coordinator,
         child: None,
+        killed: false,
         lines: mpsc::channel(256),
         output,
         tail: VecDeque::new(),
@@ -267,6 +276,8 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
             }
             exit = wait(&mut shell.child) => {
                 shell.child = None;
+                shell.killed = false;
+                shm::clean(shell.job.dir);
                 Event::Exited(exit)
             }
             signal = any(&mut signals) => {
@@ -296,7 +307,10 @@ impl Shell<'_> {
         match action {
             Action::Start { generation } => self.start(generation)?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
-            Action::Terminate => self.signal(libc::SIGTERM),
+            Action::Terminate => {
+                shm::note(self.job.dir);
+                self.signal(libc::SIGTERM);
+            }
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
             Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
@@ -388,9 +402,15 @@ impl Shell<'_> {
         }
     }
 
-    /// SIGKILL to the process group, and to every rank of this machine: an `mpirun` that is killed cannot end them.
-    fn kill(&self) {
+    /// SIGKILL to every rank of this machine; the next time to the process group too. An `mpirun` that is killed at once
+    /// would leave its temporary files, and ranks that it cannot end any more.
+    fn kill(&mut self) {
+        shm::note(self.job.dir);
         self.kill_steps();
+        let first = !std::mem::replace(&mut self.killed, true);
+        if first && self.job.engine == Engine::Mpirun && kill_all(&self.job.dir.leftovers()) {
+            return;
+        }
         if let Some(pid) = self.child.as_ref().and_then(Child::id) {
             // SAFETY: the child has not been waited for, so the group id is still its own.
             unsafe { libc::kill(-(pid as libc::pid_t), libc::SIGKILL) };
@@ -415,6 +435,7 @@ impl Shell<'_> {
     fn note(&mut self, output: &Output) {
         match output {
             Output::Go { ranks, .. } => {
+                shm::note(self.job.dir);
                 if self.status.state == State::Starting {
                     self.status.state = State::Running;
                 }
@@ -431,6 +452,11 @@ impl Shell<'_> {
                     self.display.progress(progress);
                     self.status.eta_s = self.display.time_left(progress).map(|left| left.as_secs_f64());
                     self.status.progress = progress.clone();
+                }
+            }
+            Output::Pace { pace, .. } => {
+                if let Some(at) = self.status.ranks.get_mut(&pace.rank) {
+                    at.times_slower = pace.slow.then(|| pace.own_ms / pace.median_ms);
                 }
             }
             // Every rank has the same; one of them is shown.
@@ -639,9 +665,11 @@ fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
     }
 }
 
-fn kill_all(processes: &[libc::pid_t]) {
+/// Whether there were any.
+fn kill_all(processes: &[libc::pid_t]) -> bool {
     for &pid in processes {
         // SAFETY: no memory is involved; the process was found a moment ago by its executable and this run directory.
         unsafe { libc::kill(pid, libc::SIGKILL) };
     }
+    !processes.is_empty()
 }

@@ -94,12 +94,22 @@ pub struct Rank {
     pub phase: Phase,
     /// Milliseconds of its last step.
     pub step_ms: Option<f64>,
+    /// Of a rank that holds up the others: its own work a step by the median rank's.
+    #[serde(default)]
+    pub times_slower: Option<f64>,
 }
 
 impl Rank {
     /// A rank that has just said hello.
     pub fn new(hello: Hello) -> Rank {
-        Rank { host: hello.host, pid: hello.pid, step: 0, phase: Phase::Starting, step_ms: None }
+        Rank {
+            host: hello.host,
+            pid: hello.pid,
+            step: 0,
+            phase: Phase::Starting,
+            step_ms: None,
+            times_slower: None,
+        }
     }
 }
 
@@ -220,7 +230,13 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
             println!("  {} to go", clock(left));
         }
         for (rank, at) in &status.ranks {
-            println!("  rank {rank} on {} (process {}): step {}, {}", at.host, at.pid, at.step, at.phase);
+            let slow = at.times_slower.map_or(String::new(), |times| {
+                format!(", holds up the others: {times:.1} times the median's own work")
+            });
+            println!(
+                "  rank {rank} on {} (process {}): step {}, {}{slow}",
+                at.host, at.pid, at.step, at.phase
+            );
         }
     }
     if let Some(eval) = metrics.last_eval() {

@@ -15,7 +15,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use mentee_cluster::{Output, Phase, WorkerEvent};
+use mentee_cluster::{Output, Pace, Phase, Stall, StallKind, WorkerEvent};
 use mentee_config::exit_code::{CHECKPOINT, DATA, DIVERGED, DONE, FAILED, PREEMPTED, RANK_FAILED, USAGE};
 
 /// Exit codes that another start cannot change.
@@ -161,6 +161,20 @@ pub enum Action {
     Finish(Outcome),
 }
 
+/// How a rank fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Failing {
+    /// By itself, with its own word.
+    #[default]
+    Own,
+    /// Its process ended without a word.
+    Vanished,
+    /// It does not go on; it was ended for that.
+    Stalled,
+    /// Because another rank was gone or late: it is no cause itself.
+    Follows,
+}
+
 /// Who failed, where, and how.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Culprit {
@@ -176,8 +190,8 @@ pub struct Culprit {
     pub cause: String,
     /// The exit code it announced.
     pub exit_code: Option<i32>,
-    /// It failed because another rank was gone or late, and is no cause itself.
-    pub follows: bool,
+    /// How it failed.
+    pub kind: Failing,
 }
 
 impl Culprit {
@@ -186,7 +200,7 @@ impl Culprit {
     /// word may overtake the end of another's connection.
     fn weight(&self) -> u8 {
         match self.exit_code {
-            _ if self.follows => 0,
+            _ if self.kind == Failing::Follows => 0,
             Some(code) if FINAL.contains(&code) => 2,
             _ => 1,
         }
@@ -324,7 +338,7 @@ impl Supervisor {
                     phase,
                     cause,
                     exit_code: Some(exit_code),
-                    follows: peers.is_some(),
+                    kind: if peers.is_some() { Failing::Follows } else { Failing::Own },
                 };
                 self.blame(culprit, END_GRACE)
             }
@@ -336,10 +350,12 @@ impl Supervisor {
                     phase: Some(phase),
                     cause: "its process ended without a word".into(),
                     exit_code: None,
-                    follows: false,
+                    kind: Failing::Vanished,
                 };
                 self.blame(culprit, LOST_GRACE)
             }
+            Output::Stalled { stall, host } => self.stalled(&stall, host),
+            Output::Pace { pace, host } => vec![Action::Say(describe_pace(&pace, &host))],
             Output::Refused { rank, reason, ours: true } => {
                 let culprit =
                     Culprit { rank: Some(rank), cause: reason, exit_code: Some(USAGE), ..Culprit::default() };
@@ -363,6 +379,36 @@ impl Supervisor {
             | Output::Event { .. }
             | Output::Refused { ours: false, .. } => Vec::new(),
         }
+    }
+
+    /// What stands still is killed: it has nothing to say, and those that wait for it cannot hear.
+    fn stalled(&mut self, stall: &Stall, host: String) -> Vec<Action> {
+        if self.culprit.is_some() || self.state != State::Running {
+            return Vec::new(); // it ends already
+        }
+        let seconds = stall.lasted.as_secs();
+        let cause = match stall.kind {
+            StallKind::Silent => {
+                format!("stalled: no sign of life for {seconds} s, it is stopped or cut off")
+            }
+            StallKind::Stuck => format!("stalled: it lives, but has not gone on for {seconds} s"),
+            StallKind::AllWait => {
+                format!(
+                    "stalled: every rank has waited for another for {seconds} s, this one is furthest behind"
+                )
+            }
+        };
+        self.culprit = Some(Culprit {
+            rank: Some(stall.rank),
+            host: Some(host),
+            step: Some(stall.step),
+            phase: Some(stall.phase),
+            cause,
+            exit_code: None,
+            kind: Failing::Stalled,
+        });
+        self.ending = true;
+        vec![Action::Kill, Action::Arm(Timer::Kill, KILL_GRACE)]
     }
 
     /// Of failures that explain as much, the first is the cause: the rest follow from it.
@@ -443,7 +489,7 @@ impl Supervisor {
 
     /// The workers are gone and all that they had to say is known.
     fn judge(&mut self, exit: Exit, said: Option<String>, longer: bool) -> Vec<Action> {
-        if !longer && self.culprit.as_ref().is_some_and(|culprit| culprit.follows) {
+        if !longer && self.culprit.as_ref().is_some_and(|culprit| culprit.kind == Failing::Follows) {
             self.state = State::Settling { exit, longer: true };
             return vec![Action::Arm(Timer::Settle, SETTLE_LONGER)];
         }
@@ -461,6 +507,7 @@ impl Supervisor {
         let its_own = self.direct || self.finished.is_some() || said.is_some();
         if let (Some(culprit), Some(cause)) = (&mut culprit, &said)
             && culprit.exit_code.is_none()
+            && culprit.kind != Failing::Stalled
             && !is_anothers(cause, culprit.rank)
             && code.is_some_and(|code| code == FAILED || FINAL.contains(&code))
         {
@@ -483,7 +530,7 @@ impl Supervisor {
         let mut culprit = culprit.unwrap_or_default();
         if culprit.cause.is_empty() {
             culprit.cause = said.unwrap_or_else(|| exit.to_string());
-        } else if culprit.exit_code.is_none() && culprit.rank.is_some() {
+        } else if culprit.exit_code.is_none() && culprit.kind == Failing::Vanished {
             let whose = if self.direct { "" } else { "its launcher: " };
             culprit.cause = format!("{} ({whose}{exit})", culprit.cause);
         }
@@ -500,7 +547,10 @@ impl Supervisor {
             self.max_restarts,
             wait.as_secs_f64()
         );
-        let bad = culprit.host.clone().filter(|host| !culprit.follows && self.failed_too_often(host));
+        let bad = culprit
+            .host
+            .clone()
+            .filter(|host| culprit.kind != Failing::Follows && self.failed_too_often(host));
         let mut actions =
             vec![Action::Say(line), Action::RecordRestart { generation: self.generation, culprit }];
         if let Some(host) = bad {
@@ -521,6 +571,19 @@ impl Supervisor {
     fn finish(&mut self, exit_code: i32, culprit: Option<Culprit>) -> Vec<Action> {
         self.state = State::Over;
         vec![Action::Finish(Outcome { exit_code, culprit })]
+    }
+}
+
+/// A straggler in words.
+fn describe_pace(pace: &Pace, host: &str) -> String {
+    let Pace { rank, step, own_ms, data_ms, median_ms, slow } = pace;
+    if *slow {
+        format!(
+            "rank {rank} on {host} holds up the others since about step {step}: {own_ms:.0} ms of its own a step \
+             ({data_ms:.0} ms of it waiting for data), the median rank {median_ms:.0} ms"
+        )
+    } else {
+        format!("rank {rank} on {host} keeps up again at step {step}: {own_ms:.0} ms of its own a step")
     }
 }
 
@@ -779,6 +842,32 @@ mod tests {
         // What has been told to end is not told again later.
         let actions = run(0, vec![go(), missed(0, &[]), Event::Due(Timer::End), lost(1)]);
         assert_eq!(actions.last(), Some(&Action::Arm(Timer::Kill, KILL_GRACE)));
+    }
+
+    #[test]
+    fn what_stands_still_is_killed_named_and_started_again() {
+        let stalled = |kind| {
+            let (rank, step, phase) = (1, 7, Phase::Backward);
+            let stall = Stall { rank, step, phase, kind, lasted: Duration::from_secs(61) };
+            Event::Coordinator(Output::Stalled { stall, host: "host1".into() })
+        };
+        // The others' ends follow from being killed.
+        let actions =
+            run(1, vec![go(), stalled(StallKind::Stuck), missed(0, &[]), lost(1), lost(0), KILLED, SETTLED]);
+        assert_eq!(actions[1..3], [Action::Kill, Action::Arm(Timer::Kill, KILL_GRACE)]);
+        let named = actions.iter().find_map(|action| match action {
+            Action::RecordRestart { culprit, .. } => Some(culprit.to_string()),
+            _ => None,
+        });
+        assert_eq!(
+            named.as_deref(),
+            Some("rank 1 on host1 at step 7 (backward): stalled: it lives, but has not gone on for 61 s")
+        );
+        let ends = actions.iter().filter(|action| matches!(action, Action::Arm(Timer::End, _))).count();
+        assert_eq!(ends, 0, "SIGKILL is not followed by anything milder");
+        // A gang that ends already is left to end.
+        let actions = run(1, vec![go(), lost(0), stalled(StallKind::Silent)]);
+        assert_eq!(actions.last(), Some(&Action::Arm(Timer::End, LOST_GRACE)));
     }
 
     #[test]

@@ -4,8 +4,14 @@
 //! flip:rank=1,step=17,tensor=teacher.backbone.conv1.weight   inverts one bit after the update of that step
 //! nan:rank=0,step=5                                          puts a NaN into the first gradient bucket
 //! skip-bucket:rank=1,step=9,bucket=0                         leaves out one all-reduce; `bucket=last`: the last
+//! slow:rank=1,step=9,times=3                                 from that step on its own work takes so many times as long
+//! hang:rank=1,step=9                                         never ends that step; in the first start of a run only
+//! stop:rank=1,step=9                                         stops its process as SIGSTOP does; in the first start only
 //! ```
 
+use std::time::Duration;
+
+use mentee_cluster::identity::GENERATION;
 use mentee_ssl::State;
 use tch::Kind;
 
@@ -30,6 +36,9 @@ pub enum GradientFault {
 enum Kinds {
     Flip { tensor: String },
     Gradient(GradientFault),
+    Slow { times: u64 },
+    Hang,
+    Stop,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,7 +50,10 @@ struct Fault {
 
 /// The faults of this rank.
 #[derive(Debug, Default)]
-pub struct Faults(Vec<Fault>);
+pub struct Faults {
+    own: Vec<Fault>,
+    first_start: bool,
+}
 
 impl Faults {
     /// Those that the environment asks for.
@@ -52,20 +64,39 @@ impl Faults {
         for fault in &own {
             tracing::warn!(?fault, "will be injected");
         }
-        Ok(Self(own))
+        let start = std::env::var(GENERATION).ok();
+        Ok(Self { own, first_start: start.is_none_or(|start| start == "0") })
     }
 
     /// What goes wrong with the gradient of this step.
     pub fn of_gradient(&self, step: u64) -> Option<GradientFault> {
-        self.0.iter().filter(|fault| fault.step == step).find_map(|fault| match fault.kind {
+        self.own.iter().filter(|fault| fault.step == step).find_map(|fault| match fault.kind {
             Kinds::Gradient(kind) => Some(kind),
-            Kinds::Flip { .. } => None,
+            _ => None,
         })
+    }
+
+    /// At the end of `step`, in which this rank has worked for `own`.
+    pub fn on_pace(&self, step: u64, own: Duration) {
+        for fault in &self.own {
+            match fault.kind {
+                Kinds::Slow { times } if fault.step <= step => {
+                    std::thread::sleep(own.saturating_mul(times.saturating_sub(1) as u32));
+                }
+                Kinds::Hang if fault.step == step && self.first_start => loop {
+                    std::thread::park();
+                },
+                Kinds::Stop if fault.step == step && self.first_start => {
+                    let _ = signal_hook::low_level::raise(signal_hook::consts::SIGSTOP);
+                }
+                _ => {}
+            }
+        }
     }
 
     /// After the update of `step`.
     pub fn on_weights(&self, step: u64, state: &mut State) -> Result<(), WorkerError> {
-        for fault in self.0.iter().filter(|fault| fault.step == step) {
+        for fault in self.own.iter().filter(|fault| fault.step == step) {
             let Kinds::Flip { tensor } = &fault.kind else { continue };
             let (_, view) = state
                 .tensors()?
@@ -107,7 +138,10 @@ fn entry(text: &str) -> Result<Fault, String> {
             "last" => LAST,
             _ => number("bucket")? as usize,
         })),
-        other => return Err(format!("`{other}` is none of flip, nan, skip-bucket")),
+        "slow" => Kinds::Slow { times: number("times")? },
+        "hang" => Kinds::Hang,
+        "stop" => Kinds::Stop,
+        other => return Err(format!("`{other}` is none of flip, nan, skip-bucket, slow, hang, stop")),
     };
     Ok(Fault { rank: number("rank")? as u32, step: number("step")?, kind })
 }
@@ -130,7 +164,7 @@ mod tests {
         for (text, expected) in [
             ("nan", "`nan` has no `:`"),
             ("nan:rank=1", "`nan:rank=1` has no step="),
-            ("melt:rank=1,step=1", "`melt` is none of flip, nan, skip-bucket"),
+            ("melt:rank=1,step=1", "`melt` is none of flip, nan, skip-bucket, slow, hang, stop"),
             ("nan:rank=x,step=1", "rank=x in `nan:rank=x,step=1`: invalid digit found in string"),
         ] {
             assert_eq!(parse(text).unwrap_err(), expected);

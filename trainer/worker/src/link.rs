@@ -2,15 +2,17 @@
 //! `mpirun` or `srun` did; none for a single process started by hand.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
     Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Identity, Link, Phase, Progress, WorkerEvent,
-    server,
+    coordinator::STALL, server,
 };
-use mentee_collectives::Collectives;
 
 use crate::error::WorkerError;
+use crate::setup::Place;
+use crate::waits::Waits;
 
 /// All ranks must have said hello by then: loading libraries over a cold network file system takes a while.
 const RENDEZVOUS: Duration = Duration::from_secs(300);
@@ -26,16 +28,15 @@ pub struct Reporter {
     start: Instant,
     first_step: Option<u64>,
     now: Progress,
+    waits: Arc<Waits>,
+    /// When the step began, and what had been waited for then.
+    began: (Instant, Duration),
 }
 
 impl Reporter {
     /// Connects, or hosts the coordinator that the other ranks connect to.
-    pub fn connect(
-        identity: &Identity,
-        collectives: &dyn Collectives,
-        plan_hash: &str,
-        data_digest: &str,
-    ) -> Result<Self, WorkerError> {
+    pub fn connect(place: &Place, plan_hash: &str, data_digest: &str) -> Result<Self, WorkerError> {
+        let Place { identity, collectives, waits } = place;
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let supervisor = CoordinatorAddress::from_env(&|name| std::env::var(name).ok());
         let mut hosted = None;
@@ -51,6 +52,7 @@ impl Reporter {
                         world_size: identity.world_size,
                         plan_hash: Some(plan_hash.to_owned()),
                         version: version.clone(),
+                        stall: STALL,
                     };
                     let one_machine = identity.local_size == identity.world_size;
                     let interface = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
@@ -79,14 +81,15 @@ impl Reporter {
                     data_digest: data_digest.to_owned(),
                     version,
                 };
-                Some(Link::connect(&address, hello, RENDEZVOUS)?.0)
+                Some(Link::connect_with(&address, hello, RENDEZVOUS, waits.vitals.clone())?.0)
             }
             None => None,
         };
         let prints = supervisor.is_none() && identity.rank == 0;
         let start = Instant::now();
         let printed = prints.then_some(start);
-        Ok(Self { link, hosted, printed, start, first_step: None, now: Progress::default() })
+        let (now, waits, began) = (Progress::default(), waits.clone(), (start, Duration::ZERO));
+        Ok(Self { link, hosted, printed, start, first_step: None, now, waits, began })
     }
 
     /// What this rank does now.
@@ -97,7 +100,29 @@ impl Reporter {
         }
     }
 
-    /// A step is done.
+    /// A step begins, with the wait for its data.
+    pub fn begin_step(&mut self) {
+        self.began = (Instant::now(), self.waits.total());
+        self.phase(Phase::DataWait);
+    }
+
+    /// Time since the step began that this rank did not wait for others: in calls to them, and `exposed` for sums
+    /// made elsewhere.
+    pub fn own_time(&self, exposed: Duration) -> Duration {
+        let (began, waited) = self.began;
+        began.elapsed().saturating_sub(self.waits.total().saturating_sub(waited)).saturating_sub(exposed)
+    }
+
+    /// Step number `done` is done, of which this rank waited so long for data and for sums of gradients.
+    pub fn end_step(&mut self, done: u64, data_wait: Duration, exposed: Duration) {
+        self.waits.vitals.worked(self.own_time(exposed), data_wait);
+        self.waits.vitals.step(done);
+        if let Some(link) = &self.link {
+            link.news();
+        }
+    }
+
+    /// A step is to be shown.
     pub fn step(&mut self, progress: Progress) {
         self.now = progress.clone();
         self.print(&progress);

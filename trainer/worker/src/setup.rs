@@ -154,7 +154,7 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     logging::start(&local.run_dir, identity.rank)?;
     let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
-    let mut reporter = Reporter::connect(identity, &**collectives, &plan_hash, &data_digest)?;
+    let mut reporter = Reporter::connect(place, &plan_hash, &data_digest)?;
     reporter.phase(Phase::Starting);
     Ok((local, reporter))
 }

@@ -36,7 +36,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let rates = run.schedule.at(step); // learning rate, weight decay, tau: pure functions of the step
         let at_step = |source| WorkerError::Step { step, source };
 
-        reporter.phase(Phase::DataWait);
+        reporter.begin_step();
         let batch = run.loader.next()?.ok_or_else(|| ended_early(step))?;
         for skipped in &batch.skipped {
             tracing::warn!(
@@ -95,6 +95,8 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         drop((out, parts, micro_batches, views)); // all point into the batch
         run.loader.recycle(batch);
         run.faults.on_weights(step, &mut run.state)?;
+        run.faults.on_pace(step, reporter.own_time(communication.exposed));
+        reporter.end_step(run.next_step, data_wait, communication.exposed);
         meter.add(start.elapsed(), data_wait, communication);
         record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
         evaluate_if_due(run, reporter, epoch_ends)?;
@@ -164,6 +166,7 @@ fn record(
         z_std: Some(agreed.z_std),
         images_per_s: Some(images_per_s),
         step_ms: Some(means.step_ms),
+        ..Progress::default()
     });
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use mentee_cluster::Vitals;
 use mentee_collectives::{Buffer, CollectiveError, Collectives};
 
 use crate::error::WorkerError;
@@ -14,6 +15,8 @@ use crate::error::WorkerError;
 /// The account of one rank's calls.
 #[derive(Debug, Default)]
 pub struct Waits {
+    /// What the link tells of this rank.
+    pub vitals: Arc<Vitals>,
     micros: AtomicU64,
     failed: Mutex<Option<CollectiveError>>,
 }
@@ -35,7 +38,9 @@ impl Waits {
 
     fn call<T>(&self, call: impl FnOnce() -> Result<T, CollectiveError>) -> Result<T, CollectiveError> {
         let start = Instant::now();
+        self.vitals.waiting(true);
         let result = call();
+        self.vitals.waiting(false);
         self.micros.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
         if let Err(error) = &result {
             let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,53 @@
+//! What a rank's link thread tells of it without asking the training thread: a few atomics, stored to at any time and
+//! read when a report or a heartbeat is sent.
+
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::message::{Phase, Progress};
+
+/// Where a rank is just now.
+#[derive(Debug, Default)]
+pub struct Vitals {
+    step: AtomicU64,
+    phase: AtomicU8,
+    waiting: AtomicBool,
+    own_micros: AtomicU64,
+    data_micros: AtomicU64,
+}
+
+impl Vitals {
+    /// Steps completed.
+    pub fn step(&self, step: u64) {
+        self.step.store(step, Ordering::Relaxed);
+    }
+
+    /// What the rank does.
+    pub fn phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, Ordering::Relaxed);
+    }
+
+    /// Whether it waits for other ranks in a call to them.
+    pub fn waiting(&self, waiting: bool) {
+        self.waiting.store(waiting, Ordering::Relaxed);
+    }
+
+    /// Adds a step's own work, waits for other ranks left out, and the part of it that waited for data.
+    pub fn worked(&self, own: Duration, data: Duration) {
+        self.own_micros.fetch_add(own.as_micros() as u64, Ordering::Relaxed);
+        self.data_micros.fetch_add(data.as_micros() as u64, Ordering::Relaxed);
+    }
+
+    /// A report with what is known here.
+    pub(crate) fn fill(&self, report: Progress) -> Progress {
+        let ms = |micros: &AtomicU64| micros.load(Ordering::Relaxed) as f64 / 1e3;
+        Progress {
+            step: self.step.load(Ordering::Relaxed),
+            phase: Phase::from_u8(self.phase.load(Ordering::Relaxed)),
+            waiting: self.waiting.load(Ordering::Relaxed),
+            own_ms: ms(&self.own_micros),
+            data_ms: ms(&self.data_micros),
+            ..report
+        }
+    }
+}

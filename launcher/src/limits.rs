@@ -1,0 +1,53 @@
+//! What the system allows this process, and what it has used.
+
+use std::time::Duration;
+
+use crate::failure::Failure;
+
+/// Allows this process so many open files, as far as the system lets it.
+///
+/// # Errors
+/// [`Failure`] when the hard limit is lower.
+pub fn allow_open_files(count: u64) -> Result<(), Failure> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is a valid place for the answer.
+    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 || limit.rlim_cur >= count {
+        return Ok(());
+    }
+    if limit.rlim_max < count {
+        return Err(Failure::failed(format!(
+            "{count} open files are needed, one for each worker's connection, and {} are allowed: raise `ulimit -Hn`, or \
+             use fewer workers",
+            limit.rlim_max
+        )));
+    }
+    limit.rlim_cur = count;
+    // SAFETY: `limit` is valid and only read.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
+        let error = std::io::Error::last_os_error();
+        return Err(Failure::failed(format!("cannot raise the limit of open files to {count}: {error}")));
+    }
+    Ok(())
+}
+
+/// Processor time of all threads of this process so far.
+pub fn processor_time() -> Duration {
+    // SAFETY: all zeros is a valid rusage.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: `usage` is a valid place for the answer.
+    if unsafe { libc::getrusage(libc::RUSAGE_SELF, &mut usage) } != 0 {
+        return Duration::ZERO;
+    }
+    let time = |value: libc::timeval| {
+        Duration::from_secs(value.tv_sec as u64) + Duration::from_micros(value.tv_usec as u64)
+    };
+    time(usage.ru_utime) + time(usage.ru_stime)
+}
+
+/// Memory of this process in use, MiB (0 where /proc does not say).
+pub fn memory_mib() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kib =
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok());
+    kib.unwrap_or(0.0_f64) / 1024.0
+}
