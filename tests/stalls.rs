@@ -34,11 +34,17 @@ fn a_rank_that_is_stopped_or_hangs_is_named_killed_and_the_run_goes_on() {
     let dir = temp_dir();
     let (_, whole) = run(dir.path(), "whole", "", 60, 14);
     assert_eq!(restarts(&whole), [Value::Null; 0]);
-    for (name, faults, stall_s, expected) in [
-        // As by `kill -STOP`: no heartbeat for a quarter of `stall_s`.
-        ("stopped", "stop:rank=1,step=7", 24, "stalled: no sign of life for "),
+    for (name, faults, stall_s, place, expected) in [
+        // As by `kill -STOP`: no heartbeat for a quarter of `stall_s`. What it did last it may not have told.
+        ("stopped", "stop:rank=1,step=7", 24, " at step ", "stalled: no sign of life for "),
         // It sends heartbeats and does not get on.
-        ("hanging", "hang:rank=1,step=7", 8, "stalled: it lives, but has not gone on for "),
+        (
+            "hanging",
+            "hang:rank=1,step=7",
+            8,
+            " at step 7 (update): ",
+            "stalled: it lives, but has not gone on for ",
+        ),
     ] {
         let (outcome, run_dir) = run(dir.path(), name, faults, stall_s, 14);
         let told = outcome.told();
@@ -46,7 +52,7 @@ fn a_rank_that_is_stopped_or_hangs_is_named_killed_and_the_run_goes_on() {
         assert_eq!(restarts.len(), 1, "{name}: {restarts:?}\n{told}");
         assert_eq!(restarts[0]["rank"], 1, "{restarts:?}");
         let reason = restarts[0]["reason"].as_str().expect("a reason");
-        assert!(reason.contains(" at step 7 (update): ") && reason.contains(expected), "{reason}");
+        assert!(reason.contains(place) && reason.contains(expected), "{reason}");
         assert_eq!(losses(&run_dir), losses(&whole), "{told}");
         assert_eq!(final_state(&run_dir), final_state(&whole), "{told}");
     }
@@ -58,8 +64,11 @@ fn a_rank_that_is_three_times_slower_is_named_within_50_steps() {
     let dir = temp_dir();
     let (outcome, run_dir) = run(dir.path(), "slow", "slow:rank=1,step=0,times=3", 60, 70);
     let told = outcome.told();
-    let said: Vec<&str> =
-        outcome.stdout.lines().filter(|line| line.starts_with("rank ") && line.contains("holds up")).collect();
+    let said: Vec<&str> = outcome
+        .stdout
+        .lines()
+        .filter(|line| line.starts_with("rank ") && line.contains("holds up"))
+        .collect();
     assert_eq!(said.len(), 1, "once: {told}");
     assert!(said[0].starts_with("rank 1 on "), "{said:?}");
     let (_, step) = said[0].split_once("since about step ").expect("a step");

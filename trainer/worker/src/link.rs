@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
-    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Identity, Link, Phase, Progress, WorkerEvent,
+    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, WorkerEvent,
     coordinator::STALL, server,
 };
 
