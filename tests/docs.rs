@@ -105,8 +105,14 @@ fn commands(text: &str, program: &str) -> BTreeSet<String> {
     found
 }
 
-const DOCUMENTS: [&str; 5] =
-    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/slurm.md", "docs/mpirun.md"];
+const DOCUMENTS: [&str; 6] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "docs/slurm.md",
+    "docs/mpirun.md",
+    "docs/monitoring.md",
+];
 
 #[test]
 fn every_command_the_documents_name_exists() {
@@ -131,6 +137,16 @@ fn every_command_of_the_mpirun_guide_runs() {
     let folder = temp_dir();
     let place = guide::place(folder.path());
     for command in guide::commands("docs/mpirun.md") {
+        finish(guide::shell(&command, &place)).expect(0);
+    }
+}
+
+#[test]
+fn every_command_of_the_monitoring_guide_runs() {
+    let _machine = machine();
+    let folder = temp_dir();
+    let place = guide::place(folder.path());
+    for command in guide::commands("docs/monitoring.md") {
         finish(guide::shell(&command, &place)).expect(0);
     }
 }

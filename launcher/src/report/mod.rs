@@ -1,101 +1,183 @@
 //! `mentee report`: one page that needs nothing but itself. Curves are SVG drawn here, the example views are embedded,
-//! colours follow the reader's light or dark setting, and it reads on a phone.
+//! colours follow the reader's light or dark setting, and it reads on a phone. Several runs go into one page, their
+//! curves over each other.
 
+mod chart;
+
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use mentee_checkpoint as checkpoint;
+use mentee_checkpoint::{self as checkpoint, Manifest};
+use mentee_cluster::StepTimes;
 
+use self::chart::{COLOURS, Chart, Mark, MarkKind, Series};
+use crate::curve::Points;
 use crate::failure::Failure;
-use crate::metrics::{Line, Metrics};
+use crate::metrics::{Line, Metrics, Step};
 use crate::progress::clock;
 use crate::rundir::{RunDir, write_atomically};
+use crate::snapshot;
 use crate::status::{State, Status};
 
-/// A chart's size in its own units; text is sized for a phone, where one unit is one pixel.
-const WIDTH: f64 = 360.0;
-const HEIGHT: f64 = 210.0;
-const LEFT: f64 = 58.0;
-const RIGHT: f64 = 10.0;
-const TOP: f64 = 10.0;
-const BOTTOM: f64 = 26.0;
-/// More points than this in a line are merged: the eye sees no more.
-const MAX_POINTS: usize = 400;
+const STYLE: &str = include_str!("style.css");
+/// Checkpoints that are marked on the curves; of more, the newest.
+const MARKED_CHECKPOINTS: usize = 40;
+/// Ranks whose time is drawn; of more, the slowest.
+const DRAWN_RANKS: usize = 16;
 
-/// `mentee report RUN [--out FILE.html]`.
+/// `mentee report`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mentee report runs/try-3
+  mentee report runs/try-3 runs/try-4 --out compared.html")]
+pub struct ReportArgs {
+    /// Run directories; several are compared on one page
+    #[arg(required = true, value_name = "RUN")]
+    pub runs: Vec<PathBuf>,
+    /// The page [default: RUN/report.html; of several runs: report.html here]
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+}
+
+/// `mentee report RUN... [--out FILE.html]`.
 ///
 /// # Errors
 /// When there is no run, or the page cannot be written.
-pub fn command(path: &Path, out: Option<&Path>) -> Result<(), Failure> {
-    let run = RunDir::existing(path)?;
-    let page = render(&run)?;
-    let default = run.report();
-    let out = out.unwrap_or(&default);
+pub fn command(args: &ReportArgs) -> Result<(), Failure> {
+    let runs: Vec<RunDir> = args.runs.iter().map(|path| RunDir::existing(path)).collect::<Result<_, _>>()?;
+    let page = render(&runs)?;
+    let default = match &runs[..] {
+        [run] => run.report(),
+        _ => "report.html".into(),
+    };
+    let out = args.out.as_deref().unwrap_or(&default);
     write_atomically(out, page.as_bytes()).map_err(|error| Failure::io("write", out, &error))?;
     println!("{}", out.display());
     Ok(())
 }
 
-/// The page.
+/// What a page says of one run.
+struct Run {
+    /// Its name, made unique among the runs of the page.
+    label: String,
+    colour: usize,
+    metrics: Metrics,
+    status: Option<Status>,
+    plan: String,
+    views: Option<Vec<u8>>,
+    checkpoints: Vec<u64>,
+    newest: Option<Manifest>,
+    times: BTreeMap<u32, StepTimes>,
+}
+
+impl Run {
+    fn read(dir: &RunDir) -> Result<Run, Failure> {
+        let status = Status::read(dir);
+        let checkpoints = checkpoint::list(&dir.checkpoints()).unwrap_or_default();
+        let label = status.as_ref().map_or_else(|| folder_name(dir), |status| status.name.clone());
+        Ok(Run {
+            label,
+            colour: 0,
+            metrics: Metrics::read(&dir.metrics())?,
+            status,
+            plan: std::fs::read_to_string(dir.plan()).unwrap_or_default(),
+            views: std::fs::read(dir.views()).ok(),
+            checkpoints: checkpoints
+                .iter()
+                .filter(|entry| entry.state.is_ok())
+                .map(|entry| entry.step)
+                .collect(),
+            newest: checkpoints.into_iter().rev().find_map(|entry| entry.state.ok()),
+            times: snapshot::times_by_rank(dir)?,
+        })
+    }
+
+    fn series(&self, number: fn(&Step) -> Option<f64>) -> Series {
+        let points =
+            self.metrics.train().filter_map(|line| Some((line.step as f64, number(line)?))).collect();
+        Series::new(&self.label, points).coloured(self.colour)
+    }
+
+    fn evals(&self, key: &str) -> Points {
+        self.metrics.eval().filter_map(|line| Some((line.step as f64, line.number(key)?))).collect()
+    }
+
+    fn marks(&self) -> Vec<Mark> {
+        let mark = |step: u64, kind, title| Mark { at: step as f64, kind, title };
+        let newest = self.checkpoints.iter().rev().take(MARKED_CHECKPOINTS);
+        let checkpoints = newest
+            .map(|&step| mark(step, MarkKind::Checkpoint, format!("step {step}: a checkpoint that is kept")));
+        let restarts = self.metrics.restarts().iter().map(|line| {
+            let why = line.text("reason").unwrap_or("unknown");
+            mark(line.step, MarkKind::Restart, format!("restart from step {}: {why}", line.step))
+        });
+        let worlds = self.metrics.world_changes().into_iter().map(|(step, from, to)| {
+            mark(step, MarkKind::World, format!("step {step}: {from} ranks before, {to} from here on"))
+        });
+        checkpoints.chain(restarts).chain(worlds).collect()
+    }
+}
+
+fn folder_name(dir: &RunDir) -> String {
+    dir.path().file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned())
+}
+
+/// The page of one run or several.
 ///
 /// # Errors
-/// When the run cannot be read.
-pub fn render(run: &RunDir) -> Result<String, Failure> {
-    let metrics = Metrics::read(&run.metrics())?;
-    let status = Status::read(run);
-    let plan = std::fs::read_to_string(run.plan()).unwrap_or_default();
-    let views = std::fs::read(run.views()).ok();
-    let checkpoints = checkpoint::list(&run.checkpoints()).unwrap_or_default();
-    let newest = checkpoints.iter().rev().find_map(|entry| entry.state.as_ref().ok());
-    let name = status.as_ref().map_or_else(
-        || run.path().file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned()),
-        |status| status.name.clone(),
-    );
-
+/// When a run cannot be read.
+pub fn render(dirs: &[RunDir]) -> Result<String, Failure> {
+    let mut runs: Vec<Run> = dirs.iter().map(Run::read).collect::<Result<_, _>>()?;
+    // Runs of one recipe are told apart by their folders.
+    let names: Vec<String> = runs.iter().map(|run| run.label.clone()).collect();
+    for (index, (run, dir)) in runs.iter_mut().zip(dirs).enumerate() {
+        run.colour = index % COLOURS;
+        if names.iter().filter(|name| **name == run.label).count() > 1 {
+            run.label = folder_name(dir);
+        }
+    }
+    let title = match &runs[..] {
+        [run] => run.label.clone(),
+        _ => format!("{} runs", runs.len()),
+    };
     let mut page = String::new();
     let _ = write!(
         page,
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{name} · mentee</title>\n\
-         <style>{STYLE}</style></head><body><main>\n<h1>{name}</h1>\n",
-        name = escape(&name)
+         <meta name=\"color-scheme\" content=\"light dark\">\n<title>{title} · mentee</title>\n\
+         <style>{STYLE}</style></head><body><main>\n<h1>{title}</h1>\n",
+        title = escape(&title)
     );
-    summary(&mut page, &metrics, status.as_ref());
-    evaluation(&mut page, &metrics);
-    charts(&mut page, &metrics);
-    if let Some(png) = views {
-        let _ = write!(
-            page,
-            "<h2>Example views</h2>\n<p>What the student and the teacher see: both views of a few training images.</p>\n\
-             <img class=\"views\" alt=\"example views\" src=\"data:image/png;base64,{}\">\n",
-            base64(&png)
-        );
+    if let [run] = &runs[..] {
+        summary(&mut page, run);
+        evaluation(&mut page, run);
+        curves(&mut page, &runs);
+        details(&mut page, run);
+    } else {
+        comparison(&mut page, &runs);
+        curves(&mut page, &runs);
+        differences(&mut page, &runs);
+        for run in &runs {
+            let _ = writeln!(page, "<details class=\"run\"><summary>{}</summary>", escape(&run.label));
+            summary(&mut page, run);
+            evaluation(&mut page, run);
+            details(&mut page, run);
+            let _ = writeln!(page, "</details>");
+        }
     }
-    restarts(&mut page, &metrics);
-    let _ = write!(page, "<h2>Plan</h2>\n<table class=\"facts\">\n");
-    let mut fact = |name: &str, value: &str| {
-        let _ = writeln!(page, "<tr><th>{name}</th><td>{}</td></tr>", escape(value));
-    };
-    if let Some(manifest) = newest {
-        fact("newest checkpoint", &format!("step {} of {} kept", manifest.meta.step, checkpoints.len()));
-        fact("digest of its state", &manifest.state_digest);
-        fact("plan hash", &manifest.meta.plan_hash);
-        fact("data digest", &manifest.meta.data_digest);
-        fact("written by", &format!("mentee {}", manifest.meta.mentee_version));
-    }
-    fact("page by", &format!("mentee {}", env!("CARGO_PKG_VERSION")));
     let _ = write!(
         page,
-        "</table>\n<details><summary>plan.toml: the resolved recipe</summary><pre>{}</pre></details>\n\
-         </main></body></html>\n",
-        escape(&plan)
+        "<p class=\"note\">Page by mentee {}.</p>\n</main></body></html>\n",
+        env!("CARGO_PKG_VERSION")
     );
     Ok(page)
 }
 
-fn summary(page: &mut String, metrics: &Metrics, status: Option<&Status>) {
+fn summary(page: &mut String, run: &Run) {
+    let (metrics, status) = (&run.metrics, run.status.as_ref());
     let mut chips: Vec<(String, &str)> = Vec::new();
     if let Some(status) = status {
         let kind = match status.state {
@@ -116,15 +198,15 @@ fn summary(page: &mut String, metrics: &Metrics, status: Option<&Status>) {
         number("loss", "loss", 4);
         number("z_std", "z_std", 2);
     }
-    let rates: Vec<f64> = metrics.train().filter_map(|line| line.number("images_per_s")).collect();
-    if let Some(rate) = median(rates) {
+    if let Some(rate) = metrics.median(|line| line.images_per_s) {
         chips.push((format!("{rate:.0} images/s (median)"), ""));
     }
-    let times: Vec<f64> = metrics.train().filter_map(|line| line.number("time")).collect();
-    if let (Some(first), Some(last)) = (times.first(), times.last())
-        && let Ok(time) = Duration::try_from_secs_f64(last - first)
-    {
+    if let Some(time) = elapsed(metrics) {
         chips.push((format!("{} from first to last step", clock(time)), ""));
+    }
+    if !metrics.restarts().is_empty() {
+        let count = metrics.restarts().len();
+        chips.push((format!("{count} restart{}", if count == 1 { "" } else { "s" }), ""));
     }
     let _ = writeln!(page, "<p class=\"chips\">");
     for (text, kind) in chips {
@@ -136,263 +218,354 @@ fn summary(page: &mut String, metrics: &Metrics, status: Option<&Status>) {
     }
 }
 
-fn evaluation(page: &mut String, metrics: &Metrics) {
-    let Some(last) = metrics.last_eval() else { return };
-    let _ = write!(
-        page,
-        "<h2>Evaluation</h2>\n<table>\n<tr><th>step</th><th>trained</th><th>random init</th><th>raw pixels</th>"
-    );
-    let linear = metrics.eval().any(|line| line.number("linear_top1").is_some());
-    let _ = writeln!(page, "{}</tr>", if linear { "<th>linear</th>" } else { "" });
+fn elapsed(metrics: &Metrics) -> Option<Duration> {
+    let mut times = metrics.train().filter_map(|line| line.time);
+    let first = times.next()?;
+    Duration::try_from_secs_f64(times.next_back()? - first).ok()
+}
+
+/// Columns of the table of evaluations that a run has: those every run knows, then whatever else is an accuracy.
+fn accuracies(metrics: &Metrics) -> Vec<(String, String)> {
+    let known = [
+        ("knn_top1", "kNN, trained"),
+        ("knn_random_init", "kNN, random init"),
+        ("knn_raw_pixels", "kNN, raw pixels"),
+        ("linear_top1", "linear"),
+    ];
+    let mut columns: Vec<(String, String)> =
+        known.iter().map(|(key, name)| ((*key).to_owned(), (*name).to_owned())).collect();
     for line in metrics.eval() {
-        let cell = |key: &str| line.number(key).map_or("–".into(), |value| format!("{value:.1} %"));
-        let _ = write!(page, "<tr><td>{}</td>", line.step);
-        for key in ["knn_top1", "knn_random_init", "knn_raw_pixels"] {
-            let _ = write!(page, "<td>{}</td>", cell(key));
+        for (key, value) in &line.object {
+            if value.is_number() && key.contains("top") && !columns.iter().any(|(known, _)| known == key) {
+                columns.push((key.clone(), key.replace('_', " ")));
+            }
         }
+    }
+    columns.retain(|(key, _)| metrics.eval().any(|line| line.number(key).is_some()));
+    columns
+}
+
+fn evaluation(page: &mut String, run: &Run) {
+    let Some(last) = run.metrics.last_eval() else { return };
+    let columns = accuracies(&run.metrics);
+    let _ = write!(page, "<h2>Evaluation</h2>\n<table>\n<tr><th>step</th>");
+    for (_, name) in &columns {
+        let _ = write!(page, "<th>{}</th>", escape(name));
+    }
+    let _ = writeln!(page, "</tr>");
+    for line in run.metrics.eval() {
+        let _ = write!(page, "<tr><td>{}</td>", line.step);
+        for (key, _) in &columns {
+            let _ = write!(page, "<td>{}</td>", percent(line, key));
+        }
+        let _ = writeln!(page, "</tr>");
+    }
+    let _ = writeln!(page, "</table>");
+    let protocols = last.object.iter().filter(|(key, _)| key.contains("protocol"));
+    for (key, text) in protocols.filter_map(|(key, value)| Some((key, value.as_str()?))) {
+        let _ = writeln!(page, "<p class=\"note\">{}: {}</p>", escape(&key.replace('_', " ")), escape(text));
+    }
+    let _ = writeln!(
+        page,
+        "<p class=\"note\">Top-1 accuracy in percent. Random init and raw pixels are the floors: what the same vote gets \
+         right without any training.</p>"
+    );
+}
+
+fn percent(line: &Line, key: &str) -> String {
+    line.number(key).map_or("–".into(), |value| format!("{value:.1} %"))
+}
+
+/// One row a run.
+fn comparison(page: &mut String, runs: &[Run]) {
+    let _ = writeln!(
+        page,
+        "<table>\n<tr><th>run</th><th>state</th><th>steps</th><th>loss</th><th>z_std</th><th>kNN</th><th>random init</th>\
+         <th>linear</th><th>images/s</th><th>workers</th><th>time</th><th>restarts</th></tr>"
+    );
+    for run in runs {
+        let (metrics, status) = (&run.metrics, run.status.as_ref());
+        let last = |key: &str, digits: usize| {
+            let value = metrics.last_train().and_then(|line| line.number(key));
+            value.map_or("–".into(), |value| format!("{value:.digits$}"))
+        };
+        let eval = |key: &str| metrics.last_eval().map_or("–".into(), |line| percent(line, key));
+        let cells = [
+            status.map_or("–", |status| status.state.word()).to_owned(),
+            metrics.last_train().map_or("–".into(), |line| line.step.to_string()),
+            last("loss", 4),
+            last("z_std", 2),
+            eval("knn_top1"),
+            eval("knn_random_init"),
+            eval("linear_top1"),
+            metrics.median(|line| line.images_per_s).map_or("–".into(), |rate| format!("{rate:.0}")),
+            last("world_size", 0),
+            elapsed(metrics).map_or("–".into(), clock),
+            metrics.restarts().len().to_string(),
+        ];
+        let cells: String = cells.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
         let _ = writeln!(
             page,
-            "{}</tr>",
-            if linear { format!("<td>{}</td>", cell("linear_top1")) } else { String::new() }
+            "<tr><td><i class=\"key c{}\"></i>{}</td>{cells}</tr>",
+            run.colour,
+            escape(&run.label)
         );
     }
     let _ = writeln!(page, "</table>");
-    if let Some(protocol) = last.text("protocol") {
-        let _ = writeln!(page, "<p class=\"note\">kNN top-1; protocol: {}</p>", escape(protocol));
-    }
 }
 
-fn charts(page: &mut String, metrics: &Metrics) {
-    let train = |key: &str| points(metrics.train(), key);
-    let eval = |key: &str| points(metrics.eval(), key);
-    let marks: Vec<f64> = metrics.restarts().iter().map(|line| line.step as f64).collect();
+fn curves(page: &mut String, runs: &[Run]) {
+    let alone = runs.len() == 1;
+    let each =
+        |number: fn(&Step) -> Option<f64>| runs.iter().map(|run| run.series(number)).collect::<Vec<_>>();
+    let knn: Vec<Series> = match runs {
+        [run] => vec![
+            Series::new("trained", run.evals("knn_top1")),
+            Series::new("random init", run.evals("knn_random_init")).coloured(1).dashed(),
+            Series::new("raw pixels", run.evals("knn_raw_pixels")).coloured(2).dashed(),
+            Series::new("linear", run.evals("linear_top1")).coloured(3),
+        ],
+        _ => runs
+            .iter()
+            .map(|run| Series::new(&run.label, run.evals("knn_top1")).coloured(run.colour))
+            .collect(),
+    };
+    let chart = |title: &str, series: Vec<Series>| Chart { legend: false, ..Chart::new(title, series) };
     let all = [
-        Chart::new("Loss", vec![Series::new("loss", train("loss"))]),
-        Chart::new(
-            "kNN top-1, percent",
-            vec![
-                Series::new("trained", eval("knn_top1")),
-                Series::dashed("random init", eval("knn_random_init")),
-                Series::dashed("raw pixels", eval("knn_raw_pixels")),
-            ],
-        ),
+        Chart { smooth: true, ..chart("Loss", each(|line| line.loss)) },
+        Chart { legend: alone, ..chart("kNN top-1, percent", knn) },
         Chart {
-            include: Some([0.0, 1.1]),
-            ..Chart::new(
-                "z_std: about 1 when healthy, 0 when collapsed",
-                vec![Series::new("z_std", train("z_std"))],
-            )
+            include: Some([0.0, 1.0]),
+            ..chart("z_std: 1 healthy, 0 collapsed", each(|line| line.z_std))
         },
-        Chart::new("Learning rate", vec![Series::new("lr", train("lr"))]),
-        Chart::new("Teacher momentum tau", vec![Series::new("tau", train("tau"))]),
-        Chart::new("Gradient norm", vec![Series::new("grad_norm", train("grad_norm"))]),
+        chart("Learning rate", each(|line| line.lr)),
+        chart("Teacher momentum tau", each(|line| line.tau)),
+        Chart { smooth: true, ..chart("Gradient norm", each(|line| line.grad_norm)) },
         Chart {
             include: Some([0.0, 0.0]),
-            ..Chart::new("Images a second", vec![Series::new("images_per_s", train("images_per_s"))])
+            smooth: true,
+            ..chart("Images a second", each(|line| line.images_per_s))
         },
+        spectra(runs),
     ];
-    let _ = write!(page, "<h2>Curves</h2>\n<div class=\"charts\">\n");
-    for chart in all {
-        chart.draw(page, &marks);
+    let marks: Vec<Mark> = match runs {
+        [run] => run.marks(),
+        // Whose they are could not be told; every run's own section lists them.
+        _ => Vec::new(),
+    };
+    let _ = writeln!(page, "<h2>Curves</h2>");
+    if !alone {
+        chart::legend(page, &each(|line| line.loss.or(line.time)));
     }
-    let _ = write!(
+    let _ = writeln!(page, "<div class=\"charts\">");
+    for chart in all {
+        let marks: &[Mark] = if chart.log { &[] } else { &marks };
+        chart.draw(page, marks);
+    }
+    let _ = writeln!(page, "</div>\n<p class=\"legend\"><span>Over steps.</span>");
+    let kinds = [
+        (MarkKind::Restart, "restart", "restart"),
+        (MarkKind::World, "world", "another number of ranks"),
+        (MarkKind::Checkpoint, "saved", "checkpoint that is kept"),
+    ];
+    for (kind, class, text) in kinds {
+        if marks.iter().any(|mark| mark.kind == kind) {
+            let _ = writeln!(page, "<span><i class=\"key {class}\"></i>{text}</span>");
+        }
+    }
+    let _ = writeln!(page, "</p>");
+}
+
+/// Singular values of the features, largest first: of one run at its first and last evaluation, of several at the last.
+fn spectra(runs: &[Run]) -> Chart {
+    let series = |name: &str, line: &Line| {
+        let points = line.numbers("spectrum").into_iter().zip(1u32..);
+        let points: Points = points
+            .filter(|(value, _)| *value > 0.0)
+            .map(|(value, at)| (f64::from(at), value.log10().max(-9.0)))
+            .collect();
+        Series::new(name, points)
+    };
+    let with_spectrum = |run: &Run| -> Vec<Line> {
+        run.metrics.eval().filter(|line| !line.numbers("spectrum").is_empty()).cloned().collect()
+    };
+    let mut lines: Vec<Series> = Vec::new();
+    let mut title = "Singular values of the features, by place".to_owned();
+    if let [run] = runs {
+        let evals = with_spectrum(run);
+        if let (Some(first), Some(last)) = (evals.first(), evals.last()) {
+            lines.push(series(&format!("at step {}", last.step), last));
+            if first.step != last.step {
+                lines.push(series(&format!("at step {}", first.step), first).coloured(2).dashed());
+            }
+            let values = last.numbers("spectrum");
+            let _ = write!(title, "; effective rank {:.0} of {}", effective_rank(&values), values.len());
+        }
+    } else {
+        for run in runs {
+            let evals = with_spectrum(run);
+            lines.extend(evals.last().map(|last| series(&run.label, last).coloured(run.colour)));
+        }
+    }
+    Chart { log: true, legend: runs.len() == 1, ..Chart::new(&title, lines) }
+}
+
+/// The exponential of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli, 2007).
+fn effective_rank(values: &[f64]) -> f64 {
+    let sum: f64 = values.iter().sum();
+    let entropy: f64 = values
+        .iter()
+        .map(|value| value / sum)
+        .filter(|share| *share > 0.0)
+        .map(|share| -share * share.ln())
+        .sum();
+    entropy.exp()
+}
+
+/// Where a step's time goes: names and classes.
+const PARTS: [(&str, fn(&StepTimes) -> f64); 5] = [
+    ("waiting for data", |times| times.data_wait_ms),
+    ("forward", |times| times.forward_ms),
+    ("backward", |times| times.backward_ms),
+    ("other ranks", |times| times.comm_ms),
+    ("update", |times| times.update_ms),
+];
+
+fn time_per_rank(page: &mut String, run: &Run) {
+    if run.times.is_empty() {
+        return;
+    }
+    let mut ranks: Vec<(&u32, &StepTimes)> = run.times.iter().collect();
+    ranks.sort_by(|a, b| b.1.own_ms().total_cmp(&a.1.own_ms()));
+    ranks.truncate(DRAWN_RANKS);
+    ranks.sort_by_key(|(rank, _)| **rank);
+    let whole = |times: &StepTimes| times.own_ms() + times.comm_ms;
+    let longest = ranks.iter().map(|(_, times)| whole(times)).fold(0.0, f64::max);
+    let _ = writeln!(page, "<h2>Where time went</h2>\n<div class=\"ranks\">");
+    for (rank, times) in &ranks {
+        let _ = write!(page, "<span>rank {rank}</span><span class=\"bar\">");
+        for (index, (name, part)) in PARTS.iter().enumerate() {
+            let share = 100.0 * part(times) / longest.max(1e-9);
+            let _ = write!(
+                page,
+                "<i class=\"t{index}\" style=\"width:{share:.2}%\" title=\"{name}: {:.1} ms\"></i>",
+                part(times)
+            );
+        }
+        let _ = writeln!(page, "</span><span>{:.1} ms</span>", whole(times));
+    }
+    let _ = writeln!(page, "</div>\n<p class=\"legend\">");
+    for (index, (name, _)) in PARTS.iter().enumerate() {
+        let _ = write!(page, "<span><i class=\"box t{index}\"></i>{name}</span>");
+    }
+    let _ = write!(page, "</p>\n<table>\n<tr><th>ms a step</th>");
+    for (name, _) in PARTS {
+        let _ = write!(page, "<th>{name}</th>");
+    }
+    let _ = writeln!(page, "</tr>");
+    for (rank, times) in &ranks {
+        let cells: String = PARTS.iter().map(|(_, part)| format!("<td>{:.1}</td>", part(times))).collect();
+        let _ = writeln!(page, "<tr><td>rank {rank}</td>{cells}</tr>");
+    }
+    let more = run.times.len().saturating_sub(ranks.len());
+    let more = if more > 0 {
+        format!(" The {DRAWN_RANKS} slowest of {} ranks.", run.times.len())
+    } else {
+        String::new()
+    };
+    let _ = writeln!(
         page,
-        "</div>\n<p class=\"note\">Over steps.{}</p>\n",
-        if marks.is_empty() { "" } else { " Vertical lines: restarts." }
+        "</table>\n<p class=\"note\">Means over the run. Other ranks: exchanging gradients and statistics, and waiting for \
+         whoever is slower.{more}</p>"
     );
 }
 
-fn restarts(page: &mut String, metrics: &Metrics) {
-    if metrics.restarts().is_empty() {
+/// Everything about one run but its curves.
+fn details(page: &mut String, run: &Run) {
+    time_per_rank(page, run);
+    if let Some(png) = &run.views {
+        let _ = write!(
+            page,
+            "<h2>Example views</h2>\n<p>What the student and the teacher see: both views of a few training images.</p>\n\
+             <img class=\"views\" alt=\"example views\" src=\"data:image/png;base64,{}\">\n",
+            base64(png)
+        );
+    }
+    events(page, run);
+    let _ = write!(page, "<h2>Plan</h2>\n<table class=\"facts\">\n");
+    let mut fact = |name: &str, value: &str| {
+        let _ = writeln!(page, "<tr><th>{name}</th><td>{}</td></tr>", escape(value));
+    };
+    if let Some(manifest) = &run.newest {
+        fact("newest checkpoint", &format!("step {}; {} kept", manifest.meta.step, run.checkpoints.len()));
+        fact("digest of its state", &manifest.state_digest);
+        fact("plan hash", &manifest.meta.plan_hash);
+        fact("data digest", &manifest.meta.data_digest);
+        fact("written by", &format!("mentee {}", manifest.meta.mentee_version));
+    }
+    let _ = write!(
+        page,
+        "</table>\n<details><summary>plan.toml: the resolved recipe</summary><pre>{}</pre></details>\n",
+        escape(&run.plan)
+    );
+}
+
+/// What is marked on the curves, in words.
+fn events(page: &mut String, run: &Run) {
+    let restarts = run.metrics.restarts().iter().map(|line| {
+        let start =
+            line.number("generation").map_or(String::new(), |number| format!("restart {number:.0}: "));
+        (line.step, format!("{start}{}", line.text("reason").unwrap_or("unknown")))
+    });
+    let worlds = run.metrics.world_changes();
+    let worlds =
+        worlds.iter().map(|(step, from, to)| (*step, format!("{to} ranks from here on, {from} before")));
+    let mut rows: Vec<(u64, String)> = restarts.chain(worlds).collect();
+    if rows.is_empty() {
         return;
     }
-    let _ =
-        write!(page, "<h2>Restarts</h2>\n<table>\n<tr><th>from step</th><th>start</th><th>why</th></tr>\n");
-    for line in metrics.restarts() {
-        let generation = line.number("generation").map_or("?".into(), |number| format!("{number:.0}"));
-        let reason = escape(line.text("reason").unwrap_or("unknown"));
-        let _ = writeln!(
-            page,
-            "<tr><td>{}</td><td>{generation}</td><td class=\"text\">{reason}</td></tr>",
-            line.step
-        );
+    rows.sort_by_key(|row| row.0);
+    let _ = writeln!(page, "<h2>Events</h2>\n<table>\n<tr><th>step</th><th class=\"text\">what</th></tr>");
+    for (step, what) in rows {
+        let _ = writeln!(page, "<tr><td>{step}</td><td class=\"text\">{}</td></tr>", escape(&what));
     }
     let _ = writeln!(page, "</table>");
 }
 
-type Points = Vec<(f64, f64)>;
-
-fn points<'a>(lines: impl Iterator<Item = &'a Line>, key: &str) -> Points {
-    lines.filter_map(|line| Some((line.step as f64, line.number(key)?))).collect()
+/// The keys of the plans in which the runs differ.
+fn differences(page: &mut String, runs: &[Run]) {
+    let plans: Vec<BTreeMap<String, String>> = runs.iter().map(|run| keys_of(&run.plan)).collect();
+    let keys: std::collections::BTreeSet<&String> = plans.iter().flat_map(BTreeMap::keys).collect();
+    let differ: Vec<&String> = keys
+        .into_iter()
+        .filter(|key| plans.iter().any(|plan| plan.get(*key) != plans[0].get(*key)))
+        .collect();
+    let _ = writeln!(page, "<h2>Where the plans differ</h2>");
+    if differ.is_empty() {
+        let _ = writeln!(page, "<p>Nowhere: all runs have the same plan.</p>");
+        return;
+    }
+    let names: String = runs.iter().map(|run| format!("<th>{}</th>", escape(&run.label))).collect();
+    let _ = writeln!(page, "<table>\n<tr><th>key</th>{names}</tr>");
+    for key in differ {
+        let cells: String = plans
+            .iter()
+            .map(|plan| format!("<td>{}</td>", escape(plan.get(key).map_or("–", String::as_str))))
+            .collect();
+        let _ = writeln!(page, "<tr><td>{}</td>{cells}</tr>", escape(key));
+    }
+    let _ = writeln!(page, "</table>");
 }
 
-struct Series {
-    name: &'static str,
-    points: Points,
-    dashed: bool,
-}
-
-impl Series {
-    fn new(name: &'static str, points: Points) -> Series {
-        Series { name, points, dashed: false }
-    }
-
-    fn dashed(name: &'static str, points: Points) -> Series {
-        Series { name, points, dashed: true }
-    }
-}
-
-struct Chart {
-    title: &'static str,
-    series: Vec<Series>,
-    /// Values the axis must reach.
-    include: Option<[f64; 2]>,
-}
-
-impl Chart {
-    fn new(title: &'static str, series: Vec<Series>) -> Chart {
-        Chart { title, series, include: None }
-    }
-
-    /// Nothing when there is nothing to draw.
-    fn draw(&self, page: &mut String, marks: &[f64]) {
-        let all = || self.series.iter().flat_map(|series| &series.points);
-        if all().next().is_none() {
-            return;
-        }
-        let range = |values: &mut dyn Iterator<Item = f64>| {
-            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| {
-                (low.min(value), high.max(value))
-            })
-        };
-        let (first, last) = range(&mut all().map(|point| point.0));
-        let (first, last) = if first == last { (first - 0.5, last + 0.5) } else { (first, last) };
-        let (mut low, mut high) =
-            range(&mut all().map(|point| point.1).chain(self.include.into_iter().flatten()));
-        if high - low <= f64::EPSILON * high.abs().max(low.abs()) {
-            let margin = if high == 0.0 { 1.0 } else { 0.05 * high.abs() };
-            (low, high) = (low - margin, high + margin);
-        }
-        let step = nice_step(high - low, 4.0);
-        // Axes end on a tick, so that the scale can be read at both ends.
-        let (low, high) = ((low / step).floor() * step, (high / step).ceil() * step);
-        let x = |value: f64| LEFT + (value - first) / (last - first) * (WIDTH - LEFT - RIGHT);
-        let y = |value: f64| TOP + (high - value) / (high - low) * (HEIGHT - TOP - BOTTOM);
-
-        let _ = write!(
-            page,
-            "<figure><figcaption>{}</figcaption>\n<svg viewBox=\"0 0 {WIDTH} {HEIGHT}\" role=\"img\" aria-label=\"{}\">\n",
-            escape(self.title),
-            escape(self.title)
-        );
-        let digits = decimals(step);
-        for tick in 0..=((high - low) / step).round() as u32 {
-            let value = low + f64::from(tick) * step;
-            let at = y(value);
-            let _ = writeln!(
-                page,
-                "<line class=\"grid\" x1=\"{LEFT}\" x2=\"{}\" y1=\"{at:.1}\" y2=\"{at:.1}\"/>\
-                 <text class=\"tick\" x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
-                WIDTH - RIGHT,
-                LEFT - 5.0,
-                at + 3.5,
-                number(value, digits)
-            );
-        }
-        let step = nice_step(last - first, 4.0).max(1.0);
-        let mut value = (first / step).ceil() * step;
-        while value <= last {
-            let _ = writeln!(
-                page,
-                "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
-                x(value),
-                HEIGHT - BOTTOM + 16.0,
-                number(value, 0)
-            );
-            value += step;
-        }
-        for &mark in marks.iter().filter(|mark| (first..=last).contains(*mark)) {
-            let at = x(mark);
-            let _ = writeln!(
-                page,
-                "<line class=\"mark\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{TOP}\" y2=\"{}\"/>",
-                HEIGHT - BOTTOM
-            );
-        }
-        for (index, series) in self.series.iter().enumerate() {
-            let points = thin(&series.points);
-            let dash = if series.dashed { " dashed" } else { "" };
-            if let [(at_x, at_y)] = points[..] {
-                let _ = writeln!(
-                    page,
-                    "<circle class=\"dot c{index}\" cx=\"{:.1}\" cy=\"{:.1}\" r=\"3\"/>",
-                    x(at_x),
-                    y(at_y)
-                );
-                continue;
-            }
-            let path: Vec<String> =
-                points.iter().map(|&(px, py)| format!("{:.1},{:.1}", x(px), y(py))).collect();
-            let _ = writeln!(page, "<polyline class=\"line c{index}{dash}\" points=\"{}\"/>", path.join(" "));
-        }
-        let _ = writeln!(page, "</svg>");
-        if self.series.len() > 1 {
-            let _ = write!(page, "<p class=\"legend\">");
-            for (index, series) in
-                self.series.iter().enumerate().filter(|(_, series)| !series.points.is_empty())
-            {
-                let _ = write!(page, "<span class=\"key c{index}\"></span>{} ", escape(series.name));
-            }
-            let _ = writeln!(page, "</p>");
-        }
-        let _ = writeln!(page, "</figure>");
-    }
-}
-
-/// Merges neighbours into their lowest and highest, in order: no spike is lost.
-fn thin(points: &[(f64, f64)]) -> Points {
-    if points.len() <= MAX_POINTS {
-        return points.to_vec();
-    }
-    let size = points.len().div_ceil(MAX_POINTS / 2);
-    points
-        .chunks(size)
-        .flat_map(|chunk| {
-            let by_value = |a: &&(f64, f64), b: &&(f64, f64)| a.1.total_cmp(&b.1);
-            let low = chunk.iter().min_by(by_value).copied();
-            let high = chunk.iter().max_by(by_value).copied();
-            let mut pair: Points = low.into_iter().chain(high).collect();
-            pair.sort_by(|a, b| a.0.total_cmp(&b.0));
-            pair.dedup();
-            pair
+/// `section.key` and value, as written.
+fn keys_of(plan: &str) -> BTreeMap<String, String> {
+    let Ok(table) = plan.parse::<toml::Table>() else { return BTreeMap::new() };
+    let sections = table.into_iter().filter_map(|(section, keys)| Some((section, keys.as_table()?.clone())));
+    sections
+        .flat_map(|(section, keys)| {
+            keys.into_iter().map(move |(key, value)| (format!("{section}.{key}"), value.to_string()))
         })
         .collect()
-}
-
-/// 1, 2 or 5 times a power of ten, about `range / parts`.
-fn nice_step(range: f64, parts: f64) -> f64 {
-    let rough = range / parts;
-    let power = 10f64.powf(rough.log10().floor());
-    let factor =
-        [1.0, 2.0, 5.0, 10.0].into_iter().find(|factor| factor * power >= rough * 0.999).unwrap_or(10.0);
-    factor * power
-}
-
-fn decimals(step: f64) -> usize {
-    (-step.log10().floor()).clamp(0.0, 9.0) as usize
-}
-
-fn number(value: f64, digits: usize) -> String {
-    match value.abs() {
-        1e6.. => format!("{:.1}M", value / 1e6),
-        1e4.. => format!("{:.0}k", value / 1e3),
-        _ => format!("{:.digits$}", if value == 0.0 { 0.0 } else { value }),
-    }
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }
 
 fn escape(text: &str) -> String {
@@ -414,48 +587,13 @@ fn base64(bytes: &[u8]) -> String {
     text
 }
 
-const STYLE: &str = "
-:root{--bg:#fff;--fg:#1c2024;--soft:#60646c;--line:#e2e4e8;--card:#f7f8fa;--c0:#1463c9;--c1:#8a5a00;--c2:#6b6f76;
---good:#17703a;--bad:#b3261e}
-@media (prefers-color-scheme:dark){:root{--bg:#14161a;--fg:#e8eaee;--soft:#a0a5ae;--line:#2e3238;--card:#1c1f24;
---c0:#6cb0ff;--c1:#f0b64a;--c2:#a0a5ae;--good:#63c98a;--bad:#ff8a80}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
-main{max-width:64rem;margin:0 auto;padding:1rem}
-h1{font-size:1.5rem;margin:.5rem 0;overflow-wrap:anywhere}
-h2{font-size:1.15rem;margin:2rem 0 .5rem}
-.chips{display:flex;flex-wrap:wrap;gap:.4rem;margin:.5rem 0}
-.chips span{background:var(--card);border:1px solid var(--line);border-radius:1rem;padding:.1rem .7rem;font-size:.9rem}
-.chips .good{color:var(--good);border-color:currentColor}
-.chips .bad,.error{color:var(--bad);border-color:currentColor}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem;min-width:0}
-figcaption{font-size:.9rem;font-weight:600}
-svg{display:block;width:100%;height:auto}
-.grid{stroke:var(--line)}
-.mark{stroke:var(--bad);stroke-dasharray:2 3}
-.tick{fill:var(--soft);font:11px system-ui,sans-serif}
-.line{fill:none;stroke-width:1.6;stroke-linejoin:round}
-.dashed{stroke-dasharray:5 4}
-.line.c0{stroke:var(--c0)}.line.c1{stroke:var(--c1)}.line.c2{stroke:var(--c2)}
-.dot.c0{fill:var(--c0)}.dot.c1{fill:var(--c1)}.dot.c2{fill:var(--c2)}
-.legend{margin:.3rem 0 0;font-size:.85rem;color:var(--soft)}
-.key{display:inline-block;width:.8rem;height:.2rem;margin:0 .3rem .25rem .6rem}
-.key.c0{background:var(--c0)}.key.c1{background:var(--c1)}.key.c2{background:var(--c2)}
-table{border-collapse:collapse;font-size:.95rem;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}
-th,td{padding:.25rem .8rem .25rem 0;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
-.facts th,.facts td,td.text{text-align:left;white-space:normal;overflow-wrap:anywhere}
-th{color:var(--soft);font-weight:500}
-.note{color:var(--soft);font-size:.9rem}
-.views{max-width:100%;height:auto;image-rendering:pixelated;border:1px solid var(--line);border-radius:.3rem}
-details{margin:1rem 0}
-summary{cursor:pointer}
-pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.8rem;font-size:.85rem}
-";
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn render_one(run: &RunDir) -> Result<String, Failure> {
+        render(std::slice::from_ref(run))
+    }
 
     #[test]
     fn base64_of_the_rfc() {
@@ -471,27 +609,6 @@ mod tests {
             assert_eq!(base64(plain.as_bytes()), coded);
         }
         assert_eq!(base64(&[0xff, 0xfe, 0xfd]), "//79");
-    }
-
-    #[test]
-    fn ticks_are_round_numbers() {
-        for (range, step) in [(1.0, 0.5), (4.0, 1.0), (100.0, 50.0), (0.003, 0.001), (7.9, 2.0), (1e6, 5e5)] {
-            assert!((nice_step(range, 4.0) - step).abs() < step * 1e-9, "{range}: {}", nice_step(range, 4.0));
-        }
-        assert_eq!(number(0.25, decimals(0.05)), "0.25");
-        assert_eq!(number(20_000.0, 0), "20k");
-        assert_eq!(number(-0.0, 1), "0.0");
-    }
-
-    #[test]
-    fn thinning_keeps_order_ends_and_spikes() {
-        let mut points: Points = (0..10_000).map(|step| (f64::from(step), 1.0)).collect();
-        points[1234].1 = 99.0;
-        points[5678].1 = -99.0;
-        let thinned = thin(&points);
-        assert!(thinned.len() <= MAX_POINTS + 2);
-        assert!(thinned.is_sorted_by(|a, b| a.0 <= b.0));
-        assert!(thinned.contains(&(1234.0, 99.0)) && thinned.contains(&(5678.0, -99.0)));
     }
 
     #[test]
@@ -512,7 +629,7 @@ mod tests {
         std::fs::write(run.metrics(), text).expect("written");
         std::fs::write(run.plan(), "[run]\nname = \"a <b>\"\n").expect("written");
         std::fs::write(run.views(), b"png").expect("written");
-        let page = render(&run).expect("a page");
+        let page = render_one(&run).expect("a page");
         assert_eq!(page.matches("<svg").count(), 7);
         for part in [
             "51.2 %",
@@ -521,7 +638,7 @@ mod tests {
             "rank 1 &lt;died&gt;",
             "a &lt;b&gt;",
             "base64,cG5n",
-            "class=\"mark\"",
+            "class=\"mark restart\"",
         ] {
             assert!(page.contains(part), "{part}");
         }
@@ -535,7 +652,54 @@ mod tests {
     fn an_empty_run_has_a_page_too() {
         let folder = tempfile::tempdir().expect("a folder");
         let run = RunDir::at(folder.path()).expect("a path");
-        let page = render(&run).expect("a page");
+        let page = render_one(&run).expect("a page");
         assert!(page.starts_with("<!doctype html>") && !page.contains("<svg"));
+    }
+
+    #[test]
+    fn several_runs_share_charts_and_say_where_their_plans_differ() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let runs: Vec<RunDir> = ["a", "b"]
+            .iter()
+            .map(|name| {
+                let dir = folder.path().join(name);
+                std::fs::create_dir_all(dir.join("logs")).expect("made");
+                let run = RunDir::at(&dir).expect("a path");
+                let lines = "{\"kind\":\"train\",\"step\":1,\"loss\":2}\n{\"kind\":\"train\",\"step\":2,\"loss\":1}\n";
+                std::fs::write(run.metrics(), lines).expect("written");
+                std::fs::write(run.plan(), format!("[run]\nname = \"{name}\"\nseed = 3\n")).expect("written");
+                run
+            })
+            .collect();
+        let page = render(&runs).expect("a page");
+        assert_eq!(page.matches("<svg").count(), 1, "only losses");
+        assert_eq!(page.matches("<polyline").count(), 2);
+        assert!(page.contains("line c0") && page.contains("line c1") && page.contains("run.name"), "{page}");
+        assert!(!page.contains("run.seed"), "the same in both");
+    }
+
+    #[test]
+    fn the_spectrum_and_times_of_ranks_are_drawn_when_they_are_there() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = RunDir::at(folder.path()).expect("a path");
+        std::fs::create_dir(run.logs()).expect("made");
+        std::fs::write(
+            run.metrics(),
+            "{\"kind\":\"eval\",\"step\":5,\"linear_top1\":61.5,\"probe_top5\":90,\"spectrum\":[1.0,0.5,0.25,0.0]}\n",
+        )
+        .expect("written");
+        std::fs::write(
+            run.rank_log(1),
+            "{\"timestamp\":\"2026-01-02T03:04:05Z\",\"level\":\"DEBUG\",\"target\":\"mentee_worker::times\",\"step\":5,\
+             \"steps\":5,\"data_wait_ms\":1,\"forward_ms\":2,\"backward_ms\":3,\"comm_ms\":4,\"update_ms\":5.25}\n",
+        )
+        .expect("written");
+        let page = render_one(&run).expect("a page");
+        assert!(
+            page.contains("effective rank 3 of 4") && page.contains("61.5 %") && page.contains("probe top5"),
+            "{page}"
+        );
+        assert!(page.contains("<td>rank 1</td><td>1.0</td>") && page.contains("<td>5.2</td>"), "{page}");
+        assert_eq!(effective_rank(&[1.0, 1.0, 1.0, 1.0]).round(), 4.0);
     }
 }
