@@ -10,7 +10,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::reducer::GradientReducer;
-use crate::times::Waited;
 use crate::{agree, metrics, setup};
 
 /// What to measure.
@@ -151,7 +150,7 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
     state.one_pass = !args.without.contains(&Gain::OnePass);
     let mut reducer = GradientReducer::new(collectives, &mut state, recipe.parallel.bucket_mib)?;
-    let stat_reduce = setup::stat_reduce(recipe, collectives, &Waited::default());
+    let stat_reduce = setup::stat_reduce(recipe, collectives);
     let schedule = mentee_ssl::Schedule::new(&plan);
 
     let own = share(batch, identity.rank, identity.world_size);

@@ -2,6 +2,7 @@
 //! `mpirun` or `srun` did; none for a single process started by hand.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
@@ -11,7 +12,8 @@ use mentee_cluster::{
 use mentee_collectives::Collectives;
 
 use crate::error::WorkerError;
-use crate::times::{self, Clock, Waited};
+use crate::times::{self, Clock};
+use crate::waits::Waits;
 
 /// All ranks must have said hello by then: loading libraries over a cold network file system takes a while.
 const RENDEZVOUS: Duration = Duration::from_secs(300);
@@ -28,16 +30,19 @@ pub struct Reporter {
     first_step: Option<u64>,
     now: Progress,
     clock: Clock,
+    waits: Arc<Waits>,
 }
 
 impl Reporter {
-    /// Connects, or hosts the coordinator that the other ranks connect to.
+    /// Connects, or hosts the coordinator that the other ranks connect to. `waits` counts this rank's calls to them.
     pub fn connect(
         identity: &Identity,
         collectives: &dyn Collectives,
         plan_hash: &str,
         data_digest: &str,
+        waits: &Arc<Waits>,
     ) -> Result<Self, WorkerError> {
+        let waits = waits.clone();
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let supervisor = supervisor();
         let mut hosted = None;
@@ -89,7 +94,7 @@ impl Reporter {
         let start = Instant::now();
         let printed = prints.then_some(start);
         let clock = Clock::new(start);
-        Ok(Self { link, hosted, printed, start, first_step: None, now: Progress::default(), clock })
+        Ok(Self { link, hosted, printed, start, first_step: None, now: Progress::default(), clock, waits })
     }
 
     /// Whether `mentee run` started this rank, and passes on what it prints.
@@ -97,20 +102,15 @@ impl Reporter {
         supervisor().is_some()
     }
 
-    /// Where exchanges within forward and backward are to be added.
-    pub fn waited(&self) -> Waited {
-        self.clock.waited()
-    }
-
     /// Where this rank's time went: means over the `steps` since the last call.
     pub fn take_times(&mut self, steps: u32) -> StepTimes {
-        self.clock.take(Instant::now(), steps)
+        self.clock.take(Instant::now(), self.waits.total(), steps)
     }
 
     /// What this rank does now.
     pub fn phase(&mut self, phase: Phase) {
         self.now.phase = phase;
-        self.clock.enter(Instant::now(), phase);
+        self.clock.enter(Instant::now(), self.waits.total(), phase);
         if let Some(link) = &self.link {
             link.phase(phase);
         }

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mentee_cluster::{Identity, Phase, identity};
 use mentee_collectives::checked::Checked;
@@ -23,7 +23,6 @@ use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
-use crate::times::Waited;
 use crate::waits::{Waits, Watched};
 use crate::{TrainArgs, affinity, agree, checkpoints, logging, run_dir};
 
@@ -85,23 +84,17 @@ pub fn threads(recipe: &Recipe, identity: &Identity) -> usize {
 }
 
 /// The closure by which batch norms sum their statistics over ranks.
-pub fn stat_reduce(
-    recipe: &Recipe,
-    collectives: &Arc<dyn Collectives>,
-    waited: &Waited,
-) -> Option<StatReduce> {
+pub fn stat_reduce(recipe: &Recipe, collectives: &Arc<dyn Collectives>) -> Option<StatReduce> {
     if !recipe.parallel.sync_batch_norm || collectives.world_size() == 1 {
         return None;
     }
-    let (collectives, waited) = (collectives.clone(), waited.clone());
-    Some(Arc::new(move |values: &mut [f64]| {
-        let start = Instant::now();
-        let result = collectives.all_reduce_sum(Buffer::F64(values));
-        waited.add(start.elapsed());
-        if let Err(error) = &result {
+    let collectives = collectives.clone();
+    Some(Arc::new(move |values: &mut [f64]| match collectives.all_reduce_sum(Buffer::F64(values)) {
+        Ok(()) => true,
+        Err(error) => {
             tracing::error!(%error, "batch-norm statistics");
+            false
         }
-        result.is_ok()
     }))
 }
 
@@ -127,19 +120,18 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
-    let Place { identity, collectives, .. } = place;
+    let Place { identity, collectives, waits } = place;
     let local = agree::together(&**collectives, local(args, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     logging::start(&local.run_dir, identity.rank, Reporter::is_supervised())?;
     let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
-    let mut reporter = Reporter::connect(identity, &**collectives, &plan_hash, &data_digest)?;
+    let mut reporter = Reporter::connect(identity, &**collectives, &plan_hash, &data_digest, waits)?;
     reporter.phase(Phase::Starting);
     Ok((local, reporter))
 }
 
-/// Sets up this rank of the run, from its newest checkpoint where there is one. `waited` gets the batch norms' waits for
-/// other ranks.
-pub fn run(local: Local, place: &Place, waited: &Waited) -> Result<Run, WorkerError> {
+/// Sets up this rank of the run, from its newest checkpoint where there is one.
+pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
@@ -201,7 +193,7 @@ pub fn run(local: Local, place: &Place, waited: &Waited) -> Result<Run, WorkerEr
         reducer: GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?,
         faults: Faults::from_env(identity.rank)?,
         rank_share: rank_share.clone(),
-        stat_reduce: stat_reduce(recipe, &collectives, waited),
+        stat_reduce: stat_reduce(recipe, &collectives),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         stop: StopFlag::install()?,
         identity,

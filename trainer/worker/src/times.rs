@@ -1,10 +1,8 @@
 //! Where a rank's time goes, phase by phase.
 //!
-//! Every change of phase is a tick of [`Clock`]. Batch norms wait for other ranks in the middle of forward and backward;
-//! they add to [`Waited`], and the clock books that time as communication instead.
+//! Every change of phase is a tick of [`Clock`]. Batch norms wait for other ranks in the middle of forward and backward:
+//! what [`Waits`](crate::waits::Waits) has counted within a phase is booked as communication instead.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{Phase, StepTimes};
@@ -13,21 +11,6 @@ use mentee_cluster::{Phase, StepTimes};
 pub const TARGET: &str = "mentee_worker::times";
 /// How often a rank writes one.
 const LOG_EVERY: Duration = Duration::from_secs(10);
-
-/// Time spent in exchanges that happen within another phase.
-#[derive(Debug, Clone, Default)]
-pub struct Waited(Arc<AtomicU64>); // nanoseconds
-
-impl Waited {
-    /// Adds one exchange.
-    pub fn add(&self, time: Duration) {
-        self.0.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
-    }
-
-    fn so_far(&self) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Relaxed))
-    }
-}
 
 /// Sums by what they were spent on.
 #[derive(Debug, Clone, Copy, Default)]
@@ -65,8 +48,8 @@ impl Spent {
 pub struct Clock {
     phase: Phase,
     since: Instant,
-    waited: Waited,
-    waited_before: Duration,
+    /// Spent in calls to other ranks until then.
+    waited: Duration,
     spent: Spent,
     /// Since the last line in the log: steps, and the times of those that were taken already.
     logged: (Instant, u32, Spent),
@@ -78,22 +61,15 @@ impl Clock {
         Self {
             phase: Phase::Starting,
             since: now,
-            waited: Waited::default(),
-            waited_before: Duration::ZERO,
+            waited: Duration::ZERO,
             spent: Spent::default(),
             logged: (now, 0, Spent::default()),
         }
     }
 
-    /// Where exchanges within a phase are to be added.
-    pub fn waited(&self) -> Waited {
-        self.waited.clone()
-    }
-
-    /// From `now` on the rank is in `phase`.
-    pub fn enter(&mut self, now: Instant, phase: Phase) {
-        let waited = self.waited.so_far();
-        let within = waited - self.waited_before;
+    /// From `now` on the rank is in `phase`; `waited`: spent in calls to other ranks so far.
+    pub fn enter(&mut self, now: Instant, waited: Duration, phase: Phase) {
+        let within = waited.saturating_sub(self.waited);
         let time = now.saturating_duration_since(self.since);
         let own = time.saturating_sub(within);
         let spent = &mut self.spent;
@@ -109,12 +85,12 @@ impl Clock {
         if !matches!(self.phase, Phase::Starting | Phase::Checkpoint | Phase::Eval | Phase::Done) {
             spent.comm += time - own;
         }
-        (self.phase, self.since, self.waited_before) = (phase, now, waited);
+        (self.phase, self.since, self.waited) = (phase, now, waited);
     }
 
     /// Means over the `steps` since the last call.
-    pub fn take(&mut self, now: Instant, steps: u32) -> StepTimes {
-        self.enter(now, self.phase);
+    pub fn take(&mut self, now: Instant, waited: Duration, steps: u32) -> StepTimes {
+        self.enter(now, waited, self.phase);
         let spent = std::mem::take(&mut self.spent);
         self.logged.1 += steps;
         self.logged.2.add(&spent);
@@ -140,20 +116,18 @@ mod tests {
     fn time_is_booked_where_it_was_spent() {
         let start = Instant::now();
         let at = |ms: u64| start + Duration::from_millis(ms);
+        let ms = Duration::from_millis;
         let mut clock = Clock::new(start);
-        let waited = clock.waited();
-        clock.enter(at(100), Phase::DataWait); // setting up is no part of a step
+        clock.enter(at(100), ms(0), Phase::DataWait); // setting up is no part of a step
         for step in 0..2 {
-            let at = |ms: u64| at(100 + 100 * step + ms);
-            clock.enter(at(10), Phase::Forward);
-            waited.add(Duration::from_millis(5)); // statistics of a batch norm
-            clock.enter(at(40), Phase::Backward);
-            waited.add(Duration::from_millis(10));
-            clock.enter(at(80), Phase::Reduce);
-            clock.enter(at(95), Phase::Update);
-            clock.enter(at(100), Phase::DataWait);
+            let (at, waited) = (|ms: u64| at(100 + 100 * step + ms), 15 * step);
+            clock.enter(at(10), ms(waited), Phase::Forward);
+            clock.enter(at(40), ms(waited + 5), Phase::Backward); // 5 ms for statistics of a batch norm
+            clock.enter(at(80), ms(waited + 15), Phase::Reduce);
+            clock.enter(at(95), ms(waited + 15), Phase::Update);
+            clock.enter(at(100), ms(waited + 15), Phase::DataWait);
         }
-        let times = clock.take(at(300), 2);
+        let times = clock.take(at(300), ms(30), 2);
         let expected = StepTimes {
             data_wait_ms: 10.0,
             forward_ms: 25.0,
@@ -167,9 +141,9 @@ mod tests {
         assert_eq!(clock.due(at(300), true), Some((2, expected)));
         assert_eq!(clock.due(at(300), true), None, "nothing new");
 
-        clock.enter(at(310), Phase::Checkpoint);
-        clock.enter(at(900), Phase::DataWait);
-        assert_eq!(clock.take(at(900), 1).own_ms(), 10.0, "a checkpoint is no part of a step");
+        clock.enter(at(310), ms(30), Phase::Checkpoint);
+        clock.enter(at(900), ms(300), Phase::DataWait);
+        assert_eq!(clock.take(at(900), ms(300), 1).own_ms(), 10.0, "a checkpoint is no part of a step");
         assert_eq!(clock.due(at(20_000), false).map(|(steps, _)| steps), Some(1));
     }
 }

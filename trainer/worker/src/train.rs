@@ -245,8 +245,7 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
         Ok(joined) => joined,
         Err(error) => return Err(agree::leave(&*collectives, error)),
     };
-    let outcome =
-        setup::run(local, &place, &reporter.waited()).and_then(|mut run| train(&mut run, &mut reporter));
+    let outcome = setup::run(local, &place).and_then(|mut run| train(&mut run, &mut reporter));
     match outcome {
         Ok(outcome) => {
             let exit_code =
