@@ -133,6 +133,8 @@ pub fn draw(snapshot: &Snapshot, view: View, area: Rect, buffer: &mut Buffer) {
         30..45 => 6,
         _ => 10,
     };
+    let failed = snapshot.status.as_ref().is_some_and(|status| status.error.is_some());
+    let notes = notes.min(snapshot.notes.len().max(1) as u16 + u16::from(failed));
     sections(snapshot, view, main, notes, buffer);
     Line::from(" q quit   tab other curves   ↑ ↓ ranks".dim()).render(keys, buffer);
 }
