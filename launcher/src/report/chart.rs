@@ -117,11 +117,7 @@ impl Chart {
         );
         for tick in 0..=((high - low) / step).round() as u32 {
             let value = low + f64::from(tick) * step;
-            let label = if self.log {
-                format!("1e{}", number(value, decimals(step)))
-            } else {
-                number(value, decimals(step))
-            };
+            let label = if self.log { power_of_ten(value) } else { number(value, decimals(step)) };
             let at = y(value);
             let _ = writeln!(
                 page,
@@ -213,6 +209,15 @@ pub fn legend(page: &mut String, series: &[Series]) {
     let _ = writeln!(page, "</p>");
 }
 
+/// As short as it can be told: `1`, `0.32`, `0.001`, `1e-6`.
+fn power_of_ten(exponent: f64) -> String {
+    if exponent < -3.5 {
+        format!("1e{exponent:.0}")
+    } else {
+        number(10f64.powf(exponent), decimals(10f64.powf(exponent)) + usize::from(exponent.fract() != 0.0))
+    }
+}
+
 /// The mean of each point and those around it, a fiftieth of the curve in all; fewer at the ends.
 fn running_mean(points: &[(f64, f64)]) -> Points {
     let half = (points.len() / 100).max(1);
@@ -257,6 +262,22 @@ mod tests {
             "{page}"
         );
         assert!(page.contains("&lt;t&gt;"));
+    }
+
+    #[test]
+    fn powers_of_ten_read_well() {
+        let table = [
+            (0.0, "1"),
+            (-0.5, "0.32"),
+            (-1.0, "0.1"),
+            (-1.5, "0.032"),
+            (-3.0, "0.001"),
+            (-6.0, "1e-6"),
+            (2.0, "100"),
+        ];
+        for (exponent, text) in table {
+            assert_eq!(power_of_ten(exponent), text);
+        }
     }
 
     #[test]
