@@ -17,7 +17,7 @@ const LOG_BYTES: u64 = 32 << 10;
 /// Warnings and errors that are kept.
 const NOTES: usize = 50;
 /// A rank that needs more than so much of what the others need is waited for.
-const STRAGGLES: f64 = 1.25;
+const STRAGGLES: f64 = 1.1;
 /// And so much longer, ms: less is noise.
 const STRAGGLES_MS: f64 = 2.0;
 
