@@ -353,9 +353,9 @@ pub fn causes(status: Option<&Status>, metrics: &Metrics, entries: &[Entry]) -> 
     let code = status.exit_code.map_or(String::new(), |code| format!(" with exit code {code}"));
     lines.push(format!("failed{code}: {}", status.error.as_deref().unwrap_or("no reason is known")));
     let of_rank = |entry: &&Entry| entry.who.starts_with("rank ");
-    let last_start =
+    let mut last_start =
         entries.iter().filter(|entry| entry.who == "launcher" && entry.message.starts_with("started "));
-    let last_start = last_start.last().map_or("", |entry| entry.time.as_str());
+    let last_start = last_start.next_back().map_or("", |entry| entry.time.as_str());
     let first = entries.iter().filter(of_rank).filter(|entry| entry.time.as_str() >= last_start);
     if let Some(first) =
         first.filter(|entry| entry.level == Some(Level::Error)).min_by_key(|entry| &entry.time)

@@ -295,9 +295,11 @@ fn evaluation(snapshot: &Snapshot) -> Line<'static> {
 }
 
 type Number = fn(&Step) -> Option<f64>;
+/// Lowest and highest value that an axis must reach.
+type Include = Option<(f64, f64)>;
 
 /// Name, number, values the axis must reach.
-const CURVES: [(&str, Number, Option<(f64, f64)>); 6] = [
+const CURVES: [(&str, Number, Include); 6] = [
     ("loss", |line| line.loss, None),
     ("z_std", |line| line.z_std, Some((0.0, 1.0))),
     ("images/s", |line| line.images_per_s, Some((0.0, 0.0))),
@@ -327,7 +329,7 @@ fn draw_curve(
     metrics: &Metrics,
     name: &str,
     number: Number,
-    include: Option<(f64, f64)>,
+    include: Include,
     area: Rect,
     buffer: &mut Buffer,
 ) {

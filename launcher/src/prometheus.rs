@@ -9,12 +9,12 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mentee_cluster::StepTimes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::failure::Failure;
 use crate::interface;
+use crate::snapshot::Part;
 use crate::status::{Rank, State, Status};
 
 /// A request's head is shorter.
@@ -210,7 +210,7 @@ pub fn text(status: &Status) -> String {
     };
     ranks("rank_step", "Optimizer steps that this rank has completed.", &|at| Some(at.step as f64));
     ranks("rank_step_seconds", "Time of a step on this rank.", &|at| at.step_ms.map(|ms| ms / 1e3));
-    let parts: [(&str, &str, fn(&StepTimes) -> f64); 5] = [
+    let parts: [(&str, &str, Part); 5] = [
         ("rank_data_wait_seconds", "Time in a step that this rank waits for its loader.", |it| {
             it.data_wait_ms
         }),
@@ -243,7 +243,7 @@ pub fn text(status: &Status) -> String {
 
 #[cfg(test)]
 mod tests {
-    use mentee_cluster::Phase;
+    use mentee_cluster::{Phase, StepTimes};
 
     use super::*;
 

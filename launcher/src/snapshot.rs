@@ -21,6 +21,9 @@ const STRAGGLES: f64 = 1.1;
 /// And so much longer, ms: less is noise.
 const STRAGGLES_MS: f64 = 2.0;
 
+/// One of the things a step's time goes to, ms.
+pub type Part = fn(&StepTimes) -> f64;
+
 /// One rank.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RankRow {
@@ -122,7 +125,7 @@ impl std::fmt::Display for Straggler {
 pub fn stragglers(ranks: &BTreeMap<u32, RankRow>) -> Vec<Straggler> {
     let times: Vec<(u32, StepTimes)> =
         ranks.iter().filter_map(|(&rank, row)| Some((rank, row.times?))).collect();
-    let parts: [(&'static str, fn(&StepTimes) -> f64); 4] = [
+    let parts: [(&'static str, Part); 4] = [
         ("waiting for data", |times| times.data_wait_ms),
         ("forward", |times| times.forward_ms),
         ("backward", |times| times.backward_ms),

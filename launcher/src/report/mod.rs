@@ -18,7 +18,7 @@ use crate::failure::Failure;
 use crate::metrics::{Line, Metrics, Step};
 use crate::progress::clock;
 use crate::rundir::{RunDir, write_atomically};
-use crate::snapshot;
+use crate::snapshot::{self, Part};
 use crate::status::{State, Status};
 
 const STYLE: &str = include_str!("style.css");
@@ -423,7 +423,7 @@ fn effective_rank(values: &[f64]) -> f64 {
 }
 
 /// Where a step's time goes: names and classes.
-const PARTS: [(&str, fn(&StepTimes) -> f64); 5] = [
+const PARTS: [(&str, Part); 5] = [
     ("waiting for data", |times| times.data_wait_ms),
     ("forward", |times| times.forward_ms),
     ("backward", |times| times.backward_ms),
