@@ -129,4 +129,9 @@ fn fail_stops_at_the_first_and_names_it() {
         damaged.iter().filter(|(name, problem)| line.contains(name) && line.contains(problem)).count();
     assert_eq!(named, 1, "{line}");
     assert!(losses(&run_dir).len() < 15);
+    let mut logs = mentee();
+    logs.arg("logs").arg(&run_dir);
+    let logs = finish(logs).expect(0).stdout;
+    let first = logs.lines().next().unwrap_or_default();
+    assert!(first.contains("exit code 3") && first.contains(line), "the cause comes first:\n{logs}");
 }

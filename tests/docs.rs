@@ -105,7 +105,7 @@ fn commands(text: &str, program: &str) -> BTreeSet<String> {
     found
 }
 
-const DOCUMENTS: [&str; 9] = [
+const DOCUMENTS: [&str; 10] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -115,6 +115,7 @@ const DOCUMENTS: [&str; 9] = [
     "docs/own-data.md",
     "docs/reproducibility.md",
     "docs/methods.md",
+    "docs/monitoring.md",
 ];
 
 #[test]
@@ -166,6 +167,11 @@ fn every_command_of_the_reproducibility_guide_runs() {
 #[test]
 fn every_command_of_the_guide_to_methods_runs() {
     run_every_command("docs/methods.md");
+}
+
+#[test]
+fn every_command_of_the_monitoring_guide_runs() {
+    run_every_command("docs/monitoring.md");
 }
 
 #[test]

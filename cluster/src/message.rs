@@ -113,6 +113,32 @@ impl std::fmt::Display for Phase {
     }
 }
 
+/// Where a rank's steps spent their time: means since its last report, milliseconds. What is left of `step_ms` went into
+/// bookkeeping. On a device that works behind the program's back, forward and backward are the time to hand it the work.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct StepTimes {
+    /// Waiting for the loader, and making a batch of what it brought.
+    pub data_wait_ms: f64,
+    /// Forward pass and loss, without what `comm_ms` holds.
+    pub forward_ms: f64,
+    /// Backward pass, without what `comm_ms` holds.
+    pub backward_ms: f64,
+    /// Exchanging with other ranks and waiting for them: gradients, batch-norm statistics, agreement. A rank that waits
+    /// less than the others is the one they wait for.
+    pub comm_ms: f64,
+    /// Optimizer, teacher, records.
+    pub update_ms: f64,
+}
+
+impl StepTimes {
+    /// What the rank itself needed: everything but [`StepTimes::comm_ms`]. All ranks take equally long for a step, as
+    /// they wait for each other; this says for whom.
+    pub fn own_ms(&self) -> f64 {
+        self.data_wait_ms + self.forward_ms + self.backward_ms + self.update_ms
+    }
+}
+
 /// Where a rank stands. Only the newest counts.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Progress {
@@ -143,6 +169,10 @@ pub struct Progress {
     /// Of these, waiting for data.
     #[serde(default)]
     pub data_ms: f64,
+    /// Where they went on this rank.
+    pub times: Option<StepTimes>,
+    /// Memory of this rank's process, MiB.
+    pub rss_mb: Option<f64>,
 }
 
 /// What must not be lost: delivered in order.

@@ -444,11 +444,11 @@ mod tests {
         let mut own = vec![0.0; world_size];
         let mut said = Vec::new();
         for step in 1..=steps {
-            for rank in 0..world_size {
-                own[rank] += ms(rank, step);
+            for (rank, own) in own.iter_mut().enumerate() {
+                *own += ms(rank, step);
                 // Reports come every few steps.
                 if step % 3 == rank as u64 % 3 {
-                    let progress = Progress { own_ms: own[rank], ..at(step, Phase::Update, false) };
+                    let progress = Progress { own_ms: *own, ..at(step, Phase::Update, false) };
                     let news = watch.progress(Duration::from_millis(100 * step), rank as u32, &progress);
                     said.extend(news.into_iter().map(|pace| (step, pace.rank, pace.slow)));
                 }

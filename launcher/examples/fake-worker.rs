@@ -3,7 +3,8 @@
 //!
 //! `FAKE_WORKER` holds words: `steps=N` (20), `step_ms=N` (5), `kill=RANK@STEP` (SIGKILL to itself, once a run
 //! directory), `kill_always=RANK@STEP`, `fail=RANK@STEP:CODE` (says why, then exits), `exit=CODE` (before hello, with
-//! an `error:` line), `deaf` (ignores requests to stop).
+//! an `error:` line), `deaf` (ignores requests to stop), `warn` (a warning
+//! that every rank gives).
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -66,6 +67,9 @@ fn main() {
             std::process::exit(1);
         }
     };
+    if script.0.contains("warn") {
+        eprintln!("warning: rank {rank}: this fake worker was told to warn");
+    }
     println!("rank {rank} of {} goes, start {}", identity.world_size, go.generation);
 
     let total_steps = script.number("steps", 20);

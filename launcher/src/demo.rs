@@ -45,6 +45,7 @@ pub fn command(args: &DemoArgs) -> Result<i32, Failure> {
         sets,
         engine_args: Vec::new(),
         interface: None,
+        metrics_address: None,
         requeue: false,
     })?;
     if ended.exit_code == exit_code::DONE {
@@ -97,7 +98,7 @@ fn conclude(dir: &RunDir) -> Result<(), Failure> {
     if let Some(z_std) = metrics.last_train().and_then(|train| train.number("z_std")) {
         println!("z_std {z_std:.2} (about 1 when healthy, 0 when collapsed)");
     }
-    let page = report::render(dir)?;
+    let page = report::render(std::slice::from_ref(dir))?;
     write_atomically(&dir.report(), page.as_bytes())
         .map_err(|error| Failure::io("write", &dir.report(), &error))?;
     println!("report: {}", dir.report().display());

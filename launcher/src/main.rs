@@ -3,17 +3,21 @@
 
 mod bench;
 mod checkpoints;
+mod curve;
 mod data;
 mod demo;
 mod engine;
 mod export;
 mod failure;
+mod flood;
 mod interface;
 mod limits;
 mod logs;
 mod metrics;
+mod monitor;
 mod place;
 mod progress;
+mod prometheus;
 mod report;
 mod run;
 mod rundir;
@@ -21,16 +25,17 @@ mod shard;
 mod shm;
 mod site;
 mod slurm;
+mod snapshot;
 mod status;
 mod submit;
 mod supervise;
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use mentee_config::exit_code;
 
 use crate::engine::{Engine, Layout};
@@ -73,14 +78,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
-    /// Writes one self-contained page with the curves of a run
-    Report {
-        /// A run directory
-        run: PathBuf,
-        /// The page [default: RUN/report.html]
-        #[arg(long, value_name = "FILE")]
-        out: Option<PathBuf>,
-    },
+    /// Writes one self-contained page about a run: curves, evaluations, times; or compares several
+    Report(report::ReportArgs),
     /// Writes a backbone under the names that torchvision or timm use, with a model card
     Export(export::ExportArgs),
     /// Says where a run stands
@@ -91,6 +90,8 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Shows a run in the terminal, live or after it has ended: progress, curves, ranks, events
+    Monitor(monitor::MonitorArgs),
     /// Shows the logs of all processes of a run, merged by time
     Logs(logs::LogsArgs),
     /// Says which rank the launcher made of this process, on which cores and device
@@ -104,6 +105,68 @@ enum Command {
     /// Measures this machine: loader, step, allreduce, coordinator
     #[command(disable_help_flag = true)]
     Bench(Forwarded),
+    /// Prints completions for a shell: bash, zsh or fish
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Prints the manual page, of mentee or of one of its commands
+    Man {
+        /// A command of mentee
+        command: Option<String>,
+        /// Write the pages of all commands into this folder instead
+        #[arg(long, value_name = "DIR", conflicts_with = "command")]
+        out: Option<PathBuf>,
+    },
+}
+
+/// Shells that completions are written for.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Shell {
+    Bash,
+    Zsh,
+    Fish,
+}
+
+/// Prints what a shell needs to complete `mentee`'s commands and options.
+fn completions(shell: Shell) {
+    let shell = match shell {
+        Shell::Bash => clap_complete::Shell::Bash,
+        Shell::Zsh => clap_complete::Shell::Zsh,
+        Shell::Fish => clap_complete::Shell::Fish,
+    };
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "mentee", &mut text);
+    print(&text);
+}
+
+/// Prints one manual page, or writes all of them into a folder.
+fn man(command: Option<&str>, out: Option<&Path>) -> Result<(), Failure> {
+    let mut cli = Cli::command();
+    cli.build();
+    if let Some(out) = out {
+        let failed = |error: std::io::Error| Failure::io("write", out, &error);
+        std::fs::create_dir_all(out).map_err(failed)?;
+        return clap_mangen::generate_to(cli, out).map_err(failed);
+    }
+    let page = match command {
+        None => cli,
+        Some(name) => cli
+            .find_subcommand(name)
+            .cloned()
+            .ok_or_else(|| Failure::usage(format!("mentee has no command {name}: see mentee --help")))?,
+    };
+    let mut text = Vec::new();
+    clap_mangen::Man::new(page)
+        .render(&mut text)
+        .map_err(|error| Failure::failed(format!("cannot write the manual page: {error}")))?;
+    print(&text);
+    Ok(())
+}
+
+/// A reader that has seen enough (`| head`) is no failure.
+fn print(text: &[u8]) {
+    let _ = std::io::Write::write_all(&mut std::io::stdout(), text);
 }
 
 /// Arguments that `mentee-worker` understands.
@@ -140,11 +203,14 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Shard(args) => shard::command(&args)?,
         Command::Data(data) => data::command(&data)?,
         Command::Checkpoints { run, verify, json } => checkpoints::command(&run, verify, json)?,
-        Command::Report { run, out } => report::command(&run, out.as_deref())?,
+        Command::Report(args) => report::command(&args)?,
         Command::Export(args) => export::command(&args)?,
         Command::Status { run, json } => status::command(&run, json)?,
+        Command::Monitor(args) => monitor::command(&args)?,
         Command::Logs(args) => logs::command(&args)?,
         Command::Place(args) => place::command(&args)?,
+        Command::Completions { shell } => completions(shell),
+        Command::Man { command, out } => man(command.as_deref(), out.as_deref())?,
         Command::Eval(forwarded) => return Err(forward("eval", &forwarded, 1)),
         Command::Trace(forwarded) => return Err(forward("trace", &forwarded, 1)),
         Command::Bench(forwarded) if bench::is_here(&forwarded.arguments) => {
@@ -173,6 +239,10 @@ fn forward(command: &str, forwarded: &Forwarded, workers: u32) -> Failure {
     let mut command = std::process::Command::new(&line.program);
     for name in &line.clear {
         command.env_remove(name);
+    }
+    // Its help speaks of the command that was typed.
+    if engine == Engine::Direct {
+        command.arg0("mentee");
     }
     let error = command.args(&line.arguments).envs(line.set).exec();
     Failure::failed(format!("cannot start {}: {error}", line.program.display()))

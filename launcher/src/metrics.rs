@@ -1,15 +1,17 @@
-//! Reading `metrics.jsonl`: one JSON object a line. A line that a killed worker left unfinished is skipped; of a step
-//! that ran twice, the last line counts.
+//! Reading `metrics.jsonl`: one JSON object a line. A line that a killed worker left unfinished is skipped. A step that
+//! comes again after a restart replaces the earlier one and everything behind it: the run went on from there.
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
 
-/// One line.
+/// One line, whole.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Line {
     /// Its step.
@@ -28,6 +30,12 @@ impl Line {
     /// A text of it.
     pub fn text(&self, key: &str) -> Option<&str> {
         self.object.get(key)?.as_str()
+    }
+
+    /// Several numbers of it; empty when there are none.
+    pub fn numbers(&self, key: &str) -> Vec<f64> {
+        let list = self.object.get(key).and_then(Value::as_array);
+        list.into_iter().flatten().filter_map(Value::as_f64).collect()
     }
 
     /// An eval line as a table for people: the number, its floors, its protocol.
@@ -51,12 +59,42 @@ impl Line {
     }
 }
 
-/// A run's metrics.
+/// The numbers of a train line. Runs of a million steps are kept whole, so texts and unknown keys are not.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(default)]
+#[allow(missing_docs, reason = "the keys are those of metrics.jsonl")]
+pub struct Step {
+    pub step: u64,
+    pub time: Option<f64>,
+    pub loss: Option<f64>,
+    pub lr: Option<f64>,
+    pub tau: Option<f64>,
+    pub grad_norm: Option<f64>,
+    pub z_std: Option<f64>,
+    pub images_per_s: Option<f64>,
+    pub step_ms: Option<f64>,
+    pub data_wait_ms: Option<f64>,
+    pub comm_exposed_ms: Option<f64>,
+    pub world_size: Option<u32>,
+}
+
+/// What every line has.
+#[derive(Deserialize)]
+struct Head<'a> {
+    kind: &'a str,
+    step: u64,
+}
+
+/// A run's metrics, read as they grow.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    train: BTreeMap<u64, Line>,
+    train: BTreeMap<u64, Step>,
+    last_train: Option<Line>,
     eval: BTreeMap<u64, Line>,
+    checkpoints: BTreeMap<u64, Line>,
     restarts: Vec<Line>,
+    offset: u64,
+    partial: Vec<u8>,
 }
 
 impl Metrics {
@@ -65,38 +103,69 @@ impl Metrics {
     /// # Errors
     /// When the system refuses.
     pub fn read(path: &Path) -> Result<Metrics, Failure> {
-        match std::fs::read(path) {
-            Ok(bytes) => Ok(Metrics::parse(&String::from_utf8_lossy(&bytes))),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Metrics::default()),
-            Err(error) => Err(Failure::io("read", path, &error)),
-        }
-    }
-
-    fn parse(text: &str) -> Metrics {
         let mut metrics = Metrics::default();
-        for line in text.lines() {
-            let Ok(Value::Object(object)) = serde_json::from_str(line) else { continue };
-            let Some(step) = object.get("step").and_then(Value::as_u64) else { continue };
-            let kind = object.get("kind").and_then(Value::as_str).unwrap_or_default().to_owned();
-            let line = Line { step, object };
-            match kind.as_str() {
-                "train" => drop(metrics.train.insert(step, line)),
-                "eval" => drop(metrics.eval.insert(step, line)),
-                "restart" => metrics.restarts.push(line),
-                _ => {}
-            }
-        }
-        metrics
+        metrics.read_on(path)?;
+        Ok(metrics)
     }
 
-    /// One line a logged step, in order.
-    pub fn train(&self) -> impl Iterator<Item = &Line> {
+    /// Reads what the file has got since the last call.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn read_on(&mut self, path: &Path) -> Result<(), Failure> {
+        let mut more = || {
+            let mut file = File::open(path)?;
+            if file.metadata()?.len() < self.offset {
+                *self = Metrics::default(); // another file
+            }
+            file.seek(SeekFrom::Start(self.offset))?;
+            self.offset += file.read_to_end(&mut self.partial)? as u64;
+            Ok::<(), std::io::Error>(())
+        };
+        match more() {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Failure::io("read", path, &error)),
+        }
+        let whole = self.partial.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
+        let rest = self.partial.split_off(whole);
+        let lines = std::mem::replace(&mut self.partial, rest);
+        for line in String::from_utf8_lossy(&lines).lines() {
+            self.add(line);
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, line: &str) {
+        let Ok(Head { kind, step }) = serde_json::from_str(line) else { return };
+        if kind == "train" {
+            let Ok(train) = serde_json::from_str::<Step>(line) else { return };
+            self.train.split_off(&step);
+            self.train.insert(step, train);
+        }
+        let object = || serde_json::from_str(line).map(|object| Line { step, object });
+        match (kind, object()) {
+            ("train", Ok(line)) => self.last_train = Some(line),
+            ("eval", Ok(line)) => drop(self.eval.insert(step, line)),
+            ("checkpoint", Ok(line)) => drop(self.checkpoints.insert(step, line)),
+            ("restart", Ok(line)) => self.restarts.push(line),
+            _ => {}
+        }
+    }
+
+    /// Every logged step, in order.
+    pub fn train(&self) -> impl DoubleEndedIterator<Item = &Step> {
         self.train.values()
     }
 
     /// Evaluations, in order.
     pub fn eval(&self) -> impl Iterator<Item = &Line> {
         self.eval.values()
+    }
+
+    /// Checkpoints, in order, also those that are gone.
+    pub fn checkpoints(&self) -> impl DoubleEndedIterator<Item = &Line> {
+        self.checkpoints.values()
     }
 
     /// Restarts, in the order they happened.
@@ -106,12 +175,27 @@ impl Metrics {
 
     /// The newest step.
     pub fn last_train(&self) -> Option<&Line> {
-        self.train.values().next_back()
+        self.last_train.as_ref()
     }
 
     /// The newest evaluation.
     pub fn last_eval(&self) -> Option<&Line> {
         self.eval.values().next_back()
+    }
+
+    /// Where the number of ranks changed: the first step with another number, the number before, the number from there.
+    pub fn world_changes(&self) -> Vec<(u64, u32, u32)> {
+        let sizes: Vec<(u64, u32)> =
+            self.train.values().filter_map(|line| Some((line.step, line.world_size?))).collect();
+        let changes = sizes.windows(2).filter(|pair| pair[0].1 != pair[1].1);
+        changes.map(|pair| (pair[1].0, pair[0].1, pair[1].1)).collect()
+    }
+
+    /// The middle one of a number of every step.
+    pub fn median(&self, number: impl Fn(&Step) -> Option<f64>) -> Option<f64> {
+        let mut values: Vec<f64> = self.train().filter_map(number).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied()
     }
 }
 
@@ -119,24 +203,53 @@ impl Metrics {
 mod tests {
     use super::*;
 
+    fn parse(text: &str) -> Metrics {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics.jsonl");
+        std::fs::write(&path, text).expect("written");
+        Metrics::read(&path).expect("read")
+    }
+
     #[test]
-    fn the_last_line_of_a_step_counts_and_half_lines_do_not() {
-        let metrics = Metrics::parse(
-            "{\"kind\":\"train\",\"step\":1,\"loss\":2.0}\n\
-             {\"kind\":\"train\",\"step\":2,\"loss\":1.5}\n\
-             {\"kind\":\"train\",\"step\":3,\"lo\n\
+    fn a_step_that_ran_again_counts_and_half_lines_do_not() {
+        let metrics = parse(
+            "{\"kind\":\"train\",\"step\":1,\"loss\":2.0,\"world_size\":4}\n\
+             {\"kind\":\"train\",\"step\":2,\"loss\":1.5,\"world_size\":4}\n\
+             {\"kind\":\"train\",\"step\":3,\"loss\":1.4,\"world_size\":4}\n\
+             {\"kind\":\"train\",\"step\":4,\"lo\n\
              {\"kind\":\"restart\",\"step\":1,\"generation\":1}\n\
-             {\"kind\":\"train\",\"step\":2,\"loss\":1.25}\n\
+             {\"kind\":\"train\",\"step\":2,\"loss\":1.25,\"world_size\":2}\n\
              {\"kind\":\"eval\",\"step\":2,\"knn_top1\":51.25,\"knn_raw_pixels\":20,\"protocol\":\"k = 200\"}\n\
              {\"kind\":\"unknown\",\"step\":9}\n[]\n",
         );
-        let losses: Vec<f64> = metrics.train().filter_map(|line| line.number("loss")).collect();
-        assert_eq!(losses, [2.0, 1.25]);
+        let losses: Vec<f64> = metrics.train().filter_map(|line| line.loss).collect();
+        assert_eq!(losses, [2.0, 1.25], "the run stands at step 2");
+        assert_eq!(metrics.last_train().expect("one").step, 2);
         assert_eq!(metrics.restarts().len(), 1);
+        assert_eq!(metrics.world_changes(), [(2, 4, 2)]);
         let eval = metrics.last_eval().expect("one");
         assert_eq!(
             eval.table(),
             ["kNN top-1, trained        51.2 %", "kNN top-1, raw pixels     20.0 %", "protocol: k = 200"]
         );
+    }
+
+    #[test]
+    fn a_file_is_read_on_as_it_grows() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = Metrics::default();
+        metrics.read_on(&path).expect("no file is no metrics");
+        let steps = |metrics: &Metrics| metrics.train().map(|line| line.step).collect::<Vec<_>>();
+        std::fs::write(&path, "{\"kind\":\"train\",\"step\":1}\n{\"kind\":\"train\",").expect("written");
+        metrics.read_on(&path).expect("read");
+        assert_eq!(steps(&metrics), [1]);
+        std::fs::write(&path, "{\"kind\":\"train\",\"step\":1}\n{\"kind\":\"train\",\"step\":2}\n")
+            .expect("written");
+        metrics.read_on(&path).expect("read");
+        assert_eq!(steps(&metrics), [1, 2]);
+        std::fs::write(&path, "{\"kind\":\"train\",\"step\":7}\n").expect("written");
+        metrics.read_on(&path).expect("read");
+        assert_eq!(steps(&metrics), [7], "another file");
     }
 }

@@ -73,6 +73,16 @@ impl Display {
         }
     }
 
+    /// A warning, in colour where there is one.
+    pub fn warn(&self, line: &str) {
+        match &self.bar {
+            Some(bar) if std::env::var_os("NO_COLOR").is_none() => {
+                bar.println(format!("\x1b[33m{line}\x1b[0m"))
+            }
+            _ => self.say(line),
+        }
+    }
+
     /// The gang starts again: speeds are measured anew.
     pub fn restart(&mut self) {
         self.eta = Eta::default();

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use mentee_checkpoint as checkpoint;
 use mentee_cluster::identity::Allocation;
-use mentee_cluster::{Agreement, CoordinatorHandle, Output, server};
+use mentee_cluster::{Agreement, CoordinatorHandle, Output, WorkerEvent, server};
 use mentee_config::{Plan, Recipe, exit_code};
 use mentee_data::{DataError, Split, open_split};
 use serde_json::json;
@@ -23,11 +23,13 @@ use tokio::sync::mpsc;
 
 use crate::engine::{self, Engine, Layout, Tools};
 use crate::failure::Failure;
+use crate::flood::Flood;
 use crate::interface;
 use crate::limits;
 use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
+use crate::prometheus::{self, Exported};
 use crate::rundir::{RunDir, unix_time, write_atomically};
 use crate::shm;
 use crate::slurm::{self, Record};
@@ -45,6 +47,11 @@ const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 
 /// What to run and how.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mentee run byol-cifar10-small --workers 2 --set data.path=data/cifar10
+  mentee run my-recipe.toml --run-dir runs/try-3 --set optimizer.base_lr=0.2 --metrics-address 9477
+
+Ctrl-C: a checkpoint at the next step, then exit code 75; the same command goes on from there.")]
 pub struct RunArgs {
     /// A recipe: the path of a .toml file, or the name of a built-in one
     pub recipe: String,
@@ -70,6 +77,10 @@ pub struct RunArgs {
     /// loopback for workers here; any, by this machine's name, for srun]
     #[arg(long, value_name = "ADDRESS")]
     pub interface: Option<String>,
+    /// Serve the run's numbers to Prometheus over HTTP: a port (on the loopback only), or ADDRESS:PORT, where 0.0.0.0 is
+    /// every interface of this machine [default: not at all]
+    #[arg(long, value_name = "[ADDRESS:]PORT")]
+    pub metrics_address: Option<String>,
     /// In a Slurm job: after SIGUSR1, put the job back into the queue with a checkpoint taken
     #[arg(long)]
     pub requeue: bool,
@@ -97,6 +108,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         None if engine == Engine::Srun => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
         None => IpAddr::V4(Ipv4Addr::LOCALHOST),
     };
+    let metrics_address = args.metrics_address.as_deref().map(prometheus::address).transpose()?;
     if args.requeue && allocation.is_none() {
         return Err(Failure::usage("--requeue is for Slurm jobs, and this is none: leave it out"));
     }
@@ -153,6 +165,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         tools,
         engine,
         interface,
+        metrics_address,
         allocation: allocation.as_ref(),
         workers: args.workers,
         layout,
@@ -174,6 +187,8 @@ struct Job<'a> {
     engine: Engine,
     /// Where the coordinator listens.
     interface: IpAddr,
+    /// Where Prometheus may ask.
+    metrics_address: Option<SocketAddr>,
     allocation: Option<&'a Allocation>,
     workers: u32,
     layout: Layout,
@@ -207,7 +222,9 @@ struct Shell<'a> {
     said: Option<String>,
     timer: Option<(Timer, tokio::time::Instant)>,
     display: Display,
+    flood: Flood,
     status: Status,
+    exported: Option<Exported>,
 }
 
 async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSignal>), Failure> {
@@ -242,6 +259,14 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         job.dir.path().display()
     ));
     let status = Status::new(name, job.workers);
+    let exported = match job.metrics_address {
+        Some(address) => {
+            let (at, exported) = prometheus::serve(address, &status).await?;
+            display.say(&format!("numbers for Prometheus: http://{at}/metrics"));
+            Some(exported)
+        }
+        None => None,
+    };
     let direct = job.engine == Engine::Direct;
     let nodes = if job.engine == Engine::Srun { job.layout.nodes as usize } else { 1 };
     let mut shell = Shell {
@@ -255,7 +280,9 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         said: None,
         timer: None,
         display,
+        flood: Flood::default(),
         status,
+        exported,
     };
     let started = Instant::now();
     let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes);
@@ -293,7 +320,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
                 continue;
             }
             _ = status_due.tick() => {
-                shell.status.write(shell.job.dir);
+                shell.write_status();
                 continue;
             }
         };
@@ -383,7 +410,7 @@ impl Shell<'_> {
         self.status.state = State::Starting;
         self.status.ranks.clear();
         self.display.restart();
-        self.status.write(self.job.dir);
+        self.write_status();
         Ok(())
     }
 
@@ -447,11 +474,14 @@ impl Shell<'_> {
                     at.step = progress.step;
                     at.phase = progress.phase;
                     at.step_ms = progress.step_ms;
+                    at.times = progress.times;
+                    at.rss_mb = progress.rss_mb;
                 }
                 if *rank == 0 {
                     self.display.progress(progress);
                     self.status.eta_s = self.display.time_left(progress).map(|left| left.as_secs_f64());
                     self.status.progress = progress.clone();
+                    self.export();
                 }
             }
             Output::Pace { pace, .. } => {
@@ -460,9 +490,26 @@ impl Shell<'_> {
                 }
             }
             // Every rank has the same; one of them is shown.
-            Output::Event { rank: 0, event } => self.display.event(event),
+            Output::Event { rank: 0, event } => {
+                if let WorkerEvent::Eval { knn_top1, .. } = event {
+                    self.status.knn_top1 = Some(*knn_top1);
+                }
+                self.display.event(event);
+            }
             Output::Refused { reason, ours: false, .. } => tracing::warn!("refused: {reason}"),
             _ => {}
+        }
+    }
+
+    /// For those who read the run directory, and those who ask.
+    fn write_status(&mut self) {
+        self.status.write(self.job.dir);
+        self.export();
+    }
+
+    fn export(&self) {
+        if let Some(exported) = &self.exported {
+            exported.set(&self.status);
         }
     }
 
@@ -477,12 +524,18 @@ impl Shell<'_> {
             // Said once, although every rank may have written it.
             self.said.get_or_insert_with(|| error.to_owned());
         }
+        if line.starts_with("warning: ") {
+            for line in self.flood.pass(Instant::now(), &line) {
+                self.display.warn(&line);
+            }
+        }
         self.tail.push_back(line);
     }
 
     fn record_restart(&mut self, generation: u32, culprit: &Culprit) {
         self.status.state = State::Restarting;
-        self.status.write(self.job.dir);
+        self.status.restarts += 1;
+        self.write_status();
         let step = self.job.dir.newest_step();
         let line = json!({
             "kind": "restart",
@@ -523,6 +576,9 @@ impl Shell<'_> {
     fn end(mut self, outcome: Outcome) -> Result<i32, Failure> {
         while let Ok(line) = self.lines.1.try_recv() {
             self.keep(&line);
+        }
+        if let Some(line) = self.flood.left() {
+            self.display.warn(&line);
         }
         self.display.finish();
         let Outcome { exit_code, culprit } = outcome;

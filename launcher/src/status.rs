@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use mentee_checkpoint as checkpoint;
-use mentee_cluster::{Hello, Phase, Progress};
+use mentee_cluster::{Hello, Phase, Progress, StepTimes};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -37,18 +37,29 @@ pub enum State {
     Interrupted,
 }
 
-impl std::fmt::Display for State {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
+impl State {
+    /// One word, as in JSON.
+    pub fn word(self) -> &'static str {
+        match self {
             State::Starting => "starting",
             State::Running => "running",
             State::Stopping => "stopping",
             State::Restarting => "restarting",
             State::Done => "done",
-            State::Preempted => "preempted (the same command continues it)",
+            State::Preempted => "preempted",
             State::Failed => "failed",
-            State::Interrupted => "interrupted (the same command continues it)",
-        })
+            State::Interrupted => "interrupted",
+        }
+    }
+}
+
+impl std::fmt::Display for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.word())?;
+        if matches!(self, State::Preempted | State::Interrupted) {
+            f.write_str(" (the same command continues it)")?;
+        }
+        Ok(())
     }
 }
 
@@ -67,6 +78,12 @@ pub struct Status {
     pub workers: u32,
     /// Which start of the gang this is, from 0.
     pub generation: u32,
+    /// How often this supervisor has started the gang again.
+    #[serde(default)]
+    pub restarts: u32,
+    /// The newest evaluation it was told of, percent.
+    #[serde(default)]
+    pub knn_top1: Option<f64>,
     /// Rank 0's newest state.
     pub progress: Progress,
     /// Seconds left at the present rate.
@@ -97,6 +114,12 @@ pub struct Rank {
     /// Of a rank that holds up the others: its own work a step by the median rank's.
     #[serde(default)]
     pub times_slower: Option<f64>,
+    /// Where they went.
+    #[serde(default)]
+    pub times: Option<StepTimes>,
+    /// Memory of its process, MiB.
+    #[serde(default)]
+    pub rss_mb: Option<f64>,
 }
 
 impl Rank {
@@ -109,6 +132,8 @@ impl Rank {
             phase: Phase::Starting,
             step_ms: None,
             times_slower: None,
+            times: None,
+            rss_mb: None,
         }
     }
 }
@@ -123,6 +148,8 @@ impl Status {
             pid: std::process::id(),
             workers,
             generation: 0,
+            restarts: 0,
+            knn_top1: None,
             progress: Progress::default(),
             eta_s: None,
             updated: unix_time(),

@@ -29,12 +29,55 @@ fn help_is_quick_and_names_every_command() {
     let (code, out, _) = mentee(&["--help"]);
     let took = started.elapsed();
     assert_eq!(code, Some(0));
-    for command in
-        ["demo", "run", "shard", "data", "checkpoints", "report", "status", "logs", "eval", "bench"]
-    {
+    for command in [
+        "demo",
+        "run",
+        "shard",
+        "data",
+        "checkpoints",
+        "report",
+        "status",
+        "monitor",
+        "logs",
+        "eval",
+        "bench",
+        "man",
+    ] {
         assert!(out.lines().any(|line| line.trim_start().starts_with(command)), "{command} in {out}");
     }
     assert!(took.as_millis() < 500, "{took:?}");
+}
+
+#[test]
+fn completions_and_manual_pages_name_every_command_and_option() {
+    for shell in ["bash", "zsh", "fish"] {
+        let (code, out, err) = mentee(&["completions", shell]);
+        assert_eq!(code, Some(0), "{err}");
+        assert!(out.contains("monitor") && out.contains("max-restarts"), "{shell}: {out}");
+    }
+    let (code, out, err) = mentee(&["man"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains(".TH mentee 1") && out.contains("monitor"), "{out}");
+    let (_, out, _) = mentee(&["man", "run"]);
+    assert!(out.contains(".TH mentee-run 1") && out.contains("max\\-restarts"), "{out}");
+    assert_eq!(mentee(&["man", "nonsense"]).0, Some(2));
+    let folder = tempfile::tempdir().expect("a folder");
+    assert_eq!(mentee(&["man", "--out", text(folder.path())]).0, Some(0));
+    assert!(folder.path().join("mentee-data-verify.1").is_file());
+}
+
+/// bash itself, with what `mentee completions bash` prints.
+#[test]
+fn bash_completes_a_command_and_its_options() {
+    let script = "source <(\"$0\" completions bash); COMP_WORDS=(mentee $1); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); \
+                  _mentee mentee \"${COMP_WORDS[COMP_CWORD]}\" \"${COMP_WORDS[COMP_CWORD - 1]}\"; echo \"${COMPREPLY[*]}\"";
+    let complete = |words: &str| {
+        let mut bash = Command::new("bash");
+        bash.args(["-c", script, env!("CARGO_BIN_EXE_mentee"), words]);
+        run(&mut bash).1.trim().to_owned()
+    };
+    assert_eq!(complete("moni"), "monitor");
+    assert_eq!(complete("run --max"), "--max-restarts");
 }
 
 #[test]

@@ -156,6 +156,18 @@ fn worlds() -> Vec<u32> {
 }
 
 #[test]
+fn a_warning_of_every_rank_is_shown_once() {
+    let place = Place::new();
+    let ended = place.run("steps=3 warn", 3, &[]);
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(ended.stdout.matches("told to warn").count(), 1, "{ended:?}");
+    assert!(ended.stdout.contains("(2 more warnings like these"), "{ended:?}");
+    let kept =
+        fs::read_to_string(place.run_dir().join("logs/worker-output.log")).expect("the workers' output");
+    assert_eq!(kept.matches("told to warn").count(), 3, "all are kept: {kept}");
+}
+
+#[test]
 fn a_run_that_goes_well() {
     for workers in worlds() {
         let place = Place::new();

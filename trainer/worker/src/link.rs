@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
-    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, WorkerEvent,
+    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, StepTimes, WorkerEvent,
     coordinator::STALL, server,
 };
 
 use crate::error::WorkerError;
 use crate::setup::Place;
+use crate::times::{self, Clock};
 use crate::waits::Waits;
 
 /// All ranks must have said hello by then: loading libraries over a cold network file system takes a while.
@@ -28,6 +29,7 @@ pub struct Reporter {
     start: Instant,
     first_step: Option<u64>,
     now: Progress,
+    clock: Clock,
     waits: Arc<Waits>,
     /// When the step began, and what had been waited for then.
     began: (Instant, Duration),
@@ -38,7 +40,7 @@ impl Reporter {
     pub fn connect(place: &Place, plan_hash: &str, data_digest: &str) -> Result<Self, WorkerError> {
         let Place { identity, collectives, waits } = place;
         let version = env!("CARGO_PKG_VERSION").to_owned();
-        let supervisor = CoordinatorAddress::from_env(&|name| std::env::var(name).ok());
+        let supervisor = supervisor();
         let mut hosted = None;
         let address = match &supervisor {
             Some(address) => Some(address.clone()),
@@ -88,13 +90,25 @@ impl Reporter {
         let prints = supervisor.is_none() && identity.rank == 0;
         let start = Instant::now();
         let printed = prints.then_some(start);
+        let clock = Clock::new(start);
         let (now, waits, began) = (Progress::default(), waits.clone(), (start, Duration::ZERO));
-        Ok(Self { link, hosted, printed, start, first_step: None, now, waits, began })
+        Ok(Self { link, hosted, printed, start, first_step: None, now, clock, waits, began })
+    }
+
+    /// Whether `mentee run` started this rank, and passes on what it prints.
+    pub fn is_supervised() -> bool {
+        supervisor().is_some()
+    }
+
+    /// Where this rank's time went: means over the `steps` since the last call.
+    pub fn take_times(&mut self, steps: u32) -> StepTimes {
+        self.clock.take(Instant::now(), self.waits.total(), steps)
     }
 
     /// What this rank does now.
     pub fn phase(&mut self, phase: Phase) {
         self.now.phase = phase;
+        self.clock.enter(Instant::now(), self.waits.total(), phase);
         if let Some(link) = &self.link {
             link.phase(phase);
         }
@@ -126,6 +140,7 @@ impl Reporter {
     pub fn step(&mut self, progress: Progress) {
         self.now = progress.clone();
         self.print(&progress);
+        self.log_times(&progress);
         if let Some(link) = &self.link {
             link.report(progress);
         }
@@ -166,7 +181,11 @@ impl Reporter {
     pub fn failed(mut self, error: &WorkerError) {
         let (step, phase) = (self.now.step, self.now.phase);
         let (message, exit_code, peers) = (error.to_string(), error.exit_code(), error.peers());
-        tracing::error!(step, %phase, "{message}");
+        if error.is_silent() {
+            tracing::info!(step, %phase, "ends: {message}");
+        } else {
+            tracing::error!(step, %phase, "{message}");
+        }
         self.event(if error.is_silent() {
             WorkerEvent::Finished { exit_code }
         } else {
@@ -180,6 +199,26 @@ impl Reporter {
         if let Some(link) = self.link {
             link.close();
         }
+    }
+
+    /// Every few seconds and at the end, for `mentee monitor` and `mentee report`.
+    fn log_times(&mut self, progress: &Progress) {
+        let last = progress.step == progress.total_steps;
+        let Some((steps, times)) = self.clock.due(Instant::now(), last) else { return };
+        tracing::debug!(
+            target: times::TARGET,
+            step = progress.step,
+            total_steps = progress.total_steps,
+            steps,
+            step_ms = progress.step_ms,
+            data_wait_ms = times.data_wait_ms,
+            forward_ms = times.forward_ms,
+            backward_ms = times.backward_ms,
+            comm_ms = times.comm_ms,
+            update_ms = times.update_ms,
+            rss_mb = progress.rss_mb,
+            "where time went"
+        );
     }
 
     fn print(&mut self, progress: &Progress) {
@@ -202,6 +241,10 @@ impl Reporter {
             human(left),
         );
     }
+}
+
+fn supervisor() -> Option<CoordinatorAddress> {
+    CoordinatorAddress::from_env(&|name| std::env::var(name).ok())
 }
 
 fn human(seconds: f64) -> String {

@@ -17,6 +17,8 @@ mod reducer;
 mod run_dir;
 mod setup;
 mod stop;
+mod tensorboard;
+mod times;
 mod trace;
 mod train;
 mod views;

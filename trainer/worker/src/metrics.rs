@@ -1,4 +1,5 @@
-//! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (README, "A run directory").
+//! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (README, "A run directory"). The
+//! numbers of every line go to TensorBoard too.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -6,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
+use serde_json::Value;
 
 use crate::error::WorkerError;
 use crate::reducer::Communication;
+use crate::tensorboard::EventFile;
 
 /// One logged step.
 #[derive(Debug, Clone, Serialize)]
@@ -37,6 +40,11 @@ pub struct TrainLine {
     pub comm_total_ms: f64,
     /// The part of it that training waited for.
     pub comm_exposed_ms: f64,
+    /// Where rank 0's time went; see `StepTimes`.
+    pub forward_ms: f64,
+    pub backward_ms: f64,
+    pub comm_ms: f64,
+    pub update_ms: f64,
     pub world_size: u32,
     /// Memory of rank 0.
     pub rss_mb: f64,
@@ -122,17 +130,18 @@ pub struct CheckpointLine {
     pub write_ms: f64,
 }
 
-/// The file, on rank 0; nothing on the others.
+/// The files, on rank 0; nothing on the others.
 #[derive(Debug)]
 pub struct Metrics {
-    file: Option<(File, PathBuf)>,
+    files: Option<(File, PathBuf, EventFile)>,
 }
 
 impl Metrics {
     /// Appends to the run's file. A line that a crash cut in half is ended first, so that it spoils no other.
-    pub fn open(run_dir: &Path, rank: u32) -> Result<Self, WorkerError> {
+    /// `next_step`: updates done so far.
+    pub fn open(run_dir: &Path, rank: u32, next_step: u64) -> Result<Self, WorkerError> {
         if rank != 0 {
-            return Ok(Self { file: None });
+            return Ok(Self { files: None });
         }
         let path = run_dir.join("metrics.jsonl");
         let torn = std::fs::read(&path).is_ok_and(|text| text.last().is_some_and(|&byte| byte != b'\n'));
@@ -144,15 +153,21 @@ impl Metrics {
         if torn {
             file.write_all(b"\n").map_err(WorkerError::io("write", &path))?;
         }
-        Ok(Self { file: Some((file, path)) })
+        let events = EventFile::create(run_dir, now(), next_step + 1)?;
+        Ok(Self { files: Some((file, path, events)) })
     }
 
     /// Writes one line at once.
     pub fn write(&mut self, line: &impl Serialize) -> Result<(), WorkerError> {
-        let Some((file, path)) = &mut self.file else { return Ok(()) };
-        let mut text = serde_json::to_string(line).map_err(|error| WorkerError::Failed(error.to_string()))?;
+        let Some((file, path, events)) = &mut self.files else { return Ok(()) };
+        let failed = |error: serde_json::Error| WorkerError::Failed(error.to_string());
+        let mut text = serde_json::to_string(line).map_err(failed)?;
         text.push('\n');
-        file.write_all(text.as_bytes()).map_err(WorkerError::io("write", &*path))
+        file.write_all(text.as_bytes()).map_err(WorkerError::io("write", &*path))?;
+        match serde_json::to_value(line).map_err(failed)? {
+            Value::Object(object) => events.write(&object),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -168,6 +183,8 @@ pub struct Meter {
 /// Means over the steps between two lines, milliseconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Means {
+    /// How many steps they are of.
+    pub steps: u32,
     pub step_ms: f64,
     pub data_wait_ms: f64,
     pub comm_total_ms: f64,
@@ -188,6 +205,7 @@ impl Meter {
     pub fn take(&mut self) -> Means {
         let mean = |total: Duration| total.as_secs_f64() * 1e3 / f64::from(self.steps.max(1));
         let means = Means {
+            steps: self.steps,
             step_ms: mean(self.step),
             data_wait_ms: mean(self.data_wait),
             comm_total_ms: mean(self.communication.total),

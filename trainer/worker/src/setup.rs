@@ -149,10 +149,10 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
-    let Place { identity, collectives, .. } = place;
+    let Place { identity, collectives, waits } = place;
     let local = agree::together(&**collectives, local(args, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
-    logging::start(&local.run_dir, identity.rank)?;
+    logging::start(&local.run_dir, identity.rank, Reporter::is_supervised())?;
     let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
     let mut reporter = Reporter::connect(place, &plan_hash, &data_digest)?;
     reporter.phase(Phase::Starting);
@@ -228,7 +228,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         faults: Faults::from_env(identity.rank)?,
         rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives),
-        metrics: Metrics::open(&run_dir, identity.rank)?,
+        metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         stop: StopFlag::install()?,
         identity,
         collectives,

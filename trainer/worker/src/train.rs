@@ -135,6 +135,7 @@ fn record(
         return Ok(());
     }
     let means = meter.take();
+    let (times, rss_mb) = (reporter.take_times(means.steps), metrics::rss_mb());
     let epoch = (done - 1) / plan.steps_per_epoch;
     let images_per_s = plan.recipe.schedule.global_batch as f64 * 1e3 / means.step_ms;
     run.metrics.write(&TrainLine {
@@ -153,8 +154,12 @@ fn record(
         data_wait_ms: means.data_wait_ms,
         comm_total_ms: means.comm_total_ms,
         comm_exposed_ms: means.comm_exposed_ms,
+        forward_ms: times.forward_ms,
+        backward_ms: times.backward_ms,
+        comm_ms: times.comm_ms,
+        update_ms: times.update_ms,
         world_size: run.identity.world_size,
-        rss_mb: metrics::rss_mb(),
+        rss_mb,
     })?;
     reporter.step(Progress {
         step: done,
@@ -166,6 +171,8 @@ fn record(
         z_std: Some(agreed.z_std),
         images_per_s: Some(images_per_s),
         step_ms: Some(means.step_ms),
+        times: Some(times),
+        rss_mb: Some(rss_mb),
         ..Progress::default()
     });
     Ok(())

@@ -1,0 +1,102 @@
+//! What curves need, on paper and in a terminal: fewer points without lost spikes, and ticks that are round numbers.
+
+/// Steps and values.
+pub type Points = Vec<(f64, f64)>;
+
+/// Merges neighbours into their lowest and highest, in order, until there are at most about `most`: no spike is lost.
+pub fn thin(points: &[(f64, f64)], most: usize) -> Points {
+    if points.len() <= most {
+        return points.to_vec();
+    }
+    let size = points.len().div_ceil((most / 2).max(1));
+    points
+        .chunks(size)
+        .flat_map(|chunk| {
+            let by_value = |a: &&(f64, f64), b: &&(f64, f64)| a.1.total_cmp(&b.1);
+            let low = chunk.iter().min_by(by_value).copied();
+            let high = chunk.iter().max_by(by_value).copied();
+            let mut pair: Points = low.into_iter().chain(high).collect();
+            pair.sort_by(|a, b| a.0.total_cmp(&b.0));
+            pair.dedup();
+            pair
+        })
+        .collect()
+}
+
+/// Lowest and highest; none when nothing is finite.
+pub fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
+    values.filter(|value| value.is_finite()).fold(None, |range, value| {
+        let (low, high) = range.unwrap_or((value, value));
+        Some((low.min(value), high.max(value)))
+    })
+}
+
+/// Widened to whole multiples of a round step, of which about `parts` fit: the axis and the step between its ticks.
+pub fn axis(low: f64, high: f64, parts: f64) -> (f64, f64, f64) {
+    let (mut low, mut high) = (low, high);
+    if high - low <= f64::EPSILON * high.abs().max(low.abs()) {
+        let margin = if high == 0.0 { 1.0 } else { 0.05 * high.abs() };
+        (low, high) = (low - margin, high + margin);
+    }
+    let step = nice_step(high - low, parts);
+    ((low / step).floor() * step, (high / step).ceil() * step, step)
+}
+
+/// 1, 2 or 5 times a power of ten, about `range / parts`.
+pub fn nice_step(range: f64, parts: f64) -> f64 {
+    let rough = range / parts;
+    let power = 10f64.powf(rough.log10().floor());
+    let factor =
+        [1.0, 2.0, 5.0, 10.0].into_iter().find(|factor| factor * power >= rough * 0.999).unwrap_or(10.0);
+    factor * power
+}
+
+/// So many places tell ticks apart that are `step` apart.
+pub fn decimals(step: f64) -> usize {
+    (-step.log10().floor()).clamp(0.0, 9.0) as usize
+}
+
+/// As short as a tick wants to be.
+pub fn number(value: f64, digits: usize) -> String {
+    match value.abs() {
+        1e6.. => format!("{:.1}M", value / 1e6),
+        1e4.. => format!("{:.0}k", value / 1e3),
+        _ => format!("{:.digits$}", if value == 0.0 { 0.0 } else { value }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ticks_are_round_numbers() {
+        for (range, step) in [(1.0, 0.5), (4.0, 1.0), (100.0, 50.0), (0.003, 0.001), (7.9, 2.0), (1e6, 5e5)] {
+            assert!((nice_step(range, 4.0) - step).abs() < step * 1e-9, "{range}: {}", nice_step(range, 4.0));
+        }
+        assert_eq!(number(0.25, decimals(0.05)), "0.25");
+        assert_eq!(number(20_000.0, 0), "20k");
+        assert_eq!(number(-0.0, 1), "0.0");
+    }
+
+    #[test]
+    fn axes_hold_their_values_also_when_there_is_one() {
+        for (low, high) in [(0.3, 2.7), (5.0, 5.0), (0.0, 0.0), (-1e-7, 3e-7)] {
+            let (from, to, step) = axis(low, high, 4.0);
+            assert!(from <= low && high <= to && from < to && step > 0.0, "{low} {high}: {from} {to} {step}");
+        }
+        assert_eq!(range([f64::NAN, 2.0, 1.0].into_iter()), Some((1.0, 2.0)));
+        assert_eq!(range(std::iter::empty()), None);
+    }
+
+    #[test]
+    fn thinning_keeps_order_ends_and_spikes() {
+        let mut points: Points = (0..10_000).map(|step| (f64::from(step), 1.0)).collect();
+        points[1234].1 = 99.0;
+        points[5678].1 = -99.0;
+        let thinned = thin(&points, 400);
+        assert!(thinned.len() <= 402);
+        assert!(thinned.is_sorted_by(|a, b| a.0 <= b.0));
+        assert!(thinned.contains(&(1234.0, 99.0)) && thinned.contains(&(5678.0, -99.0)));
+    }
+}
