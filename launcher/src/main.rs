@@ -5,6 +5,7 @@ mod bench;
 mod checkpoints;
 mod data;
 mod demo;
+mod doctor;
 mod engine;
 mod export;
 mod failure;
@@ -93,6 +94,8 @@ enum Command {
     Logs(logs::LogsArgs),
     /// Says which rank the launcher made of this process, on which cores and device
     Place(place::PlaceArgs),
+    /// Says whether this machine is fit to train: libraries, devices, files, cores, one small all-reduce
+    Doctor(doctor::DoctorArgs),
     /// Evaluates frozen features: kNN with its floors and protocol
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
@@ -134,6 +137,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
     match command {
         Command::Run(args) => return Ok(run::command(&args)?.exit_code),
         Command::Demo(args) => return demo::command(&args),
+        Command::Doctor(args) => return doctor::command(&args),
         Command::Submit(args) => submit::command(&args)?,
         Command::Shard(args) => shard::command(&args)?,
         Command::Data(data) => data::command(&data)?,
