@@ -186,8 +186,8 @@ fn doctor_finds_this_machine_fit() {
     write_images(&images);
     let recipe = TinyRecipe::new(&images).write(dir.path().join("tiny.toml"));
     let run_dir = dir.path().join("run");
-    let arguments: [&dyn AsRef<std::ffi::OsStr>; 6] =
-        [&"doctor", &recipe, &"--run-dir", &run_dir, &"--workers", &"2"];
+    let mut arguments: Vec<&dyn AsRef<std::ffi::OsStr>> =
+        vec![&"doctor", &recipe, &"--run-dir", &run_dir, &"--workers", &"2"];
 
     let said = run(&arguments).expect(0).stdout;
     for part in
@@ -199,7 +199,8 @@ fn doctor_finds_this_machine_fit() {
     assert!(said.contains("1 MiB over 2 workers"), "{said}");
     assert!(!run_dir.exists());
 
-    let findings = json(&run(&[&arguments[..], &[&"--json"]].concat()).expect(0));
+    arguments.push(&"--json");
+    let findings = json(&run(&arguments).expect(0));
     let levels: Vec<_> = findings.as_array().expect("a list").iter().map(|it| it["level"].clone()).collect();
     assert!(levels.len() >= 11 && levels.iter().all(|level| level == "ok" || level == "note"), "{findings}");
 }

@@ -180,7 +180,7 @@ pub fn kind_of(path: &Path) -> String {
 
 fn free_bytes(folder: &Path) -> Option<u64> {
     let status = status(folder)?;
-    Some((status.f_bavail as u64).saturating_mul(status.f_bsize as u64))
+    Some(status.f_bavail.saturating_mul(u64::try_from(status.f_bsize).ok()?))
 }
 
 fn status(path: &Path) -> Option<libc::statfs> {

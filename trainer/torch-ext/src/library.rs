@@ -27,8 +27,8 @@ fn version_in(config: &str) -> Option<&str> {
 
 /// The path of the first mapped file of that name in `/proc/self/maps` (proc(5)).
 fn mapped(maps: &str, name: &str) -> Option<PathBuf> {
-    let paths = maps.lines().filter_map(|line| line.find('/').map(|at| PathBuf::from(&line[at..])));
-    paths.into_iter().find(|path| path.file_name().is_some_and(|file| file == name))
+    let mut paths = maps.lines().filter_map(|line| line.find('/').map(|at| PathBuf::from(&line[at..])));
+    paths.find(|path| path.file_name().is_some_and(|file| file == name))
 }
 
 #[cfg(test)]
