@@ -333,8 +333,8 @@ fn facts(args: &DoctorArgs, engine: Engine, workers: u32, layout: &Layout) -> Re
     match facts {
         Some(facts) if said.code == Some(0) => Ok(facts),
         _ => {
-            let words = said.err.lines().map(str::trim).filter(|line| !line.is_empty());
-            let first = words.clone().find(|line| line.starts_with("error: ")).or(words.last());
+            let mut words = said.err.lines().map(str::trim).filter(|line| !line.is_empty());
+            let first = words.clone().find(|line| line.starts_with("error: ")).or(words.next_back());
             let first = first.unwrap_or("it said nothing").trim_start_matches("error: ").to_owned();
             let code = said.code.filter(|code| *code != 0).unwrap_or(exit_code::FAILED);
             Err(Finding { exit_code: code, ..Finding::fault(part, format!("{what}: {first}"), "") })
