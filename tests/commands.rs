@@ -177,3 +177,30 @@ fn from_images_to_a_report() {
     assert!(refused.stdout.contains("00000.tar"), "{}", refused.told());
     assert!(refused.error_line().contains("problem"), "{}", refused.told());
 }
+
+#[test]
+fn doctor_finds_this_machine_fit() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let images = dir.path().join("images");
+    write_images(&images);
+    let recipe = TinyRecipe::new(&images).write(dir.path().join("tiny.toml"));
+    let run_dir = dir.path().join("run");
+    let mut arguments: Vec<&dyn AsRef<std::ffi::OsStr>> =
+        vec![&"doctor", &recipe, &"--run-dir", &run_dir, &"--workers", &"2"];
+
+    let said = run(&arguments).expect(0).stdout;
+    for part in
+        ["data", "files", "space", "port", "libtorch", "MPI", "devices", "NCCL", "clocks", "all-reduce"]
+    {
+        let line = said.lines().find(|line| line.split_whitespace().nth(1) == Some(part));
+        assert!(line.is_some_and(|line| !line.starts_with("FAULT")), "{part} in:\n{said}");
+    }
+    assert!(said.contains("1 MiB over 2 workers"), "{said}");
+    assert!(!run_dir.exists());
+
+    arguments.push(&"--json");
+    let findings = json(&run(&arguments).expect(0));
+    let levels: Vec<_> = findings.as_array().expect("a list").iter().map(|it| it["level"].clone()).collect();
+    assert!(levels.len() >= 11 && levels.iter().all(|level| level == "ok" || level == "note"), "{findings}");
+}

@@ -6,6 +6,7 @@ mod checkpoints;
 mod curve;
 mod data;
 mod demo;
+mod doctor;
 mod engine;
 mod export;
 mod failure;
@@ -96,6 +97,8 @@ enum Command {
     Logs(logs::LogsArgs),
     /// Says which rank the launcher made of this process, on which cores and device
     Place(place::PlaceArgs),
+    /// Says whether this machine is fit to train: libraries, devices, files, cores, one small all-reduce
+    Doctor(doctor::DoctorArgs),
     /// Evaluates frozen features: kNN and linear probes, with their floors and protocols
     #[command(disable_help_flag = true)]
     Eval(Forwarded),
@@ -199,6 +202,7 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
     match command {
         Command::Run(args) => return Ok(run::command(&args)?.exit_code),
         Command::Demo(args) => return demo::command(&args),
+        Command::Doctor(args) => return doctor::command(&args),
         Command::Submit(args) => submit::command(&args)?,
         Command::Shard(args) => shard::command(&args)?,
         Command::Data(data) => data::command(&data)?,

@@ -241,3 +241,35 @@ fn the_demo_ends_with_its_table_and_a_report_and_can_be_repeated() {
     ]);
     assert_eq!((code, folder.path().join("x.html").is_file()), (Some(0), true), "{out}");
 }
+
+#[test]
+fn doctor_says_what_is_wrong_and_ends_with_the_code_a_run_would() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let alone = folder.path().join("mentee");
+    fs::copy(env!("CARGO_BIN_EXE_mentee"), &alone).expect("copied");
+    let doctor = |more: &[&str]| {
+        let run_dir = folder.path().join("runs/one");
+        let mut command = Command::new(&alone);
+        command.arg("doctor").args(more).arg("--run-dir").arg(run_dir).env("PATH", "/nowhere");
+        run(&mut command)
+    };
+    // Data that is not there comes before the worker that is not there.
+    let (code, out, err) = doctor(&["byol-cifar10-small", "--set", "data.path=\"/nowhere\""]);
+    assert_eq!(code, Some(3), "{out}{err}");
+    assert!(out.starts_with("FAULT data        "), "{out}");
+    for well in ["ok    run ", "ok    port "] {
+        assert!(out.lines().any(|line| line.starts_with(well)), "{well} in {out}");
+    }
+    assert!(out.lines().any(|line| line.starts_with("FAULT worker ") && line.contains("on PATH")), "{out}");
+    assert!(!folder.path().join("runs").exists());
+
+    let (code, out, _) = doctor(&["--json"]);
+    assert_eq!(code, Some(1), "{out}");
+    let findings: Value = serde_json::from_str(&out).expect("JSON");
+    let parts: Vec<_> = findings.as_array().expect("a list").iter().map(|it| it["part"].clone()).collect();
+    assert_eq!(parts, ["run", "files", "port", "worker"]);
+    assert_eq!(findings[3]["level"], "fault");
+
+    assert_eq!(doctor(&["no-such-recipe"]).0, Some(2));
+    assert_eq!(doctor(&["--set", "run.seed=1"]).0, Some(2));
+}

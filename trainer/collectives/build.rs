@@ -5,11 +5,44 @@
 //! binary gets the folder as `DEP_MENTEE_MPI_LIBDIRS` (several are separated by `:`) and repeats the loop
 //! below in its `build.rs`.
 
+use std::{
+    env,
+    path::{Path, PathBuf},
+};
+
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-env-changed=MPICC");
     #[cfg(feature = "mpi")]
     find_mpi();
+    find_nccl();
+}
+
+/// Where NVIDIA's own library and header are, for the tests that compare with them; nothing else needs them. From
+/// `MENTEE_NCCL` and `MENTEE_NCCL_INCLUDE`, else from the wheels that `ci/setup --python` installs.
+fn find_nccl() {
+    println!("cargo:rustc-check-cfg=cfg(real_nccl, real_nccl_header)");
+    println!("cargo:rerun-if-env-changed=MENTEE_NCCL");
+    println!("cargo:rerun-if-env-changed=MENTEE_NCCL_INCLUDE");
+    let venv = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.venv");
+    println!("cargo:rerun-if-changed={}", venv.join("setup-bench.stamp").display());
+    // .venv/lib/python3.X/site-packages/nvidia
+    let pythons = std::fs::read_dir(venv.join("lib")).into_iter().flatten().flatten();
+    let wheels = pythons.map(|python| python.path().join("site-packages/nvidia"));
+    let wheels = wheels.filter_map(|folder| folder.canonicalize().ok()).next().unwrap_or_default();
+
+    let library =
+        env::var_os("MENTEE_NCCL").map_or_else(|| wheels.join("nccl/lib/libnccl.so.2"), PathBuf::from);
+    if library.exists() {
+        println!("cargo:rustc-cfg=real_nccl");
+    }
+    println!("cargo:rustc-env=MENTEE_REAL_NCCL={}", library.display());
+    let include =
+        env::var_os("MENTEE_NCCL_INCLUDE").map_or_else(|| wheels.join("nccl/include"), PathBuf::from);
+    if include.join("nccl.h").exists() {
+        println!("cargo:rustc-cfg=real_nccl_header");
+    }
+    println!("cargo:rustc-env=MENTEE_REAL_NCCL_INCLUDE={}", include.display());
 }
 
 #[cfg(feature = "mpi")]

@@ -45,6 +45,9 @@ use std::{
     time::Duration,
 };
 
+/// Whether this program was built with an MPI library.
+pub const BUILT_IN: bool = cfg!(feature = "mpi");
+
 /// In milliseconds; see [`patience`].
 static PATIENCE: AtomicU64 = AtomicU64::new(600_000);
 

@@ -1,5 +1,6 @@
 #include "shim.h"
 
+#include <ATen/Version.h>
 #include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -33,6 +34,11 @@ void mentee::set_last_error(const char* message) {
 extern "C" {
 
 const char* mentee_last_error() { return last_error.c_str(); }
+
+const char* mentee_torch_config() {
+  static const std::string config = at::show_config();
+  return config.c_str();
+}
 
 int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
                 at::Tensor** out) {

@@ -14,6 +14,9 @@ typedef void (*mentee_drop_fn)(void* context);
 
 const char* mentee_last_error();
 
+// How the libtorch that is loaded was built, in its own words; lives as long as the process.
+const char* mentee_torch_config();
+
 // A view of `flat` at `offset` with `shape`; 4-d shapes lie in memory as channels-last (O, H, W, I).
 int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
                 at::Tensor** out);

@@ -5,15 +5,18 @@
 //! Three levels: `cpp/` (C interface, nothing throws across), `sys` (declarations), and the safe functions here.
 
 mod batch_norm;
+pub mod cuda;
 mod flat;
 mod hook;
 mod layers;
+mod library;
 mod sys;
 
 pub use batch_norm::{BatchNormStatistics, Norm, StatReduce, batch_norm_apply, batch_norm_train};
 pub use flat::{FlatSlice, SharedFlat, adamw, ema, lars, leaf, norm, set_grad, sgd, slice_f32, slice_f64};
 pub use hook::on_gradient;
 pub use layers::{conv2d, linear};
+pub use library::{file_of_libtorch, version_of_libtorch};
 pub use tch;
 
 /// libtorch refused a call.

@@ -10,6 +10,7 @@ pub type DropFn = unsafe extern "C" fn(*mut c_void);
 
 unsafe extern "C" {
     pub fn mentee_last_error() -> *const c_char;
+    pub fn mentee_torch_config() -> *const c_char;
     pub fn mentee_leaf(
         flat: *const C_tensor,
         offset: i64,

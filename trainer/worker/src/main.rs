@@ -5,6 +5,7 @@ mod agree;
 mod bench;
 mod checkpoints;
 mod collapse;
+mod doctor;
 mod error;
 mod eval;
 mod faults;
@@ -61,6 +62,8 @@ enum Command {
     Eval(eval::EvalArgs),
     /// Record what a few steps read and make, for checks against another implementation.
     Trace(trace::TraceArgs),
+    /// Say what this machine has, for `mentee doctor`.
+    Doctor(doctor::DoctorArgs),
     /// Measure this machine.
     Bench {
         #[command(subcommand)]
@@ -82,6 +85,7 @@ fn main() -> ExitCode {
     let result = match (cli.command, cli.train) {
         (Some(Command::Eval(args)), _) => eval::command(&args),
         (Some(Command::Trace(args)), _) => trace::command(&args),
+        (Some(Command::Doctor(args)), _) => doctor::command(&args),
         (Some(Command::Bench { what }), _) => bench::command(&what),
         (None, Some(args)) => train::command(&args),
         (None, None) => Err(WorkerError::Usage("no recipe given: mentee-worker RECIPE, or --help".into())),

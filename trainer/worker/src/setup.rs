@@ -149,7 +149,7 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
-    let Place { identity, collectives, waits } = place;
+    let Place { identity, collectives, .. } = place;
     let local = agree::together(&**collectives, local(args, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     logging::start(&local.run_dir, identity.rank, Reporter::is_supervised())?;

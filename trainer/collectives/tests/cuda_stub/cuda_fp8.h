@@ -1,0 +1,1 @@
+// Empty: nccl.h includes it and declares nothing by it.
