@@ -216,7 +216,8 @@ fn every_link_leads_somewhere() {
         for target in document(name).split("](").skip(1).filter_map(|rest| rest.split(')').next()) {
             let target = target.split('#').next().unwrap_or("");
             if !target.is_empty() && !target.contains("://") {
-                assert!(root().join(target).exists(), "{name} links to {target}, which does not exist");
+                let path = root().join(name).with_file_name(target);
+                assert!(path.exists(), "{name} links to {target}, which does not exist");
             }
         }
     }

@@ -385,14 +385,14 @@ fn a_plan_must_be_whole() {
             .replace(&format!("{}/", folder.path().display()), "")
     };
     assert_eq!(
-        of(plan.replace("tau_base = 0.95\n", "")),
+        of(plan.replace("tau_base = 0.6\n", "")),
         "missing key `method.tau_base` in plan.toml: a plan holds every key; it was altered, or written by \
          another version \
          of mentee"
     );
     let line = plan.lines().position(|line| line.starts_with("tau_base")).unwrap() + 1;
     assert_eq!(
-        of(plan.replace("tau_base = 0.95", "tau_base = 1.01")),
+        of(plan.replace("tau_base = 0.6", "tau_base = 1.01")),
         format!("`method.tau_base` = 1.01 in plan.toml (line {line}): must be in [0, 1]")
     );
     assert_eq!(

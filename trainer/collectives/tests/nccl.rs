@@ -725,34 +725,3 @@ fn the_copy_in_the_process_comes_first() {
     assert_eq!(library.path(), loaded.folder.join("libnccl.so.2"));
     assert_eq!((library.found(), library.version()), (Found::InProcess, Version(22907)));
 }
-
-/// NVIDIA's own: with a device the group of one starts and ends, without one the error is the library's.
-#[test]
-#[cfg_attr(
-    not(real_nccl),
-    ignore = "needs NVIDIA's libnccl.so.2: ci/setup --python, or MENTEE_NCCL when the tests are built"
-)]
-fn the_real_library() {
-    let search = Search { file: Some(env!("MENTEE_REAL_NCCL").into()), ..Search::default() };
-    let library = Arc::new(Library::open_by(&search).unwrap_or_else(|error| panic!("{error}")));
-    let _ = writeln!(std::io::stderr(), "{library}");
-    assert_eq!(library.found(), Found::Variable);
-    match Communicator::start(Ok(library), Arc::new(Single::new()), quick()) {
-        Ok(group) => {
-            group.check().unwrap();
-            let lane = group.lane("gradients").unwrap();
-            lane.check().unwrap();
-            group.finish().unwrap();
-        }
-        Err(error) => {
-            let _ = writeln!(std::io::stderr(), "{error}");
-            assert!(
-                matches!(
-                    error.kind,
-                    DeviceErrorKind::Call { function: "ncclCommInitRankConfig", code: 1, .. }
-                ),
-                "{error}"
-            );
-        }
-    }
-}
