@@ -166,7 +166,7 @@ fn logged(run: &Path, kind: &str, key: &str) -> BTreeMap<u64, f64> {
 
 fn tensorboard_reads_what_was_logged(bench: &Bench) {
     let mut command = Command::new(python());
-    command.arg(root().join("tests/tensorboard.py")).arg(bench.run.join("tensorboard"));
+    command.arg(root().join("tests/read_events.py")).arg(bench.run.join("tensorboard"));
     let said = finish(command).expect(0).stdout;
     let tags: BTreeMap<String, Vec<(u64, f64)>> = serde_json::from_str(&said).expect("tags");
     for (tag, kind, key) in [

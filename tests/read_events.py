@@ -1,4 +1,4 @@
-"""What TensorBoard itself makes of a run's event files: `tensorboard.py RUN/tensorboard` prints {tag: [[step, value], ...]}."""
+"""What TensorBoard itself makes of a run's event files: `read_events.py RUN/tensorboard` prints {tag: [[step, value], ...]}."""
 
 import json
 import sys
