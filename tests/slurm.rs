@@ -278,7 +278,9 @@ fn a_node_that_fails_twice_is_left_out(bench: &Bench) {
         kill_a_rank_on(bench, &run_dir, "n2", generation);
     }
     bench.lab.wait_for_end(&run_dir, "COMPLETED");
-    assert_eq!(bench.lab.status(&run_dir)["status"]["workers"], 2);
+    let restarts: Vec<Value> =
+        metrics(&run_dir).into_iter().filter(|line| line["kind"] == "restart").collect();
+    assert_eq!(bench.lab.status(&run_dir)["status"]["workers"], 2, "{restarts:#?}");
     assert_eq!(bench.lab.requeues(&run_dir), 0);
     let last = metrics(&run_dir).into_iter().rfind(|line| line["kind"] == "train").expect("a step");
     assert_eq!(last["world_size"], 2);
