@@ -5,7 +5,6 @@ use std::{
     env,
     ffi::{CString, c_char, c_int, c_long, c_void},
     fs,
-    io::Write,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{
