@@ -105,8 +105,8 @@ impl Checkpoint {
         let mut state = BTreeMap::new();
         let mut digest = StateDigest::default();
         for entry in &self.manifest.files {
-            for (name, tensor) in self.read_file(entry)? {
-                digest.add(&name, tensor.dtype, &tensor.shape, blake3::hash(tensor.bytes()));
+            for (name, tensor, hash) in self.read_file(entry)? {
+                digest.add(&name, tensor.dtype, &tensor.shape, hash);
                 if state.insert(name.clone(), tensor).is_some() {
                     return Err(CheckpointError::DuplicateTensor { path: self.folder.clone(), name });
                 }
@@ -123,8 +123,8 @@ impl Checkpoint {
     pub fn verify(&self) -> Result<(), CheckpointError> {
         let mut digest = StateDigest::default();
         for entry in &self.manifest.files {
-            for (name, tensor) in self.read_file(entry)? {
-                digest.add(&name, tensor.dtype, &tensor.shape, blake3::hash(tensor.bytes()));
+            for (name, tensor, hash) in self.read_file(entry)? {
+                digest.add(&name, tensor.dtype, &tensor.shape, hash);
             }
         }
         self.check_state(digest)
@@ -150,8 +150,11 @@ impl Checkpoint {
         }
     }
 
-    /// Reads one file, verifies it, and only then looks into it.
-    fn read_file(&self, entry: &FileEntry) -> Result<Vec<(String, OwnedTensor)>, CheckpointError> {
+    /// Reads one file, verifies it, and only then looks into it; each tensor with its digest.
+    fn read_file(
+        &self,
+        entry: &FileEntry,
+    ) -> Result<Vec<(String, OwnedTensor, blake3::Hash)>, CheckpointError> {
         let path = self.folder.join(&entry.name);
         let bytes = Arc::new(read_verified(&path, entry)?);
         let broken = |error: safetensors::SafeTensorError| CheckpointError::Safetensors {
@@ -160,9 +163,10 @@ impl Checkpoint {
         };
         let (header_bytes, metadata) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
         let data_start = 8 + header_bytes;
-        let digests = if self.manifest.version >= 2 { Some(header_digests(&path, &metadata)?) } else { None };
-        let mut tensors = Vec::with_capacity(metadata.tensors().len());
-        for (name, info) in metadata.tensors() {
+        let infos = metadata.tensors();
+        let mut tensors = Vec::with_capacity(infos.len());
+        for name in metadata.offset_keys() {
+            let info = infos[&name];
             if !is_tensor_name(&name) {
                 return Err(CheckpointError::TensorName { path, name });
             }
@@ -170,15 +174,16 @@ impl Checkpoint {
                 return Err(CheckpointError::UnsupportedDtype { path, name, dtype: info.dtype.to_string() });
             };
             let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-            tensors.push((
-                name,
-                OwnedTensor { dtype, shape: info.shape.clone(), file: Arc::clone(&bytes), range },
-            ));
+            let tensor = OwnedTensor { dtype, shape: info.shape.clone(), file: Arc::clone(&bytes), range };
+            let hash = blake3::hash(tensor.bytes());
+            tensors.push((name, tensor, hash));
         }
-        for (name, expected) in digests.into_iter().flatten() {
-            let tensor = tensors.iter().find(|(other, _)| *other == name);
-            if tensor.is_none_or(|(_, tensor)| blake3::hash(tensor.bytes()) != expected) {
-                return Err(CheckpointError::TensorAltered { path, name });
+        if self.manifest.version >= 2 {
+            let expected = header_digests(&path, &metadata)?;
+            if let Some(((name, ..), _)) =
+                tensors.iter().zip(expected).find(|((_, _, found), (_, expected))| found != expected)
+            {
+                return Err(CheckpointError::TensorAltered { path, name: name.clone() });
             }
         }
         Ok(tensors)

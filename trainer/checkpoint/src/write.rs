@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     CheckpointError, FileEntry, FileSystem, LocalDisk, MANIFEST_NAME, Manifest, Meta, NewFile, Tensor, VERSION,
-    disk::Disk,
+    disk::{Disk, io_error},
     manifest::check_file_names,
     read::tensor_digests,
     step_name,
@@ -41,8 +41,14 @@ pub fn write(
     check(files.iter().flat_map(|(_, tensors)| tensors), &folder)?;
     let attempt = format!("{}-{}", process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
     let staging = Staging::open(&LocalDisk, checkpoints_dir, meta.step, &attempt)?;
-    let entries = files.iter().map(|(name, tensors)| staging.write(name, tensors)).collect();
-    Ok(staging.commit_or_abandon(meta, entries)?.folder)
+    let entries: Result<_, _> = files.iter().map(|(name, tensors)| staging.write(name, tensors)).collect();
+    match entries {
+        Ok(entries) => Ok(staging.commit(meta, entries)?.folder),
+        Err(error) => {
+            staging.abandon();
+            Err(error)
+        }
+    }
 }
 
 /// A checkpoint on its way: a folder aside, into which every rank writes its file, until one of them commits it.
@@ -106,8 +112,7 @@ impl<'d> Staging<'d> {
         let header = header(&ordered)
             .map_err(|problem| CheckpointError::Safetensors { path: path.clone(), problem })?;
 
-        let file = self.disk.create(&path)?;
-        let mut file = Hashing { file, path: &path, digest: blake3::Hasher::new(), bytes: 0 };
+        let mut file = Hashing::create(self.disk, &path)?;
         file.write(&header)?;
         for part in ordered.iter().flat_map(|tensor| tensor.bytes.chunks(PART_BYTES)) {
             file.write(part)?;
@@ -122,45 +127,16 @@ impl<'d> Staging<'d> {
     ///
     /// # Errors
     /// `ShareNotSeen` when another rank's file is not there, or not as it says; `DuplicateTensor`, `Safetensors`; `Io`.
-    /// The folder aside stays: see [`Staging::abandon`].
-    pub fn commit(&self, meta: &Meta, files: Vec<FileEntry>) -> Result<Committed, CheckpointError> {
+    /// The folder aside is removed then, unless the checkpoint may already stand under its name.
+    pub fn commit(self, meta: &Meta, files: Vec<FileEntry>) -> Result<Committed, CheckpointError> {
         assert_eq!(meta.step, self.step, "a folder holds the checkpoint of its step");
-        check_file_names(files.iter().map(|file| file.name.as_str()), &self.aside)?;
-        let (mut state, mut names) = (StateDigest::default(), HashSet::new());
-        for entry in &files {
-            for (name, dtype, shape, digest) in tensor_digests(&self.aside, entry)? {
-                if !names.insert(name.clone()) {
-                    return Err(CheckpointError::DuplicateTensor { path: self.aside.clone(), name });
-                }
-                state.add(&name, dtype, &shape, digest);
+        match self.complete(meta, files) {
+            Ok(state_digest) => Ok(Committed { folder: self.publish()?, state_digest }),
+            Err(error) => {
+                self.abandon();
+                Err(error)
             }
         }
-        let state_digest = state.finish();
-        let manifest =
-            Manifest { version: VERSION, meta: meta.clone(), files, state_digest: state_digest.clone() };
-        let path = self.aside.join(MANIFEST_NAME);
-        let file = self.disk.create(&path)?;
-        let mut file = Hashing { file, path: &path, digest: blake3::Hasher::new(), bytes: 0 };
-        file.write(&manifest.to_json())?;
-        file.finish()?;
-        self.disk.sync_folder(&self.aside)?;
-        Ok(Committed { folder: self.publish()?, state_digest })
-    }
-
-    /// Commits if every file was written; removes the folder aside if not, or if the commit failed.
-    ///
-    /// # Errors
-    /// The first among `files`, or as [`Staging::commit`].
-    pub fn commit_or_abandon(
-        self,
-        meta: &Meta,
-        files: Result<Vec<FileEntry>, CheckpointError>,
-    ) -> Result<Committed, CheckpointError> {
-        let result = files.and_then(|files| self.commit(meta, files));
-        if result.is_err() {
-            self.abandon();
-        }
-        result
     }
 
     /// Gives the attempt up: removes the folder, as far as the disk allows. What remains is removed by
@@ -170,30 +146,62 @@ impl<'d> Staging<'d> {
         let _ = self.disk.remove_folder(&self.aside);
     }
 
+    /// Adds the manifest; the digest of the state.
+    fn complete(&self, meta: &Meta, files: Vec<FileEntry>) -> Result<String, CheckpointError> {
+        check_file_names(files.iter().map(|file| file.name.as_str()), &self.aside)?;
+        let (mut state, mut names) = (StateDigest::default(), HashSet::new());
+        for entry in &files {
+            for (name, dtype, shape, digest) in tensor_digests(&self.aside, entry)? {
+                state.add(&name, dtype, &shape, digest);
+                if let Some(name) = names.replace(name) {
+                    return Err(CheckpointError::DuplicateTensor { path: self.aside.clone(), name });
+                }
+            }
+        }
+        let state_digest = state.finish();
+        let manifest =
+            Manifest { version: VERSION, meta: meta.clone(), files, state_digest: state_digest.clone() };
+        let path = self.aside.join(MANIFEST_NAME);
+        let mut file = Hashing::create(self.disk, &path)?;
+        file.write(&manifest.to_json())?;
+        file.finish()?;
+        self.disk.sync_folder(&self.aside)?;
+        Ok(state_digest)
+    }
+
     /// Brings the complete folder aside under its final name.
-    fn publish(&self) -> Result<PathBuf, CheckpointError> {
-        let Self { disk, checkpoints_dir, aside, .. } = self;
+    fn publish(self) -> Result<PathBuf, CheckpointError> {
+        let (disk, checkpoints_dir) = (self.disk, self.checkpoints_dir.clone());
         let name = step_name(self.step);
         let folder = checkpoints_dir.join(&name);
         if !folder.exists() {
-            disk.rename(aside, &folder)?;
-            disk.sync_folder(checkpoints_dir)?;
+            if let Err(error) = disk.rename(&self.aside, &folder) {
+                self.abandon();
+                return Err(error);
+            }
+            disk.sync_folder(&checkpoints_dir)?;
             return Ok(folder);
         }
-        let old = if disk.exchange(aside, &folder)? {
-            aside.clone()
-        } else {
-            // Two renames. A reader that finds only the first one done takes the old checkpoint under the name it
-            // has then.
-            let old = checkpoints_dir.join(format!(".old-{name}"));
-            if old.exists() {
-                disk.remove_folder(&old)?;
+        let old = match disk.exchange(&self.aside, &folder) {
+            Err(error) => {
+                self.abandon();
+                return Err(error);
             }
-            disk.rename(&folder, &old)?;
-            disk.rename(aside, &folder)?;
-            old
+            // From here on the folder aside holds the old checkpoint, which stays until the disk knows of the new one.
+            Ok(true) => self.aside,
+            Ok(false) => {
+                // Two renames. A reader that finds only the first one done takes the old checkpoint under the name it
+                // has then.
+                let old = checkpoints_dir.join(format!(".old-{name}"));
+                if old.exists() {
+                    disk.remove_folder(&old)?;
+                }
+                disk.rename(&folder, &old)?;
+                disk.rename(&self.aside, &folder)?;
+                old
+            }
         };
-        disk.sync_folder(checkpoints_dir)?;
+        disk.sync_folder(&checkpoints_dir)?;
         // The new checkpoint counts from here on, so that a failure to remove the old one is none of writing.
         let _ = disk.remove_folder(&old);
         Ok(folder)
@@ -257,9 +265,13 @@ struct Hashing<'p> {
     bytes: u64,
 }
 
-impl Hashing<'_> {
+impl<'p> Hashing<'p> {
+    fn create(disk: Disk<'_>, path: &'p Path) -> Result<Self, CheckpointError> {
+        Ok(Self { file: disk.create(path)?, path, digest: blake3::Hasher::new(), bytes: 0 })
+    }
+
     fn write(&mut self, bytes: &[u8]) -> Result<(), CheckpointError> {
-        self.file.write(bytes).map_err(crate::disk::io_error("write", self.path))?;
+        self.file.write(bytes).map_err(io_error("write", self.path))?;
         self.digest.update(bytes);
         self.bytes += bytes.len() as u64;
         Ok(())
@@ -267,7 +279,7 @@ impl Hashing<'_> {
 
     /// Makes the content durable; its length and digest.
     fn finish(mut self) -> Result<(u64, String), CheckpointError> {
-        self.file.sync().map_err(crate::disk::io_error("sync", self.path))?;
+        self.file.sync().map_err(io_error("sync", self.path))?;
         Ok((self.bytes, self.digest.finalize().to_hex().to_string()))
     }
 }
