@@ -17,6 +17,6 @@ pub mod wire;
 
 pub use coordinator::{Agreement, Coordinator, Output};
 pub use identity::{Identity, IdentityError, discover};
-pub use link::{Link, LinkError, Shares, StopReason};
+pub use link::{Link, LinkError, NoCommit, Shares, StopReason};
 pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, Share, ShareFile, WorkerEvent};
 pub use server::{CoordinatorHandle, Events};

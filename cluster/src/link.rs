@@ -222,8 +222,22 @@ pub struct Shares {
     verdicts: std_mpsc::Receiver<(u64, Verdict)>,
 }
 
+/// Why a checkpoint is not to be committed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoCommit {
+    /// Every rank is done with it, and one of them failed; which and why.
+    #[error("{0}")]
+    ShareFailed(String),
+    /// Not every rank was heard in time: they may still be writing.
+    #[error("not every rank has written its share within {} s", .0.as_secs())]
+    TimedOut(Duration),
+    /// Nobody knows what the others did.
+    #[error("the coordinator was lost before it knew of every rank's share")]
+    CoordinatorLost,
+}
+
 /// Every rank's file, or why there is to be no checkpoint.
-type Verdict = Result<Vec<ShareFile>, String>;
+type Verdict = Result<Vec<ShareFile>, NoCommit>;
 
 impl Shares {
     /// What became of this rank's share of the checkpoint of `step`; never waits.
@@ -238,8 +252,7 @@ impl Shares {
     /// On rank 0: the files of all ranks, once every rank has reported its share.
     ///
     /// # Errors
-    /// Why this checkpoint cannot be committed, as one line: a rank failed, the coordinator is gone, or it took longer
-    /// than `patience`.
+    /// When a rank failed, the coordinator is gone, or it took longer than `patience`.
     pub fn verdict(&self, step: u64, patience: Duration) -> Verdict {
         let deadline = Instant::now() + patience;
         loop {
@@ -248,10 +261,10 @@ impl Shares {
                 // Of an earlier step, which nobody waits for any more.
                 Ok(_) => {}
                 Err(std_mpsc::RecvTimeoutError::Timeout) => {
-                    return Err(format!("not every rank has written its share within {} s", patience.as_secs()));
+                    return Err(NoCommit::TimedOut(patience));
                 }
                 Err(std_mpsc::RecvTimeoutError::Disconnected) => {
-                    return Err("the coordinator was lost before it knew of every rank's share".into());
+                    return Err(NoCommit::CoordinatorLost);
                 }
             }
         }
@@ -404,7 +417,7 @@ async fn listen(
     loop {
         match decoder.next::<ToWorker>().map_err(|error| error.to_string())? {
             Some(ToWorker::Commit { step, files }) => decided(step, Ok(files)),
-            Some(ToWorker::Abandon { step, reason }) => decided(step, Err(reason)),
+            Some(ToWorker::Abandon { step, reason }) => decided(step, Err(NoCommit::ShareFailed(reason))),
             Some(ToWorker::Stop { reason }) => shared.stop(StopReason::Requested(reason)),
             Some(ToWorker::Refused { reason }) => return Err(reason),
             Some(ToWorker::Go { .. }) => {}

@@ -97,6 +97,7 @@ fn the_state_has_one_digest_however_many_ranks_wrote_it() {
 
 #[test]
 fn shares_that_do_not_make_a_checkpoint_are_refused() {
+    let names_of = names;
     let refused = |names: [&str; 2], spoil: &dyn Fn(&Path)| {
         let run = TempDir::new().unwrap();
         let open = || Staging::open(&LocalDisk, run.path(), 7, "a").unwrap();
@@ -106,10 +107,9 @@ fn shares_that_do_not_make_a_checkpoint_are_refused() {
             .unwrap();
         spoil(&run.path().join(".tmp-step-00000007-a"));
         let error = open().commit(&meta(7), files).unwrap_err();
-        assert!(names_of(run.path()).is_empty());
+        assert!(names_of(run.path()).is_empty(), "the attempt stays");
         error
     };
-    let names_of = names;
     let error = refused(["t", "t"], &|_| ());
     assert!(matches!(error, CheckpointError::DuplicateTensor { .. }), "{error}");
     let error = refused(["t", "u"], &|folder| fs::remove_file(folder.join(file_name(1, 2))).unwrap());

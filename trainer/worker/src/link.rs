@@ -5,8 +5,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
-    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Identity, Link, Phase, Progress, WorkerEvent,
-    server,
+    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Identity, Link, Phase, Progress, Shares,
+    WorkerEvent, server,
 };
 use mentee_collectives::Collectives;
 
@@ -87,6 +87,11 @@ impl Reporter {
         let start = Instant::now();
         let printed = prints.then_some(start);
         Ok(Self { link, hosted, printed, start, first_step: None, now: Progress::default() })
+    }
+
+    /// The way by which checkpoints are committed; the first call gets it, if there is a coordinator.
+    pub fn shares(&mut self) -> Option<Shares> {
+        self.link.as_mut()?.shares()
     }
 
     /// What this rank does now.

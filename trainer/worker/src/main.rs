@@ -14,6 +14,7 @@ mod metrics;
 mod reducer;
 mod run_dir;
 mod setup;
+mod snapshot;
 mod stop;
 mod trace;
 mod train;

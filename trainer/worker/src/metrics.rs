@@ -1,7 +1,7 @@
 //! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (README, "A run directory").
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -59,21 +59,32 @@ pub struct CheckpointLine {
     pub step: u64,
     pub epoch: u64,
     pub time: f64,
+    /// Of all state.
     pub digest: String,
+    /// From the copy to the commit, beside training.
     pub write_ms: f64,
+    /// What training waited for: the checkpoint before this one,
+    pub wait_ms: f64,
+    /// and the copy.
+    pub copy_ms: f64,
 }
+
+/// What is kept for a disk that is full at the moment, as it may be while a checkpoint is being written; more is an error.
+const MAX_PENDING_BYTES: usize = 1 << 20;
 
 /// The file, on rank 0; nothing on the others.
 #[derive(Debug)]
 pub struct Metrics {
     file: Option<(File, PathBuf)>,
+    /// Not written yet.
+    pending: Vec<u8>,
 }
 
 impl Metrics {
     /// Appends to the run's file. A line that a crash cut in half is ended first, so that it spoils no other.
     pub fn open(run_dir: &Path, rank: u32) -> Result<Self, WorkerError> {
         if rank != 0 {
-            return Ok(Self { file: None });
+            return Ok(Self { file: None, pending: Vec::new() });
         }
         let path = run_dir.join("metrics.jsonl");
         let torn = std::fs::read(&path).is_ok_and(|text| text.last().is_some_and(|&byte| byte != b'\n'));
@@ -85,16 +96,29 @@ impl Metrics {
         if torn {
             file.write_all(b"\n").map_err(WorkerError::io("write", &path))?;
         }
-        Ok(Self { file: Some((file, path)) })
+        Ok(Self { file: Some((file, path)), pending: Vec::new() })
     }
 
-    /// Writes one line at once.
+    /// Writes one line at once, or with a later one if there is no room for it now.
     pub fn write(&mut self, line: &impl Serialize) -> Result<(), WorkerError> {
         let Some((file, path)) = &mut self.file else { return Ok(()) };
-        let mut text = serde_json::to_string(line).map_err(|error| WorkerError::Failed(error.to_string()))?;
-        text.push('\n');
-        file.write_all(text.as_bytes()).map_err(WorkerError::io("write", &*path))
+        serde_json::to_writer(&mut self.pending, line)
+            .map_err(|error| WorkerError::Failed(error.to_string()))?;
+        self.pending.push(b'\n');
+        while !self.pending.is_empty() {
+            match file.write(&self.pending) {
+                Ok(written) => drop(self.pending.drain(..written)),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_no_room(&error) && self.pending.len() < MAX_PENDING_BYTES => break,
+                Err(error) => return Err(WorkerError::io("write", &*path)(error)),
+            }
+        }
+        Ok(())
     }
+}
+
+fn is_no_room(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
 }
 
 /// Sums over the steps between two lines.

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mentee_cluster::{Identity, Phase, identity};
+use mentee_checkpoint::LocalDisk;
+use mentee_cluster::{Identity, Phase, Shares, identity};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::{self, Mpi};
 use mentee_collectives::{Buffer, Collectives, Single};
@@ -16,6 +17,7 @@ use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, orde
 use mentee_ssl::{Method, Schedule, State};
 use mentee_torch_ext::StatReduce;
 
+use crate::checkpoints::{self, Checkpoints};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
@@ -23,7 +25,7 @@ use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
-use crate::{TrainArgs, affinity, agree, checkpoints, logging, run_dir};
+use crate::{TrainArgs, affinity, agree, logging, run_dir, snapshot};
 
 /// Batches decoded ahead of the step.
 const QUEUE_STEPS: usize = 3;
@@ -34,7 +36,6 @@ pub struct Run {
     pub collectives: Arc<dyn Collectives>,
     pub plan: Plan,
     pub run_dir: PathBuf,
-    pub data_digest: String,
     pub schedule: Schedule,
     pub method: Box<dyn Method>,
     pub state: State,
@@ -48,6 +49,7 @@ pub struct Run {
     /// None when the recipe does not evaluate, or the images have no labels.
     pub evaluator: Option<Evaluator>,
     pub metrics: Metrics,
+    pub checkpoints: Checkpoints,
     pub stop: StopFlag,
     /// Updates done so far.
     pub next_step: u64,
@@ -125,8 +127,9 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
     Ok((local, reporter))
 }
 
-/// Sets up this rank of the run, from its newest checkpoint where there is one.
-pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
+/// Sets up this rank of the run, from its newest checkpoint where there is one. `shares`: the way to the coordinator that
+/// commits checkpoints.
+pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
@@ -149,13 +152,19 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     );
 
     let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    let attempt = agree::attempt(&*collectives)?;
+    let cleaned = match identity.rank {
+        0 => mentee_checkpoint::clean(&LocalDisk, &checkpoints::folder(&run_dir)),
+        _ => Ok(()),
+    };
+    agree::together(&*collectives, cleaned.map_err(WorkerError::from))?;
     let next_step = agree::together(&*collectives, resume(&mut state, &run_dir, &plan, &data_digest))?;
     let own = agree::Start {
         version: env!("CARGO_PKG_VERSION").into(),
         plan_hash,
         data_digest: data_digest.clone(),
         next_step,
-        state_digest: checkpoints::digest(&state)?,
+        state_digest: snapshot::digest(&state)?,
     };
     agree::on_start(&*collectives, &own)?;
     let collectives: Arc<dyn Collectives> =
@@ -183,7 +192,10 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         queue_steps: QUEUE_STEPS,
     })?;
     let evaluator = agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads))?;
+    let settings =
+        checkpoints::Settings::new(&plan, &run_dir, identity.world_size, &data_digest, attempt);
     Ok(Run {
+        checkpoints: Checkpoints::new(settings, &state, collectives.clone(), shares)?,
         schedule: Schedule::new(&plan),
         reducer: GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?,
         faults: Faults::from_env(identity.rank)?,
@@ -195,7 +207,6 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         collectives,
         plan,
         run_dir,
-        data_digest,
         method,
         state,
         loader,
@@ -226,7 +237,7 @@ fn resume(
         });
     }
     let step = meta.step;
-    checkpoints::load(state, &checkpoint)?;
+    snapshot::load(state, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok(step)
 }

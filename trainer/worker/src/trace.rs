@@ -171,7 +171,7 @@ fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Re
             }
         };
         let shape = tensor.size().iter().map(|&dim| dim as usize).collect();
-        stored.insert(name, (dtype, shape, checkpoints::bytes(&tensor)?));
+        stored.insert(name, (dtype, shape, snapshot::bytes(&tensor)?));
     }
     let views = stored
         .iter()

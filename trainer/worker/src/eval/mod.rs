@@ -306,7 +306,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let (method, mut state) = mentee_ssl::state::new(&recipe)?;
-    checkpoints::load(&mut state, &checkpoint)?;
+    snapshot::load(&mut state, &checkpoint)?;
     let meta = &checkpoint.manifest.meta;
     let mut evaluator = Evaluator::new(&recipe, train, cores)?;
     let line = evaluator.knn(&Single::new(), &*method, &state, meta.step, meta.epoch)?;
