@@ -18,9 +18,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::message::{
-    Hello, PROTOCOL, Phase, Progress, Share, ToCoordinator, ToWorker, WorkerEvent, clip,
-};
+use crate::message::{Hello, PROTOCOL, Phase, Progress, Share, ToCoordinator, ToWorker, WorkerEvent, clip};
 
 /// A connection, numbered by the server; never used twice.
 pub type Peer = u64;
@@ -365,7 +363,10 @@ impl Coordinator {
     fn share(&mut self, peer: Peer, step: u64, mut share: Share) -> (Vec<Effect>, Reason) {
         let Some((rank, _)) = find(&mut self.members, peer) else { return stranger(peer) };
         if self.state != State::Running {
-            return (Vec::new(), format!("rank {rank} has a share of checkpoint {step}, but nothing is running"));
+            return (
+                Vec::new(),
+                format!("rank {rank} has a share of checkpoint {step}, but nothing is running"),
+            );
         }
         share.clip();
         let shares = self.shares.entry(step).or_default();

@@ -92,7 +92,8 @@ impl Transcript {
     }
 
     fn wrote(&mut self, peer: Peer, step: u64) -> &mut Transcript {
-        let file = ShareFile { name: format!("state-{peer}.safetensors"), bytes: 10 + peer, blake3: "b3".into() };
+        let file =
+            ShareFile { name: format!("state-{peer}.safetensors"), bytes: 10 + peer, blake3: "b3".into() };
         self.says(peer, ToCoordinator::Share { step, share: Share::Written { file: Some(file) } })
     }
 

@@ -136,7 +136,9 @@ impl Checkpoint {
             let path = self.folder.join(&entry.name);
             check_length(&path, entry)?;
             let mut digest = blake3::Hasher::new();
-            File::open(&path).and_then(|file| digest.update_reader(file).map(drop)).map_err(io_error("read", &path))?;
+            File::open(&path)
+                .and_then(|file| digest.update_reader(file).map(drop))
+                .map_err(io_error("read", &path))?;
             check_digest(&path, entry, &digest.finalize())
         })
     }

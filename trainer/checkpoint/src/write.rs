@@ -8,7 +8,8 @@ use std::{
 };
 
 use crate::{
-    CheckpointError, FileEntry, FileSystem, LocalDisk, MANIFEST_NAME, Manifest, Meta, NewFile, Tensor, VERSION,
+    CheckpointError, FileEntry, FileSystem, LocalDisk, MANIFEST_NAME, Manifest, Meta, NewFile, Tensor,
+    VERSION,
     disk::{Disk, io_error},
     manifest::check_file_names,
     read::tensor_digests,
@@ -209,10 +210,7 @@ impl<'d> Staging<'d> {
 }
 
 /// Refuses what a reader would refuse.
-fn check<'t>(
-    tensors: impl Iterator<Item = &'t Tensor<'t>>,
-    folder: &Path,
-) -> Result<(), CheckpointError> {
+fn check<'t>(tensors: impl Iterator<Item = &'t Tensor<'t>>, folder: &Path) -> Result<(), CheckpointError> {
     let mut names = HashSet::new();
     for tensor in tensors {
         let (path, name) = (folder.to_owned(), tensor.name.clone());

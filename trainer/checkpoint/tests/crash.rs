@@ -13,8 +13,8 @@ use std::{
 };
 
 use mentee_checkpoint::{
-    CheckpointError, Checkpoint, Committed, Dtype, FileSystem, LocalDisk, Meta, NewFile, Staging, Tensor, clean, file_name,
-    list, newest, retain,
+    Checkpoint, CheckpointError, Committed, Dtype, FileSystem, LocalDisk, Meta, NewFile, Staging, Tensor,
+    clean, file_name, list, newest, retain,
 };
 use tempfile::TempDir;
 
@@ -86,7 +86,9 @@ impl Model {
     }
 
     fn change(&mut self, folder: Node, change: Change) {
-        let Content::Folder { pending, .. } = &mut self.nodes[folder] else { panic!("{folder} is no folder") };
+        let Content::Folder { pending, .. } = &mut self.nodes[folder] else {
+            panic!("{folder} is no folder")
+        };
         pending.push(change);
     }
 
@@ -235,7 +237,8 @@ impl Fragile {
 impl FileSystem for Fragile {
     fn create_folders(&self, path: &Path) -> io::Result<()> {
         let inside = self.inside(path);
-        let mut missing: Vec<&Path> = inside.ancestors().filter(|path| self.model().find(path).is_none()).collect();
+        let mut missing: Vec<&Path> =
+            inside.ancestors().filter(|path| self.model().find(path).is_none()).collect();
         missing.reverse();
         if missing.is_empty() {
             return Ok(());
@@ -264,7 +267,8 @@ impl FileSystem for Fragile {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         self.change(|model| {
             let node = model.find(self.inside(from)).unwrap();
-            let ((parent, from), (other, to)) = (model.place(self.inside(from)), model.place(self.inside(to)));
+            let ((parent, from), (other, to)) =
+                (model.place(self.inside(from)), model.place(self.inside(to)));
             assert_eq!(parent, other, "only a rename within one folder is atomic everywhere");
             model.change(parent, Change::Rename(from, to, node));
         })?;

@@ -358,7 +358,10 @@ fn an_intact_file_of_another_state_is_refused() {
     let mut bytes = STATE.to_vec();
     *bytes.last_mut().unwrap() = 8;
     let error = refused_file(&bytes);
-    assert!(matches!(&error, CheckpointError::TensorAltered { name, .. } if name == "student.flag"), "{error}");
+    assert!(
+        matches!(&error, CheckpointError::TensorAltered { name, .. } if name == "student.flag"),
+        "{error}"
+    );
     // Another name for the same bytes.
     let at = STATE.windows(4).position(|window| window == b"flag").unwrap();
     let mut bytes = STATE.to_vec();

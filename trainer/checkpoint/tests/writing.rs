@@ -102,7 +102,9 @@ fn shares_that_do_not_make_a_checkpoint_are_refused() {
         let run = TempDir::new().unwrap();
         let open = || Staging::open(&LocalDisk, run.path(), 7, "a").unwrap();
         let files: Vec<_> = (0..2)
-            .map(|rank| open().write(&file_name(rank, 2), &[Tensor::new(names[rank as usize], Dtype::U8, &[1], &[1])]))
+            .map(|rank| {
+                open().write(&file_name(rank, 2), &[Tensor::new(names[rank as usize], Dtype::U8, &[1], &[1])])
+            })
             .collect::<Result<_, _>>()
             .unwrap();
         spoil(&run.path().join(".tmp-step-00000007-a"));

@@ -17,7 +17,9 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mentee_checkpoint::{self as checkpoint, CheckpointError, Committed, FileEntry, LocalDisk, Meta, Staging};
+use mentee_checkpoint::{
+    self as checkpoint, CheckpointError, Committed, FileEntry, LocalDisk, Meta, Staging,
+};
 use mentee_cluster::{self as cluster, NoCommit, Phase, ShareFile, Shares, WorkerEvent};
 use mentee_collectives::Collectives;
 use mentee_config::Plan;
@@ -51,6 +53,8 @@ pub struct Settings {
     pub attempt: String,
     /// Step and epoch are those of the checkpoint.
     pub meta: Meta,
+    /// Steps whose checkpoint is to find no room (see `faults.rs`).
+    pub without_room: Vec<u64>,
 }
 
 impl Settings {
@@ -65,6 +69,7 @@ impl Settings {
             keep: recipe.checkpoint.keep,
             patience: Duration::from_secs_f64(recipe.parallel.timeout_s),
             attempt,
+            without_room: Vec::new(),
             meta: Meta {
                 step: 0,
                 epoch: 0,
@@ -208,6 +213,11 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Whether one is being written, as far as this thread has heard.
+    pub fn is_under_way(&self) -> bool {
+        self.under_way.is_some()
+    }
+
     /// Waits for the checkpoint under way, if there is one.
     ///
     /// # Errors
@@ -285,10 +295,10 @@ impl Checkpoints {
                 return Err(error);
             }
         };
-        let json = |error: serde_json::Error| WorkerError::Failed(format!("a share of a checkpoint: {error}"));
+        let json =
+            |error: serde_json::Error| WorkerError::Failed(format!("a share of a checkpoint: {error}"));
         let own = serde_json::to_vec(&file).map_err(json)?;
-        let all =
-            collectives.all_gather(&own).map_err(|source| WorkerError::Collective { step, source })?;
+        let all = collectives.all_gather(&own).map_err(|source| WorkerError::Collective { step, source })?;
         let mut files = Vec::new();
         for bytes in &all {
             files.extend(serde_json::from_slice::<Option<FileEntry>>(bytes).map_err(json)?);
@@ -376,6 +386,10 @@ impl Writer {
             return Ok(None);
         }
         let name = checkpoint::file_name(self.rank, self.world_size);
+        if self.settings.without_room.contains(&step) {
+            let (action, source) = ("write", std::io::ErrorKind::StorageFull.into());
+            return Err(CheckpointError::Io { action, path: name.into(), source });
+        }
         self.settings.staging(step)?.write(&name, &tensors).map(Some)
     }
 }

@@ -30,7 +30,9 @@ pub enum WorkerError {
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
     #[error("{0}; restore or remove that checkpoint to go on from an older one")]
     Checkpoint(#[from] CheckpointError),
-    #[error("no checkpoint of step {step}: {source}; older checkpoints are intact: make room there and start again")]
+    #[error(
+        "no checkpoint of step {step}: {source}; older checkpoints are intact: make room there and start again"
+    )]
     NotSaved { step: u64, source: CheckpointError },
     #[error("{path}: {source}; this checkpoint does not fit the recipe it names")]
     CheckpointContent { path: PathBuf, source: SslError },

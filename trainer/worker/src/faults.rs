@@ -4,6 +4,7 @@
 //! flip:rank=1,step=17,tensor=teacher.backbone.conv1.weight   inverts one bit after the update of that step
 //! nan:rank=0,step=5                                          puts a NaN into the first gradient bucket
 //! skip-bucket:rank=1,step=9,bucket=0                         leaves out one all-reduce; `bucket=last`: the last
+//! full:rank=1,step=6                                         no room for this rank's share of the checkpoint of that step
 //! ```
 
 use mentee_ssl::State;
@@ -30,6 +31,7 @@ pub enum GradientFault {
 enum Kinds {
     Flip { tensor: String },
     Gradient(GradientFault),
+    Full,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -59,8 +61,13 @@ impl Faults {
     pub fn of_gradient(&self, step: u64) -> Option<GradientFault> {
         self.0.iter().filter(|fault| fault.step == step).find_map(|fault| match fault.kind {
             Kinds::Gradient(kind) => Some(kind),
-            Kinds::Flip { .. } => None,
+            Kinds::Flip { .. } | Kinds::Full => None,
         })
+    }
+
+    /// Steps whose checkpoints find no room on the disk.
+    pub fn without_room(&self) -> Vec<u64> {
+        self.0.iter().filter(|fault| fault.kind == Kinds::Full).map(|fault| fault.step).collect()
     }
 
     /// After the update of `step`.
@@ -107,7 +114,8 @@ fn entry(text: &str) -> Result<Fault, String> {
             "last" => LAST,
             _ => number("bucket")? as usize,
         })),
-        other => return Err(format!("`{other}` is none of flip, nan, skip-bucket")),
+        "full" => Kinds::Full,
+        other => return Err(format!("`{other}` is none of flip, nan, skip-bucket, full")),
     };
     Ok(Fault { rank: number("rank")? as u32, step: number("step")?, kind })
 }
@@ -118,19 +126,21 @@ mod tests {
 
     #[test]
     fn reads_entries_and_says_what_is_wrong_with_them() {
-        let faults = parse("nan:rank=1,step=5; skip-bucket:rank=0,step=9,bucket=2;").unwrap();
+        let faults =
+            parse("nan:rank=1,step=5; skip-bucket:rank=0,step=9,bucket=2; full:rank=0,step=6;").unwrap();
         assert_eq!(
             faults,
             [
                 Fault { rank: 1, step: 5, kind: Kinds::Gradient(GradientFault::Nan) },
                 Fault { rank: 0, step: 9, kind: Kinds::Gradient(GradientFault::SkipBucket(2)) },
+                Fault { rank: 0, step: 6, kind: Kinds::Full },
             ]
         );
         assert_eq!(parse("").unwrap(), []);
         for (text, expected) in [
             ("nan", "`nan` has no `:`"),
             ("nan:rank=1", "`nan:rank=1` has no step="),
-            ("melt:rank=1,step=1", "`melt` is none of flip, nan, skip-bucket"),
+            ("melt:rank=1,step=1", "`melt` is none of flip, nan, skip-bucket, full"),
             ("nan:rank=x,step=1", "rank=x in `nan:rank=x,step=1`: invalid digit found in string"),
         ] {
             assert_eq!(parse(text).unwrap_err(), expected);

@@ -17,7 +17,7 @@ use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, orde
 use mentee_ssl::{Method, Schedule, State};
 use mentee_torch_ext::StatReduce;
 
-use crate::checkpoints::{self, Checkpoints};
+use crate::checkpoints::{self, Checkpoints, Settings};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
@@ -192,13 +192,16 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
         queue_steps: QUEUE_STEPS,
     })?;
     let evaluator = agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads))?;
-    let settings =
-        checkpoints::Settings::new(&plan, &run_dir, identity.world_size, &data_digest, attempt);
+    let faults = Faults::from_env(identity.rank)?;
+    let settings = Settings {
+        without_room: faults.without_room(),
+        ..Settings::new(&plan, &run_dir, identity.world_size, &data_digest, attempt)
+    };
     Ok(Run {
         checkpoints: Checkpoints::new(settings, &state, collectives.clone(), shares)?,
         schedule: Schedule::new(&plan),
         reducer: GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?,
-        faults: Faults::from_env(identity.rank)?,
+        faults,
         rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives),
         metrics: Metrics::open(&run_dir, identity.rank)?,

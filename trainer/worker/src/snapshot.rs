@@ -88,7 +88,9 @@ impl Share {
             if let [_, inputs, height, width] = part.shape[..]
                 && height * width > 1
             {
-                for filter in copy[part.range.clone()].chunks_mut(inputs * height * width * part.dtype.size_bytes()) {
+                for filter in
+                    copy[part.range.clone()].chunks_mut(inputs * height * width * part.dtype.size_bytes())
+                {
                     scratch.clear();
                     scratch.extend_from_slice(filter);
                     match part.dtype.size_bytes() {

@@ -193,11 +193,11 @@ fn is_multiple(count: u64, n: u64) -> bool {
 /// The whole run. When all ranks end together, a checkpoint under way is completed first.
 fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError> {
     let outcome = train(run, reporter);
-    match outcome {
-        // The others may be gone, and would be waited for.
-        Err(error) if run.identity.world_size > 1 && !error.is_known() => Err(error),
-        outcome => run.checkpoints.finish(&mut run.metrics, reporter).and(outcome),
+    if run.identity.world_size > 1 && outcome.as_ref().is_err_and(|error| !error.is_known()) {
+        return outcome; // the others may be gone, and would be waited for
     }
+    let finished = run.checkpoints.finish(&mut run.metrics, reporter);
+    outcome.and_then(|outcome| finished.map(|()| outcome))
 }
 
 /// One rank, from the command line to its exit code.
@@ -209,8 +209,7 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
         Err(error) => return Err(agree::leave(&*collectives, error)),
     };
     let shares = reporter.shares();
-    let outcome =
-        setup::run(local, &place, shares).and_then(|mut run| run_to_end(&mut run, &mut reporter));
+    let outcome = setup::run(local, &place, shares).and_then(|mut run| run_to_end(&mut run, &mut reporter));
     match outcome {
         Ok(outcome) => {
             let exit_code =
