@@ -331,7 +331,7 @@ fn a_flood_of_silent_connections_is_bounded() {
 fn shares_of_a_checkpoint_come_together_at_rank_0() {
     let handle = coordinator(3);
     let mut links = gang(&handle.address, 3);
-    let mut shares: Vec<_> = links.iter_mut().map(|link| link.shares().expect("the first call")).collect();
+    let shares: Vec<_> = links.iter_mut().map(|link| link.shares().expect("the first call")).collect();
     assert!(links[0].shares().is_none());
     let file = |rank: usize| ShareFile {
         name: format!("state-{rank}.safetensors"),
@@ -346,7 +346,9 @@ fn shares_of_a_checkpoint_come_together_at_rank_0() {
     // Nobody asked for that of step 10.
     assert_eq!(shares[0].verdict(20, PATIENCE), Ok((0..3).map(file).collect()));
     shares[1].report(30, Share::Failed { reason: "no room".into() });
-    [0, 2].map(|rank: usize| shares[rank].report(30, Share::Written { file: None }));
+    for rank in [0, 2] {
+        shares[rank].report(30, Share::Written { file: None });
+    }
     let no = shares[0].verdict(30, PATIENCE);
     assert_eq!(no, Err(NoCommit::ShareFailed("rank 1 could not write its share: no room".into())));
     // Ranks 1 and 2 have not reported step 40.

@@ -209,11 +209,16 @@ fn header_digests(path: &Path, metadata: &Metadata) -> Result<Vec<(String, blake
         .collect()
 }
 
-/// What the header of a file that a rank has just written says of its tensors: name, type, shape, digest.
-pub(crate) fn tensor_digests(
-    folder: &Path,
-    entry: &FileEntry,
-) -> Result<Vec<(String, Dtype, Vec<usize>, blake3::Hash)>, CheckpointError> {
+/// A tensor as its file's header describes it.
+pub(crate) struct Described {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) digest: blake3::Hash,
+}
+
+/// What the header of a file that a rank has just written says of its tensors.
+pub(crate) fn tensor_digests(folder: &Path, entry: &FileEntry) -> Result<Vec<Described>, CheckpointError> {
     let path = folder.join(&entry.name);
     check_length(&path, entry).map_err(|_| CheckpointError::ShareNotSeen { path: path.clone() })?;
     let broken = |problem: String| CheckpointError::Safetensors { path: path.clone(), problem };
@@ -234,7 +239,7 @@ pub(crate) fn tensor_digests(
             let info = infos[&name];
             let dtype = Dtype::from_safetensors(info.dtype)
                 .ok_or_else(|| broken(format!("tensor {name} has the type {}", info.dtype)))?;
-            Ok((name, dtype, info.shape.clone(), digest))
+            Ok(Described { name, dtype, shape: info.shape.clone(), digest })
         })
         .collect()
 }

@@ -12,7 +12,7 @@ use crate::{
     VERSION,
     disk::{Disk, io_error},
     manifest::check_file_names,
-    read::tensor_digests,
+    read::{Described, tensor_digests},
     step_name,
     tensor::{DIGESTS_KEY, StateDigest, is_tensor_name},
 };
@@ -152,7 +152,7 @@ impl<'d> Staging<'d> {
         check_file_names(files.iter().map(|file| file.name.as_str()), &self.aside)?;
         let (mut state, mut names) = (StateDigest::default(), HashSet::new());
         for entry in &files {
-            for (name, dtype, shape, digest) in tensor_digests(&self.aside, entry)? {
+            for Described { name, dtype, shape, digest } in tensor_digests(&self.aside, entry)? {
                 state.add(&name, dtype, &shape, digest);
                 if let Some(name) = names.replace(name) {
                     return Err(CheckpointError::DuplicateTensor { path: self.aside.clone(), name });
