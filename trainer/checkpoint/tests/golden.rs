@@ -12,9 +12,10 @@ use tempfile::TempDir;
 
 /// Version 2: `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger
 /// alignment.
-const STATE: &[u8] = b"\x28\x01\0\0\0\0\0\0\
+const STATE: &[u8] = b"\x20\x01\0\0\0\0\0\0\
 {\"__metadata__\":{\"blake3\":\"\
-XXXX\"},\
+54847fa2028a3457068a78ba8e6a086cccf672def025d7e4cb2761b538edbf3f\
+448bd8dd9624154a690f8e84dc52d6f633ba7cd545c4d3c9b4e0f6a2f6fa71f4\"},\
 \"student.fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
 \"student.flag\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[8,9]}}\
 \0\0\x80\x3f\0\0\0\xc0\x07";
