@@ -383,9 +383,6 @@ fn a_header_without_digests_is_refused() {
         let error = spoiled(at, byte);
         assert!(matches!(error, CheckpointError::Safetensors { .. }), "{error}");
     }
-    // One digit fewer.
-    let error = spoiled(key + 8, b' ');
-    assert!(matches!(error, CheckpointError::Safetensors { .. }), "{error}");
 }
 
 #[test]
