@@ -356,6 +356,8 @@ pub enum Decay {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Parallel {
+    /// Where every rank computes.
+    pub device: Device,
     /// What the network is computed in.
     pub precision: Precision,
     /// Batch-norm statistics over the global batch rather than each rank's share.
@@ -378,6 +380,18 @@ pub struct Parallel {
     pub threads: u64,
     /// Decode threads per rank; 0 = the cores this rank may use.
     pub decode_threads: u64,
+}
+
+/// Where a rank computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// On an NVIDIA device where there is one that libtorch can use, else on the processor.
+    Auto,
+    /// On the processor.
+    Cpu,
+    /// On an NVIDIA device; an error where there is none.
+    Cuda,
 }
 
 /// What the network is computed in.

@@ -241,6 +241,8 @@ pub(crate) const KEYS: &[Key] = &[
     key("schedule.max_steps", ANY_COUNT, Decides::No, "steps",
         "ends the run early, the schedules still span `epochs`; 0 = off", "ours"),
 
+    key("parallel.device", Kind::Choice(&["auto", "cpu", "cuda"]), Decides::No, "",
+        "where every rank computes; `auto`: on an NVIDIA device where there is one", "ours"),
     key("parallel.precision", Kind::Choice(&["f32", "bf16", "f64"]), Decides::Yes, "",
         "`bf16`: compute only, weights stay f32; `f64`: for exactness tests", "`main_simsiam.py`"),
     key("parallel.sync_batch_norm", Kind::Switch, Decides::Yes, "",

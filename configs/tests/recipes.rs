@@ -263,6 +263,7 @@ fn other_value(key: &str, value: &Value) -> Value {
         "schedule.decay" => "constant",
         "parallel.precision" => "f64",
         "parallel.norm_statistics" => "running",
+        "parallel.device" => "cpu",
         "run.on_collapse" => "stop",
         _ => "other",
     };
@@ -312,6 +313,7 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
         "data.max_skipped",
         "views.preset",
         "schedule.max_steps",
+        "parallel.device",
         "parallel.threads",
         "parallel.decode_threads",
         "parallel.bucket_mib",

@@ -19,6 +19,7 @@ fn main() {
         .file("cpp/layers.cpp")
         .file("cpp/batch_norm.cpp")
         .file("cpp/update.cpp")
+        .file("cpp/device.cpp")
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
@@ -30,6 +31,7 @@ fn main() {
         .warnings(false)
         .compile("mentee_torch_ext");
     println!("cargo:rustc-link-search=native={}", lib.display());
+    println!("cargo:rustc-link-lib=dl");
     // The OpenMP runtime that libtorch itself loads: two of them would fight over the cores.
     println!("cargo:rustc-link-lib=dylib:+verbatim=libgomp.so.1");
     println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());

@@ -5,16 +5,25 @@ use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::sync::Arc;
 
-use mentee_torch_ext::{self as ext, StatReduce};
+use mentee_torch_ext::{self as ext, DeviceReduce, StatReduce};
 use tch::{Kind, Tensor};
 
 use crate::SslError;
-use crate::params::{Declaration, Declarations, Init, ParamId, Role, StatId, Stats, Weights};
+use crate::params::{Declaration, Declarations, Init, ParamId, Role, StatId, Stats, Values, Weights};
 
 /// Added to variances: PyTorch's and DeepMind's default.
 pub const NORM_EPS: f64 = 1e-5;
 /// Weight of a new batch in the running statistics: PyTorch's 0.1, DeepMind's decay of 0.9.
 pub const NORM_MOMENTUM: f64 = 0.1;
+
+/// Sums batch-norm statistics over ranks, where they are.
+#[derive(Clone)]
+pub enum Reduce {
+    /// In host memory.
+    Host(StatReduce),
+    /// On a device.
+    Device(DeviceReduce),
+}
 
 /// This rank's rows [n, D] to those of all ranks [N, D], in rank order, and where its own begin.
 pub type GatherRows = dyn Fn(&Tensor) -> Result<(Tensor, i64), SslError> + Send + Sync;
@@ -45,7 +54,7 @@ enum Mode<'a> {
         stats: RefCell<&'a mut Stats>,
         /// How many are stacked along the batch.
         views: Cell<i64>,
-        reduce: Option<&'a StatReduce>,
+        reduce: Option<&'a Reduce>,
     },
     /// Trains with the running statistics as they are.
     Frozen {
@@ -58,12 +67,7 @@ enum Mode<'a> {
 
 impl<'a> Pass<'a> {
     /// Normalises each of `views` by its own batch (over all ranks, given `reduce`) and updates running statistics.
-    pub fn train(
-        weights: &'a Weights,
-        stats: &'a mut Stats,
-        views: i64,
-        reduce: Option<&'a StatReduce>,
-    ) -> Self {
+    pub fn train(weights: &'a Weights, stats: &'a mut Stats, views: i64, reduce: Option<&'a Reduce>) -> Self {
         Self::new(weights, Mode::Train { stats: RefCell::new(stats), views: Cell::new(views), reduce })
     }
 
@@ -221,14 +225,37 @@ impl Norm {
         let norm = ext::Norm { affine, eps: NORM_EPS, relu };
         match &pass.mode {
             Mode::Train { stats, views, reduce } => {
-                let (y, batch) = ext::batch_norm_train(x, norm, residual, views.get(), *reduce)?;
-                stats.borrow_mut().update(self.stat, &batch, NORM_MOMENTUM);
+                let mut stats = stats.borrow_mut();
+                if let Values::Device(running) = stats.values(self.stat) {
+                    let reduce = match reduce {
+                        Some(Reduce::Device(reduce)) => Some(reduce),
+                        _ => None,
+                    };
+                    let (momentum, views) = (NORM_MOMENTUM, views.get());
+                    return Ok(ext::device_batch_norm_train(
+                        x, norm, residual, running, momentum, views, reduce,
+                    )?);
+                }
+                let reduce = match reduce {
+                    Some(Reduce::Host(reduce)) => Some(reduce),
+                    _ => None,
+                };
+                let (y, batch) = ext::batch_norm_train(x, norm, residual, views.get(), reduce)?;
+                stats.update(self.stat, &batch, NORM_MOMENTUM);
                 Ok(y)
             }
             Mode::Frozen { stats } => {
-                let running = stats.layer(self.stat);
-                let statistic = |values: &[f64]| Tensor::from_slice(values).to_kind(statistics_kind(x));
-                let (mean, variance) = (statistic(&running.mean), statistic(&running.variance));
+                let kind = statistics_kind(x);
+                let (mean, variance) = match stats.values(self.stat) {
+                    Values::Host { mean, variance } => {
+                        (Tensor::from_slice(mean), Tensor::from_slice(variance))
+                    }
+                    Values::Device(running) => {
+                        let half = running.size()[0] / 2;
+                        (running.f_narrow(0, 0, half)?, running.f_narrow(0, half, half)?)
+                    }
+                };
+                let (mean, variance) = (mean.f_to_kind(kind)?, variance.f_to_kind(kind)?);
                 let (weight, bias) = (affine.map(|a| a.0), affine.map(|a| a.1));
                 let mut y =
                     x.f_batch_norm(weight, bias, Some(&mean), Some(&variance), false, 0.0, NORM_EPS, false)?;
@@ -237,10 +264,10 @@ impl Norm {
                 }
                 Ok(if relu { y.f_relu()? } else { y })
             }
-            Mode::Eval { stats } => {
-                let running = stats.layer(self.stat);
-                Ok(ext::batch_norm_apply(x, norm, residual, &running.mean, &running.variance)?)
-            }
+            Mode::Eval { stats } => Ok(match stats.values(self.stat) {
+                Values::Host { mean, variance } => ext::batch_norm_apply(x, norm, residual, mean, variance)?,
+                Values::Device(running) => ext::device_batch_norm_apply(x, norm, residual, running)?,
+            }),
         }
     }
 }

@@ -19,17 +19,31 @@ pub struct Optimizer {
     pub momentum: Tensor,
     /// AdamW's second moment.
     pub second_moment: Option<Tensor>,
+    /// On a device: all parameters, for one kernel.
+    table: Option<ext::UpdateTable>,
 }
 
 impl Optimizer {
     /// Moments of zero.
-    pub fn new(settings: &Settings, weights: &Weights) -> Self {
-        let zeros = || Tensor::zeros([weights.layout.len], (weights.master.kind(), Device::Cpu));
-        Self {
+    pub fn new(settings: &Settings, weights: &Weights) -> Result<Self, SslError> {
+        let device = weights.master.device();
+        let zeros = || Tensor::f_zeros([weights.layout.len], (weights.master.kind(), device));
+        let range = |place: &Place| {
+            let excluded = is_excluded(settings, place);
+            ext::UpdateRange {
+                range: place.range.clone(),
+                decays: !excluded,
+                adapts: settings.name == OptimizerName::Lars && !excluded,
+                predictor: is_of_predictor(place),
+            }
+        };
+        let ranges: Vec<ext::UpdateRange> = trained(&weights.layout).map(range).collect();
+        Ok(Self {
             settings: settings.clone(),
-            momentum: zeros(),
-            second_moment: (settings.name == OptimizerName::Adamw).then(zeros),
-        }
+            momentum: zeros()?,
+            second_moment: (settings.name == OptimizerName::Adamw).then(zeros).transpose()?,
+            table: (device != Device::Cpu).then(|| ext::UpdateTable::new(&ranges, device)).transpose()?,
+        })
     }
 
     /// Updates the student with the mean gradient over the global batch; `step` counts from 0.
@@ -40,11 +54,43 @@ impl Optimizer {
         rates: &Rates,
         step: u64,
     ) -> Result<(), SslError> {
+        if self.table.is_some() {
+            self.update_all(&mut weights.master, &gradients.flat, rates, step)?;
+            return weights.refresh();
+        }
         let layout = weights.layout.clone();
         for place in trained(&layout) {
             self.update(&mut weights.master, &gradients.flat, place, rates, step)?;
         }
         weights.refresh()
+    }
+
+    /// On a device.
+    fn update_all(
+        &mut self,
+        param: &mut Tensor,
+        grad: &Tensor,
+        rates: &Rates,
+        step: u64,
+    ) -> Result<(), SslError> {
+        let (Some(table), settings) = (&self.table, &self.settings) else { return Ok(()) };
+        let &Rates { lr, predictor_lr, weight_decay, .. } = rates;
+        let rates = ext::UpdateRates { lr, predictor_lr, weight_decay };
+        match (settings.name, &mut self.second_moment) {
+            (OptimizerName::Adamw, Some(second)) => {
+                let moments = (&mut self.momentum, second);
+                table.adamw(param, grad, moments, rates, settings.betas, ADAM_EPS, step + 1)?;
+            }
+            _ => table.momentum(
+                param,
+                grad,
+                &mut self.momentum,
+                rates,
+                settings.momentum,
+                settings.lars_eta,
+            )?,
+        }
+        Ok(())
     }
 
     fn update(
@@ -56,9 +102,9 @@ impl Optimizer {
         step: u64,
     ) -> Result<(), SslError> {
         let settings = &self.settings;
-        let excluded = settings.exclude_bias_and_norm && place.declaration.role != Role::Weight;
+        let excluded = is_excluded(settings, place);
         let weight_decay = if excluded { 0.0 } else { rates.weight_decay };
-        let lr = if place.declaration.name.starts_with("predictor.") { rates.predictor_lr } else { rates.lr };
+        let lr = if is_of_predictor(place) { rates.predictor_lr } else { rates.lr };
         let range = place.range.clone();
         match settings.name {
             OptimizerName::Lars if !excluded => ext::lars(
@@ -92,6 +138,15 @@ impl Optimizer {
         }
         Ok(())
     }
+}
+
+/// Neither decayed nor adapted.
+fn is_excluded(settings: &Settings, place: &Place) -> bool {
+    settings.exclude_bias_and_norm && place.declaration.role != Role::Weight
+}
+
+fn is_of_predictor(place: &Place) -> bool {
+    place.declaration.name.starts_with("predictor.")
 }
 
 fn trained(layout: &Layout) -> impl Iterator<Item = &Place> {

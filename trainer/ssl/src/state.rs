@@ -4,10 +4,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mentee_config::recipe::{NormStatistics, Precision, Recipe, Teacher as TeacherKind};
-use mentee_torch_ext::StatReduce;
-use tch::{Kind, Tensor, no_grad};
+use tch::{Device, Kind, Tensor, no_grad};
 
-use crate::layers::{Gather, Pass};
+use crate::layers::{Gather, Pass, Reduce};
 use crate::method::{Method, StepLoss};
 use crate::optimizer::Optimizer;
 use crate::params::{Declarations, Gradients, Kinds, Layout, Stats, Weights, view};
@@ -27,7 +26,7 @@ pub struct Network {
 }
 
 impl Network {
-    fn pass<'a>(&'a mut self, statistics: NormStatistics, reduce: Option<&'a StatReduce>) -> Pass<'a> {
+    fn pass<'a>(&'a mut self, statistics: NormStatistics, reduce: Option<&'a Reduce>) -> Pass<'a> {
         match statistics {
             NormStatistics::Batch => Pass::train(&self.weights, &mut self.stats, VIEWS, reduce),
             NormStatistics::Running => Pass::frozen(&self.weights, &self.stats),
@@ -61,25 +60,30 @@ pub fn kinds(precision: Precision) -> Kinds {
         Precision::Bf16 => (Kind::Float, Kind::BFloat16),
         Precision::F64 => (Kind::Double, Kind::Double),
     };
-    Kinds { master, compute }
+    Kinds { master, compute, device: Device::Cpu }
 }
 
 /// The method of a recipe and its state before the first step: a function of the recipe alone.
 pub fn new(recipe: &Recipe) -> Result<(Box<dyn Method>, State), SslError> {
+    on(recipe, Device::Cpu)
+}
+
+/// [`new`], with the same values, on a device.
+pub fn on(recipe: &Recipe, device: Device) -> Result<(Box<dyn Method>, State), SslError> {
     let mut declarations = Declarations::default();
     let method = method::new(recipe, &mut declarations);
-    let state = State::new(recipe, &declarations)?;
+    let state = State::new(recipe, &declarations, device)?;
     Ok((method, state))
 }
 
 impl State {
-    fn new(recipe: &Recipe, declarations: &Declarations) -> Result<Self, SslError> {
-        let kinds = kinds(recipe.parallel.precision);
+    fn new(recipe: &Recipe, declarations: &Declarations, device: Device) -> Result<Self, SslError> {
+        let kinds = Kinds { device, ..kinds(recipe.parallel.precision) };
         let layout = Arc::new(Layout::new(declarations, true));
-        let gradients = Gradients::new(&layout, kinds);
+        let gradients = Gradients::new(&layout, kinds)?;
         let mut student = Network {
             weights: Weights::new(layout.clone(), kinds, Some(&gradients))?,
-            stats: Stats::new(&layout),
+            stats: Stats::new(&layout, device)?,
         };
         student.weights.initialise(recipe.run.seed)?;
         let teacher = match recipe.method.teacher {
@@ -88,10 +92,10 @@ impl State {
                 let layout = Arc::new(Layout::new(declarations, false));
                 let mut weights = Weights::new(layout.clone(), kinds, None)?;
                 weights.copy_from(&student.weights)?;
-                Some(Network { weights, stats: Stats::new(&layout) })
+                Some(Network { weights, stats: Stats::new(&layout, device)? })
             }
         };
-        let optimizer = Optimizer::new(&recipe.optimizer, &student.weights);
+        let optimizer = Optimizer::new(&recipe.optimizer, &student.weights)?;
         Ok(Self {
             student,
             gradients,
@@ -111,7 +115,7 @@ impl State {
         views: &Tensor,
         global_batch: u64,
         statistics: NormStatistics,
-        reduce: Option<&StatReduce>,
+        reduce: Option<&Reduce>,
     ) -> Result<StepLoss, SslError> {
         let mut student = self.student.pass(statistics, reduce);
         let mut teacher = self.teacher.as_mut().map(|teacher| teacher.pass(statistics, reduce));
@@ -131,6 +135,11 @@ impl State {
     /// Adds the gradients of this rank's share of the loss to `gradients`, whose hooks tell when each is complete.
     pub fn backward(&mut self, loss: &Tensor) -> Result<(), SslError> {
         Ok(loss.f_backward()?)
+    }
+
+    /// Where the state is.
+    pub fn device(&self) -> Device {
+        self.student.weights.master.device()
     }
 
     /// The norm of the flat gradient.
@@ -174,7 +183,8 @@ impl State {
     pub fn features(&self, method: &dyn Method, images: &Tensor) -> Result<Tensor, SslError> {
         no_grad(|| {
             let pass = Pass::eval(&self.student.weights, &self.student.stats);
-            Ok(method.networks().backbone.forward(&pass, images)?.f_to_kind(Kind::Float)?)
+            let images = images.f_to_device(self.device())?;
+            Ok(method.networks().backbone.forward(&pass, &images)?.f_to_kind(Kind::Float)?)
         })
     }
 
@@ -189,7 +199,7 @@ impl State {
                     network.weights.named_view(place)?,
                 ));
             }
-            for layer in network.stats.layers() {
+            for layer in network.stats.layers()? {
                 out.push((format!("{prefix}.{}.running_mean", layer.name), Tensor::from_slice(&layer.mean)));
                 out.push((
                     format!("{prefix}.{}.running_var", layer.name),
@@ -238,14 +248,12 @@ impl State {
         let networks = [("student", Some(&mut self.student)), ("teacher", self.teacher.as_mut())];
         for (prefix, network) in networks {
             let Some(network) = network else { continue };
-            for layer in network.stats.layers_mut() {
+            network.stats.load(|layer| {
                 let values = |suffix: &str| -> Result<Vec<f64>, SslError> {
-                    Ok(Vec::<f64>::try_from(&tensors[&format!("{prefix}.{}.{suffix}", layer.name)])?)
+                    Ok(Vec::<f64>::try_from(&tensors[&format!("{prefix}.{layer}.{suffix}")])?)
                 };
-                let (mean, variance) = (values("running_mean")?, values("running_var")?);
-                layer.mean = mean;
-                layer.variance = variance;
-            }
+                Ok((values("running_mean")?, values("running_var")?))
+            })?;
             network.weights.refresh()?;
         }
         Ok(())

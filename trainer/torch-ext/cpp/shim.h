@@ -51,6 +51,36 @@ int mentee_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, a
 int mentee_ema(at::Tensor* teacher, const at::Tensor* student, int64_t teacher_begin, int64_t student_begin, int64_t len,
                double tau);
 int mentee_norm(const at::Tensor* flat, double* norm);
+
+// See device.cpp. All-reduces n doubles on the device in place, in the order of `stream` (a cudaStream_t).
+typedef int (*mentee_device_reduce_fn)(void* context, void* values, int64_t n, void* stream);
+// `source` is kernels.cu and must live as long as the process; `nvrtc` the file to open.
+int mentee_device_start(const char* source, const char* nvrtc);
+// Size of the machine code of one part for an architecture; needs no device.
+int mentee_device_compile(const char* part, const char* architecture, int64_t* bytes);
+int mentee_device_use(int device, int autotune, int tf32);
+int mentee_device_batch_norm_train(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
+                                   const at::Tensor* residual, const at::Tensor* running, int64_t groups, double eps,
+                                   double momentum, int relu, mentee_device_reduce_fn reduce, void* context,
+                                   mentee_drop_fn drop, at::Tensor** out);
+int mentee_device_batch_norm_apply(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
+                                   const at::Tensor* residual, const at::Tensor* running, double eps, int relu,
+                                   at::Tensor** out);
+int mentee_device_momentum(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, const at::Tensor* table,
+                           int adapts, double lr, double predictor_lr, double mu, double weight_decay, double eta);
+int mentee_device_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, at::Tensor* second,
+                        const at::Tensor* table, double lr, double predictor_lr, double beta1, double beta2, double eps,
+                        double weight_decay, int64_t step);
+int mentee_stream_new(int device, int64_t* id);
+int mentee_stream_use(int device, int64_t id, int64_t* previous);
+int mentee_stream_synchronise(int device, int64_t id);
+int mentee_stream_current(int device, int64_t* id, void** handle);
+int mentee_event_record(void** event, int device, int64_t stream);
+int mentee_event_block(void* event, int device, int64_t stream);
+int mentee_event_query(void* event, int* complete);
+void mentee_event_drop(void* event, int device);
+int mentee_device_synchronise(int device);
+int mentee_device_peak(int device, int64_t* bytes);
 }
 
 namespace mentee {

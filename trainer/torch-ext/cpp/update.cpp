@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "shim.h"
+#include "device.h"
 
 namespace {
 
@@ -186,6 +186,7 @@ int mentee_adamw(Tensor* param, const Tensor* grad, Tensor* first, Tensor* secon
 int mentee_ema(Tensor* teacher, const Tensor* student, int64_t teacher_begin, int64_t student_begin, int64_t len,
                double tau) {
   return mentee::guarded([&] {
+    if (teacher->is_cuda()) return mentee::device::ema(*teacher, *student, teacher_begin, student_begin, len, tau);
     dispatch(*teacher, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       T* t = range<T>(*teacher, teacher_begin, len);
@@ -197,6 +198,10 @@ int mentee_ema(Tensor* teacher, const Tensor* student, int64_t teacher_begin, in
 
 int mentee_norm(const Tensor* flat, double* norm) {
   return mentee::guarded([&] {
+    if (flat->is_cuda()) {
+      *norm = std::sqrt(mentee::device::square_norm(*flat).item<double>());
+      return;
+    }
     dispatch(*flat, [&](auto* tag) {
       using T = std::remove_pointer_t<decltype(tag)>;
       const T* p = range<T>(*flat, 0, flat->numel());

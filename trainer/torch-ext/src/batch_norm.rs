@@ -131,3 +131,93 @@ pub fn batch_norm_apply(
         Ok(Tensor::from_ptr(out))
     }
 }
+
+/// Sums `n` doubles at a device address over all ranks, in place, in the order of a `cudaStream_t`; `false` when it could not be
+/// put there.
+pub type DeviceReduce = Arc<dyn Fn(*mut c_void, usize, *mut c_void) -> bool + Send + Sync>;
+
+unsafe extern "C" fn call_device_reduce(
+    context: *mut c_void,
+    values: *mut c_void,
+    n: i64,
+    stream: *mut c_void,
+) -> c_int {
+    // SAFETY: `context` is the boxed DeviceReduce handed to the shim, alive until drop_device_reduce.
+    let reduce = unsafe { &*context.cast::<DeviceReduce>() };
+    let n = usize::try_from(n).unwrap_or(0);
+    // A panic must not unwind into C++.
+    match catch_unwind(AssertUnwindSafe(|| reduce(values, n, stream))) {
+        Ok(true) => 0,
+        Ok(false) | Err(_) => 1,
+    }
+}
+
+unsafe extern "C" fn drop_device_reduce(context: *mut c_void) {
+    // SAFETY: called once, with the pointer made by Box::into_raw below.
+    drop(unsafe { Box::from_raw(context.cast::<DeviceReduce>()) });
+}
+
+/// [`batch_norm_train`] on a device: the statistics stay there, and `running` ([2][C] doubles on the device: means and
+/// unbiased variances) moves towards them by `momentum`, view by view.
+pub fn device_batch_norm_train(
+    x: &Tensor,
+    norm: Norm,
+    residual: Option<&Tensor>,
+    running: &Tensor,
+    momentum: f64,
+    groups: i64,
+    reduce: Option<&DeviceReduce>,
+) -> Result<Tensor, TorchError> {
+    let (call, context, drop): (Option<sys::DeviceReduceFn>, _, Option<sys::DropFn>) = match reduce {
+        Some(reduce) => (
+            Some(call_device_reduce),
+            Box::into_raw(Box::new(reduce.clone())).cast(),
+            Some(drop_device_reduce),
+        ),
+        None => (None, std::ptr::null_mut(), None),
+    };
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors outlive the call; the shim checks `running` and owns `context` from here on.
+    unsafe {
+        check(sys::mentee_device_batch_norm_train(
+            x.as_ptr(),
+            pointer(norm.affine.map(|a| a.0)),
+            pointer(norm.affine.map(|a| a.1)),
+            pointer(residual),
+            running.as_ptr(),
+            groups,
+            norm.eps,
+            momentum,
+            norm.relu.into(),
+            call,
+            context,
+            drop,
+            &mut out,
+        ))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}
+
+/// [`batch_norm_apply`] on a device, with running statistics as [`device_batch_norm_train`] keeps them.
+pub fn device_batch_norm_apply(
+    x: &Tensor,
+    norm: Norm,
+    residual: Option<&Tensor>,
+    running: &Tensor,
+) -> Result<Tensor, TorchError> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors outlive the call.
+    unsafe {
+        check(sys::mentee_device_batch_norm_apply(
+            x.as_ptr(),
+            pointer(norm.affine.map(|a| a.0)),
+            pointer(norm.affine.map(|a| a.1)),
+            pointer(residual),
+            running.as_ptr(),
+            norm.eps,
+            norm.relu.into(),
+            &mut out,
+        ))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}

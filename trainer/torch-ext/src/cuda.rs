@@ -1,16 +1,25 @@
 //! The CUDA part of libtorch, opened at run time: the program itself links only the CPU part, and so starts on machines
 //! without any of NVIDIA's libraries.
 
+use std::ffi::CString;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
-use crate::file_of_libtorch;
+use crate::{TorchError, check, file_of_libtorch, sys};
 
 /// What NVIDIA's driver installs; there is no device without it.
 const DRIVER: &str = "libcuda.so.1";
 /// Registers CUDA's kernels with libtorch when it is loaded.
 const CUDA_PART: &str = "libtorch_cuda.so";
+
+/// Compiles the kernels.
+const NVRTC: &str = "libnvrtc.so.13";
+/// What NVRTC opens by itself, from wherever the loader looks.
+const NVRTC_PART: &str = "libnvrtc-builtins.so.";
+/// The kernels, compiled on the machine they run on.
+const KERNELS: &str = include_str!("../cpp/kernels.cu");
 
 /// Why there is no device to use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -41,8 +50,210 @@ pub fn open() -> Result<u32, NoCuda> {
     let driver = unsafe { Library::open(Some(DRIVER), RTLD_NOW) }.map_err(|_| NoCuda::NoDriver)?;
     // It has threads and state of its own: never unloaded.
     std::mem::forget(driver);
-    open_part(&part_beside(file_of_libtorch().as_deref()))?;
+    let libtorch = file_of_libtorch();
+    open_part(&part_beside(libtorch.as_deref()))?;
+    start_kernels(libtorch.as_deref());
     Ok(u32::try_from(tch::Cuda::device_count()).unwrap_or(0))
+}
+
+/// Tells the shim where its kernels and their compiler are. Nothing is compiled yet.
+fn start_kernels(libtorch: Option<&Path>) {
+    static SOURCE: OnceLock<CString> = OnceLock::new();
+    let source = SOURCE.get_or_init(|| CString::new(KERNELS).unwrap_or_default());
+    let nvrtc = nvrtc_beside(libtorch);
+    if let Some(part) = nvrtc.parent().and_then(nvrtc_part) {
+        // SAFETY: a library without initialisers of its own.
+        if let Ok(part) = unsafe { Library::open(Some(part), RTLD_NOW | RTLD_GLOBAL) } {
+            std::mem::forget(part);
+        }
+    }
+    let file = CString::new(nvrtc.to_string_lossy().into_owned()).unwrap_or_default();
+    // SAFETY: both strings end with NUL; the source lives as long as the process, the shim copies the file's name.
+    unsafe { sys::mentee_device_start(source.as_ptr(), file.as_ptr()) };
+}
+
+/// NVRTC among the wheels beside torch's; else whatever the loader finds.
+fn nvrtc_beside(libtorch: Option<&Path>) -> PathBuf {
+    let packages = libtorch.and_then(|file| file.ancestors().nth(3));
+    let folders = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"].iter();
+    let mut files = folders.filter_map(|folder| packages.map(|packages| packages.join(folder).join(NVRTC)));
+    files.find(|file| file.exists()).unwrap_or_else(|| PathBuf::from(NVRTC))
+}
+
+fn nvrtc_part(folder: &Path) -> Option<PathBuf> {
+    let files = std::fs::read_dir(folder).ok()?;
+    let mut names: Vec<PathBuf> = files
+        .filter_map(|file| Some(file.ok()?.path()))
+        .filter(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(NVRTC_PART)))
+        .collect();
+    names.sort();
+    names.pop()
+}
+
+/// Compiles one part of the kernels (`flat`, `bf16`, `f32`, `f64`) for an architecture such as `sm_90`, as a run on such a
+/// device does; returns the machine code's size in bytes. Needs NVRTC, and no device.
+///
+/// # Errors
+/// When NVRTC is missing or refuses the source.
+pub fn compile(part: &str, architecture: &str) -> Result<i64, TorchError> {
+    start_kernels(file_of_libtorch().as_deref());
+    let (part, architecture) =
+        (CString::new(part).unwrap_or_default(), CString::new(architecture).unwrap_or_default());
+    let mut bytes = 0;
+    // SAFETY: both strings end with NUL and outlive the call.
+    unsafe { check(sys::mentee_device_compile(part.as_ptr(), architecture.as_ptr(), &mut bytes)) }?;
+    Ok(bytes)
+}
+
+/// Whether NVRTC is among the wheels beside this libtorch.
+pub fn has_compiler() -> bool {
+    nvrtc_beside(file_of_libtorch().as_deref()).exists()
+}
+
+/// How a device computes.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Whether convolutions try all their algorithms for the shapes that come and keep the fastest.
+    pub autotune: bool,
+    /// Whether f32 products may round their operands to 19 bits.
+    pub tf32: bool,
+}
+
+/// Makes `device` the one of this thread, and sets how devices compute.
+///
+/// # Errors
+/// When there is no such device.
+pub fn use_device(device: usize, settings: Settings) -> Result<(), TorchError> {
+    let Settings { autotune, tf32 } = settings;
+    // SAFETY: no pointers.
+    unsafe { check(sys::mentee_device_use(number(device), autotune.into(), tf32.into())) }
+}
+
+fn number(device: usize) -> i32 {
+    i32::try_from(device).unwrap_or(i32::MAX)
+}
+
+/// Waits until the device has done all it was given.
+///
+/// # Errors
+/// What the device reports.
+pub fn synchronise(device: usize) -> Result<(), TorchError> {
+    // SAFETY: no pointers.
+    unsafe { check(sys::mentee_device_synchronise(number(device))) }
+}
+
+/// The most device memory that tensors have taken since the start, bytes.
+///
+/// # Errors
+/// When the allocator has no such device.
+pub fn peak_bytes(device: usize) -> Result<i64, TorchError> {
+    let mut bytes = 0;
+    // SAFETY: the result outlives the call.
+    unsafe { check(sys::mentee_device_peak(number(device), &mut bytes)) }?;
+    Ok(bytes)
+}
+
+/// A queue of work on a device, from libtorch's pool.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stream {
+    device: usize,
+    id: i64,
+}
+
+impl Stream {
+    /// One that nobody else here uses.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn new(device: usize) -> Result<Self, TorchError> {
+        let mut id = 0;
+        // SAFETY: the result outlives the call.
+        unsafe { check(sys::mentee_stream_new(number(device), &mut id)) }?;
+        Ok(Self { device, id })
+    }
+
+    /// The one that this thread's work goes to, and CUDA's handle of it.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn current(device: usize) -> Result<(Self, *mut std::ffi::c_void), TorchError> {
+        let (mut id, mut handle) = (0, std::ptr::null_mut());
+        // SAFETY: the results outlive the call.
+        unsafe { check(sys::mentee_stream_current(number(device), &mut id, &mut handle)) }?;
+        Ok((Self { device, id }, handle))
+    }
+
+    /// Waits on the host for all that is on it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn synchronise(self) -> Result<(), TorchError> {
+        // SAFETY: no pointers.
+        unsafe { check(sys::mentee_stream_synchronise(number(self.device), self.id)) }
+    }
+
+    /// Sends this thread's work here from now on; returns where it went.
+    ///
+    /// # Errors
+    /// When the device is gone.
+    pub fn enter(self) -> Result<Self, TorchError> {
+        let mut previous = 0;
+        // SAFETY: the result outlives the call.
+        unsafe { check(sys::mentee_stream_use(number(self.device), self.id, &mut previous)) }?;
+        Ok(Self { device: self.device, id: previous })
+    }
+}
+
+/// A point on a stream.
+#[derive(Debug)]
+pub struct Event {
+    event: *mut std::ffi::c_void,
+    device: usize,
+}
+
+// SAFETY: CUDA's events may be used from any thread.
+unsafe impl Send for Event {}
+// SAFETY: as above; recording takes the event mutably.
+unsafe impl Sync for Event {}
+
+impl Event {
+    /// Behind everything that is on the stream by now.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn record(stream: Stream) -> Result<Self, TorchError> {
+        let mut event = std::ptr::null_mut();
+        // SAFETY: the event is made by the call and dropped once, below.
+        unsafe { check(sys::mentee_event_record(&mut event, number(stream.device), stream.id)) }?;
+        Ok(Self { event, device: stream.device })
+    }
+
+    /// What comes on the stream from now on waits for this point.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn block(&self, stream: Stream) -> Result<(), TorchError> {
+        // SAFETY: the event is alive.
+        unsafe { check(sys::mentee_event_block(self.event, number(stream.device), stream.id)) }
+    }
+
+    /// Whether the stream has passed it.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn is_complete(&self) -> Result<bool, TorchError> {
+        let mut complete = 0;
+        // SAFETY: the event is alive; the result outlives the call.
+        unsafe { check(sys::mentee_event_query(self.event, &mut complete)) }?;
+        Ok(complete != 0)
+    }
+}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: made in `record`, dropped once.
+        unsafe { sys::mentee_event_drop(self.event, number(self.device)) };
+    }
 }
 
 /// The file in the same folder; else whatever the loader finds.
@@ -79,6 +290,22 @@ mod tests {
         let error = open_part(Path::new("/nowhere/libtorch_cuda.so")).expect_err("no such file").to_string();
         assert!(error.starts_with("/nowhere/libtorch_cuda.so: "), "{error}");
         assert!(error.contains("install torch with its CUDA libraries"), "{error}");
+    }
+
+    #[test]
+    fn the_kernels_compile_for_the_devices_there_are() {
+        if !has_compiler() {
+            eprintln!("skipped: no NVRTC beside libtorch (ci/setup --python installs it)");
+            return;
+        }
+        for architecture in ["sm_80", "sm_90", "sm_100"] {
+            for part in ["flat", "bf16", "f32", "f64"] {
+                let bytes = compile(part, architecture).unwrap_or_else(|error| panic!("{error}"));
+                assert!(bytes > 1000, "{part} for {architecture}: {bytes} bytes");
+            }
+        }
+        let error = compile("flat", "sm_1").expect_err("no such device").to_string();
+        assert!(error.contains("NVRTC") && !error.contains('\n'), "{error}");
     }
 
     #[test]

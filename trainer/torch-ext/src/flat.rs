@@ -122,6 +122,123 @@ pub fn adamw(
     }
 }
 
+/// The parameters of a flat buffer on a device, so that one kernel updates all of them.
+#[derive(Debug)]
+pub struct UpdateTable {
+    chunks: Tensor,
+    adapts: bool,
+}
+
+/// One trained parameter of an [`UpdateTable`].
+#[derive(Debug, Clone)]
+pub struct UpdateRange {
+    /// Its elements.
+    pub range: Range<i64>,
+    /// Whether weight decay applies.
+    pub decays: bool,
+    /// Whether LARS scales its update.
+    pub adapts: bool,
+    /// Whether it has the predictor's rate.
+    pub predictor: bool,
+}
+
+/// The rates of one update.
+#[derive(Debug, Clone, Copy)]
+pub struct UpdateRates {
+    /// Learning rate.
+    pub lr: f64,
+    /// That of the predictor.
+    pub predictor_lr: f64,
+    /// Of parameters that decay.
+    pub weight_decay: f64,
+}
+
+impl UpdateTable {
+    /// Elements that one block of threads works on.
+    const CHUNK: i64 = 8192;
+
+    /// Of these parameters, for buffers on `device`.
+    pub fn new(ranges: &[UpdateRange], device: tch::Device) -> Result<Self, TorchError> {
+        let mut rows: Vec<i64> = Vec::new();
+        for UpdateRange { range, decays, adapts, predictor } in ranges {
+            let (first, len) = (rows.len() as i64 / 5, range.end - range.start);
+            let count = (len + Self::CHUNK - 1) / Self::CHUNK;
+            let flags = i64::from(*decays) | i64::from(*adapts) << 1 | i64::from(*predictor) << 2;
+            for chunk in 0..count {
+                let begin = range.start + chunk * Self::CHUNK;
+                rows.extend([begin, Self::CHUNK.min(range.end - begin), first, count, flags]);
+            }
+        }
+        let failed = |error: tch::TchError| TorchError(error.to_string());
+        let chunks = Tensor::f_from_slice(&rows).and_then(|t| t.f_view([-1, 5])).map_err(failed)?;
+        Ok(Self {
+            chunks: chunks.f_to_device(device).map_err(failed)?,
+            adapts: ranges.iter().any(|range| range.adapts),
+        })
+    }
+
+    /// [`sgd`], or [`lars`] for parameters that adapt, over all of them.
+    pub fn momentum(
+        &self,
+        param: &mut Tensor,
+        grad: &Tensor,
+        momentum: &mut Tensor,
+        rates: UpdateRates,
+        mu: f64,
+        eta: f64,
+    ) -> Result<(), TorchError> {
+        let UpdateRates { lr, predictor_lr, weight_decay } = rates;
+        // SAFETY: the tensors are distinct and outlive the call; the shim checks that they fit each other, and the table
+        // was made for this layout.
+        unsafe {
+            check(sys::mentee_device_momentum(
+                param.as_mut_ptr(),
+                grad.as_ptr(),
+                momentum.as_mut_ptr(),
+                self.chunks.as_ptr(),
+                self.adapts.into(),
+                lr,
+                predictor_lr,
+                mu,
+                weight_decay,
+                eta,
+            ))
+        }
+    }
+
+    /// [`adamw`] over all of them.
+    #[expect(clippy::too_many_arguments, reason = "the symbols of one equation")]
+    pub fn adamw(
+        &self,
+        param: &mut Tensor,
+        grad: &Tensor,
+        moments: (&mut Tensor, &mut Tensor),
+        rates: UpdateRates,
+        betas: [f64; 2],
+        eps: f64,
+        step: u64,
+    ) -> Result<(), TorchError> {
+        let UpdateRates { lr, predictor_lr, weight_decay } = rates;
+        // SAFETY: as in `momentum`.
+        unsafe {
+            check(sys::mentee_device_adamw(
+                param.as_mut_ptr(),
+                grad.as_ptr(),
+                moments.0.as_mut_ptr(),
+                moments.1.as_mut_ptr(),
+                self.chunks.as_ptr(),
+                lr,
+                predictor_lr,
+                betas[0],
+                betas[1],
+                eps,
+                weight_decay,
+                step as i64,
+            ))
+        }
+    }
+}
+
 /// teacher ← tau·teacher + (1 − tau)·student over `len` elements at each buffer's own offset.
 pub fn ema(
     teacher: &mut Tensor,

@@ -12,8 +12,14 @@ mod layers;
 mod library;
 mod sys;
 
-pub use batch_norm::{BatchNormStatistics, Norm, StatReduce, batch_norm_apply, batch_norm_train};
-pub use flat::{FlatSlice, SharedFlat, adamw, ema, lars, leaf, norm, set_grad, sgd, slice_f32, slice_f64};
+pub use batch_norm::{
+    BatchNormStatistics, DeviceReduce, Norm, StatReduce, batch_norm_apply, batch_norm_train,
+    device_batch_norm_apply, device_batch_norm_train,
+};
+pub use flat::{
+    FlatSlice, SharedFlat, UpdateRange, UpdateRates, UpdateTable, adamw, ema, lars, leaf, norm, set_grad,
+    sgd, slice_f32, slice_f64,
+};
 pub use hook::on_gradient;
 pub use layers::{conv2d, linear};
 pub use library::{file_of_libtorch, version_of_libtorch};

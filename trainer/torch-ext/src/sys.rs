@@ -6,6 +6,7 @@ use torch_sys::C_tensor;
 
 pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *mut f64, i64) -> c_int;
 pub type ReadyFn = unsafe extern "C" fn(*mut c_void) -> c_int;
+pub type DeviceReduceFn = unsafe extern "C" fn(*mut c_void, *mut c_void, i64, *mut c_void) -> c_int;
 pub type DropFn = unsafe extern "C" fn(*mut c_void);
 
 unsafe extern "C" {
@@ -110,6 +111,71 @@ unsafe extern "C" {
         tau: f64,
     ) -> c_int;
     pub fn mentee_norm(flat: *const C_tensor, norm: *mut f64) -> c_int;
+
+    pub fn mentee_device_start(source: *const c_char, nvrtc: *const c_char) -> c_int;
+    pub fn mentee_device_compile(part: *const c_char, architecture: *const c_char, bytes: *mut i64) -> c_int;
+    pub fn mentee_device_use(device: c_int, autotune: c_int, tf32: c_int) -> c_int;
+    pub fn mentee_device_batch_norm_train(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        residual: *const C_tensor,
+        running: *const C_tensor,
+        groups: i64,
+        eps: f64,
+        momentum: f64,
+        relu: c_int,
+        reduce: Option<DeviceReduceFn>,
+        context: *mut c_void,
+        drop: Option<DropFn>,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_device_batch_norm_apply(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        residual: *const C_tensor,
+        running: *const C_tensor,
+        eps: f64,
+        relu: c_int,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_device_momentum(
+        param: *mut C_tensor,
+        grad: *const C_tensor,
+        momentum: *mut C_tensor,
+        table: *const C_tensor,
+        adapts: c_int,
+        lr: f64,
+        predictor_lr: f64,
+        mu: f64,
+        weight_decay: f64,
+        eta: f64,
+    ) -> c_int;
+    pub fn mentee_device_adamw(
+        param: *mut C_tensor,
+        grad: *const C_tensor,
+        first: *mut C_tensor,
+        second: *mut C_tensor,
+        table: *const C_tensor,
+        lr: f64,
+        predictor_lr: f64,
+        beta1: f64,
+        beta2: f64,
+        eps: f64,
+        weight_decay: f64,
+        step: i64,
+    ) -> c_int;
+    pub fn mentee_stream_new(device: c_int, id: *mut i64) -> c_int;
+    pub fn mentee_stream_use(device: c_int, id: i64, previous: *mut i64) -> c_int;
+    pub fn mentee_stream_synchronise(device: c_int, id: i64) -> c_int;
+    pub fn mentee_stream_current(device: c_int, id: *mut i64, handle: *mut *mut c_void) -> c_int;
+    pub fn mentee_event_record(event: *mut *mut c_void, device: c_int, stream: i64) -> c_int;
+    pub fn mentee_event_block(event: *mut c_void, device: c_int, stream: i64) -> c_int;
+    pub fn mentee_event_query(event: *mut c_void, complete: *mut c_int) -> c_int;
+    pub fn mentee_event_drop(event: *mut c_void, device: c_int);
+    pub fn mentee_device_synchronise(device: c_int) -> c_int;
+    pub fn mentee_device_peak(device: c_int, bytes: *mut i64) -> c_int;
 
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     pub fn mallopt(parameter: c_int, value: c_int) -> c_int;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use mentee_collectives::{Buffer, Collectives};
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
-use tch::Kind;
+use tch::{Kind, Tensor};
 
 use crate::checkpoints::{self, DIGEST_LEN};
 use crate::error::WorkerError;
@@ -116,13 +116,15 @@ pub fn on_step(
     stop: bool,
 ) -> Result<Agreed, WorkerError> {
     let (world, rank) = (collectives.world_size() as usize, collectives.rank() as usize);
-    let share = own.loss.f_double_value(&[])?;
     let z = l2_normalise(&own.projections).map_err(|source| WorkerError::Step { step, source })?;
     let z = z.f_to_kind(Kind::Double)?; // [V·N, D]
-    let sums = Vec::<f64>::try_from(z.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
-    let squares =
-        Vec::<f64>::try_from(z.f_square()?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?)?;
-    let dim = sums.len();
+    let sums = z.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
+    let squares = z.f_square()?.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
+    let loss = own.loss.f_to_kind(Kind::Double)?.f_view([1])?;
+    // Together: from a device they come in one copy, which waits until the passes are done.
+    let all = Vec::<f64>::try_from(Tensor::f_cat(&[loss, sums, squares], 0)?)?;
+    let (share, moments) = (all[0], &all[1..]);
+    let dim = moments.len() / 2;
 
     // [loss, stop, rows, not finite by rank, sums, squares]
     let mut message = vec![0.0; 3 + world];
@@ -130,8 +132,7 @@ pub fn on_step(
     message[1] = f64::from(u8::from(stop));
     message[2] = z.size()[0] as f64;
     message[3 + rank] = f64::from(u8::from(!share.is_finite()));
-    message.extend(sums);
-    message.extend(squares);
+    message.extend(moments);
     collectives
         .all_reduce_sum(Buffer::F64(&mut message))
         .map_err(|source| WorkerError::Collective { step, source })?;
@@ -157,7 +158,7 @@ pub fn on_gradient(
     collectives: &dyn Collectives,
     step: u64,
     state: &State,
-    own_was_finite: Option<bool>,
+    own_was_finite: impl FnOnce() -> Option<bool>,
 ) -> Result<f64, WorkerError> {
     let at_step = |source| WorkerError::Step { step, source };
     let norm = state.grad_norm().map_err(at_step)?;
@@ -167,7 +168,7 @@ pub fn on_gradient(
     // Every rank holds the same sum, so all of them come here together.
     let tensor = state.non_finite_gradient().map_err(at_step)?;
     let all = collectives
-        .all_gather(&[u8::from(own_was_finite.unwrap_or(false))])
+        .all_gather(&[u8::from(own_was_finite().unwrap_or(false))])
         .map_err(|source| WorkerError::Collective { step, source })?;
     let ranks = numbers((0..all.len()).filter(|&rank| all[rank] == [0]));
     Err(WorkerError::GradientNotFinite { step, tensor, ranks }.known(collectives.rank() == 0))

@@ -6,8 +6,10 @@ use mentee_collectives::bench;
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code};
 use mentee_ssl::state::VIEWS;
+use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
+use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::reducer::GradientReducer;
 use crate::{agree, metrics, setup};
@@ -66,6 +68,9 @@ pub struct StepArgs {
     /// Leaves out what makes the step fast, to see what it buys.
     #[arg(long, value_enum, value_name = "WHAT")]
     without: Vec<Gain>,
+    /// Waits for the device after each phase, so that the breakdown is the device's own; the step itself gets slower.
+    #[arg(long)]
+    profile: bool,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -80,6 +85,11 @@ struct Report {
     /// Summing gradients; what of it training waited for is the breakdown's `reduce`.
     communication_ms: f64,
     peak_rss_mb: f64,
+    /// Most memory of tensors on the device; none on the processor.
+    peak_device_mb: Option<f64>,
+    device: String,
+    /// Of the last step.
+    loss: f64,
     n: u64,
     world_size: u32,
     threads: i32,
@@ -147,10 +157,13 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let plan = Plan::new(recipe, batch.saturating_mul(args.steps.max(1)), identity.world_size)?;
     let recipe = &plan.recipe;
     setup::threads(recipe, &identity);
-    let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    let device = device::of_recipe(recipe, &identity)?;
+    let group = DeviceGroup::start(collectives, recipe, device)?;
+    let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
     state.one_pass = !args.without.contains(&Gain::OnePass);
-    let mut reducer = GradientReducer::new(collectives, &mut state, recipe.parallel.bucket_mib)?;
-    let stat_reduce = setup::stat_reduce(recipe, collectives);
+    let mut reducer =
+        GradientReducer::new(collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?;
+    let stat_reduce = setup::stat_reduce(recipe, collectives, group.as_ref());
     let schedule = mentee_ssl::Schedule::new(&plan);
 
     let own = share(batch, identity.rank, identity.world_size);
@@ -158,10 +171,21 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let shape = [VIEWS * (own.end - own.start) as i64, side, side, 3];
     tch::manual_seed(1);
     let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
-    let views = views.f_to_kind(state.student.weights.master.kind())?;
+    let kinds = mentee_ssl::state::kinds(recipe.parallel.precision);
+    let kind = if device == Device::Cpu { kinds.master } else { kinds.compute };
+    let views = views.f_to_device(device)?.f_to_kind(kind)?;
+    let wait = || -> Result<(), WorkerError> {
+        if let Device::Cuda(index) = device
+            && args.profile
+        {
+            cuda::synchronise(index).map_err(mentee_ssl::SslError::from)?;
+        }
+        Ok(())
+    };
 
     // [forward, backward, reduce, update, all, communication] of each measured step, milliseconds.
     let mut times: Vec<[f64; 6]> = Vec::new();
+    let mut loss = f64::NAN;
     for n in 0..args.warmup + args.steps {
         let at_step = |source| WorkerError::Step { step: n, source };
         let rates = schedule.at(n);
@@ -173,15 +197,18 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         let out = state
             .loss(&*method, &views, batch, recipe.parallel.norm_statistics, stat_reduce.as_ref())
             .map_err(at_step)?;
+        wait()?;
         let forward = start.elapsed();
         state.backward(&out.loss).map_err(at_step)?;
+        wait()?;
         let backward = start.elapsed();
         let communication = reducer.finish(n)?;
-        agree::on_step(&**collectives, n, &out, false)?;
-        agree::on_gradient(&**collectives, n, &state, reducer.own_was_finite())?;
+        loss = agree::on_step(&**collectives, n, &out, false)?.loss;
+        agree::on_gradient(&**collectives, n, &state, || reducer.own_was_finite())?;
         let updating = start.elapsed();
         state.update(&rates, n).map_err(at_step)?;
         state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;
+        wait()?;
         let end = start.elapsed();
         if n >= args.warmup {
             times.push(
@@ -214,6 +241,14 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
             update: median(&|t| t[3]),
         },
         peak_rss_mb: metrics::peak_rss_mb(),
+        peak_device_mb: match device {
+            Device::Cuda(index) => {
+                cuda::peak_bytes(index).ok().map(|bytes| bytes as f64 / f64::from(1 << 20))
+            }
+            _ => None,
+        },
+        device: format!("{device:?}").to_lowercase(),
+        loss,
         n: args.steps,
         world_size: identity.world_size,
         threads: tch::get_num_threads(),

@@ -13,6 +13,7 @@ use mentee_config::{Recipe, exit_code};
 use mentee_torch_ext::{cuda, file_of_libtorch, version_of_libtorch};
 use serde::{Deserialize, Serialize};
 
+use crate::device::beside_libtorch;
 use crate::error::WorkerError;
 use crate::setup::Place;
 use crate::{affinity, agree, setup};
@@ -174,13 +175,6 @@ fn nccl(libtorch: Option<&Path>) -> Nccl {
     }
 }
 
-/// Where libtorch's CUDA part looks for NCCL (its run path): the wheel beside `site-packages/torch/lib`, and its own folder.
-fn beside_libtorch(libtorch: Option<&Path>) -> Vec<PathBuf> {
-    let Some(lib) = libtorch.and_then(Path::parent) else { return Vec::new() };
-    let wheel = lib.ancestors().nth(2).map(|packages| packages.join("nvidia/nccl/lib"));
-    wheel.into_iter().chain([lib.to_owned()]).collect()
-}
-
 fn is_libtorchs(library: &Library, beside: &[PathBuf]) -> bool {
     let folder = library.path().parent().and_then(|folder| folder.canonicalize().ok());
     library.found() == Found::InProcess
@@ -229,14 +223,5 @@ mod tests {
             assert_eq!(done, vec![Ok(ranks); ranks as usize]);
         }
         assert_eq!(all_reduce(&Single::new()).expect("a sum of one").bytes, 1 << 20);
-    }
-
-    #[test]
-    fn nccl_is_looked_for_where_libtorch_does() {
-        let libtorch = Path::new("/v/lib/python3.11/site-packages/torch/lib/libtorch_cpu.so");
-        let expected =
-            ["/v/lib/python3.11/site-packages/nvidia/nccl/lib", "/v/lib/python3.11/site-packages/torch/lib"];
-        assert_eq!(beside_libtorch(Some(libtorch)), expected.map(PathBuf::from));
-        assert!(beside_libtorch(None).is_empty());
     }
 }

@@ -43,6 +43,8 @@ pub enum WorkerError {
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
     #[error("step {step}: {source}")]
+    DeviceCollective { step: u64, source: Box<mentee_collectives::DeviceError> },
+    #[error("step {step}: {source}")]
     Step { step: u64, source: SslError },
     #[error(transparent)]
     Ssl(#[from] SslError),

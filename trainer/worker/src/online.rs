@@ -76,7 +76,7 @@ impl OnlineProbe {
         let (mut correct, mut rows) = (0.0, 0.0);
         for (part, labels) in parts.iter().zip(&labels) {
             let Some(features) = &part.features else { continue };
-            let x = features.f_to_kind(Kind::Double)?;
+            let x = features.f_to_device(Device::Cpu)?.f_to_kind(Kind::Double)?;
             let logits = x.f_linear(weight, Some(bias))?;
             let right = logits.f_argmax(1, false)?.f_eq_tensor(labels)?;
             correct += right.f_sum(Kind::Double)?.f_double_value(&[])?;

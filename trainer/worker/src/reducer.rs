@@ -12,6 +12,9 @@
 //!
 //! One communication thread sums buckets in a lane of its own, so that batch norms can sum their statistics at the
 //! same time on the thread that runs backward.
+//!
+//! On devices the hooks themselves put the sums on a communication stream, each behind an event of the stream that computes;
+//! the update's stream waits for the last of them, and no thread is needed.
 
 use std::ops::Range;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -19,11 +22,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mentee_collectives::{Buffer, CollectiveError, Collectives};
+use mentee_collectives::{
+    Buffer, CollectiveError, Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Stream,
+    Ticket,
+};
 use mentee_ssl::params::{Gradients, Layout};
 use mentee_ssl::{SslError, State};
+use mentee_torch_ext::cuda;
 use mentee_torch_ext::{FlatSlice, SharedFlat};
+use tch::{Device, Kind, Tensor};
 
+use crate::device::{DeviceGroup, Watched};
 use crate::error::WorkerError;
 use crate::faults::{GradientFault, LAST};
 
@@ -105,6 +114,8 @@ struct Round {
     /// Whether this backward pass is the last of its step.
     last_pass: bool,
     queue: Option<Sender<Range<usize>>>,
+    /// On devices, instead of the queue.
+    device: Option<DeviceLane>,
     /// What is to go wrong in this step.
     fault: Option<GradientFault>,
     /// The first failure within a hook.
@@ -145,9 +156,128 @@ impl Round {
             Some(GradientFault::SkipBucket(skipped)) if bucket == skipped => return,
             _ => {}
         }
+        if let Some(lane) = &mut self.device {
+            if let Err(error) = lane.send(&self.gradients.flat, range) {
+                lane.failure.get_or_insert(error);
+            }
+            return;
+        }
         let Some(queue) = &self.queue else { return };
         // A thread that is gone has left its reason in the outcomes.
         let _ = queue.send(range.start as usize..range.end as usize);
+    }
+}
+
+/// The communication stream of a device.
+struct DeviceLane {
+    lane: Arc<dyn DeviceCollectives>,
+    patience: Duration,
+    index: usize,
+    stream: cuda::Stream,
+    /// CUDA's name for it.
+    handle: Stream,
+    /// Of every bucket, whether this rank's own gradient was finite: on the device.
+    finite: Vec<Tensor>,
+    /// The last sum and the point behind it.
+    last: Option<(Ticket, Arc<Watched>)>,
+    /// The first failure within a hook.
+    failure: Option<DeviceFailure>,
+}
+
+/// What fails on a device.
+#[derive(Debug)]
+enum DeviceFailure {
+    Torch(SslError),
+    Group(DeviceError),
+}
+
+impl DeviceFailure {
+    fn at(self, step: u64) -> WorkerError {
+        match self {
+            Self::Torch(source) => WorkerError::Step { step, source },
+            Self::Group(source) => WorkerError::DeviceCollective { step, source: Box::new(source) },
+        }
+    }
+}
+
+impl From<mentee_torch_ext::TorchError> for DeviceFailure {
+    fn from(error: mentee_torch_ext::TorchError) -> Self {
+        Self::Torch(error.into())
+    }
+}
+
+impl From<tch::TchError> for DeviceFailure {
+    fn from(error: tch::TchError) -> Self {
+        Self::Torch(error.into())
+    }
+}
+
+impl From<DeviceError> for DeviceFailure {
+    fn from(error: DeviceError) -> Self {
+        Self::Group(error)
+    }
+}
+
+impl DeviceLane {
+    fn new(group: &DeviceGroup, index: usize) -> Result<Self, SslError> {
+        let stream = cuda::Stream::new(index)?;
+        let before = stream.enter()?;
+        let current = cuda::Stream::current(index);
+        before.enter()?;
+        let (_, handle) = current?;
+        Ok(Self {
+            lane: group.gradients.clone(),
+            patience: group.patience,
+            index,
+            stream,
+            // SAFETY: libtorch's pool keeps its streams as long as the process.
+            handle: unsafe { Stream::from_raw(handle) },
+            finite: Vec::new(),
+            last: None,
+            failure: None,
+        })
+    }
+
+    /// Puts the sum of a bucket, which this thread's stream completes, on the communication stream.
+    fn send(&mut self, flat: &Tensor, range: Range<i64>) -> Result<(), DeviceFailure> {
+        let len = range.end - range.start;
+        let bucket = flat.f_narrow(0, range.start, len)?;
+        self.finite.push(bucket.f_isfinite()?.f_all()?);
+        let element = if flat.kind() == Kind::Double { DeviceType::F64 } else { DeviceType::F32 };
+        let (compute, _) = cuda::Stream::current(self.index)?;
+        cuda::Event::record(compute)?.block(self.stream)?;
+        // SAFETY: the flat gradient lives as long as the run; nobody touches this part of it before `finish`.
+        let buffer = unsafe { DeviceBuffer::new(bucket.data_ptr(), len as usize, element) };
+        let ticket = self.lane.all_reduce_sum(buffer, self.handle)?;
+        let done = Arc::new(Watched(cuda::Event::record(self.stream)?));
+        self.lane.watch(ticket, done.clone());
+        self.last = Some((ticket, done));
+        Ok(())
+    }
+
+    /// Lets this thread's stream wait for the sums, and waits on the host until they are there, under a deadline.
+    fn finish(&mut self) -> Result<Communication, DeviceFailure> {
+        if let Some(failure) = self.failure.take() {
+            return Err(failure);
+        }
+        let Some((ticket, done)) = self.last.take() else { return Ok(Communication::default()) };
+        let (compute, _) = cuda::Stream::current(self.index)?;
+        let backward = Watched(cuda::Event::record(compute)?);
+        done.0.block(compute)?;
+        let wait = |event: &Watched| self.lane.wait(ticket, event, self.patience);
+        wait(&backward)?;
+        let start = Instant::now();
+        wait(&done)?;
+        // The streams' own times are not measured: what of it training waited for is what the host sees.
+        Ok(Communication { total: start.elapsed(), exposed: start.elapsed() })
+    }
+
+    /// Whether this rank's own gradient was finite.
+    fn was_finite(&self) -> Result<bool, tch::TchError> {
+        if self.finite.is_empty() {
+            return Ok(true);
+        }
+        Ok(Tensor::f_stack(&self.finite, 0)?.f_all()?.f_int64_value(&[])? != 0)
     }
 }
 
@@ -168,9 +298,11 @@ struct Lane {
 }
 
 impl GradientReducer {
-    /// Over this group, in buckets of `bucket_mib`. Every rank calls it at the same point.
+    /// Over this group, in buckets of `bucket_mib`; over that of the devices, where the state is on one. Every rank calls
+    /// it at the same point.
     pub fn new(
         collectives: &Arc<dyn Collectives>,
+        group: Option<&DeviceGroup>,
         state: &mut State,
         bucket_mib: f64,
     ) -> Result<Self, WorkerError> {
@@ -186,7 +318,11 @@ impl GradientReducer {
             }
         }
         let count = buckets.len();
-        let (lane, queue) = if collectives.world_size() > 1 {
+        let device = match (group, state.device()) {
+            (Some(group), Device::Cuda(index)) => Some(DeviceLane::new(group, index)?),
+            _ => None,
+        };
+        let (lane, queue) = if device.is_none() && collectives.world_size() > 1 {
             let (queue, ranges) = channel();
             let (report, outcomes) = channel();
             let collectives = collectives
@@ -212,10 +348,11 @@ impl GradientReducer {
             next: count,
             last_pass: false,
             queue,
+            device,
             fault: None,
             failure: None,
         }));
-        if lane.is_some() {
+        if collectives.world_size() > 1 {
             let hooked = round.clone();
             let ready: Arc<dyn Fn(usize) -> bool + Send + Sync> = Arc::new(move |parameter| {
                 lock(&hooked).ready(parameter);
@@ -236,6 +373,9 @@ impl GradientReducer {
             fault => fault,
         };
         round.fault = fault;
+        if let Some(lane) = &mut round.device {
+            lane.finite.clear();
+        }
         drop(round);
         if let Some(lane) = &mut self.lane {
             let skipped = matches!(fault, Some(GradientFault::SkipBucket(n)) if n < lane.buckets);
@@ -261,6 +401,9 @@ impl GradientReducer {
             if let Some(source) = round.failure.take() {
                 return Err(WorkerError::Step { step, source });
             }
+            if let Some(lane) = &mut round.device {
+                return lane.finish().map_err(|failure| failure.at(step));
+            }
         }
         let Some(lane) = &mut self.lane else { return Ok(Communication::default()) };
         let mut total = Duration::ZERO;
@@ -281,7 +424,12 @@ impl GradientReducer {
     /// Whether this rank's own gradient of the last step was finite before it was summed; none in a world of one,
     /// where nobody looked.
     pub fn own_was_finite(&self) -> Option<bool> {
-        self.lane.as_ref().map(|lane| lane.finite)
+        let round = lock(&self.round);
+        match &round.device {
+            // Asked for only when the sum is not.
+            Some(lane) => lane.was_finite().ok(),
+            None => self.lane.as_ref().map(|lane| lane.finite),
+        }
     }
 }
 

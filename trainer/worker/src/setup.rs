@@ -13,14 +13,15 @@ use mentee_collectives::{Buffer, Collectives, Single};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
 use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, order};
-use mentee_ssl::layers::Gather;
+use mentee_ssl::layers::{Gather, Reduce};
 use mentee_ssl::{Method, Schedule, SslError, State};
-use mentee_torch_ext::StatReduce;
 use tch::Tensor;
 
+use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
+use crate::feed::Feed;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
@@ -42,17 +43,19 @@ pub struct Run {
     pub schedule: Schedule,
     pub method: Box<dyn Method>,
     pub state: State,
-    pub loader: Loader,
+    pub feed: Feed,
     /// This rank's positions within the global batch.
     pub rank_share: Range<u64>,
     pub reducer: GradientReducer,
     pub faults: Faults,
     /// Sums batch-norm statistics over ranks; none for a world of one or unsynchronised norms.
-    pub stat_reduce: Option<StatReduce>,
+    pub stat_reduce: Option<Reduce>,
     /// None when the recipe does not evaluate, or the images have no labels.
     pub evaluator: Option<Evaluator>,
     /// None when the recipe has none, or the images have no labels.
     pub probe: Option<OnlineProbe>,
+    /// The ranks' devices, where there are several.
+    pub group: Option<DeviceGroup>,
     pub metrics: Metrics,
     pub stop: StopFlag,
     /// Updates done so far.
@@ -89,18 +92,27 @@ pub fn threads(recipe: &Recipe, identity: &Identity) -> usize {
 }
 
 /// The closure by which batch norms sum their statistics over ranks.
-pub fn stat_reduce(recipe: &Recipe, collectives: &Arc<dyn Collectives>) -> Option<StatReduce> {
+pub fn stat_reduce(
+    recipe: &Recipe,
+    collectives: &Arc<dyn Collectives>,
+    group: Option<&DeviceGroup>,
+) -> Option<Reduce> {
     if !recipe.parallel.sync_batch_norm || collectives.world_size() == 1 {
         return None;
     }
+    if let Some(group) = group {
+        return Some(Reduce::Device(group.reduce()));
+    }
     let collectives = collectives.clone();
-    Some(Arc::new(move |values: &mut [f64]| match collectives.all_reduce_sum(Buffer::F64(values)) {
-        Ok(()) => true,
-        Err(error) => {
-            tracing::error!(%error, "batch-norm statistics");
-            false
+    Some(Reduce::Host(Arc::new(move |values: &mut [f64]| {
+        match collectives.all_reduce_sum(Buffer::F64(values)) {
+            Ok(()) => true,
+            Err(error) => {
+                tracing::error!(%error, "batch-norm statistics");
+                false
+            }
         }
-    }))
+    })))
 }
 
 /// The closure by which methods collect rows over ranks.
@@ -123,7 +135,7 @@ pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
             .collect::<Result<Vec<_>, _>>()?;
         let before = &parts[..collectives.rank() as usize];
         let first = before.iter().map(|part| part.size()[0]).sum();
-        Ok((Tensor::f_cat(&parts, 0)?, first))
+        Ok((Tensor::f_cat(&parts, 0)?.f_to_device(rows.device())?, first))
     })))
 }
 
@@ -165,6 +177,8 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
     let decode_threads = threads(recipe, &identity);
+    let device = agree::together(&*collectives, device::of_recipe(recipe, &identity))?;
+    let group = agree::together(&*collectives, DeviceGroup::start(&collectives, recipe, device))?;
     let parallel = &recipe.parallel;
     if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
         tracing::warn!("{advice}");
@@ -174,6 +188,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         rank = identity.rank,
         world_size = identity.world_size,
         launcher = identity.source,
+        device = ?device,
         compute_threads = tch::get_num_threads(),
         decode_threads,
         plan_hash,
@@ -182,7 +197,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         "starting"
     );
 
-    let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
     let dim = method.networks().backbone.feature_dim;
     let mut probe = OnlineProbe::of_run(recipe, source.clone(), dim)?;
     state.keep_features = probe.is_some();
@@ -221,13 +236,15 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
     })?;
-    let evaluator = agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads))?;
+    let evaluator =
+        agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads, device))?;
     Ok(Run {
         schedule: Schedule::new(&plan),
-        reducer: GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?,
+        feed: Feed::new(loader, recipe, device)?,
+        reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,
         faults: Faults::from_env(identity.rank)?,
         rank_share: rank_share.clone(),
-        stat_reduce: stat_reduce(recipe, &collectives),
+        stat_reduce: stat_reduce(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         stop: StopFlag::install()?,
         identity,
@@ -237,7 +254,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         data_digest,
         method,
         state,
-        loader,
+        group,
         evaluator,
         probe,
         next_step,

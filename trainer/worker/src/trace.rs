@@ -22,9 +22,9 @@ use mentee_ssl::{Rates, Schedule};
 use tch::Tensor;
 
 use crate::error::WorkerError;
+use crate::feed::Feed;
 use crate::reducer::GradientReducer;
-use crate::{checkpoints, import};
-use crate::{setup, views};
+use crate::{checkpoints, device, import, setup};
 
 /// Batches decoded ahead.
 const QUEUE_STEPS: usize = 1;
@@ -87,12 +87,13 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     let steps = args.steps.min(plan.end_step());
     let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "trace" };
     let decode_threads = setup::threads(recipe, &alone);
-    let (method, mut state) = mentee_ssl::state::new(recipe)?;
+    let device = device::of_recipe(recipe, &alone)?;
+    let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
     import::of_recipe(&mut state, recipe)?;
     let collectives: Arc<dyn Collectives> = Arc::new(Single::new());
-    let mut reducer = GradientReducer::new(&collectives, &mut state, recipe.parallel.bucket_mib)?;
+    let mut reducer = GradientReducer::new(&collectives, None, &mut state, recipe.parallel.bucket_mib)?;
     let (schedule, global_batch) = (Schedule::new(&plan), recipe.schedule.global_batch);
-    let mut loader = Loader::new(LoaderConfig {
+    let loader = Loader::new(LoaderConfig {
         order: order(&*source, recipe.data.order, recipe.run.seed, global_batch),
         source: source.clone(),
         views: recipe.views.clone(),
@@ -104,6 +105,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
     })?;
+    let mut feed = Feed::new(loader, recipe, device)?;
     let mut trace = Trace {
         mentee_version: env!("CARGO_PKG_VERSION"),
         plan_hash: recipe.hash(),
@@ -111,13 +113,15 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         recipe: recipe.clone(),
         steps: Vec::new(),
     };
-    while let Some(batch) = loader.next()? {
+    while let Some((batch, views)) = feed.next()? {
         let step = batch.step;
         let folder = args.out.join(format!("step-{step:04}"));
         std::fs::create_dir(&folder).map_err(WorkerError::io("create", &folder))?;
         let at_step = |source| WorkerError::Step { step, source };
-        let views = views::tensor(&batch, recipe.views.size, state.student.weights.master.kind())?;
-        write(&folder.join("views.safetensors"), [("views".to_owned(), views.shallow_clone())])?;
+        write(
+            &folder.join("views.safetensors"),
+            [("views".to_owned(), views.f_to_kind(state.student.weights.master.kind())?)],
+        )?;
         write(&folder.join("before.safetensors"), state.tensors()?)?;
 
         reducer.begin(&mut state.gradients, None).map_err(at_step)?;
@@ -145,7 +149,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         let (loss, epoch, samples) = (out.loss.f_double_value(&[])?, batch.epoch, batch.ids.clone());
         trace.steps.push(Step { step, epoch, loss, lr, predictor_lr, tau, weight_decay, samples });
         drop((out, views)); // both point into the batch
-        loader.recycle(batch);
+        feed.recycle(batch);
     }
     let path = args.out.join("trace.json");
     let text =

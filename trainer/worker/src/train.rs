@@ -37,7 +37,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let at_step = |source| WorkerError::Step { step, source };
 
         reporter.begin_step();
-        let batch = run.loader.next()?.ok_or_else(|| ended_early(step))?;
+        let (batch, views) = run.feed.next()?.ok_or_else(|| ended_early(step))?; // [2N, 3, H, W]
         for skipped in &batch.skipped {
             tracing::warn!(
                 step,
@@ -47,7 +47,6 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
                 "skipped a damaged image"
             );
         }
-        let views = views::tensor(&batch, recipe.views.size, run.state.student.weights.master.kind())?; // [2N, 3, H, W]
         if step == 0 && run.identity.rank == 0 {
             views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
         }
@@ -80,7 +79,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let wants_stop = run.stop.is_set() || reporter.stop_requested();
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
         let grad_norm =
-            agree::on_gradient(&*run.collectives, step, &run.state, run.reducer.own_was_finite())?;
+            agree::on_gradient(&*run.collectives, step, &run.state, || run.reducer.own_was_finite())?;
 
         if let Some(probe) = &mut run.probe {
             probe.step(&*run.collectives, step, &parts, &batch.ids, &run.rank_share)?;
@@ -93,7 +92,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
 
         let data_wait = batch.wait;
         drop((out, parts, micro_batches, views)); // all point into the batch
-        run.loader.recycle(batch);
+        run.feed.recycle(batch);
         run.faults.on_weights(step, &mut run.state)?;
         run.faults.on_pace(step, reporter.own_time(communication.exposed));
         reporter.end_step(run.next_step, data_wait, communication.exposed);
@@ -254,7 +253,16 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
         Ok(joined) => joined,
         Err(error) => return Err(agree::leave(&*collectives, error)),
     };
-    let outcome = setup::run(local, &place).and_then(|mut run| train(&mut run, &mut reporter));
+    let outcome = setup::run(local, &place).and_then(|mut run| {
+        let outcome = train(&mut run, &mut reporter);
+        if let Some(group) = &run.group {
+            match &outcome {
+                Ok(_) => group.finish()?,
+                Err(error) => group.abort(error.exit_code()),
+            }
+        }
+        outcome
+    });
     match outcome {
         Ok(outcome) => {
             let exit_code =

@@ -2,7 +2,7 @@
 //! images votes for its class with weight exp(cosine / T).
 
 use mentee_ssl::loss::l2_normalise;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 
@@ -42,7 +42,12 @@ pub struct Grid<'a> {
 }
 
 /// How many queries are classified correctly: by the first k and every T, by the second k and every T, …
-pub fn correct(bank: &Labelled, queries: &Labelled, grid: Grid) -> Result<Vec<i64>, WorkerError> {
+pub fn correct(
+    bank: &Labelled,
+    queries: &Labelled,
+    grid: Grid,
+    device: Device,
+) -> Result<Vec<i64>, WorkerError> {
     let Grid { k, temperature, num_classes } = grid;
     let mut correct = vec![0; k.len() * temperature.len()];
     if queries.len() == 0 || bank.len() == 0 {
@@ -50,13 +55,15 @@ pub fn correct(bank: &Labelled, queries: &Labelled, grid: Grid) -> Result<Vec<i6
     }
     let at_most_bank = |k: u64| bank.len().min(k.cast_signed());
     let most = k.iter().copied().map(at_most_bank).max().unwrap_or(1);
-    let keys = l2_normalise(&bank.features)?.f_tr()?; // [D, B]
+    let keys = l2_normalise(&bank.features.f_to_device(device)?)?.f_tr()?; // [D, B]
+    let classes = bank.labels.f_to_device(device)?;
     for begin in (0..queries.len()).step_by(CHUNK as usize) {
         let n = CHUNK.min(queries.len() - begin);
-        let queries_n = l2_normalise(&queries.features.f_narrow(0, begin, n)?)?; // [n, D]
+        let queries_n = queries.features.f_narrow(0, begin, n)?.f_to_device(device)?;
+        let queries_n = l2_normalise(&queries_n)?; // [n, D]
         let (cosines, neighbours) = queries_n.f_matmul(&keys)?.f_topk(most, 1, true, true)?; // [n, k], nearest first
-        let labels = bank.labels.f_index_select(0, &neighbours.f_view([-1])?)?.f_view([n, most])?;
-        let truth = queries.labels.f_narrow(0, begin, n)?;
+        let labels = classes.f_index_select(0, &neighbours.f_view([-1])?)?.f_view([n, most])?;
+        let truth = queries.labels.f_narrow(0, begin, n)?.f_to_device(device)?;
         let mut counts = correct.iter_mut();
         for k in k.iter().copied().map(at_most_bank) {
             for temperature in temperature {
@@ -90,7 +97,7 @@ mod tests {
             labels: Tensor::from_slice(&[0i64, 1, 1]),
         };
         let count = |k: &[u64], temperature: &[f64]| {
-            correct(&bank, &queries, Grid { k, temperature, num_classes: 2 }).unwrap()
+            correct(&bank, &queries, Grid { k, temperature, num_classes: 2 }, Device::Cpu).unwrap()
         };
         // The third lies nearer to class 0: its two nearest are (1, 0.1) and (0.1, 1), with cosines 0.807 and 0.743.
         assert_eq!(count(&[2], &[0.1]), [2]);

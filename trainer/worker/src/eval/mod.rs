@@ -9,6 +9,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
 use mentee_config::recipe::MethodName;
 use mentee_config::{Recipe, exit_code};
@@ -19,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::metrics::{EvalLine, GridPoint};
-use crate::{affinity, checkpoints, trace};
+use crate::{affinity, checkpoints, device, trace};
 
 /// Images in a forward pass.
 const BATCH: usize = 250;
@@ -99,6 +100,8 @@ pub struct Evaluator {
     /// Neighbours and temperatures: the first of each is what stands for kNN.
     k: Vec<u64>,
     temperature: Vec<f64>,
+    /// Where features are computed.
+    device: Device,
     /// kNN on random-init features and on raw pixels, percent, by setting; measured once.
     floors: Option<[Vec<f64>; 2]>,
 }
@@ -149,6 +152,7 @@ impl Evaluator {
         recipe: &Recipe,
         train: Arc<dyn Source>,
         threads: usize,
+        device: Device,
     ) -> Result<Option<Self>, WorkerError> {
         if recipe.eval.knn_every_epochs == 0 {
             return Ok(None);
@@ -157,11 +161,16 @@ impl Evaluator {
             tracing::warn!("the training images have no labels: no kNN during this run");
             return Ok(None);
         }
-        Self::new(recipe, train, threads).map(Some)
+        Self::new(recipe, train, threads, device).map(Some)
     }
 
     /// Chooses bank and queries: `eval.path`, else the held-out part of `data.path`, else every tenth training image.
-    pub fn new(recipe: &Recipe, train: Arc<dyn Source>, threads: usize) -> Result<Self, WorkerError> {
+    pub fn new(
+        recipe: &Recipe,
+        train: Arc<dyn Source>,
+        threads: usize,
+        device: Device,
+    ) -> Result<Self, WorkerError> {
         let held_out = if recipe.eval.path.as_os_str().is_empty() {
             open_split(&recipe.data.path, recipe.data.format, Split::Eval)?
         } else {
@@ -173,7 +182,7 @@ impl Evaluator {
                     .map_err(|error| error.with_key("eval.path"))?,
             })
         };
-        Self::from_sources(recipe, train, held_out, threads)
+        Self::from_sources(recipe, train, held_out, threads, device)
     }
 
     fn from_sources(
@@ -181,6 +190,7 @@ impl Evaluator {
         train: Arc<dyn Source>,
         held_out: Option<Arc<dyn Source>>,
         threads: usize,
+        device: Device,
     ) -> Result<Self, WorkerError> {
         let mut num_classes = train.classes().len();
         let (bank, queries, split) = match held_out {
@@ -207,6 +217,7 @@ impl Evaluator {
             threads,
             k: vec![recipe.eval.knn_k],
             temperature: vec![recipe.eval.knn_temperature],
+            device,
             floors: None,
         })
     }
@@ -291,7 +302,7 @@ impl Evaluator {
 
     /// Features of the encoder's initial weights.
     fn random_init(&self, collectives: &dyn Collectives) -> Result<Features, WorkerError> {
-        let (method, state) = mentee_ssl::state::new(&self.recipe)?;
+        let (method, state) = mentee_ssl::state::on(&self.recipe, self.device)?;
         self.features(collectives, &|images| Ok(state.features(&*method, images)?))
     }
 
@@ -329,7 +340,7 @@ impl Evaluator {
         let num_classes = self.num_classes_of(features)?;
         let grid = knn::Grid { k: &self.k, temperature: &self.temperature, num_classes };
         let mut counts: Vec<f64> =
-            knn::correct(bank, queries, grid)?.into_iter().map(|count| count as f64).collect();
+            knn::correct(bank, queries, grid, self.device)?.into_iter().map(|count| count as f64).collect();
         counts.push(queries.len() as f64);
         collectives
             .all_reduce_sum(mentee_collectives::Buffer::F64(&mut counts))
@@ -403,7 +414,10 @@ impl Evaluator {
             let parts = batch
                 .images
                 .chunks(BATCH * view)
-                .map(|part| Ok(state.features(method, &self.images(part, part.len() / view)?)?))
+                .map(|part| {
+                    let features = state.features(method, &self.images(part, part.len() / view)?)?;
+                    Ok(features.f_to_device(Device::Cpu)?)
+                })
                 .collect::<Result<Vec<_>, WorkerError>>()?;
             let labels: Vec<i64> = batch.labels.iter().map(|&label| i64::from(label)).collect();
             training.step(&Tensor::f_cat(&parts, 0)?, &Tensor::f_from_slice(&labels)?)?;
@@ -424,7 +438,7 @@ impl Evaluator {
         for batch in eval_images(part.source.clone(), part.indices.clone(), &self.recipe.views, options)? {
             let batch = batch?;
             let images = self.images(&batch.images, batch.ids.len())?;
-            rows.push(features(&images)?.f_to_kind(Kind::Float)?);
+            rows.push(features(&images)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?);
             labels.extend(batch.labels.iter().map(|&label| i64::from(label)));
         }
         let features = if rows.is_empty() {
@@ -521,14 +535,16 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         recipe.eval.path = PathBuf::new();
     }
     let cores = affinity::cores(1);
+    let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "eval" };
+    let device = device::of_recipe(&recipe, &alone)?;
     tch::set_num_threads(cores as i32);
     let train = open_split(&recipe.data.path, recipe.data.format, Split::Train)
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
-    let (method, mut state) = mentee_ssl::state::new(&recipe)?;
+    let (method, mut state) = mentee_ssl::state::on(&recipe, device)?;
     checkpoints::load(&mut state, None, &checkpoint)?;
     let meta = &checkpoint.manifest.meta;
-    let mut evaluator = Evaluator::new(&recipe, train, cores)?;
+    let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
     if !args.k.is_empty() {
         evaluator.k.clone_from(&args.k);
     }

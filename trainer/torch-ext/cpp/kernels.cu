@@ -1,0 +1,484 @@
+// CUDA kernels, compiled at run time by NVRTC for the device that is there (see device.cpp). No header is included: bf16 is
+// taken apart by hand.
+//
+// Batch normalisation. Activations are R rows of C channels (channels-last); group g is the rows [g*R/G, (g+1)*R/G).
+// A block has TX x TY threads: TX across channels, `V` of them a thread (16 bytes), TY across rows; blockIdx.x is the tile of
+// channels, blockIdx.y the stretch of rows, blockIdx.z the group. Sums are taken in a fixed order: in each thread over its rows,
+// then over the threads of a block, then (combine) over the stretches. So they are the same in every run.
+//
+// `sums` is [G][2][C] doubles and, behind them, [G] counts: the sums of x and x^2 (or of dz and dz*(x-mean)) of each group.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+struct bf16 { u16 bits; };
+
+template <typename T> struct Compute { typedef T type; };
+template <> struct Compute<bf16> { typedef float type; };
+
+__device__ inline float value(float x) { return x; }
+__device__ inline double value(double x) { return x; }
+__device__ inline float value(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
+__device__ inline void put(float& to, float x) { to = x; }
+__device__ inline void put(double& to, double x) { to = x; }
+__device__ inline void put(bf16& to, float x) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  to.bits = bits;
+}
+
+// V values that are loaded and stored at once.
+template <typename T, int V> struct alignas(sizeof(T) * V) Pack { T v[V]; };
+
+template <typename T, int V>
+__device__ inline Pack<T, V> load(const T* p) { return *reinterpret_cast<const Pack<T, V>*>(p); }
+template <typename T, int V>
+__device__ inline void store(T* p, const Pack<T, V>& pack) { *reinterpret_cast<Pack<T, V>*>(p) = pack; }
+
+// The rows of this block's stretch, within its group.
+struct Rows {
+  i64 begin, end;
+  __device__ Rows(i64 rows) {
+    const i64 each = (rows + gridDim.y - 1) / gridDim.y;
+    begin = each * blockIdx.y;
+    end = min(begin + each, rows);
+  }
+};
+
+// Adds the 2V values of the threads of a column, and writes them to this block's place in partial, [G][stretches][2][C].
+template <typename A, int V>
+__device__ inline void fold(const A* first, const A* second, i64 column, i64 C, double* partial) {
+  extern __shared__ double shared[];
+  A* own = reinterpret_cast<A*>(shared);
+  const int threads = blockDim.x * blockDim.y, id = threadIdx.y * blockDim.x + threadIdx.x;
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    own[k * threads + id] = first[k];
+    own[(V + k) * threads + id] = second[k];
+  }
+  __syncthreads();
+  double* to = partial + (blockIdx.z * static_cast<i64>(gridDim.y) + blockIdx.y) * 2 * C;
+  // One thread a value: 2V*TX of them, strided over the block.
+  for (int n = id; n < 2 * V * static_cast<int>(blockDim.x); n += threads) {
+    const int k = n / blockDim.x, x = n % blockDim.x;
+    double sum = 0;
+    for (int y = 0; y < static_cast<int>(blockDim.y); ++y) sum += static_cast<double>(own[k * threads + y * blockDim.x + x]);
+    const i64 c = (static_cast<i64>(blockIdx.x) * blockDim.x + x) * V + k % V;
+    if (c < C) to[(k / V) * C + c] = sum;
+  }
+}
+
+constexpr int kUnroll = 4;
+
+template <typename T, int V>
+__device__ inline void moments(const T* x, i64 rows, i64 C, double* partial) {
+  typedef typename Compute<T>::type A;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  A sum[V] = {}, square[V] = {};
+  if (column < C) {
+    const Rows stretch(rows);
+    const T* base = x + blockIdx.z * rows * C + column;
+    i64 r = stretch.begin + threadIdx.y;
+    for (; r + (kUnroll - 1) * blockDim.y < stretch.end; r += kUnroll * blockDim.y) {
+      Pack<T, V> pack[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) pack[u] = load<T, V>(base + (r + u * blockDim.y) * C);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const A v = value(pack[u].v[k]);
+          sum[k] += v;
+          square[k] += v * v;
+        }
+    }
+    for (; r < stretch.end; r += blockDim.y) {
+      const Pack<T, V> pack = load<T, V>(base + r * C);
+#pragma unroll
+      for (int k = 0; k < V; ++k) {
+        const A v = value(pack.v[k]);
+        sum[k] += v;
+        square[k] += v * v;
+      }
+    }
+  }
+  fold<A, V>(sum, square, column, C, partial);
+}
+
+// Scale and shift of a channel of group g: y = x*scale + shift.
+template <typename A>
+struct Affine {
+  A scale, shift, mean, inverse;
+};
+template <typename A, typename W>
+__device__ inline Affine<A> affine(const double* sums, i64 C, i64 G, i64 g, i64 c, const W* weight, const W* bias,
+                                   double eps) {
+  const double n = sums[G * 2 * C + g];
+  const double mean = sums[g * 2 * C + c] / n;
+  double variance = sums[g * 2 * C + C + c] / n - mean * mean;
+  variance = variance < 0 ? 0 : variance;
+  const double inverse = 1 / sqrt(variance + eps);
+  const double scale = weight ? static_cast<double>(weight[c]) * inverse : inverse;
+  Affine<A> out;
+  out.scale = static_cast<A>(scale);
+  out.shift = static_cast<A>((bias ? static_cast<double>(bias[c]) : 0.0) - mean * scale);
+  out.mean = static_cast<A>(mean);
+  out.inverse = static_cast<A>(inverse);
+  return out;
+}
+
+// y = act(x*scale + shift + residual); the first block of a channel also moves its running statistics, group by group.
+template <typename T, typename W, int V>
+__device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 C, const double* sums, const W* weight,
+                             const W* bias, double eps, int relu, double* running, double momentum) {
+  typedef typename Compute<T>::type A;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (column >= C) return;
+  const i64 G = gridDim.z, g = blockIdx.z;
+  if (running && g == 0 && blockIdx.y == 0 && threadIdx.y == 0) {
+    for (i64 c = column; c < column + V; ++c) {
+      for (i64 of = 0; of < G; ++of) {
+        const double n = sums[G * 2 * C + of], mean = sums[of * 2 * C + c] / n;
+        double variance = sums[of * 2 * C + C + c] / n - mean * mean;
+        variance = variance < 0 ? 0 : variance;
+        running[c] += momentum * (mean - running[c]);
+        running[C + c] += momentum * (variance * n / (n - 1) - running[C + c]);
+      }
+    }
+  }
+  A scale[V], shift[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    const Affine<A> a = affine<A, W>(sums, C, G, g, column + k, weight, bias, eps);
+    scale[k] = a.scale;
+    shift[k] = a.shift;
+  }
+  const Rows stretch(rows);
+  const i64 base = g * rows * C + column;
+  for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += kUnroll * blockDim.y) {
+    Pack<T, V> pack[kUnroll], add[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const i64 row = r + u * blockDim.y;
+      if (row < stretch.end) {
+        pack[u] = load<T, V>(x + base + row * C);
+        if (residual) add[u] = load<T, V>(residual + base + row * C);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const i64 row = r + u * blockDim.y;
+      if (row < stretch.end) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          A v = value(pack[u].v[k]) * scale[k] + shift[k];
+          if (residual) v += value(add[u].v[k]);
+          if (relu) v = v < A(0) ? A(0) : v;  // keeps NaN
+          put(pack[u].v[k], v);
+        }
+        store<T, V>(y + base + row * C, pack[u]);
+      }
+    }
+  }
+}
+
+// Sums of dz and dz*(x - mean), where dz is dy where the activation let it through. Given `y` (a residual was added), that is
+// where y > 0, and dz is written to `masked`; else it follows from x.
+template <typename T, typename W, int V>
+__device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C, const double* sums,
+                                    const W* weight, const W* bias, double eps, int relu, double* partial) {
+  typedef typename Compute<T>::type A;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  A sum[V] = {}, dot[V] = {};
+  if (column < C) {
+    A scale[V], shift[V], mean[V];
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const Affine<A> a = affine<A, W>(sums, C, gridDim.z, blockIdx.z, column + k, weight, bias, eps);
+      scale[k] = a.scale;
+      shift[k] = a.shift;
+      mean[k] = a.mean;
+    }
+    const Rows stretch(rows);
+    const i64 base = blockIdx.z * rows * C + column;
+    for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
+      Pack<T, V> dyp[2], xp[2], yp[2];
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const i64 row = r + u * blockDim.y;
+        if (row < stretch.end) {
+          dyp[u] = load<T, V>(dy + base + row * C);
+          xp[u] = load<T, V>(x + base + row * C);
+          if (y) yp[u] = load<T, V>(y + base + row * C);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+        const i64 row = r + u * blockDim.y;
+        if (row < stretch.end) {
+#pragma unroll
+          for (int k = 0; k < V; ++k) {
+            A dz = value(dyp[u].v[k]);
+            const A xv = value(xp[u].v[k]);
+            if (relu) {
+              const A out = y ? value(yp[u].v[k]) : xv * scale[k] + shift[k];
+              dz = out > A(0) ? dz : A(0);
+            }
+            sum[k] += dz;
+            dot[k] += dz * (xv - mean[k]);
+            if (masked) put(dyp[u].v[k], dz);
+          }
+          if (masked) store<T, V>(masked + base + row * C, dyp[u]);
+        }
+      }
+    }
+  }
+  fold<A, V>(sum, dot, column, C, partial);
+}
+
+// dx = w*inverse*(dz - mean(dz) - xhat*mean(dz*xhat)). `grads` is as sums, of all ranks. `relu` masks dy by x again.
+template <typename T, typename W, int V>
+__device__ inline void grad_input(const T* dy, const T* x, T* dx, i64 rows, i64 C, const double* sums,
+                                  const double* grads, const W* weight, const W* bias, double eps, int relu) {
+  typedef typename Compute<T>::type A;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (column >= C) return;
+  const i64 G = gridDim.z, g = blockIdx.z;
+  A scale[V], shift[V], a[V], b[V], d[V];
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    const i64 c = column + k;
+    const Affine<double> f = affine<double, W>(sums, C, G, g, c, weight, bias, eps);
+    const double n = sums[G * 2 * C + g];
+    const double mean_dz = grads[g * 2 * C + c] / n;
+    const double mean_dot = grads[g * 2 * C + C + c] * f.inverse * f.inverse / n;
+    scale[k] = static_cast<A>(f.scale);
+    shift[k] = static_cast<A>(f.shift);
+    a[k] = static_cast<A>(f.scale);
+    b[k] = static_cast<A>(-f.scale * mean_dot);
+    d[k] = static_cast<A>(-f.scale * mean_dz + f.scale * mean_dot * f.mean);
+  }
+  const Rows stretch(rows);
+  const i64 base = g * rows * C + column;
+  for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
+    Pack<T, V> dyp[2], xp[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const i64 row = r + u * blockDim.y;
+      if (row < stretch.end) {
+        dyp[u] = load<T, V>(dy + base + row * C);
+        xp[u] = load<T, V>(x + base + row * C);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const i64 row = r + u * blockDim.y;
+      if (row < stretch.end) {
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          A dz = value(dyp[u].v[k]);
+          const A xv = value(xp[u].v[k]);
+          if (relu) dz = xv * scale[k] + shift[k] > A(0) ? dz : A(0);
+          put(xp[u].v[k], dz * a[k] + xv * b[k] + d[k]);
+        }
+        store<T, V>(dx + base + row * C, xp[u]);
+      }
+    }
+  }
+}
+
+#ifdef PART_flat
+// Adds the stretches, [G][stretches][2][C], to sums. Blocks of 32 x 8: a column of 2C each x, stretches over y.
+extern "C" __global__ void combine(const double* partial, i64 stretches, i64 C, double rows, double* sums) {
+  __shared__ double shared[8][32];
+  const i64 column = blockIdx.x * 32 + threadIdx.x, g = blockIdx.y, G = gridDim.y;
+  double sum = 0;
+  if (column < 2 * C) {
+    const double* from = partial + g * stretches * 2 * C + column;
+    for (i64 s = threadIdx.y; s < stretches; s += 8) sum += from[s * 2 * C];
+  }
+  shared[threadIdx.y][threadIdx.x] = sum;
+  __syncthreads();
+  if (threadIdx.y == 0 && column < 2 * C) {
+    for (int y = 1; y < 8; ++y) sum += shared[y][threadIdx.x];
+    sums[g * 2 * C + column] = sum;
+  }
+  if (column == 0 && threadIdx.y == 0) sums[G * 2 * C + g] = rows;
+}
+
+#endif
+
+// The gradients of scale and offset: this rank's share. sums are the forward pass's, grads this rank's.
+template <typename W>
+__device__ inline void grad_affine(const double* sums, const double* grads, i64 C, i64 G, double eps, W* dweight,
+                                   W* dbias) {
+  const i64 c = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (c >= C) return;
+  double dw = 0, db = 0;
+  for (i64 g = 0; g < G; ++g) {
+    const double n = sums[G * 2 * C + g], mean = sums[g * 2 * C + c] / n;
+    double variance = sums[g * 2 * C + C + c] / n - mean * mean;
+    variance = variance < 0 ? 0 : variance;
+    db += grads[g * 2 * C + c];
+    dw += grads[g * 2 * C + C + c] / sqrt(variance + eps);
+  }
+  dweight[c] = static_cast<W>(dw);
+  dbias[c] = static_cast<W>(db);
+}
+
+#define NORM_KERNELS(NAME, T, W, V)                                                                                    \
+  extern "C" __global__ void moments_##NAME(const T* x, i64 rows, i64 C, double* partial) {                            \
+    moments<T, V>(x, rows, C, partial);                                                                                \
+  }                                                                                                                    \
+  extern "C" __global__ void apply_##NAME(const T* x, const T* residual, T* y, i64 rows, i64 C, const double* sums,    \
+                                          const W* weight, const W* bias, double eps, int relu, double* running,       \
+                                          double momentum) {                                                           \
+    apply<T, W, V>(x, residual, y, rows, C, sums, weight, bias, eps, relu, running, momentum);                         \
+  }                                                                                                                    \
+  extern "C" __global__ void grad_moments_##NAME(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C,      \
+                                                 const double* sums, const W* weight, const W* bias, double eps,       \
+                                                 int relu, double* partial) {                                          \
+    grad_moments<T, W, V>(dy, x, y, masked, rows, C, sums, weight, bias, eps, relu, partial);                          \
+  }                                                                                                                    \
+  extern "C" __global__ void grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const double* sums,    \
+                                               const double* grads, const W* weight, const W* bias, double eps,        \
+                                               int relu) {                                                             \
+    grad_input<T, W, V>(dy, x, dx, rows, C, sums, grads, weight, bias, eps, relu);                                     \
+  }
+
+// Compiled in parts, each when it is first needed: a run has activations of one type.
+#ifdef PART_bf16
+NORM_KERNELS(bf16, bf16, float, 8)
+NORM_KERNELS(bf16_1, bf16, float, 1)
+#endif
+#ifdef PART_f32
+NORM_KERNELS(f32, float, float, 4)
+NORM_KERNELS(f32_1, float, float, 1)
+#endif
+#ifdef PART_f64
+NORM_KERNELS(f64, double, double, 2)
+NORM_KERNELS(f64_1, double, double, 1)
+#endif
+
+#ifdef PART_flat
+extern "C" __global__ void grad_affine_f32(const double* sums, const double* grads, i64 C, i64 G, double eps,
+                                           float* dweight, float* dbias) {
+  grad_affine<float>(sums, grads, C, G, eps, dweight, dbias);
+}
+extern "C" __global__ void grad_affine_f64(const double* sums, const double* grads, i64 C, i64 G, double eps,
+                                           double* dweight, double* dbias) {
+  grad_affine<double>(sums, grads, C, G, eps, dweight, dbias);
+}
+
+// Updates of flat buffers: one block a chunk of one parameter. `table` holds, per chunk, [begin, len, first chunk of its
+// parameter, chunks of its parameter, flags].
+
+constexpr i64 kDecay = 1, kAdapt = 2, kPredictor = 4;
+
+// The sum over the block of 256 threads, in every thread, in a fixed order.
+__device__ inline double block_sum(double v) {
+  __shared__ double shared[8];
+  for (int offset = 16; offset > 0; offset /= 2) v += __shfl_down_sync(0xffffffffu, v, offset);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = v;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < 8; ++w) sum += shared[w];
+  return sum;
+}
+
+// partial[chunk] = [|p|^2, |g + wd p|^2]
+template <typename T>
+__device__ inline void chunk_norms(const T* p, const T* g, const i64* table, T wd, double* partial) {
+  const i64* own = table + 5 * blockIdx.x;
+  const i64 begin = own[0], len = own[1];
+  const T decay = own[4] & kDecay ? wd : T(0);
+  double a = 0, b = 0;
+  for (i64 i = begin + threadIdx.x; i < begin + len; i += blockDim.x) {
+    const T pv = p[i], u = g[i] + decay * pv;
+    a += static_cast<double>(pv) * pv;
+    b += static_cast<double>(u) * u;
+  }
+  a = block_sum(a);
+  b = block_sum(b);
+  if (threadIdx.x == 0) {
+    partial[2 * blockIdx.x] = a;
+    partial[2 * blockIdx.x + 1] = b;
+  }
+}
+
+// u = g + wd p, times eta |p| / |u| where the parameter adapts; m = mu m + u; p -= lr m.
+template <typename T>
+__device__ inline void momentum_step(T* p, const T* g, T* m, const i64* table, const double* partial, double lr,
+                                     double predictor_lr, T mu, T wd, double eta) {
+  const i64* own = table + 5 * blockIdx.x;
+  const i64 begin = own[0], len = own[1], flags = own[4];
+  const T decay = flags & kDecay ? wd : T(0);
+  const T rate = static_cast<T>(flags & kPredictor ? predictor_lr : lr);
+  T trust = 1;
+  if (flags & kAdapt) {
+    double a = 0, b = 0;
+    for (i64 k = threadIdx.x; k < own[3]; k += blockDim.x) {
+      a += partial[2 * (own[2] + k)];
+      b += partial[2 * (own[2] + k) + 1];
+    }
+    a = sqrt(block_sum(a));
+    b = sqrt(block_sum(b));
+    trust = a > 0 && b > 0 ? static_cast<T>(eta * a / b) : T(1);
+  }
+  for (i64 i = begin + threadIdx.x; i < begin + len; i += blockDim.x) {
+    const T pv = p[i];
+    const T mv = mu * m[i] + trust * (g[i] + decay * pv);
+    m[i] = mv;
+    p[i] = pv - rate * mv;
+  }
+}
+
+template <typename T>
+__device__ inline void adamw_step(T* p, const T* g, T* m, T* v, const i64* table, double lr, double predictor_lr,
+                                  T beta1, T beta2, T eps, T wd, T c1, T c2) {
+  const i64* own = table + 5 * blockIdx.x;
+  const i64 begin = own[0], len = own[1], flags = own[4];
+  const T decay = flags & kDecay ? wd : T(0);
+  const T rate = static_cast<T>(flags & kPredictor ? predictor_lr : lr);
+  for (i64 i = begin + threadIdx.x; i < begin + len; i += blockDim.x) {
+    const T gv = g[i], mv = beta1 * m[i] + (1 - beta1) * gv, vv = beta2 * v[i] + (1 - beta2) * gv * gv;
+    m[i] = mv;
+    v[i] = vv;
+    const T step = (mv / c1) / (sqrt(vv / c2) + eps);
+    p[i] = p[i] * (1 - rate * decay) - rate * step;
+  }
+}
+
+#define UPDATE_KERNELS(NAME, T)                                                                                        \
+  extern "C" __global__ void chunk_norms_##NAME(const T* p, const T* g, const i64* table, double wd,                   \
+                                                double* partial) {                                                     \
+    chunk_norms<T>(p, g, table, static_cast<T>(wd), partial);                                                          \
+  }                                                                                                                    \
+  extern "C" __global__ void momentum_##NAME(T* p, const T* g, T* m, const i64* table, const double* partial,          \
+                                             double lr, double predictor_lr, double mu, double wd, double eta) {       \
+    momentum_step<T>(p, g, m, table, partial, lr, predictor_lr, static_cast<T>(mu), static_cast<T>(wd), eta);          \
+  }                                                                                                                    \
+  extern "C" __global__ void adamw_##NAME(T* p, const T* g, T* m, T* v, const i64* table, double lr,                   \
+                                          double predictor_lr, double beta1, double beta2, double eps, double wd,      \
+                                          double c1, double c2) {                                                      \
+    adamw_step<T>(p, g, m, v, table, lr, predictor_lr, static_cast<T>(beta1), static_cast<T>(beta2),                   \
+                  static_cast<T>(eps), static_cast<T>(wd), static_cast<T>(c1), static_cast<T>(c2));                    \
+  }                                                                                                                    \
+  extern "C" __global__ void ema_##NAME(T* teacher, const T* student, i64 n, double tau) {                             \
+    const T t = static_cast<T>(tau);                                                                                   \
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)          \
+      teacher[i] = t * teacher[i] + (1 - t) * student[i];                                                              \
+  }                                                                                                                    \
+  extern "C" __global__ void squares_##NAME(const T* p, i64 n, double* partial) {                                      \
+    double a = 0;                                                                                                      \
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)          \
+      a += static_cast<double>(p[i]) * p[i];                                                                           \
+    a = block_sum(a);                                                                                                  \
+    if (threadIdx.x == 0) partial[blockIdx.x] = a;                                                                     \
+  }
+
+UPDATE_KERNELS(f32, float)
+UPDATE_KERNELS(f64, double)
+#endif

@@ -1,0 +1,180 @@
+//! Where a rank computes: the processor, or one of NVIDIA's devices through libtorch, which is opened when it is needed.
+//! Several ranks on devices form a [`DeviceGroup`] over NCCL beside the group in host memory.
+
+use std::ffi::c_void;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use mentee_cluster::Identity;
+use mentee_collectives::nccl::{Communicator, Library, Options};
+use mentee_collectives::{
+    Collectives, DeviceBuffer, DeviceCollectives, DeviceType, Event, EventError, Stream,
+};
+use mentee_config::Recipe;
+use mentee_config::recipe::{self, Precision};
+use mentee_torch_ext::cuda::{self, NoCuda};
+use mentee_torch_ext::{DeviceReduce, file_of_libtorch};
+use tch::Device;
+
+use crate::error::WorkerError;
+
+/// The device of a recipe on this rank, ready to be used by this thread.
+pub fn of_recipe(recipe: &Recipe, identity: &Identity) -> Result<Device, WorkerError> {
+    choose(recipe.parallel.device, identity.local_rank, cuda::open).and_then(|device| {
+        if let Device::Cuda(index) = device {
+            enter(index, recipe)?;
+        }
+        Ok(device)
+    })
+}
+
+/// Makes a device the one of this thread. Every thread that uses it does so.
+pub fn enter(index: usize, recipe: &Recipe) -> Result<(), WorkerError> {
+    // f32 means f32, and then the algorithms of a run should not depend on what was fastest at its start.
+    let autotune = recipe.parallel.precision == Precision::Bf16;
+    Ok(cuda::use_device(index, cuda::Settings { autotune, tf32: false })
+        .map_err(mentee_ssl::SslError::from)?)
+}
+
+fn choose(
+    wanted: recipe::Device,
+    local_rank: u32,
+    open: impl FnOnce() -> Result<u32, NoCuda>,
+) -> Result<Device, WorkerError> {
+    if wanted == recipe::Device::Cpu {
+        return Ok(Device::Cpu);
+    }
+    match (open(), wanted) {
+        // As many ranks as devices is usual; more share them.
+        (Ok(count), _) if count > 0 => Ok(Device::Cuda((local_rank % count) as usize)),
+        (Ok(_), recipe::Device::Cuda) => Err(WorkerError::Usage(
+            "parallel.device = \"cuda\": the driver shows no device; see nvidia-smi and CUDA_VISIBLE_DEVICES"
+                .into(),
+        )),
+        (Err(reason), recipe::Device::Cuda) => {
+            Err(WorkerError::Usage(format!("parallel.device = \"cuda\": {reason}")))
+        }
+        (Err(reason @ NoCuda::NoLibrary { .. }), _) => {
+            tracing::warn!("computing on the processor, though there is an NVIDIA driver: {reason}");
+            Ok(Device::Cpu)
+        }
+        _ => Ok(Device::Cpu),
+    }
+}
+
+/// The ranks of a run, each on a device of its own.
+pub struct DeviceGroup {
+    /// Batch-norm statistics, in the order of the stream that computes.
+    statistics: Arc<Communicator>,
+    /// Gradient buckets, on a stream of their own.
+    pub gradients: Arc<dyn DeviceCollectives>,
+    /// How long a rank waits for the others.
+    pub patience: Duration,
+}
+
+impl DeviceGroup {
+    /// Every rank calls it at the same point; none in a world of one, and on the processor.
+    pub fn start(
+        host: &Arc<dyn Collectives>,
+        recipe: &Recipe,
+        device: Device,
+    ) -> Result<Option<Self>, WorkerError> {
+        if device == Device::Cpu || host.world_size() == 1 {
+            return Ok(None);
+        }
+        let failed = |error: mentee_collectives::DeviceError| WorkerError::Failed(error.to_string());
+        let patience = Duration::from_secs_f64(recipe.parallel.timeout_s);
+        let library = Library::open(&beside_libtorch(file_of_libtorch().as_deref())).map(Arc::new);
+        let options = Options { call_patience: patience, ..Options::default() };
+        let statistics = Arc::new(Communicator::start(library, host.clone(), options).map_err(failed)?);
+        let gradients = statistics.lane("gradients").map_err(failed)?;
+        tracing::info!(
+            nccl = %statistics.library().version(),
+            file = %statistics.library().path().display(),
+            "ranks are connected over NCCL"
+        );
+        Ok(Some(Self { statistics, gradients, patience }))
+    }
+
+    /// The closure by which batch norms sum their statistics.
+    pub fn reduce(&self) -> DeviceReduce {
+        let group = self.statistics.clone();
+        Arc::new(move |values: *mut c_void, n: usize, stream: *mut c_void| {
+            // SAFETY: n doubles that live until libtorch's stream has passed their use.
+            let (buffer, stream) =
+                unsafe { (DeviceBuffer::new(values, n, DeviceType::F64), Stream::from_raw(stream)) };
+            match group.all_reduce_sum(buffer, stream) {
+                Ok(_) => true,
+                Err(error) => {
+                    tracing::error!(%error, "batch-norm statistics");
+                    false
+                }
+            }
+        })
+    }
+
+    /// After a failure: ends what is on its way, so that nothing waits for it.
+    pub fn abort(&self, exit_code: i32) {
+        // The failure that led here is what is reported.
+        let _ = self.statistics.abort(exit_code);
+    }
+
+    /// The orderly end, on every rank.
+    pub fn finish(&self) -> Result<(), WorkerError> {
+        self.statistics.finish().map_err(|error| WorkerError::Failed(error.to_string()))
+    }
+}
+
+/// Where libtorch's own NCCL lies when torch came as a wheel.
+pub fn beside_libtorch(libtorch: Option<&Path>) -> Vec<PathBuf> {
+    let Some(lib) = libtorch.and_then(Path::parent) else { return Vec::new() };
+    let wheel = lib.ancestors().nth(2).map(|packages| packages.join("nvidia/nccl/lib"));
+    wheel.into_iter().chain([lib.to_owned()]).collect()
+}
+
+/// An event of libtorch's as the group watches it.
+pub struct Watched(pub cuda::Event);
+
+impl Event for Watched {
+    fn is_complete(&self) -> Result<bool, EventError> {
+        self.0.is_complete().map_err(|error| EventError(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_take_the_devices_in_turn_and_say_why_there_is_none() {
+        let four = || Ok(4);
+        let no_driver = || Err(NoCuda::NoDriver);
+        let broken =
+            || Err(NoCuda::NoLibrary { file: PathBuf::from("libtorch_cuda.so"), reason: "broken".into() });
+        use recipe::Device::{Auto, Cpu, Cuda};
+        assert_eq!(choose(Auto, 1, four).unwrap(), Device::Cuda(1));
+        assert_eq!(choose(Cuda, 6, four).unwrap(), Device::Cuda(2));
+        assert_eq!(choose(Cpu, 1, || panic!("not asked for")).unwrap(), Device::Cpu);
+        assert_eq!(choose(Auto, 0, no_driver).unwrap(), Device::Cpu);
+        assert_eq!(choose(Auto, 0, broken).unwrap(), Device::Cpu);
+        assert_eq!(choose(Auto, 0, || Ok(0)).unwrap(), Device::Cpu);
+        for (error, part) in [
+            (choose(Cuda, 0, no_driver), "no NVIDIA driver"),
+            (choose(Cuda, 0, broken), "libtorch_cuda.so: broken"),
+            (choose(Cuda, 0, || Ok(0)), "no device"),
+        ] {
+            let text = error.unwrap_err().to_string();
+            assert!(text.starts_with("parallel.device = \"cuda\": ") && text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn nccl_is_looked_for_where_libtorch_does() {
+        let libtorch = Path::new("/v/lib/python3.11/site-packages/torch/lib/libtorch_cpu.so");
+        let expected =
+            ["/v/lib/python3.11/site-packages/nvidia/nccl/lib", "/v/lib/python3.11/site-packages/torch/lib"];
+        assert_eq!(beside_libtorch(Some(libtorch)), expected.map(PathBuf::from));
+        assert!(beside_libtorch(None).is_empty());
+    }
+}
