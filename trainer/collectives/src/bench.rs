@@ -87,16 +87,30 @@ pub fn all_reduce(group: &dyn Collectives, sizes: &[u64], seconds: f64) -> Resul
 fn measure(group: &dyn Collectives, bytes: u64, seconds: f64) -> Result<Row, CollectiveError> {
     // Zeros stay zeros: sums of sums would overflow, and infinities must not decide a speed.
     let mut values = vec![0f32; bytes as usize / size_of::<f32>()];
-    let mut once = || {
+    measure_by(group, bytes, seconds, || group.all_reduce_sum((&mut values).into()))
+}
+
+/// As [`all_reduce`] measures one size, with another way to sum `bytes` over the ranks of `group`: `sum` returns when the sum
+/// is there.
+///
+/// # Errors
+/// When the group or `sum` fails.
+pub fn measure_by<E: From<CollectiveError>>(
+    group: &dyn Collectives,
+    bytes: u64,
+    seconds: f64,
+    mut sum: impl FnMut() -> Result<(), E>,
+) -> Result<Row, E> {
+    let mut once = || -> Result<f64, E> {
         group.barrier()?;
         let began = Instant::now();
-        group.all_reduce_sum((&mut values).into())?;
+        sum()?;
         Ok(began.elapsed().as_secs_f64())
     };
     once()?;
     let trial = slowest(group, &[once()?, once()?])?.into_iter().fold(0.0, f64::max);
     let repetitions = ((seconds / trial) as usize).clamp(FEWEST, MOST);
-    let own = (0..repetitions).map(|_| once()).collect::<Result<Vec<_>, _>>()?;
+    let own = (0..repetitions).map(|_| once()).collect::<Result<Vec<_>, E>>()?;
     let mut times = slowest(group, &own)?;
     times.sort_by(f64::total_cmp);
     let median = (times[repetitions / 2] + times[(repetitions - 1) / 2]) / 2.0;

@@ -11,7 +11,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -234,25 +236,37 @@ struct Shape {
 
 constexpr int64_t kSumBlocks = 4, kMapBlocks = 16;
 
-// partial [G][stretches][2][C] to sums [G][2][C] and [G] counts.
-void combine(const Tensor& partial, const Shape& shape, int64_t stretches, Tensor& sums) {
-  launch(sums, "flat", "combine", {(2 * shape.channels + 31) / 32, shape.groups, 1}, {32, 8, 1}, 0, pointer(partial),
-         stretches, shape.channels, static_cast<double>(shape.rows), sums.mutable_data_ptr());
+// The partial sums of a batch, [G][stretches][2][C].
+Tensor partial_of(const Tensor& x, const Shape& shape) {
+  return at::empty({shape.groups * shape.stretches(kSumBlocks) * 2 * shape.channels}, x.options().dtype(at::kDouble));
 }
 
+// [G][2][C] and [G] counts.
 Tensor sums_of(const Tensor& x, const Shape& shape) {
   return at::empty({shape.groups * (2 * shape.channels + 1)}, x.options().dtype(at::kDouble));
+}
+
+// [n][G][C] and [G] counts, of the type of statistics.
+Tensor stats_of(const Tensor& x, const Shape& shape, int64_t n) {
+  const auto kind = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return at::empty({shape.groups * (n * shape.channels + 1)}, x.options().dtype(kind));
 }
 
 int64_t fold_bytes(const Tensor& x, const Shape& shape) {
   return 2 * shape.vector * 256 * (x.scalar_type() == at::kDouble ? 8 : 4);
 }
 
-void normalise(const Tensor& x, const Tensor& residual, Tensor& y, const Shape& shape, const Tensor& sums,
-           const Tensor& weight, const Tensor& bias, double eps, bool relu, void* running, double momentum) {
+Dim channel_tiles(const Shape& shape, int64_t each) { return {(shape.channels + each - 1) / each, 1, 1}; }
+
+void normalise(const Tensor& x, const Tensor& residual, Tensor& y, const Shape& shape, const Tensor& stats, bool relu) {
   launch(x, shape.part, "apply_" + shape.suffix, shape.grid(kMapBlocks), shape.block(), 0, pointer(x), pointer(residual),
-         y.mutable_data_ptr(), shape.rows, shape.channels, pointer(sums), pointer(weight), pointer(bias), eps,
-         static_cast<int>(relu), running, momentum);
+         y.mutable_data_ptr(), shape.rows, shape.channels, pointer(stats), static_cast<int>(relu));
+}
+
+void finish(const Tensor& sums, const Shape& shape, const Tensor& weight, const Tensor& bias, double eps, Tensor& stats,
+            void* running, double momentum) {
+  launch(sums, "flat", "finish_" + name_of(stats), channel_tiles(shape, 128), {128, 1, 1}, 0, pointer(sums),
+         shape.channels, shape.groups, pointer(weight), pointer(bias), eps, stats.mutable_data_ptr(), running, momentum);
 }
 
 void check_affine(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual) {
@@ -280,18 +294,22 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
                 shape.rows, "; raise schedule.global_batch");
 
     const int64_t stretches = shape.stretches(kSumBlocks);
-    Tensor partial = at::empty({groups * stretches * 2 * shape.channels}, x.options().dtype(at::kDouble));
+    Tensor partial = partial_of(x, shape), sums = sums_of(x, shape), stats = stats_of(x, shape, 4);
     launch(x, shape.part, "moments_" + shape.suffix, shape.grid(kSumBlocks), shape.block(), fold_bytes(x, shape),
            pointer(x), shape.rows, shape.channels, partial.mutable_data_ptr());
-    Tensor sums = sums_of(x, shape);
-    combine(partial, shape, stretches, sums);
-    (*reduce)(sums);
+    const bool alone = !reduce->call;
+    launch(x, "flat", "combine_" + name_of(stats), channel_tiles(shape, 32), {32, 32, 1}, 0, pointer(partial), stretches,
+           shape.channels, groups, static_cast<double>(shape.rows), sums.mutable_data_ptr(), static_cast<int>(alone),
+           pointer(w), pointer(b), eps, stats.mutable_data_ptr(), running.mutable_data_ptr(), momentum);
+    if (!alone) {
+      (*reduce)(sums);
+      finish(sums, shape, w, b, eps, stats, running.mutable_data_ptr(), momentum);
+    }
     Tensor y = at::empty_like(x);
-    normalise(x, residual, y, shape, sums, w, b, eps, relu, running.mutable_data_ptr(), momentum);
+    normalise(x, residual, y, shape, stats, relu);
 
-    ctx->save_for_backward({x, relu && residual.defined() ? y : Tensor(), w, b, sums});
+    ctx->save_for_backward({x, relu && residual.defined() ? y : Tensor(), w, stats});
     ctx->saved_data["groups"] = groups;
-    ctx->saved_data["eps"] = eps;
     ctx->saved_data["relu"] = relu;
     ctx->saved_data["residual"] = residual_in.has_value();
     ctx->saved_data["reduce"] = c10::IValue::make_capsule(std::move(reduce));
@@ -301,10 +319,9 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  torch::autograd::variable_list grads) {
     const auto saved = ctx->get_saved_variables();
-    const Tensor x = dense(saved[0]), y = saved[1], w = saved[2], b = saved[3], sums = saved[4];
+    const Tensor x = dense(saved[0]), y = saved[1], w = saved[2], stats = saved[3];
     const c10::DeviceGuard guard(x.device());
     const Tensor dy = dense(grads[0]).to(x.scalar_type());
-    const double eps = ctx->saved_data["eps"].toDouble();
     const bool relu = ctx->saved_data["relu"].toBool(), has_residual = ctx->saved_data["residual"].toBool();
     const auto capsule = ctx->saved_data["reduce"].toCapsule();
     const auto& reduce = *static_cast<const Reduce*>(capsule.get());
@@ -314,24 +331,25 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     Tensor dresidual = has_residual ? (relu ? at::empty_like(x) : dy) : Tensor();
     void* masked = has_residual && relu ? dresidual.mutable_data_ptr() : nullptr;
     const int64_t stretches = shape.stretches(kSumBlocks);
-    Tensor partial = at::empty({shape.groups * stretches * 2 * shape.channels}, x.options().dtype(at::kDouble));
+    Tensor partial = partial_of(x, shape), sums = sums_of(x, shape), coefs = stats_of(x, shape, 3);
     launch(x, shape.part, "grad_moments_" + shape.suffix, shape.grid(kSumBlocks), shape.block(), fold_bytes(x, shape),
-           pointer(dy), pointer(x), pointer(y), masked, shape.rows, shape.channels, pointer(sums), pointer(w), pointer(b),
-           eps, static_cast<int>(relu), partial.mutable_data_ptr());
-    Tensor of_grad = sums_of(x, shape);
-    combine(partial, shape, stretches, of_grad);
-    Tensor dweight, dbias;
-    if (w.defined()) {
-      dweight = at::empty_like(w);
-      dbias = at::empty_like(b);
-      launch(x, "flat", "grad_affine_" + name_of(w), {(shape.channels + 127) / 128, 1, 1}, {128, 1, 1}, 0, pointer(sums),
-             pointer(of_grad), shape.channels, shape.groups, eps, dweight.mutable_data_ptr(), dbias.mutable_data_ptr());
+           pointer(dy), pointer(x), pointer(y), masked, shape.rows, shape.channels, pointer(stats), static_cast<int>(relu),
+           partial.mutable_data_ptr());
+    Tensor dweight = w.defined() ? at::empty_like(w) : Tensor(), dbias = w.defined() ? at::empty_like(w) : Tensor();
+    const bool alone = !reduce.call;
+    launch(x, "flat", "combine_grad_" + name_of(stats), channel_tiles(shape, 32), {32, 32, 1}, 0, pointer(partial),
+           stretches, shape.channels, shape.groups, static_cast<double>(shape.rows), sums.mutable_data_ptr(),
+           static_cast<int>(alone), pointer(stats), w.defined() ? dweight.mutable_data_ptr() : nullptr,
+           w.defined() ? dbias.mutable_data_ptr() : nullptr, coefs.mutable_data_ptr());
+    if (!alone) {
+      reduce(sums);
+      launch(x, "flat", "finish_grad_" + name_of(stats), channel_tiles(shape, 128), {128, 1, 1}, 0, pointer(sums),
+             shape.channels, shape.groups, pointer(stats), coefs.mutable_data_ptr());
     }
-    reduce(of_grad);
     Tensor dx = at::empty_like(x);
     const Tensor& dz = masked ? dresidual : dy;
     launch(x, shape.part, "grad_input_" + shape.suffix, shape.grid(kMapBlocks), shape.block(), 0, pointer(dz), pointer(x),
-           dx.mutable_data_ptr(), shape.rows, shape.channels, pointer(sums), pointer(of_grad), pointer(w), pointer(b), eps,
+           dx.mutable_data_ptr(), shape.rows, shape.channels, pointer(stats), pointer(coefs),
            static_cast<int>(relu && !masked));
     return {dx, dweight, dbias, dresidual, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
@@ -352,6 +370,46 @@ void check_flat(const Tensor& param, std::initializer_list<const Tensor*> others
                 "flat buffers of different sizes, types or devices");
   }
 }
+
+// at::cuda::CUDAGraph, whose header wants CUDA's own: the functions that libtorch's CUDA part exports, by their names, on memory
+// of our own. Of exactly this libtorch, as everything here is.
+struct GraphFunctions {
+  typedef std::pair<unsigned long long, unsigned long long> Pool;
+  void (*construct)(void*, bool) = nullptr;
+  void (*destroy)(void*) = nullptr;
+  void (*begin)(void*, Pool, int) = nullptr;
+  void (*end)(void*) = nullptr;
+  void (*replay)(void*) = nullptr;
+  bool found = false;
+
+  static const GraphFunctions& get() {
+    static const GraphFunctions functions = [] {
+      GraphFunctions f;
+      auto find = [](auto& to, const char* name) {
+        to = reinterpret_cast<std::remove_reference_t<decltype(to)>>(dlsym(RTLD_DEFAULT, name));
+        return to != nullptr;
+      };
+      const bool all[] = {
+          find(f.construct, "_ZN2at4cuda9CUDAGraphC1Eb"),
+          find(f.destroy, "_ZN2at4cuda9CUDAGraphD1Ev"),
+          find(f.begin, "_ZN2at4cuda9CUDAGraph13capture_beginESt4pairIyyE21cudaStreamCaptureMode"),
+          find(f.end, "_ZN2at4cuda9CUDAGraph11capture_endEv"),
+          find(f.replay, "_ZN2at4cuda9CUDAGraph6replayEv"),
+      };
+      f.found = std::all_of(std::begin(all), std::end(all), [](bool it) { return it; });
+      return f;
+    }();
+    return functions;
+  }
+};
+
+constexpr int kThreadLocal = 1;  // cudaStreamCaptureModeThreadLocal: other threads go on as they like
+
+// Several times what a CUDAGraph takes.
+struct alignas(64) Graph {
+  int device;
+  alignas(64) unsigned char memory[4096];
+};
 
 Stream stream_of(int device, int64_t id) { return Stream(Stream::UNSAFE, Device(at::kCUDA, device), id); }
 
@@ -380,8 +438,9 @@ Tensor batch_norm_apply(const Tensor& x_in, const Tensor& weight, const Tensor& 
   const auto halves = running.chunk(2, 0);
   const Tensor sums =
       at::cat({halves[0], halves[1] + halves[0].square(), at::ones({1}, x.options().dtype(at::kDouble))}, 0);
-  Tensor y = at::empty_like(x);
-  normalise(x, residual, y, shape, sums, weight, bias, eps, relu, nullptr, 0.0);
+  Tensor stats = stats_of(x, shape, 4), y = at::empty_like(x);
+  finish(sums, shape, weight, bias, eps, stats, nullptr, 0.0);
+  normalise(x, residual, y, shape, stats, relu);
   return y;
 }
 
@@ -524,6 +583,48 @@ void mentee_event_drop(void* event, int device) {
 
 int mentee_device_synchronise(int device) {
   return mentee::guarded([&] { VirtualGuardImpl(at::kCUDA).synchronizeDevice(static_cast<c10::DeviceIndex>(device)); });
+}
+
+// Whether libtorch's CUDA part has graphs as they are used here.
+int mentee_graph_found() { return GraphFunctions::get().found; }
+
+// From here on the work of this thread's stream is recorded, not done, until mentee_graph_end; the stream is not the default
+// one, and has done the same work before.
+int mentee_graph_begin(int device, void** out) {
+  return mentee::guarded([&] {
+    const auto& functions = GraphFunctions::get();
+    TORCH_CHECK(functions.found, "this libtorch has no graphs");
+    VirtualGuardImpl(at::kCUDA).synchronizeDevice(static_cast<c10::DeviceIndex>(device));
+    at::getDeviceAllocator(at::kCUDA)->emptyCache();
+    auto graph = std::make_unique<Graph>();
+    graph->device = device;
+    functions.construct(graph->memory, false);
+    try {
+      functions.begin(graph->memory, {0, 0}, kThreadLocal);
+    } catch (...) {
+      functions.destroy(graph->memory);
+      throw;
+    }
+    *out = graph.release();
+  });
+}
+
+int mentee_graph_end(void* graph) {
+  return mentee::guarded([&] { GraphFunctions::get().end(static_cast<Graph*>(graph)->memory); });
+}
+
+// On the stream of this thread.
+int mentee_graph_launch(void* graph) {
+  return mentee::guarded([&] { GraphFunctions::get().replay(static_cast<Graph*>(graph)->memory); });
+}
+
+void mentee_graph_drop(void* handle) {
+  auto* graph = static_cast<Graph*>(handle);
+  mentee::guarded([&] {
+    VirtualGuardImpl(at::kCUDA).synchronizeDevice(static_cast<c10::DeviceIndex>(graph->device));
+    GraphFunctions::get().destroy(graph->memory);
+  });
+  delete graph;
 }
 
 // The most memory that tensors have had since the start, bytes.

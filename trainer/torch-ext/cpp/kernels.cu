@@ -6,7 +6,12 @@
 // channels, blockIdx.y the stretch of rows, blockIdx.z the group. Sums are taken in a fixed order: in each thread over its rows,
 // then over the threads of a block, then (combine) over the stretches. So they are the same in every run.
 //
-// `sums` is [G][2][C] doubles and, behind them, [G] counts: the sums of x and x^2 (or of dz and dz*(x-mean)) of each group.
+// What passes between the kernels:
+//   sums   [G][2][C] doubles and, behind them, [G] counts: the sums of x and x^2, or of dz and dz*(x-mean), of each group; over
+//          all ranks once they are reduced
+//   stats  [4][G][C] and [G] counts, in f32 (f64 for f64): scale, shift, mean and 1/sqrt(variance+eps), where
+//          y = x*scale + shift
+//   coefs  [3][G][C] in the same type: a, b and d of dx = dz*a + x*b + d
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -106,54 +111,24 @@ __device__ inline void moments(const T* x, i64 rows, i64 C, double* partial) {
   fold<A, V>(sum, square, column, C, partial);
 }
 
-// Scale and shift of a channel of group g: y = x*scale + shift.
-template <typename A>
-struct Affine {
-  A scale, shift, mean, inverse;
-};
-template <typename A, typename W>
-__device__ inline Affine<A> affine(const double* sums, i64 C, i64 G, i64 g, i64 c, const W* weight, const W* bias,
-                                   double eps) {
-  const double n = sums[G * 2 * C + g];
-  const double mean = sums[g * 2 * C + c] / n;
-  double variance = sums[g * 2 * C + C + c] / n - mean * mean;
-  variance = variance < 0 ? 0 : variance;
-  const double inverse = 1 / sqrt(variance + eps);
-  const double scale = weight ? static_cast<double>(weight[c]) * inverse : inverse;
-  Affine<A> out;
-  out.scale = static_cast<A>(scale);
-  out.shift = static_cast<A>((bias ? static_cast<double>(bias[c]) : 0.0) - mean * scale);
-  out.mean = static_cast<A>(mean);
-  out.inverse = static_cast<A>(inverse);
-  return out;
+// V values of a row of [G][C], as the compute type of activations.
+template <typename A, typename W, int V>
+__device__ inline void row_of(const W* values, i64 C, i64 column, A* out) {
+  const W* from = values + blockIdx.z * C + column;
+#pragma unroll
+  for (int k = 0; k < V; ++k) out[k] = static_cast<A>(from[k]);
 }
 
-// y = act(x*scale + shift + residual); the first block of a channel also moves its running statistics, group by group.
+// y = act(x*scale + shift + residual)
 template <typename T, typename W, int V>
-__device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 C, const double* sums, const W* weight,
-                             const W* bias, double eps, int relu, double* running, double momentum) {
+__device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 C, const W* stats, int relu) {
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (column >= C) return;
   const i64 G = gridDim.z, g = blockIdx.z;
-  if (running && g == 0 && blockIdx.y == 0 && threadIdx.y == 0) {
-    for (i64 c = column; c < column + V; ++c) {
-      for (i64 of = 0; of < G; ++of) {
-        const double n = sums[G * 2 * C + of], mean = sums[of * 2 * C + c] / n;
-        double variance = sums[of * 2 * C + C + c] / n - mean * mean;
-        variance = variance < 0 ? 0 : variance;
-        running[c] += momentum * (mean - running[c]);
-        running[C + c] += momentum * (variance * n / (n - 1) - running[C + c]);
-      }
-    }
-  }
   A scale[V], shift[V];
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const Affine<A> a = affine<A, W>(sums, C, G, g, column + k, weight, bias, eps);
-    scale[k] = a.scale;
-    shift[k] = a.shift;
-  }
+  row_of<A, W, V>(stats, C, column, scale);
+  row_of<A, W, V>(stats + G * C, C, column, shift);
   const Rows stretch(rows);
   const i64 base = g * rows * C + column;
   for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += kUnroll * blockDim.y) {
@@ -186,20 +161,16 @@ __device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 
 // Sums of dz and dz*(x - mean), where dz is dy where the activation let it through. Given `y` (a residual was added), that is
 // where y > 0, and dz is written to `masked`; else it follows from x.
 template <typename T, typename W, int V>
-__device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C, const double* sums,
-                                    const W* weight, const W* bias, double eps, int relu, double* partial) {
+__device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C, const W* stats,
+                                    int relu, double* partial) {
   typedef typename Compute<T>::type A;
-  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V, all = gridDim.z * C;
   A sum[V] = {}, dot[V] = {};
   if (column < C) {
     A scale[V], shift[V], mean[V];
-#pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const Affine<A> a = affine<A, W>(sums, C, gridDim.z, blockIdx.z, column + k, weight, bias, eps);
-      scale[k] = a.scale;
-      shift[k] = a.shift;
-      mean[k] = a.mean;
-    }
+    row_of<A, W, V>(stats, C, column, scale);
+    row_of<A, W, V>(stats + all, C, column, shift);
+    row_of<A, W, V>(stats + 2 * all, C, column, mean);
     const Rows stretch(rows);
     const i64 base = blockIdx.z * rows * C + column;
     for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
@@ -237,28 +208,20 @@ __device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* mask
   fold<A, V>(sum, dot, column, C, partial);
 }
 
-// dx = w*inverse*(dz - mean(dz) - xhat*mean(dz*xhat)). `grads` is as sums, of all ranks. `relu` masks dy by x again.
+// dx = dz*a + x*b + d; `relu` masks dy by x again.
 template <typename T, typename W, int V>
-__device__ inline void grad_input(const T* dy, const T* x, T* dx, i64 rows, i64 C, const double* sums,
-                                  const double* grads, const W* weight, const W* bias, double eps, int relu) {
+__device__ inline void grad_input(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats, const W* coefs,
+                                  int relu) {
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (column >= C) return;
-  const i64 G = gridDim.z, g = blockIdx.z;
+  const i64 g = blockIdx.z, all = gridDim.z * C;
   A scale[V], shift[V], a[V], b[V], d[V];
-#pragma unroll
-  for (int k = 0; k < V; ++k) {
-    const i64 c = column + k;
-    const Affine<double> f = affine<double, W>(sums, C, G, g, c, weight, bias, eps);
-    const double n = sums[G * 2 * C + g];
-    const double mean_dz = grads[g * 2 * C + c] / n;
-    const double mean_dot = grads[g * 2 * C + C + c] * f.inverse * f.inverse / n;
-    scale[k] = static_cast<A>(f.scale);
-    shift[k] = static_cast<A>(f.shift);
-    a[k] = static_cast<A>(f.scale);
-    b[k] = static_cast<A>(-f.scale * mean_dot);
-    d[k] = static_cast<A>(-f.scale * mean_dz + f.scale * mean_dot * f.mean);
-  }
+  row_of<A, W, V>(stats, C, column, scale);
+  row_of<A, W, V>(stats + all, C, column, shift);
+  row_of<A, W, V>(coefs, C, column, a);
+  row_of<A, W, V>(coefs + all, C, column, b);
+  row_of<A, W, V>(coefs + 2 * all, C, column, d);
   const Rows stretch(rows);
   const i64 base = g * rows * C + column;
   for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
@@ -288,63 +251,130 @@ __device__ inline void grad_input(const T* dy, const T* x, T* dx, i64 rows, i64 
   }
 }
 
-#ifdef PART_flat
-// Adds the stretches, [G][stretches][2][C], to sums. Blocks of 32 x 8: a column of 2C each x, stretches over y.
-extern "C" __global__ void combine(const double* partial, i64 stretches, i64 C, double rows, double* sums) {
-  __shared__ double shared[8][32];
-  const i64 column = blockIdx.x * 32 + threadIdx.x, g = blockIdx.y, G = gridDim.y;
-  double sum = 0;
-  if (column < 2 * C) {
-    const double* from = partial + g * stretches * 2 * C + column;
-    for (i64 s = threadIdx.y; s < stretches; s += 8) sum += from[s * 2 * C];
-  }
-  shared[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y == 0 && column < 2 * C) {
-    for (int y = 1; y < 8; ++y) sum += shared[y][threadIdx.x];
-    sums[g * 2 * C + column] = sum;
-  }
-  if (column == 0 && threadIdx.y == 0) sums[G * 2 * C + g] = rows;
-}
-
-#endif
-
-// The gradients of scale and offset: this rank's share. sums are the forward pass's, grads this rank's.
+// The statistics of a channel from its sums, over all ranks; running statistics move group by group. `rows` is the count of
+// each group, or 0: then it stands behind the sums.
 template <typename W>
-__device__ inline void grad_affine(const double* sums, const double* grads, i64 C, i64 G, double eps, W* dweight,
-                                   W* dbias) {
-  const i64 c = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (c >= C) return;
-  double dw = 0, db = 0;
+__device__ inline void finish(const double* sums, double rows, i64 C, i64 G, i64 c, const W* weight, const W* bias, double eps, W* stats,
+                              double* running, double momentum) {
+  const i64 all = G * C;
   for (i64 g = 0; g < G; ++g) {
-    const double n = sums[G * 2 * C + g], mean = sums[g * 2 * C + c] / n;
+    const double n = rows > 0 ? rows : sums[2 * all + g], mean = sums[g * 2 * C + c] / n;
     double variance = sums[g * 2 * C + C + c] / n - mean * mean;
     variance = variance < 0 ? 0 : variance;
-    db += grads[g * 2 * C + c];
-    dw += grads[g * 2 * C + C + c] / sqrt(variance + eps);
+    const double inverse = 1 / sqrt(variance + eps);
+    const double scale = weight ? static_cast<double>(weight[c]) * inverse : inverse;
+    stats[g * C + c] = static_cast<W>(scale);
+    stats[all + g * C + c] = static_cast<W>((bias ? static_cast<double>(bias[c]) : 0.0) - mean * scale);
+    stats[2 * all + g * C + c] = static_cast<W>(mean);
+    stats[3 * all + g * C + c] = static_cast<W>(inverse);
+    if (c == 0) stats[4 * all + g] = static_cast<W>(n);
+    if (running) {
+      running[c] += momentum * (mean - running[c]);
+      running[C + c] += momentum * (variance * n / (n - 1) - running[C + c]);
+    }
   }
-  dweight[c] = static_cast<W>(dw);
-  dbias[c] = static_cast<W>(db);
 }
+
+// dx = w*inverse*(dz - mean(dz) - xhat*mean(dz*xhat)), regrouped as dz*a + x*b + d.
+template <typename W>
+__device__ inline void finish_grad(const double* grads, i64 C, i64 G, i64 c, const W* stats, W* coefs) {
+  const i64 all = G * C;
+  for (i64 g = 0; g < G; ++g) {
+    const i64 at = g * C + c;
+    const double scale = stats[at], mean = stats[2 * all + at], inverse = stats[3 * all + at], n = stats[4 * all + g];
+    const double mean_dz = grads[g * 2 * C + c] / n;
+    const double mean_dot = grads[g * 2 * C + C + c] * inverse * inverse / n;
+    coefs[at] = static_cast<W>(scale);
+    coefs[all + at] = static_cast<W>(-scale * mean_dot);
+    coefs[2 * all + at] = static_cast<W>(-scale * mean_dz + scale * mean_dot * mean);
+  }
+}
+
+// Adds the stretches, partial [G][stretches][2][C], to sums. Blocks of 32 x 32: a channel each x, stretches over y; the
+// threads of y = 0 hold the sums afterwards, and go on with them.
+__device__ inline bool combine(const double* partial, i64 stretches, i64 C, i64 G, double rows, double* sums, i64* channel) {
+  __shared__ double shared[2][32][33];
+  const i64 c = blockIdx.x * 32 + threadIdx.x;
+  for (i64 g = 0; g < G; ++g) {
+    double first = 0, second = 0;
+    if (c < C) {
+      const double* from = partial + g * stretches * 2 * C + c;
+      for (i64 s = threadIdx.y; s < stretches; s += 32) {
+        first += from[s * 2 * C];
+        second += from[s * 2 * C + C];
+      }
+    }
+    __syncthreads();
+    shared[0][threadIdx.y][threadIdx.x] = first;
+    shared[1][threadIdx.y][threadIdx.x] = second;
+    __syncthreads();
+    if (threadIdx.y < 2) {
+      double sum = 0;
+      for (int y = 0; y < 32; ++y) sum += shared[threadIdx.y][y][threadIdx.x];
+      if (c < C) sums[g * 2 * C + threadIdx.y * C + c] = sum;
+    }
+    if (c == 0 && threadIdx.y == 0) sums[G * 2 * C + g] = rows;
+  }
+  __syncthreads();  // what the others of this block have written is seen
+  *channel = c;
+  return threadIdx.y == 0 && c < C;
+}
+
+#ifdef PART_flat
+#define STATISTICS_KERNELS(NAME, W)                                                                                    \
+  extern "C" __global__ void combine_##NAME(const double* partial, i64 stretches, i64 C, i64 G, double rows,           \
+                                            double* sums, int alone, const W* weight, const W* bias, double eps,       \
+                                            W* stats, double* running, double momentum) {                              \
+    i64 c;                                                                                                             \
+    if (combine(partial, stretches, C, G, rows, sums, &c) && alone)                                                    \
+      finish<W>(sums, rows, C, G, c, weight, bias, eps, stats, running, momentum);                                     \
+  }                                                                                                                    \
+  extern "C" __global__ void finish_##NAME(const double* sums, i64 C, i64 G, const W* weight, const W* bias,           \
+                                           double eps, W* stats, double* running, double momentum) {                   \
+    const i64 c = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;                                             \
+    if (c < C) finish<W>(sums, 0, C, G, c, weight, bias, eps, stats, running, momentum);                               \
+  }                                                                                                                    \
+  /* Also the gradients of scale and offset: this rank's share. */                                                     \
+  extern "C" __global__ void combine_grad_##NAME(const double* partial, i64 stretches, i64 C, i64 G, double rows,      \
+                                                 double* grads, int alone, const W* stats, W* dweight, W* dbias,       \
+                                                 W* coefs) {                                                           \
+    i64 c;                                                                                                             \
+    if (!combine(partial, stretches, C, G, rows, grads, &c)) return;                                                   \
+    if (dweight) {                                                                                                     \
+      double dw = 0, db = 0;                                                                                           \
+      for (i64 g = 0; g < G; ++g) {                                                                                    \
+        db += grads[g * 2 * C + c];                                                                                    \
+        dw += grads[g * 2 * C + C + c] * static_cast<double>(stats[3 * G * C + g * C + c]);                            \
+      }                                                                                                                \
+      dweight[c] = static_cast<W>(dw);                                                                                 \
+      dbias[c] = static_cast<W>(db);                                                                                   \
+    }                                                                                                                  \
+    if (alone) finish_grad<W>(grads, C, G, c, stats, coefs);                                                           \
+  }                                                                                                                    \
+  extern "C" __global__ void finish_grad_##NAME(const double* grads, i64 C, i64 G, const W* stats, W* coefs) {         \
+    const i64 c = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;                                             \
+    if (c < C) finish_grad<W>(grads, C, G, c, stats, coefs);                                                           \
+  }
+
+STATISTICS_KERNELS(f32, float)
+STATISTICS_KERNELS(f64, double)
+#endif
 
 #define NORM_KERNELS(NAME, T, W, V)                                                                                    \
   extern "C" __global__ void moments_##NAME(const T* x, i64 rows, i64 C, double* partial) {                            \
     moments<T, V>(x, rows, C, partial);                                                                                \
   }                                                                                                                    \
-  extern "C" __global__ void apply_##NAME(const T* x, const T* residual, T* y, i64 rows, i64 C, const double* sums,    \
-                                          const W* weight, const W* bias, double eps, int relu, double* running,       \
-                                          double momentum) {                                                           \
-    apply<T, W, V>(x, residual, y, rows, C, sums, weight, bias, eps, relu, running, momentum);                         \
+  extern "C" __global__ void apply_##NAME(const T* x, const T* residual, T* y, i64 rows, i64 C, const W* stats,        \
+                                          int relu) {                                                                  \
+    apply<T, W, V>(x, residual, y, rows, C, stats, relu);                                                              \
   }                                                                                                                    \
   extern "C" __global__ void grad_moments_##NAME(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C,      \
-                                                 const double* sums, const W* weight, const W* bias, double eps,       \
-                                                 int relu, double* partial) {                                          \
-    grad_moments<T, W, V>(dy, x, y, masked, rows, C, sums, weight, bias, eps, relu, partial);                          \
+                                                 const W* stats, int relu, double* partial) {                          \
+    grad_moments<T, W, V>(dy, x, y, masked, rows, C, stats, relu, partial);                                            \
   }                                                                                                                    \
-  extern "C" __global__ void grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const double* sums,    \
-                                               const double* grads, const W* weight, const W* bias, double eps,        \
-                                               int relu) {                                                             \
-    grad_input<T, W, V>(dy, x, dx, rows, C, sums, grads, weight, bias, eps, relu);                                     \
+  extern "C" __global__ void grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats,        \
+                                               const W* coefs, int relu) {                                             \
+    grad_input<T, W, V>(dy, x, dx, rows, C, stats, coefs, relu);                                                       \
   }
 
 // Compiled in parts, each when it is first needed: a run has activations of one type.
@@ -360,16 +390,6 @@ NORM_KERNELS(f32_1, float, float, 1)
 NORM_KERNELS(f64, double, double, 2)
 NORM_KERNELS(f64_1, double, double, 1)
 #endif
-
-#ifdef PART_flat
-extern "C" __global__ void grad_affine_f32(const double* sums, const double* grads, i64 C, i64 G, double eps,
-                                           float* dweight, float* dbias) {
-  grad_affine<float>(sums, grads, C, G, eps, dweight, dbias);
-}
-extern "C" __global__ void grad_affine_f64(const double* sums, const double* grads, i64 C, i64 G, double eps,
-                                           double* dweight, double* dbias) {
-  grad_affine<double>(sums, grads, C, G, eps, dweight, dbias);
-}
 
 // Updates of flat buffers: one block a chunk of one parameter. `table` holds, per chunk, [begin, len, first chunk of its
 // parameter, chunks of its parameter, flags].
@@ -479,6 +499,7 @@ __device__ inline void adamw_step(T* p, const T* g, T* m, T* v, const i64* table
     if (threadIdx.x == 0) partial[blockIdx.x] = a;                                                                     \
   }
 
+#ifdef PART_flat
 UPDATE_KERNELS(f32, float)
 UPDATE_KERNELS(f64, double)
 #endif

@@ -79,6 +79,11 @@ int mentee_event_record(void** event, int device, int64_t stream);
 int mentee_event_block(void* event, int device, int64_t stream);
 int mentee_event_query(void* event, int* complete);
 void mentee_event_drop(void* event, int device);
+int mentee_graph_found();
+int mentee_graph_begin(int device, void** graph);
+int mentee_graph_end(void* graph);
+int mentee_graph_launch(void* graph);
+void mentee_graph_drop(void* graph);
 int mentee_device_synchronise(int device);
 int mentee_device_peak(int device, int64_t* bytes);
 }

@@ -204,6 +204,59 @@ impl Stream {
     }
 }
 
+/// Work of one stream, recorded once and launched at a stroke: what it reads and writes are always the same places.
+#[derive(Debug)]
+pub struct Graph(*mut std::ffi::c_void);
+
+// SAFETY: a graph may be launched from any thread, one at a time.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Whether this libtorch can record graphs; none can before [`open`].
+    #[must_use]
+    pub fn is_supported() -> bool {
+        // SAFETY: no pointers.
+        unsafe { sys::mentee_graph_found() != 0 }
+    }
+
+    /// Records what `work` puts on this thread's stream, which is not the device's default one and has done the same work
+    /// before; nothing of it is done yet. Tensors that `work` makes stay where they are, and each launch fills them again.
+    ///
+    /// # Errors
+    /// That of `work`; when it does something that cannot be recorded, such as waiting for the device.
+    pub fn record<T, E: From<TorchError>>(
+        device: usize,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<(Self, T), E> {
+        let mut graph = std::ptr::null_mut();
+        // SAFETY: on success `graph` is ours, and dropped once.
+        unsafe { check(sys::mentee_graph_begin(number(device), &mut graph)) }?;
+        let graph = Self(graph);
+        let done = work();
+        // SAFETY: the graph is alive.
+        let ended = unsafe { check(sys::mentee_graph_end(graph.0)) };
+        let done = done?;
+        ended?;
+        Ok((graph, done))
+    }
+
+    /// Puts the recorded work on this thread's stream.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn launch(&self) -> Result<(), TorchError> {
+        // SAFETY: the graph is alive.
+        unsafe { check(sys::mentee_graph_launch(self.0)) }
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: made in `record`, dropped once; waits until the device is done with it.
+        unsafe { sys::mentee_graph_drop(self.0) };
+    }
+}
+
 /// A point on a stream.
 #[derive(Debug)]
 pub struct Event {

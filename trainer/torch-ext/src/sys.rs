@@ -174,6 +174,11 @@ unsafe extern "C" {
     pub fn mentee_event_block(event: *mut c_void, device: c_int, stream: i64) -> c_int;
     pub fn mentee_event_query(event: *mut c_void, complete: *mut c_int) -> c_int;
     pub fn mentee_event_drop(event: *mut c_void, device: c_int);
+    pub fn mentee_graph_found() -> c_int;
+    pub fn mentee_graph_begin(device: c_int, graph: *mut *mut c_void) -> c_int;
+    pub fn mentee_graph_end(graph: *mut c_void) -> c_int;
+    pub fn mentee_graph_launch(graph: *mut c_void) -> c_int;
+    pub fn mentee_graph_drop(graph: *mut c_void);
     pub fn mentee_device_synchronise(device: c_int) -> c_int;
     pub fn mentee_device_peak(device: c_int, bytes: *mut i64) -> c_int;
 

@@ -11,6 +11,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
+use crate::passes::Passes;
 use crate::reducer::GradientReducer;
 use crate::{agree, metrics, setup};
 
@@ -32,6 +33,9 @@ pub struct AllreduceArgs {
     /// How many ranks take part; `mentee bench` starts them.
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
+    /// Whose memory is summed: `cuda` is that of the ranks' devices, over NCCL.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu", "cuda"])]
+    device: String,
     /// One JSON object a size.
     #[arg(long)]
     json: bool,
@@ -43,6 +47,8 @@ pub struct AllreduceArgs {
 enum Gain {
     /// Sums gradients after the backward pass instead of beside it.
     Overlap,
+    /// Launches a device's kernels one by one instead of as one graph.
+    Graph,
     /// Passes the two views through each network one after the other.
     OnePass,
 }
@@ -131,8 +137,12 @@ pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
 
 fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerError> {
     check_workers(args.workers, place)?;
-    let rows = bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
-        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let rows = if args.device == "cuda" {
+        all_reduce_devices(args.seconds, place)?
+    } else {
+        bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
+            .map_err(|source| WorkerError::Collective { step: 0, source })?
+    };
     if place.identity.rank != 0 {
         return Ok(());
     }
@@ -147,6 +157,22 @@ fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerEr
         }
     }
     Ok(())
+}
+
+/// In device memory, over the group that trains.
+fn all_reduce_devices(seconds: f64, place: &setup::Place) -> Result<Vec<bench::Row>, WorkerError> {
+    let recipe = Recipe::load("byol-cifar10-small", &["parallel.device=cuda".to_owned()])?;
+    let device = device::of_recipe(&recipe, &place.identity)?;
+    let Some(group) = DeviceGroup::start(&place.collectives, &recipe, device)? else {
+        return Err(WorkerError::Usage("a world of one has nobody to sum with: give --workers 2 or more".into()));
+    };
+    let rows = bench::SIZES.iter().map(|&bytes| {
+        let mut values = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
+        bench::measure_by(&*place.collectives, bytes, seconds, || group.sum(&mut values))
+    });
+    let rows = rows.collect::<Result<Vec<_>, WorkerError>>()?;
+    group.finish()?;
+    Ok(rows)
 }
 
 fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
@@ -174,11 +200,13 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     let kinds = mentee_ssl::state::kinds(recipe.parallel.precision);
     let kind = if device == Device::Cpu { kinds.master } else { kinds.compute };
     let views = views.f_to_device(device)?.f_to_kind(kind)?;
+    let may_record = collectives.world_size() == 1 && !args.profile && !args.without.contains(&Gain::Graph);
+    let mut passes = Passes::new(device, may_record)?;
     let wait = || -> Result<(), WorkerError> {
         if let Device::Cuda(index) = device
             && args.profile
         {
-            cuda::synchronise(index).map_err(mentee_ssl::SslError::from)?;
+            cuda::synchronise(index)?;
         }
         Ok(())
     };
@@ -194,12 +222,15 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         if !args.without.contains(&Gain::Overlap) {
             reducer.last_pass();
         }
-        let out = state
-            .loss(&*method, &views, batch, recipe.parallel.norm_statistics, stat_reduce.as_ref())
-            .map_err(at_step)?;
-        wait()?;
-        let forward = start.elapsed();
-        state.backward(&out.loss).map_err(at_step)?;
+        let mut forward = start.elapsed();
+        let out = passes.run(&views, |views| -> Result<_, WorkerError> {
+            let out =
+                state.loss(&*method, views, batch, recipe.parallel.norm_statistics, stat_reduce.as_ref())?;
+            wait()?;
+            forward = start.elapsed();
+            state.backward(&out.loss)?;
+            Ok(out)
+        })?;
         wait()?;
         let backward = start.elapsed();
         let communication = reducer.finish(n)?;

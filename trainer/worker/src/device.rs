@@ -33,8 +33,7 @@ pub fn of_recipe(recipe: &Recipe, identity: &Identity) -> Result<Device, WorkerE
 pub fn enter(index: usize, recipe: &Recipe) -> Result<(), WorkerError> {
     // f32 means f32, and then the algorithms of a run should not depend on what was fastest at its start.
     let autotune = recipe.parallel.precision == Precision::Bf16;
-    Ok(cuda::use_device(index, cuda::Settings { autotune, tf32: false })
-        .map_err(mentee_ssl::SslError::from)?)
+    Ok(cuda::use_device(index, cuda::Settings { autotune, tf32: false })?)
 }
 
 fn choose(
@@ -112,6 +111,22 @@ impl DeviceGroup {
                 }
             }
         })
+    }
+
+    /// Sums a contiguous tensor of f32 in place, and waits for it.
+    pub fn sum(&self, values: &mut tch::Tensor) -> Result<(), WorkerError> {
+        let Device::Cuda(index) = values.device() else {
+            return Err(WorkerError::Failed("a tensor on no device".into()));
+        };
+        let failed = |source| WorkerError::DeviceCollective { step: 0, source: Box::new(source) };
+        let (stream, handle) = cuda::Stream::current(index)?;
+        // SAFETY: the tensor and libtorch's stream live until the wait below is over, or the group is aborted.
+        let (buffer, handle) = unsafe {
+            (DeviceBuffer::new(values.data_ptr(), values.numel(), DeviceType::F32), Stream::from_raw(handle))
+        };
+        let ticket = self.gradients.all_reduce_sum(buffer, handle).map_err(failed)?;
+        let done = Watched(cuda::Event::record(stream)?);
+        self.gradients.wait(ticket, &done, self.patience).map_err(failed)
     }
 
     /// After a failure: ends what is on its way, so that nothing waits for it.

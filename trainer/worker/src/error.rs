@@ -127,8 +127,21 @@ impl WorkerError {
     }
 }
 
+impl From<mentee_collectives::CollectiveError> for WorkerError {
+    /// Outside of any step.
+    fn from(source: mentee_collectives::CollectiveError) -> Self {
+        Self::Collective { step: 0, source }
+    }
+}
+
 impl From<tch::TchError> for WorkerError {
     fn from(error: tch::TchError) -> Self {
+        Self::Ssl(error.into())
+    }
+}
+
+impl From<mentee_torch_ext::TorchError> for WorkerError {
+    fn from(error: mentee_torch_ext::TorchError) -> Self {
         Self::Ssl(error.into())
     }
 }

@@ -44,8 +44,8 @@ impl Feed {
             .name("feed".into())
             .spawn(move || {
                 let result = device::enter(index, &recipe).and_then(|()| {
-                    let stream = cuda::Stream::new(index).map_err(mentee_ssl::SslError::from)?;
-                    stream.enter().map_err(mentee_ssl::SslError::from)?;
+                    let stream = cuda::Stream::new(index)?;
+                    stream.enter()?;
                     copy_all(loader, side, kinds.compute, device, &send, &back)
                 });
                 if let Err(error) = result {
@@ -102,8 +102,8 @@ fn copy_all(
         let views = views::tensor(&batch, side, Kind::Float)?.f_to_device(device)?.f_to_kind(kind)?;
         if let Device::Cuda(index) = device {
             // What is sent is there: the stream that computes has nothing to wait for.
-            let (stream, _) = cuda::Stream::current(index).map_err(mentee_ssl::SslError::from)?;
-            stream.synchronise().map_err(mentee_ssl::SslError::from)?;
+            let (stream, _) = cuda::Stream::current(index)?;
+            stream.synchronise()?;
         }
         if send.send(Ok((batch, views))).is_err() {
             break; // training has ended

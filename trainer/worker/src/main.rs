@@ -16,6 +16,7 @@ mod link;
 mod logging;
 mod metrics;
 mod online;
+mod passes;
 mod reducer;
 mod run_dir;
 mod setup;

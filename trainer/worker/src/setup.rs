@@ -25,6 +25,7 @@ use crate::feed::Feed;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
+use crate::passes::Passes;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
 use crate::waits::{Waits, Watched};
@@ -46,6 +47,7 @@ pub struct Run {
     pub feed: Feed,
     /// This rank's positions within the global batch.
     pub rank_share: Range<u64>,
+    pub passes: Passes,
     pub reducer: GradientReducer,
     pub faults: Faults,
     /// Sums batch-norm statistics over ranks; none for a world of one or unsynchronised norms.
@@ -241,6 +243,8 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     Ok(Run {
         schedule: Schedule::new(&plan),
         feed: Feed::new(loader, recipe, device)?,
+        // Several ranks would have to record their sums as well; several parts differ in size.
+        passes: Passes::new(device, identity.world_size == 1 && recipe.parallel.micro_batches == 1)?,
         reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,
         faults: Faults::from_env(identity.rank)?,
         rank_share: rank_share.clone(),

@@ -55,23 +55,19 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
         let mut parts = Vec::with_capacity(micro_batches.len());
         for (n, views) in micro_batches.iter().enumerate() {
-            reporter.phase(Phase::Forward);
-            let part = run
-                .state
-                .loss(
-                    &*run.method,
-                    views,
-                    global_batch,
-                    recipe.parallel.norm_statistics,
-                    run.stat_reduce.as_ref(),
-                )
-                .map_err(at_step)?;
-            reporter.phase(Phase::Backward);
-            if n + 1 == micro_batches.len() {
-                run.reducer.last_pass(); // from here on, gradients are summed over ranks as they are completed
-            }
-            run.state.backward(&part.loss).map_err(at_step)?;
-            parts.push(part);
+            let (state, statistics) = (&mut run.state, recipe.parallel.norm_statistics);
+            let part = run.passes.run(views, |views| {
+                reporter.phase(Phase::Forward);
+                let part =
+                    state.loss(&*run.method, views, global_batch, statistics, run.stat_reduce.as_ref())?;
+                reporter.phase(Phase::Backward);
+                if n + 1 == micro_batches.len() {
+                    run.reducer.last_pass(); // from here on, gradients are summed over ranks as they are completed
+                }
+                state.backward(&part.loss)?;
+                Ok(part)
+            });
+            parts.push(part.map_err(at_step)?);
         }
         reporter.phase(Phase::Reduce);
         let communication = run.reducer.finish(step)?; // every rank holds the mean gradient

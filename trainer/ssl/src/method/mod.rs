@@ -60,6 +60,26 @@ impl StepLoss {
         Self { loss, projections: projections.detach(), features: None }
     }
 
+    /// The same values, without a way back to what they were made of.
+    #[must_use]
+    pub fn without_graph(&self) -> Self {
+        Self {
+            loss: self.loss.detach(),
+            projections: self.projections.detach(),
+            features: self.features.as_ref().map(Tensor::detach),
+        }
+    }
+
+    /// The same tensors again.
+    #[must_use]
+    pub fn share(&self) -> Self {
+        Self {
+            loss: self.loss.shallow_clone(),
+            projections: self.projections.shallow_clone(),
+            features: self.features.as_ref().map(Tensor::shallow_clone),
+        }
+    }
+
     /// What the micro-batches of one update yield together.
     pub fn sum(parts: &[StepLoss]) -> Result<StepLoss, SslError> {
         let losses: Vec<Tensor> = parts.iter().map(|part| part.loss.detach()).collect();
