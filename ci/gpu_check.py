@@ -53,6 +53,22 @@ HELD_MB = 8192
 TAIL = 3000
 
 
+# One of two processes on a device. With GPU_CHECK_WATCH its process number, its errors and how it ended go into that folder, and mpiexec
+# hears of its end only when the folder holds `done`: it would end the other process before that can say anything.
+RANK = r"""#!/bin/sh
+rank=${PMI_RANK:-0}
+export NCCL_HOSTID=host$rank CUDA_VISIBLE_DEVICES=0
+[ -n "$GPU_CHECK_WATCH" ] || exec "$@"
+"$@" 2>"$GPU_CHECK_WATCH/stderr-$rank" &
+echo $! >"$GPU_CHECK_WATCH/pid-$rank"
+wait $!
+code=$?
+echo $code >"$GPU_CHECK_WATCH/code-$rank"
+while [ ! -e "$GPU_CHECK_WATCH/done" ]; do sleep 0.2; done
+exit $code
+"""
+
+
 class OutOfTime(Exception):
     pass
 
@@ -84,7 +100,9 @@ def environment():
         raise SystemExit(f"error: {sys.executable} has no torch: run this with a Python that has torch 2.11")
     torch = Path(found.origin).parent
     libraries = [HERE / "lib", HERE / "lib/mpich", torch / "lib"]
-    libraries += sorted(path for path in torch.parent.glob("nvidia/*/lib") if path.is_dir())
+    wheels = importlib.util.find_spec("nvidia")  # a folder that several wheels share
+    for place in (wheels.submodule_search_locations or []) if wheels else []:
+        libraries += sorted(path for path in Path(place).glob("*/lib") if path.is_dir())
     own = os.environ
     return dict(
         own,
@@ -147,7 +165,7 @@ class Peer:
     """A PyTorch process that measures when it is asked to."""
 
     def __init__(self, check, case, way):
-        self.way, self.ready, self.held_mb = way, None, 0.0
+        self.way, self.ready, self.held_mb, self.failure = way, None, 0.0, None
         flags = {
             "--backbone": case["backbone"],
             "--stem": case["stem"],
@@ -186,11 +204,14 @@ class Peer:
             answer = self.lines.get(timeout=max(0.1, seconds))
         except queue.Empty:
             self.end()
-            raise OutOfTime(f"PyTorch ({self.way}) did not answer in {seconds:.0f} s") from None
+            self.failure = OutOfTime(f"PyTorch ({self.way}) did not answer in {seconds:.0f} s")
+            raise self.failure from None
         if answer is None:
             tail = self.tail()
             self.end()
-            raise Failed(f"PyTorch ({self.way}) ended: {tail.strip().splitlines()[-1] if tail.strip() else 'no word'}", stderr=tail)
+            said = tail.strip().splitlines() or ["no word"]
+            self.failure = Failed(f"PyTorch ({self.way}) ended: {said[-1]}", stderr=tail)
+            raise self.failure
         return answer
 
     def tail(self):
@@ -226,6 +247,13 @@ def kill(process):
     except ProcessLookupError:
         pass
     process.wait()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 class Check:
@@ -494,6 +522,8 @@ class Check:
     def pytorch(self, case, way):
         key = (case["name"], way)
         peer = self.peers.get(key)
+        if peer is not None and peer.failure is not None:
+            raise peer.failure
         if peer is None or peer.process.poll() is not None:
             peer = self.peers[key] = Peer(self, case, way)
         result = peer.measure(case["steps"], 3 if not self.small else 1, self.left())
@@ -576,10 +606,7 @@ class Check:
         """NCCL takes two processes on one device for two machines with one each, if they say they are on two."""
         wrapper = self.temporary / "rank.sh"
         if not wrapper.exists():
-            wrapper.write_text(
-                '#!/bin/sh\nrank=${PMI_RANK:-0}\nexport NCCL_HOSTID=host$rank CUDA_VISIBLE_DEVICES=0\n'
-                '[ -z "$GPU_CHECK_PIDS" ] || echo $$ >"$GPU_CHECK_PIDS/$rank"\nexec "$@"\n'
-            )
+            wrapper.write_text(RANK)
             wrapper.chmod(0o755)
         return [HERE / "bin/mpiexec", "-launcher", "fork", "-n", number, *self.a.mpi_args.split(), wrapper, *command]
 
@@ -646,56 +673,48 @@ class Check:
     def killed_rank(self, its):
         deadline = 10
         keys = {"schedule.epochs": 1000, "parallel.timeout_s": deadline}
-        folder, command = self.short_run("killed", "f32", **keys)
-        pids = self.temporary / "pids"
-        pids.mkdir(exist_ok=True)
-        # Without its help: hydra would kill the other rank too, before it could say anything.
-        command = self.ranks(2, command)
-        command.insert(1, "-disable-auto-cleanup")
-        log = tempfile.TemporaryFile(dir=self.temporary)
+        folder, command = self.short_run("killed", "f32", **{"schedule.epochs": 1000, "parallel.timeout_s": deadline})
+        watch = self.temporary / "watch"
+        watch.mkdir()
         process = subprocess.Popen(
-            [str(part) for part in command], env={**self.environment, "GPU_CHECK_PIDS": str(pids)}, stdin=subprocess.DEVNULL,
-            stdout=log, stderr=subprocess.STDOUT, cwd=self.temporary, start_new_session=True,
+            [str(part) for part in self.ranks(2, command)], env={**self.environment, "GPU_CHECK_WATCH": str(watch)},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.temporary, start_new_session=True,
         )
         self.children.add(process)
+        code, survivor = watch / "code-0", None
         try:
             until = time.monotonic() + self.left(60)
             while sum(line["kind"] == "train" for line in read_lines(folder / "metrics.jsonl")) < 5:
-                if process.poll() is not None or time.monotonic() > until:
-                    raise Failed("two ranks did not get to step 5", said=self.said(log, folder))
+                if process.poll() is not None or code.exists() or time.monotonic() > until:
+                    raise Failed("two ranks did not get to step 5", said=self.said(watch, folder))
                 time.sleep(0.05)
-            ranks = [int((pids / str(rank)).read_text()) for rank in (0, 1)]
-            os.kill(ranks[1], signal.SIGKILL)
+            survivor, killed = (int((watch / f"pid-{rank}").read_text()) for rank in (0, 1))
+            os.kill(killed, signal.SIGKILL)
             began = time.monotonic()
-            while self.is_running(ranks[0]) and time.monotonic() - began < self.left(3 * deadline + 30):
+            while is_running(survivor) and time.monotonic() - began < self.left(3 * deadline + 30):
                 time.sleep(0.02)
             its["survivor_ended_after_s"] = round(time.monotonic() - began, 2)
             its["deadline_s"] = deadline
-            ended = not self.is_running(ranks[0])
-            if not ended:
-                os.kill(ranks[0], signal.SIGKILL)
+            ended = not is_running(survivor)
+            time.sleep(0.3)
+            # None: by its own MPI_Abort, which ends what would have written it too.
+            its["survivor_code"] = code.read_text().strip() if code.exists() else None
         finally:
+            (watch / "done").touch()
+            if survivor is not None and is_running(survivor):
+                os.kill(survivor, signal.SIGKILL)
             kill(process)
             self.children.discard(process)
-        its["said"] = self.said(log, folder)
-        errors = [line for line in its["said"]["output"].splitlines() if "error" in line.lower()]
-        its["summary"] = f"the other {'ended' if ended else 'did NOT end'} after {its['survivor_ended_after_s']} s: {''.join(errors[:1])[:200]}"
-        return ended
+        its["said"] = self.said(watch, folder)
+        errors = [line for line in its["said"].get("stderr-0", "").splitlines() if "error" in line.lower()]
+        how = "ended" if ended else "did NOT end"
+        its["summary"] = f"the other {how} after {its['survivor_ended_after_s']} s: {(errors or ['nothing said'])[0][:200]}"
+        return ended and bool(errors)
 
     @staticmethod
-    def is_running(pid):
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-        except OSError:
-            return False
-
-    @staticmethod
-    def said(log, folder):
-        log.seek(0)
-        out = {"output": log.read().decode(errors="replace")[-TAIL:]}
-        for path in sorted((folder / "logs").glob("rank-*.jsonl")):
-            out[path.name] = path.read_text(errors="replace")[-TAIL:]
-        return out
+    def said(watch, folder):
+        paths = sorted(watch.glob("stderr-*")) + sorted((folder / "logs").glob("rank-*.jsonl"))
+        return {path.name: path.read_text(errors="replace")[-TAIL:] for path in paths}
 
     # Where the time goes.
 
@@ -842,7 +861,8 @@ def table(result):
         lines.append(f"{name:9} {state:13} {part.get('seconds', 0):7.1f} s  {part.get('error') or part.get('summary', '')}")
     parity = result["parts"].get("parity", {}).get("rows", {})
     if parity:
-        lines += ["", f"{'parity':6} {'before':>9} {'views':>9} {'gradients':>9} {'flat':>9} {'after':>9} {'loss 0':>9} {'loss 2':>9}  worst gradient"]
+        heads = ("before", "views", "gradients", "flat", "after", "loss 0", "loss 2")
+        lines += ["", f"{'parity':6} " + " ".join(f"{name:>9}" for name in heads) + "  worst gradient"]
     for name, row in parity.items():
         if "gradients" in row:
             values = [row["before"]["worst"], row["views"]["worst"], row["gradients"]["worst"], row["gradients"]["flat"]]
@@ -920,11 +940,13 @@ def main():
     except KeyboardInterrupt:
         print("gpu-check: stopped", flush=True)
     finally:
-        check.save()
-        text = table(check.result)
-        (check.out / "gpu-check.txt").write_text(text + "\n")
-        print(f"\n{text}", flush=True)
-        check.end()
+        try:
+            check.save()
+            text = table(check.result)
+            (check.out / "gpu-check.txt").write_text(text + "\n")
+            print(f"\n{text}", flush=True)
+        finally:
+            check.end()
     return 0 if all(part["ok"] is not False for part in check.result["parts"].values()) else 1
 
 
