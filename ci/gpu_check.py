@@ -187,7 +187,7 @@ class Peer:
             command, env=check.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.stderr,
             start_new_session=True,
         )
-        self.lines = queue.Queue()
+        self.lines, self.starting = queue.Queue(), threading.Lock()
         threading.Thread(target=self.listen, daemon=True).start()
         check.children.add(self.process)
 
@@ -221,8 +221,11 @@ class Peer:
 
     def start(self, seconds):
         """Waits until it is compiled."""
-        if self.ready is None:
-            self.ready = self.wait(seconds)["ready_s"]
+        with self.starting:
+            if self.failure is not None:
+                raise self.failure
+            if self.ready is None:
+                self.ready = self.wait(seconds)["ready_s"]
 
     def measure(self, steps, warmup, seconds):
         until = time.monotonic() + seconds
@@ -270,6 +273,7 @@ class Check:
         self.part_until = self.until
         self.children = set()
         self.peers = {}
+        self.warming, self.timing = None, False
         self.help = {}
         self.data = None
         revision = HERE / "revision"
@@ -376,7 +380,8 @@ class Check:
         part["seconds"] = round(time.monotonic() - began, 1)
         self.save()
         state = {True: "ok", False: "FAILED", None: "not available"}[part["ok"]]
-        print(f"gpu-check: {name:8} {state:13} {part['seconds']:7.1f} s  {part.get('summary') or part.get('error', '')}", flush=True)
+        said = part.get("error") or part.get("summary", "")
+        print(f"gpu-check: {name:8} {state:13} {part['seconds']:7.1f} s  {said}", flush=True)
 
     def end(self):
         for process in [*self.children, *(peer.process for peer in self.peers.values())]:
@@ -405,7 +410,8 @@ class Check:
         done = self.run([self.worker, "doctor", RECIPE, *sets(self.on_device)], 60)
         part["doctor"] = json.loads(done["stdout"].strip().splitlines()[-1])
         devices = part["doctor"].get("devices", {})
-        part["summary"] = f"{part['python']['device']}, torch {part['python']['torch']}, the worker finds {devices.get('count')} devices"
+        python = part["python"]
+        part["summary"] = f"{python['device']}, torch {python['torch']}, the worker finds {devices.get('count')} devices"
         if devices.get("problem"):
             part["summary"] += f" ({devices['problem']})"
         return self.small or devices.get("count", 0) > 0
@@ -509,6 +515,8 @@ class Check:
         def work():
             for case in self.cases():
                 for way in self.a.ways.split(","):
+                    if self.timing:
+                        return
                     if "--compile" in WAYS[way] and way != "reduce-overhead" and (case["name"], way) not in self.peers:
                         peer = self.peers[case["name"], way] = Peer(self, case, way)
                         try:
@@ -538,8 +546,9 @@ class Check:
         return json.loads(self.run(command)["stdout"].strip().splitlines()[-1])
 
     def step(self, part):
-        if getattr(self, "warming", None) is not None:
-            self.warming.join(timeout=self.left())
+        if self.warming is not None:
+            self.warming.join(timeout=self.left() / 2)
+        self.timing = True
         rows = part.setdefault("cases", {})
         ways = self.a.ways.split(",")
         end, cases = self.part_until, self.cases()
@@ -576,7 +585,7 @@ class Check:
         for name, row in rows.items():
             ours = row.get("mentee", {}).get("images_per_s")
             ratios = ", ".join(f"{row[way]['ratio']:.2f}x {way}" for way in ways if "ratio" in row.get(way, {}))
-            words.append(f"{name}: {ours:.0f} images/s, {ratios}" if ours else f"{name}: nothing measured")
+            words.append(f"{name}: {ours:.0f} images/s, {ratios or 'no ratio'}" if ours else f"{name}: nothing measured")
         part["summary"] = "; ".join(words)
         return all(not row["errors"] and "mentee" in row for row in rows.values())
 
@@ -635,8 +644,8 @@ class Check:
                 its |= {"ok": False, "error": str(error), **getattr(error, "more", {})}
             ok = ok and its["ok"]
             self.save()
-        words = [f"{name} {its.get('summary', 'FAILED: ' + str(its.get('error')))}" for name, its in part.items() if isinstance(its, dict)]
-        part["summary"] = "; ".join(words)
+        tests = [(name, its) for name, its in part.items() if isinstance(its, dict)]
+        part["summary"] = "; ".join(f"{name}: {its.get('summary') or its.get('error')}" for name, its in tests)
         return ok
 
     def all_reduce(self, its):
@@ -817,14 +826,16 @@ class Check:
             settled = steps[len(steps) // 10 :]
             part["images_per_s"] = statistics.median(line["images_per_s"] for line in settled)
             part["step_ms"] = statistics.median(line["step_ms"] for line in settled)
-            part["data_wait_share"] = sum(line["data_wait_ms"] for line in settled) / max(1e-9, sum(line["step_ms"] for line in settled))
+            waited, all_ms = (sum(line[key] for line in settled) for key in ("data_wait_ms", "step_ms"))
+            part["data_wait_share"] = waited / all_ms if all_ms > 0 else None
             part["last"] = steps[-1]
             shutil.copy(folder / "metrics.jsonl", self.out / "train-metrics.jsonl")
         if failure is not None:
             raise failure
         knn = [f"{line['knn_top1']:.2f} %" for line in part["evals"] if "knn_top1" in line]
-        wait = 100 * part.get("data_wait_share", 0.0)
-        part["summary"] = f"{part['wall_s']} s, {part.get('images_per_s', 0):.0f} images/s, kNN {knn[-1] if knn else 'none'}, data {wait:.1f} %"
+        wait = 100 * (part.get("data_wait_share") or 0.0)
+        speed = f"{part['wall_s']} s, {part.get('images_per_s', 0):.0f} images/s, waiting for data {wait:.1f} %"
+        part["summary"] = f"{speed}, kNN {knn[-1] if knn else 'none'}"
         return bool(knn)
 
 
