@@ -7,7 +7,13 @@ average. The views are drawn once and stay in memory: no data loading is measure
 Started by torchrun, several processes share the batch: DistributedDataParallel over gloo, batch norms over each process's
 own part, every process's gradient a mean over its part and those averaged.
 
-Prints one JSON object: images_per_s, step_ms (median), n (steps measured), peak_rss_mb, loss (of the last step).
+Prints one JSON object: images_per_s, step_ms (median), n (steps measured), peak_rss_mb, loss (of the last step); with --device cuda also
+peak_device_mb (tensors) and peak_reserved_mb (what the allocator took for them). On a GPU the clock is read at a
+synchronisation every few steps, not at every step, so that the processor may run ahead.
+
+With --serve one process measures again and again, and what was compiled is compiled once: it prints {"ready": true, "ready_s": ...}
+after two first steps, then answers every line like {"steps": 20, "warmup": 5} on its input with such an object, which also
+says held_mb, the device memory that it keeps while it waits. It ends when its input does.
 """
 
 import argparse
@@ -17,6 +23,7 @@ import math
 import os
 import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -124,6 +131,28 @@ class Lars(torch.optim.Optimizer):
                 p.add_(m, alpha=-group["lr"])
 
 
+class ForeachLars(Lars):
+    """The same numbers by a few kernels over all parameters at once instead of several for each."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            parameters = group["params"]
+            matrices = [n for n, p in enumerate(parameters) if p.ndim > 1]
+            updates = [p.grad for p in parameters]
+            weights = [parameters[n] for n in matrices]
+            adapted = torch._foreach_add([updates[n] for n in matrices], weights, alpha=group["weight_decay"])
+            p_norm, u_norm = torch.stack(torch._foreach_norm(weights)), torch.stack(torch._foreach_norm(adapted))
+            factor = torch.where((p_norm > 0) & (u_norm > 0), group["eta"] * p_norm / u_norm, 1.0)
+            torch._foreach_mul_(adapted, list(factor.unbind()))
+            for n, u in zip(matrices, adapted):
+                updates[n] = u
+            momentum = [self.state[p].setdefault("m", torch.zeros_like(p)) for p in parameters]
+            torch._foreach_mul_(momentum, group["momentum"])
+            torch._foreach_add_(momentum, updates)
+            torch._foreach_add_(parameters, momentum, alpha=-group["lr"])
+
+
 class Online(nn.Module):
     """What is trained: both views through student and predictor, in one call, as DistributedDataParallel wants it."""
 
@@ -147,21 +176,32 @@ def main():
     arguments.add_argument("--precision", choices=("f32", "bf16"), default="f32")
     arguments.add_argument("--layout", choices=("channels-last", "contiguous"), default="channels-last")
     arguments.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd")
+    arguments.add_argument("--lars", choices=("loop", "foreach"), default="loop", help="one parameter after another, or all at once")
+    arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--compile", metavar="MODE", help="torch.compile forward and loss: default, reduce-overhead, ...")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
     arguments.add_argument("--steps", type=int, default=5, help="steps measured")
+    arguments.add_argument("--serve", action="store_true", help="measure whenever a line on the input asks for it")
     a = arguments.parse_args()
 
+    began = time.perf_counter()
     torch.manual_seed(0)
     torch.set_num_threads(a.threads)
+    cuda = a.device == "cuda"
+    if cuda:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     layout = torch.channels_last if a.layout == "channels-last" else torch.contiguous_format
     encoder, features = resnet(a.backbone, a.stem)
     student = nn.Sequential(encoder, head(features, a.projector_hidden, a.projector_out))
-    student.to(memory_format=layout)
-    predictor = head(a.projector_out, a.predictor_hidden, a.projector_out)
+    student.to(a.device, memory_format=layout)
+    predictor = head(a.projector_out, a.predictor_hidden, a.projector_out).to(a.device)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if a.batch % world != 0:
         raise SystemExit(f"error: --batch {a.batch} cannot be shared by {world} processes")
+    if world > 1 and (cuda or a.compile or a.serve):
+        raise SystemExit("error: several processes measure once, on the CPU, without --compile")
     predict = Online(student, predictor)
     if world > 1:
         torch.distributed.init_process_group("gloo")
@@ -173,51 +213,91 @@ def main():
     if a.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=0.03, momentum=0.9, weight_decay=5e-4, foreach=True)
     else:
-        optimizer = Lars(parameters, lr=0.2, momentum=0.9, weight_decay=1.5e-6, eta=1e-3)
-    views = [torch.randn(a.batch // world, 3, a.size, a.size).contiguous(memory_format=layout) for _ in range(2)]
+        lars = Lars if a.lars == "loop" else ForeachLars
+        optimizer = lars(parameters, lr=0.2, momentum=0.9, weight_decay=1.5e-6, eta=1e-3)
+    views = [torch.randn(a.batch // world, 3, a.size, a.size) for _ in range(2)]
+    views = [view.to(a.device).contiguous(memory_format=layout) for view in views]
     tau = 0.996
 
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=a.precision == "bf16"):
+    def loss_of(*views):
+        with torch.autocast(a.device, dtype=torch.bfloat16, enabled=a.precision == "bf16"):
             p1, p2 = predict(*views)
             with torch.no_grad():
                 z1, z2 = (teacher(view) for view in views)
-        loss = 4 - 2 * (
+        return 4 - 2 * (
             F.cosine_similarity(p1.float(), z2.float()).mean() + F.cosine_similarity(p2.float(), z1.float()).mean()
         )
+
+    if a.compile:
+        loss_of = torch.compile(loss_of, mode=a.compile)
+
+    def step():
+        if a.compile:
+            torch.compiler.cudagraph_mark_step_begin()
+        loss = loss_of(*views)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(moving, online, 1 - tau)
-        return loss.item()
+        return loss.detach()
 
-    for _ in range(a.warmup):
-        step()
-    times = []
-    for _ in range(a.steps):
-        began = time.perf_counter()
-        loss = step()
-        times.append(time.perf_counter() - began)
-    if not math.isfinite(loss):
-        raise SystemExit(f"error: the loss became {loss}; these times mean nothing")
-    median = statistics.median(times)
+    def measure(steps, warmup):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(warmup):
+            step()
+        times = []
+        if cuda:
+            torch.cuda.synchronize()
+        left = steps
+        while left > 0:
+            run = min(left, max(1, steps // 8)) if cuda else 1
+            left -= run
+            began = time.perf_counter()
+            for _ in range(run):
+                loss = step()
+            if cuda:
+                torch.cuda.synchronize()
+            else:
+                loss.item()
+            times.append((time.perf_counter() - began) / run)
+        loss = loss.item()
+        if not math.isfinite(loss):
+            raise SystemExit(f"error: the loss became {loss}; these times mean nothing")
+        median = statistics.median(times)
+        result = {
+            "images_per_s": a.batch / median,
+            "step_ms": 1000 * median,
+            "n": steps,
+            "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "loss": loss,
+        }
+        if cuda:
+            result["peak_device_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            result["peak_reserved_mb"] = torch.cuda.max_memory_reserved() / 2**20
+        return result
+
+    if a.serve:
+        step(), step().item()
+        print(json.dumps({"ready": True, "ready_s": time.perf_counter() - began}), flush=True)
+        for line in sys.stdin:
+            asked = json.loads(line)
+            result = measure(asked.get("steps", a.steps), asked.get("warmup", a.warmup))
+            if cuda:
+                optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+                result["held_mb"] = torch.cuda.memory_reserved() / 2**20
+            print(json.dumps(result), flush=True)
+        return
+
+    result = measure(a.steps, a.warmup)
     if world > 1:
         first = torch.distributed.get_rank() == 0
         torch.distributed.destroy_process_group()
         if not first:
             return
-    print(
-        json.dumps(
-            {
-                "images_per_s": a.batch / median,
-                "step_ms": 1000 * median,
-                "n": a.steps,
-                "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                "loss": loss,
-            }
-        )
-    )
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
