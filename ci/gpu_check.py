@@ -44,8 +44,10 @@ WAYS = {
     "reduce-overhead": ["--lars", "foreach", "--compile", "reduce-overhead"],
     "max-autotune": ["--lars", "foreach", "--compile", "max-autotune-no-cudagraphs"],
 }
-# Parity: the largest relative difference of any tensor; for bf16 that of the whole gradient.
-TOLERANCES = {"f64": 1e-9, "f32": 2e-3, "bf16": 0.1}
+# Parity in f64: the largest relative difference of any tensor. In f32 and bf16 rounding grows within one pass, on any processor;
+# there the GPU's whole gradient may be so many times as far from the CPU's in f64 as the CPU's own of that precision is.
+EXACT = 1e-9
+TIMES_AS_FAR = 1.5
 # 2 ranks against 1: the largest relative difference of a loss.
 RANK_TOLERANCES = {"f64": 1e-9, "f32": 1e-3}
 # What a PyTorch process may keep while another is measured.
@@ -428,6 +430,7 @@ class Check:
     def parity(self, part):
         self.images()
         rows, ok, steps = part.setdefault("rows", {}), True, 3
+        exact = None  # the CPU's gradient in f64
         for precision in self.a.precisions.split(","):
             done = {}
 
@@ -442,18 +445,23 @@ class Check:
                 thread.start()
             for thread in threads:
                 thread.join()
-            row = rows[precision] = {"tolerance": TOLERANCES[precision]}
+            row = rows[precision] = {}
             try:
                 for side in ("host", "device"):
                     if isinstance(done[side], Exception):
                         raise done[side]
                     row[f"{side}_s"] = done[side][1]
                 row |= self.compare_traces(done["host"][0], done["device"][0])
-                gradient = row["gradients"]
-                differences = [gradient["flat"]] if precision == "bf16" else [
-                    row[name]["worst"] for name in ("before", "gradients", "after")
-                ]
-                row["ok"] = all(it <= TOLERANCES[precision] for it in differences)
+                sides = [read_safetensors(done[side][0] / "step-0000/gradients.safetensors") for side in ("host", "device")]
+                if precision == "f64":
+                    exact = sides[0]
+                    row["ok"] = all(row[name]["worst"] <= EXACT for name in ("before", "gradients", "after"))
+                elif exact is None:
+                    raise Failed("f64 has to be compared first")
+                else:
+                    host, device = (compare(side, exact)["flat"] for side in sides)
+                    row["from_f64"] = {"host": host, "device": device}
+                    row["ok"] = device <= TIMES_AS_FAR * host
             except Exception as error:
                 row |= {"ok": False, "error": f"{type(error).__name__}: {error}", **getattr(error, "more", {})}
             for side in ("host", "device"):
@@ -461,7 +469,9 @@ class Check:
             ok = ok and row["ok"]
             self.save()
         words = [
-            f"{name} {row['gradients']['worst']:.1e} (flat {row['gradients']['flat']:.1e})" if "gradients" in row else f"{name} failed"
+            f"{name} {row['gradients']['worst']:.1e}" + (
+                " (from f64: {device:.1e}, the CPU's {host:.1e})".format(**row["from_f64"]) if "from_f64" in row else ""
+            ) if "gradients" in row else f"{name} failed"
             for name, row in rows.items()
         ]
         part["summary"] = "gradients: " + ", ".join(words)
