@@ -25,7 +25,7 @@ pub enum SslError {
     #[error(transparent)]
     TorchExt(#[from] mentee_torch_ext::TorchError),
     /// libtorch refused a call made through tch.
-    #[error("libtorch: {0}")]
+    #[error("libtorch: {}", first_line(.0))]
     Tch(#[from] tch::TchError),
     /// The rows of other ranks could not be had.
     #[error("collecting rows over ranks: {0}")]
@@ -38,4 +38,9 @@ pub enum SslError {
         /// What disagrees.
         problem: String,
     },
+}
+
+/// What libtorch says; its own stack follows on further lines.
+fn first_line(error: &tch::TchError) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }

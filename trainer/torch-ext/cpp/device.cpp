@@ -298,7 +298,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     launch(x, shape.part, "moments_" + shape.suffix, shape.grid(kSumBlocks), shape.block(), fold_bytes(x, shape),
            pointer(x), shape.rows, shape.channels, partial.mutable_data_ptr());
     const bool alone = !reduce->call;
-    launch(x, "flat", "combine_" + name_of(stats), channel_tiles(shape, 32), {32, 32, 1}, 0, pointer(partial), stretches,
+    launch(x, "flat", "combine_" + name_of(stats), channel_tiles(shape, 32), {32, 16, 1}, 0, pointer(partial), stretches,
            shape.channels, groups, static_cast<double>(shape.rows), sums.mutable_data_ptr(), static_cast<int>(alone),
            pointer(w), pointer(b), eps, stats.mutable_data_ptr(), running.mutable_data_ptr(), momentum);
     if (!alone) {
@@ -337,7 +337,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
            partial.mutable_data_ptr());
     Tensor dweight = w.defined() ? at::empty_like(w) : Tensor(), dbias = w.defined() ? at::empty_like(w) : Tensor();
     const bool alone = !reduce.call;
-    launch(x, "flat", "combine_grad_" + name_of(stats), channel_tiles(shape, 32), {32, 32, 1}, 0, pointer(partial),
+    launch(x, "flat", "combine_grad_" + name_of(stats), channel_tiles(shape, 32), {32, 16, 1}, 0, pointer(partial),
            stretches, shape.channels, shape.groups, static_cast<double>(shape.rows), sums.mutable_data_ptr(),
            static_cast<int>(alone), pointer(stats), w.defined() ? dweight.mutable_data_ptr() : nullptr,
            w.defined() ? dbias.mutable_data_ptr() : nullptr, coefs.mutable_data_ptr());

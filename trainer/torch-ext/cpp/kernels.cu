@@ -6,6 +6,8 @@
 // channels, blockIdx.y the stretch of rows, blockIdx.z the group. Sums are taken in a fixed order: in each thread over its rows,
 // then over the threads of a block, then (combine) over the stretches. So they are the same in every run.
 //
+// Launch bounds are the blocks that device.cpp launches: a kernel that takes too many registers for its block does not start.
+//
 // What passes between the kernels:
 //   sums   [G][2][C] doubles and, behind them, [G] counts: the sums of x and x^2, or of dz and dz*(x-mean), of each group; over
 //          all ranks once they are reduced
@@ -290,16 +292,17 @@ __device__ inline void finish_grad(const double* grads, i64 C, i64 G, i64 c, con
   }
 }
 
-// Adds the stretches, partial [G][stretches][2][C], to sums. Blocks of 32 x 32: a channel each x, stretches over y; the
+// Adds the stretches, partial [G][stretches][2][C], to sums. Blocks of 32 x 16: a channel each x, stretches over y; the
 // threads of y = 0 hold the sums afterwards, and go on with them.
 __device__ inline bool combine(const double* partial, i64 stretches, i64 C, i64 G, double rows, double* sums, i64* channel) {
-  __shared__ double shared[2][32][33];
+  constexpr int kDepth = 16;
+  __shared__ double shared[2][kDepth][33];
   const i64 c = blockIdx.x * 32 + threadIdx.x;
   for (i64 g = 0; g < G; ++g) {
     double first = 0, second = 0;
     if (c < C) {
       const double* from = partial + g * stretches * 2 * C + c;
-      for (i64 s = threadIdx.y; s < stretches; s += 32) {
+      for (i64 s = threadIdx.y; s < stretches; s += kDepth) {
         first += from[s * 2 * C];
         second += from[s * 2 * C + C];
       }
@@ -310,7 +313,7 @@ __device__ inline bool combine(const double* partial, i64 stretches, i64 C, i64 
     __syncthreads();
     if (threadIdx.y < 2) {
       double sum = 0;
-      for (int y = 0; y < 32; ++y) sum += shared[threadIdx.y][y][threadIdx.x];
+      for (int y = 0; y < kDepth; ++y) sum += shared[threadIdx.y][y][threadIdx.x];
       if (c < C) sums[g * 2 * C + threadIdx.y * C + c] = sum;
     }
     if (c == 0 && threadIdx.y == 0) sums[G * 2 * C + g] = rows;
@@ -322,20 +325,20 @@ __device__ inline bool combine(const double* partial, i64 stretches, i64 C, i64 
 
 #ifdef PART_flat
 #define STATISTICS_KERNELS(NAME, W)                                                                                    \
-  extern "C" __global__ void combine_##NAME(const double* partial, i64 stretches, i64 C, i64 G, double rows,           \
+  extern "C" __global__ void __launch_bounds__(512) combine_##NAME(const double* partial, i64 stretches, i64 C, i64 G, double rows, \
                                             double* sums, int alone, const W* weight, const W* bias, double eps,       \
                                             W* stats, double* running, double momentum) {                              \
     i64 c;                                                                                                             \
     if (combine(partial, stretches, C, G, rows, sums, &c) && alone)                                                    \
       finish<W>(sums, rows, C, G, c, weight, bias, eps, stats, running, momentum);                                     \
   }                                                                                                                    \
-  extern "C" __global__ void finish_##NAME(const double* sums, i64 C, i64 G, const W* weight, const W* bias,           \
+  extern "C" __global__ void __launch_bounds__(128) finish_##NAME(const double* sums, i64 C, i64 G, const W* weight, const W* bias, \
                                            double eps, W* stats, double* running, double momentum) {                   \
     const i64 c = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;                                             \
     if (c < C) finish<W>(sums, 0, C, G, c, weight, bias, eps, stats, running, momentum);                               \
   }                                                                                                                    \
   /* Also the gradients of scale and offset: this rank's share. */                                                     \
-  extern "C" __global__ void combine_grad_##NAME(const double* partial, i64 stretches, i64 C, i64 G, double rows,      \
+  extern "C" __global__ void __launch_bounds__(512) combine_grad_##NAME(const double* partial, i64 stretches, i64 C, i64 G, double rows, \
                                                  double* grads, int alone, const W* stats, W* dweight, W* dbias,       \
                                                  W* coefs) {                                                           \
     i64 c;                                                                                                             \
@@ -351,7 +354,7 @@ __device__ inline bool combine(const double* partial, i64 stretches, i64 C, i64 
     }                                                                                                                  \
     if (alone) finish_grad<W>(grads, C, G, c, stats, coefs);                                                           \
   }                                                                                                                    \
-  extern "C" __global__ void finish_grad_##NAME(const double* grads, i64 C, i64 G, const W* stats, W* coefs) {         \
+  extern "C" __global__ void __launch_bounds__(128) finish_grad_##NAME(const double* grads, i64 C, i64 G, const W* stats, W* coefs) { \
     const i64 c = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;                                             \
     if (c < C) finish_grad<W>(grads, C, G, c, stats, coefs);                                                           \
   }
@@ -361,18 +364,18 @@ STATISTICS_KERNELS(f64, double)
 #endif
 
 #define NORM_KERNELS(NAME, T, W, V)                                                                                    \
-  extern "C" __global__ void moments_##NAME(const T* x, i64 rows, i64 C, double* partial) {                            \
+  extern "C" __global__ void __launch_bounds__(256) moments_##NAME(const T* x, i64 rows, i64 C, double* partial) {     \
     moments<T, V>(x, rows, C, partial);                                                                                \
   }                                                                                                                    \
-  extern "C" __global__ void apply_##NAME(const T* x, const T* residual, T* y, i64 rows, i64 C, const W* stats,        \
+  extern "C" __global__ void __launch_bounds__(256, 3) apply_##NAME(const T* x, const T* residual, T* y, i64 rows, i64 C, const W* stats, \
                                           int relu) {                                                                  \
     apply<T, W, V>(x, residual, y, rows, C, stats, relu);                                                              \
   }                                                                                                                    \
-  extern "C" __global__ void grad_moments_##NAME(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C,      \
+  extern "C" __global__ void __launch_bounds__(256) grad_moments_##NAME(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C, \
                                                  const W* stats, int relu, double* partial) {                          \
     grad_moments<T, W, V>(dy, x, y, masked, rows, C, stats, relu, partial);                                            \
   }                                                                                                                    \
-  extern "C" __global__ void grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats,        \
+  extern "C" __global__ void __launch_bounds__(256, 3) grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats, \
                                                const W* coefs, int relu) {                                             \
     grad_input<T, W, V>(dy, x, dx, rows, C, stats, coefs, relu);                                                       \
   }
@@ -472,26 +475,26 @@ __device__ inline void adamw_step(T* p, const T* g, T* m, T* v, const i64* table
 }
 
 #define UPDATE_KERNELS(NAME, T)                                                                                        \
-  extern "C" __global__ void chunk_norms_##NAME(const T* p, const T* g, const i64* table, double wd,                   \
+  extern "C" __global__ void __launch_bounds__(256) chunk_norms_##NAME(const T* p, const T* g, const i64* table, double wd, \
                                                 double* partial) {                                                     \
     chunk_norms<T>(p, g, table, static_cast<T>(wd), partial);                                                          \
   }                                                                                                                    \
-  extern "C" __global__ void momentum_##NAME(T* p, const T* g, T* m, const i64* table, const double* partial,          \
+  extern "C" __global__ void __launch_bounds__(256) momentum_##NAME(T* p, const T* g, T* m, const i64* table, const double* partial, \
                                              double lr, double predictor_lr, double mu, double wd, double eta) {       \
     momentum_step<T>(p, g, m, table, partial, lr, predictor_lr, static_cast<T>(mu), static_cast<T>(wd), eta);          \
   }                                                                                                                    \
-  extern "C" __global__ void adamw_##NAME(T* p, const T* g, T* m, T* v, const i64* table, double lr,                   \
+  extern "C" __global__ void __launch_bounds__(256) adamw_##NAME(T* p, const T* g, T* m, T* v, const i64* table, double lr, \
                                           double predictor_lr, double beta1, double beta2, double eps, double wd,      \
                                           double c1, double c2) {                                                      \
     adamw_step<T>(p, g, m, v, table, lr, predictor_lr, static_cast<T>(beta1), static_cast<T>(beta2),                   \
                   static_cast<T>(eps), static_cast<T>(wd), static_cast<T>(c1), static_cast<T>(c2));                    \
   }                                                                                                                    \
-  extern "C" __global__ void ema_##NAME(T* teacher, const T* student, i64 n, double tau) {                             \
+  extern "C" __global__ void __launch_bounds__(256) ema_##NAME(T* teacher, const T* student, i64 n, double tau) {      \
     const T t = static_cast<T>(tau);                                                                                   \
     for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)          \
       teacher[i] = t * teacher[i] + (1 - t) * student[i];                                                              \
   }                                                                                                                    \
-  extern "C" __global__ void squares_##NAME(const T* p, i64 n, double* partial) {                                      \
+  extern "C" __global__ void __launch_bounds__(256) squares_##NAME(const T* p, i64 n, double* partial) {               \
     double a = 0;                                                                                                      \
     for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)          \
       a += static_cast<double>(p[i]) * p[i];                                                                           \

@@ -164,7 +164,9 @@ fn all_reduce_devices(seconds: f64, place: &setup::Place) -> Result<Vec<bench::R
     let recipe = Recipe::load("byol-cifar10-small", &["parallel.device=cuda".to_owned()])?;
     let device = device::of_recipe(&recipe, &place.identity)?;
     let Some(group) = DeviceGroup::start(&place.collectives, &recipe, device)? else {
-        return Err(WorkerError::Usage("a world of one has nobody to sum with: give --workers 2 or more".into()));
+        return Err(WorkerError::Usage(
+            "a world of one has nobody to sum with: give --workers 2 or more".into(),
+        ));
     };
     let rows = bench::SIZES.iter().map(|&bytes| {
         let mut values = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;

@@ -46,10 +46,10 @@ impl Passes {
     pub fn run<E>(
         &mut self,
         views: &Tensor,
-        both: impl FnOnce(&Tensor) -> Result<StepLoss, E>,
+        mut both: impl FnMut(&Tensor) -> Result<StepLoss, E>,
     ) -> Result<StepLoss, E>
     where
-        E: From<SslError> + From<mentee_torch_ext::TorchError> + From<tch::TchError>,
+        E: From<mentee_torch_ext::TorchError> + From<tch::TchError> + std::fmt::Display,
     {
         let Some(recording) = &mut self.recording else { return both(views) };
         recording.done += 1;
@@ -64,7 +64,14 @@ impl Passes {
             _ => {
                 recording.recorded = None; // its memory first
                 let views = views.f_empty_like().and_then(|mut own| own.f_copy_(views).map(|()| own))?;
-                let (graph, out) = cuda::Graph::record(recording.device, || both(&views))?;
+                let (graph, out) = match cuda::Graph::record(recording.device, || both(&views)) {
+                    Ok(recorded) => recorded,
+                    Err(error) => {
+                        tracing::warn!("kernels are launched one by one: recording a step failed: {error}");
+                        self.recording = None;
+                        return both(&views);
+                    }
+                };
                 tracing::debug!("forward and backward are recorded");
                 recording.recorded.insert(Recorded { graph, views, out: out.without_graph() })
             }
