@@ -105,7 +105,7 @@ fn commands(text: &str, program: &str) -> BTreeSet<String> {
     found
 }
 
-const DOCUMENTS: [&str; 10] = [
+const DOCUMENTS: [&str; 11] = [
     "README.md",
     "ARCHITECTURE.md",
     "CONTRIBUTING.md",
@@ -116,6 +116,7 @@ const DOCUMENTS: [&str; 10] = [
     "docs/reproducibility.md",
     "docs/methods.md",
     "docs/monitoring.md",
+    "docs/gpu.md",
 ];
 
 #[test]

@@ -3,13 +3,13 @@
 
 use std::ffi::c_void;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mentee_cluster::Identity;
 use mentee_collectives::nccl::{Communicator, Library, Options};
 use mentee_collectives::{
-    Collectives, DeviceBuffer, DeviceCollectives, DeviceType, Event, EventError, Stream,
+    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Event, EventError, Stream,
 };
 use mentee_config::Recipe;
 use mentee_config::recipe::{self, Precision};
@@ -70,6 +70,8 @@ pub struct DeviceGroup {
     pub gradients: Arc<dyn DeviceCollectives>,
     /// How long a rank waits for the others.
     pub patience: Duration,
+    /// What the first sum of statistics failed with.
+    failed: Arc<Mutex<Option<DeviceError>>>,
 }
 
 impl DeviceGroup {
@@ -82,7 +84,7 @@ impl DeviceGroup {
         if device == Device::Cpu || host.world_size() == 1 {
             return Ok(None);
         }
-        let failed = |error: mentee_collectives::DeviceError| WorkerError::Failed(error.to_string());
+        let failed = |error: DeviceError| WorkerError::Failed(error.to_string());
         let patience = Duration::from_secs_f64(recipe.parallel.timeout_s);
         let library = Library::open(&beside_libtorch(file_of_libtorch().as_deref())).map(Arc::new);
         let options = Options { call_patience: patience, ..Options::default() };
@@ -93,12 +95,12 @@ impl DeviceGroup {
             file = %statistics.library().path().display(),
             "ranks are connected over NCCL"
         );
-        Ok(Some(Self { statistics, gradients, patience }))
+        Ok(Some(Self { statistics, gradients, patience, failed: Arc::default() }))
     }
 
     /// The closure by which batch norms sum their statistics.
     pub fn reduce(&self) -> DeviceReduce {
-        let group = self.statistics.clone();
+        let (group, failed) = (self.statistics.clone(), self.failed.clone());
         Arc::new(move |values: *mut c_void, n: usize, stream: *mut c_void| {
             // SAFETY: n doubles that live until libtorch's stream has passed their use.
             let (buffer, stream) =
@@ -106,11 +108,22 @@ impl DeviceGroup {
             match group.all_reduce_sum(buffer, stream) {
                 Ok(_) => true,
                 Err(error) => {
-                    tracing::error!(%error, "batch-norm statistics");
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     false
                 }
             }
         })
+    }
+
+    /// The error of a step that ended because statistics could not be summed: that of the sum.
+    pub fn explain(&self, error: WorkerError) -> WorkerError {
+        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match (error, failed) {
+            (WorkerError::Step { step, .. }, Some(source)) => {
+                WorkerError::DeviceCollective { step, source: Box::new(source) }
+            }
+            (error, _) => error,
+        }
     }
 
     /// Sums a contiguous tensor of f32 in place, and waits for it.

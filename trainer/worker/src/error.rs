@@ -105,6 +105,9 @@ impl WorkerError {
 
     /// The ranks that this failure follows from, empty when it is not known which; none when it is this rank's own.
     pub fn peers(&self) -> Option<Vec<u32>> {
+        if let Self::DeviceCollective { .. } = self {
+            return Some(Vec::new()); // NCCL says that a peer is gone, not which
+        }
         let Self::Collective { source, .. } = self else { return None };
         match &source.kind {
             ErrorKind::Timeout { missing, .. } => Some(missing.clone()),

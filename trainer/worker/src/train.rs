@@ -251,13 +251,14 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
     };
     let outcome = setup::run(local, &place).and_then(|mut run| {
         let outcome = train(&mut run, &mut reporter);
-        if let Some(group) = &run.group {
-            match &outcome {
-                Ok(_) => group.finish()?,
-                Err(error) => group.abort(error.exit_code()),
+        let Some(group) = &run.group else { return outcome };
+        match outcome {
+            Ok(outcome) => group.finish().map(|()| outcome),
+            Err(error) => {
+                group.abort(error.exit_code());
+                Err(group.explain(error))
             }
         }
-        outcome
     });
     match outcome {
         Ok(outcome) => {
