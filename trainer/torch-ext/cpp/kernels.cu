@@ -24,15 +24,26 @@ struct bf16 { u16 bits; };
 template <typename T> struct Compute { typedef T type; };
 template <> struct Compute<bf16> { typedef float type; };
 
+#ifdef EMULATED
+// tests/kernels/emulate.cpp runs these kernels on the processor, and has what the compiler brings on a device.
+#define BLOCK_MEMORY(name) double* name = block_memory
+#else
+// The memory that a launch gives every block.
+#define BLOCK_MEMORY(name) extern __shared__ double name[]
+__device__ inline u16 bf16_bits(float x) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+#endif
+
 __device__ inline float value(float x) { return x; }
 __device__ inline double value(double x) { return x; }
 __device__ inline float value(bf16 x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
 __device__ inline void put(float& to, float x) { to = x; }
 __device__ inline void put(double& to, double x) { to = x; }
 __device__ inline void put(bf16& to, float x) {
-  u16 bits;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-  to.bits = bits;
+  to.bits = bf16_bits(x);
 }
 
 // V values that are loaded and stored at once.
@@ -56,7 +67,7 @@ struct Rows {
 // Adds the 2V values of the threads of a column, and writes them to this block's place in partial, [G][stretches][2][C].
 template <typename A, int V>
 __device__ inline void fold(const A* first, const A* second, i64 column, i64 C, double* partial) {
-  extern __shared__ double shared[];
+  BLOCK_MEMORY(shared);
   A* own = reinterpret_cast<A*>(shared);
   const int threads = blockDim.x * blockDim.y, id = threadIdx.y * blockDim.x + threadIdx.x;
 #pragma unroll

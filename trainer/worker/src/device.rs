@@ -8,9 +8,7 @@ use std::time::Duration;
 
 use mentee_cluster::Identity;
 use mentee_collectives::nccl::{Communicator, Library, Options};
-use mentee_collectives::{
-    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Event, EventError, Stream,
-};
+use mentee_collectives::{Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Stream};
 use mentee_config::Recipe;
 use mentee_config::recipe::{self, Precision};
 use mentee_torch_ext::cuda::{self, NoCuda};
@@ -18,6 +16,7 @@ use mentee_torch_ext::{DeviceReduce, file_of_libtorch};
 use tch::Device;
 
 use crate::error::WorkerError;
+use crate::lane::CudaMark;
 
 /// The device of a recipe on this rank, ready to be used by this thread.
 pub fn of_recipe(recipe: &Recipe, identity: &Identity) -> Result<Device, WorkerError> {
@@ -138,7 +137,7 @@ impl DeviceGroup {
             (DeviceBuffer::new(values.data_ptr(), values.numel(), DeviceType::F32), Stream::from_raw(handle))
         };
         let ticket = self.gradients.all_reduce_sum(buffer, handle).map_err(failed)?;
-        let done = Watched(cuda::Event::record(stream)?);
+        let done = CudaMark(cuda::Event::record(stream)?);
         self.gradients.wait(ticket, &done, self.patience).map_err(failed)
     }
 
@@ -159,15 +158,6 @@ pub fn beside_libtorch(libtorch: Option<&Path>) -> Vec<PathBuf> {
     let Some(lib) = libtorch.and_then(Path::parent) else { return Vec::new() };
     let wheel = lib.ancestors().nth(2).map(|packages| packages.join("nvidia/nccl/lib"));
     wheel.into_iter().chain([lib.to_owned()]).collect()
-}
-
-/// An event of libtorch's as the group watches it.
-pub struct Watched(pub cuda::Event);
-
-impl Event for Watched {
-    fn is_complete(&self) -> Result<bool, EventError> {
-        self.0.is_complete().map_err(|error| EventError(error.to_string()))
-    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ mod eval;
 mod faults;
 mod feed;
 mod import;
+mod lane;
 mod link;
 mod logging;
 mod metrics;

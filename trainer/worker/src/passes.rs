@@ -2,27 +2,61 @@
 //! then on: what the host would spend on launching hundreds of kernels one by one, the device does not wait for.
 
 use mentee_ssl::{SslError, StepLoss};
-use mentee_torch_ext::cuda;
+use mentee_torch_ext::{TorchError, cuda};
 use tch::{Device, Tensor};
 
 /// Steps before the recording, in which libraries choose their algorithms and take their memory.
 const WARM_UP: u32 = 3;
 
-/// See the module.
-#[derive(Default)]
-pub struct Passes {
-    recording: Option<Recording>,
+/// What records a pass.
+pub trait Recorder {
+    /// What was recorded.
+    type Graph;
+
+    /// Records what `work` does on this thread's stream.
+    fn record<T, E: From<TorchError>>(
+        &mut self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<(Self::Graph, T), E>;
+
+    /// Does what was recorded, on this thread's stream.
+    fn launch(&mut self, graph: &Self::Graph) -> Result<(), TorchError>;
 }
 
-struct Recording {
-    device: usize,
+/// CUDA graphs of one device.
+pub struct Cuda {
+    index: usize,
+}
+
+impl Recorder for Cuda {
+    type Graph = cuda::Graph;
+
+    fn record<T, E: From<TorchError>>(
+        &mut self,
+        work: impl FnOnce() -> Result<T, E>,
+    ) -> Result<(cuda::Graph, T), E> {
+        cuda::Graph::record(self.index, work)
+    }
+
+    fn launch(&mut self, graph: &cuda::Graph) -> Result<(), TorchError> {
+        graph.launch()
+    }
+}
+
+/// See the module.
+pub struct Passes<R: Recorder = Cuda> {
+    recording: Option<Recording<R>>,
+}
+
+struct Recording<R: Recorder> {
+    recorder: R,
     /// Steps so far.
     done: u32,
-    recorded: Option<Recorded>,
+    recorded: Option<Recorded<R::Graph>>,
 }
 
-struct Recorded {
-    graph: cuda::Graph,
+struct Recorded<G> {
+    graph: G,
     /// What the graph reads.
     views: Tensor,
     /// What it makes.
@@ -33,13 +67,19 @@ impl Passes {
     /// With a graph where `device` is one and `may_record`: the same work in every step, of one part and without any other
     /// rank. Work goes to a stream of its own from then on.
     pub fn new(device: Device, may_record: bool) -> Result<Self, SslError> {
-        let Device::Cuda(index) = device else { return Ok(Self::default()) };
+        let Device::Cuda(index) = device else { return Ok(Self { recording: None }) };
         if !may_record || !cuda::Graph::is_supported() {
-            return Ok(Self::default());
+            return Ok(Self { recording: None });
         }
         cuda::synchronise(index)?;
         cuda::Stream::new(index)?.enter()?;
-        Ok(Self { recording: Some(Recording { device: index, done: 0, recorded: None }) })
+        Ok(Self::by(Cuda { index }))
+    }
+}
+
+impl<R: Recorder> Passes<R> {
+    fn by(recorder: R) -> Self {
+        Self { recording: Some(Recording { recorder, done: 0, recorded: None }) }
     }
 
     /// Runs `both`, forward and backward, on `views`, or what was recorded of it.
@@ -49,34 +89,121 @@ impl Passes {
         mut both: impl FnMut(&Tensor) -> Result<StepLoss, E>,
     ) -> Result<StepLoss, E>
     where
-        E: From<mentee_torch_ext::TorchError> + From<tch::TchError> + std::fmt::Display,
+        E: From<TorchError> + From<tch::TchError> + std::fmt::Display,
     {
         let Some(recording) = &mut self.recording else { return both(views) };
         recording.done += 1;
         if recording.done <= WARM_UP {
             return both(views);
         }
-        let recorded = match &mut recording.recorded {
+        let Recording { recorder, recorded, .. } = recording;
+        let recorded = match recorded {
             Some(recorded) if recorded.views.size() == views.size() => {
                 recorded.views.f_copy_(views)?;
                 recorded
             }
             _ => {
-                recording.recorded = None; // its memory first
-                let views = views.f_empty_like().and_then(|mut own| own.f_copy_(views).map(|()| own))?;
-                let (graph, out) = match cuda::Graph::record(recording.device, || both(&views)) {
-                    Ok(recorded) => recorded,
+                *recorded = None; // its memory first
+                let mut own = views.f_empty_like()?;
+                own.f_copy_(views)?;
+                match recorder.record(|| both(&own)) {
+                    Ok((graph, out)) => {
+                        tracing::debug!("forward and backward are recorded");
+                        recorded.insert(Recorded { graph, views: own, out: out.without_graph() })
+                    }
                     Err(error) => {
                         tracing::warn!("kernels are launched one by one: recording a step failed: {error}");
                         self.recording = None;
-                        return both(&views);
+                        return both(views);
                     }
-                };
-                tracing::debug!("forward and backward are recorded");
-                recording.recorded.insert(Recorded { graph, views, out: out.without_graph() })
+                }
             }
         };
-        recorded.graph.launch()?;
+        recorder.launch(&recorded.graph)?;
         Ok(recorded.out.share())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    /// A graph of the fake is its number; work that is recorded is not done before it is launched, so the fake does nothing
+    /// but count.
+    #[derive(Default)]
+    struct Fake {
+        records: u32,
+        launches: Vec<u32>,
+        refuses: bool,
+    }
+
+    impl Recorder for Fake {
+        type Graph = u32;
+
+        fn record<T, E: From<TorchError>>(
+            &mut self,
+            work: impl FnOnce() -> Result<T, E>,
+        ) -> Result<(u32, T), E> {
+            self.records += 1;
+            let made = work()?;
+            if self.refuses {
+                return Err(mentee_torch_ext::cuda::compile("none", "none").unwrap_err().into());
+            }
+            Ok((self.records, made))
+        }
+
+        fn launch(&mut self, graph: &u32) -> Result<(), TorchError> {
+            self.launches.push(*graph);
+            Ok(())
+        }
+    }
+
+    fn views(rows: i64, value: f64) -> Tensor {
+        Tensor::full([rows, 3, 2, 2], value, (Kind::Float, Device::Cpu))
+    }
+
+    /// The loss is the sum of what was read.
+    fn both(views: &Tensor) -> Result<StepLoss, SslError> {
+        Ok(StepLoss::new(views.f_sum(Kind::Double)?, &views.f_flatten(1, -1)?))
+    }
+
+    #[test]
+    fn after_the_warm_up_a_step_is_recorded_once_and_launched_from_then_on() {
+        let mut passes = Passes::by(Fake::default());
+        let mut calls = 0;
+        for step in 0..WARM_UP + 4 {
+            let out = passes.run(&views(2, f64::from(step)), |views| {
+                calls += 1;
+                both(views)
+            });
+            assert_eq!(out.unwrap().projections.size(), [2, 12]);
+        }
+        assert_eq!(calls, WARM_UP + 1);
+        let recording = passes.recording.as_ref().unwrap();
+        assert_eq!((recording.recorder.records, recording.recorder.launches.len()), (1, 4));
+        // What the graph reads is the last step's.
+        let read = &recording.recorded.as_ref().unwrap().views;
+        assert_eq!(read.double_value(&[1, 2, 1, 1]), f64::from(WARM_UP + 3));
+    }
+
+    #[test]
+    fn another_shape_is_recorded_anew() {
+        let mut passes = Passes::by(Fake::default());
+        for rows in [2, 2, 2, 2, 4, 4] {
+            passes.run(&views(rows, 1.0), both).unwrap();
+        }
+        assert_eq!(passes.recording.unwrap().recorder.launches, [1, 2, 2]);
+    }
+
+    #[test]
+    fn what_cannot_be_recorded_is_done_one_by_one() {
+        let mut passes = Passes::by(Fake { refuses: true, ..Fake::default() });
+        for step in 0..WARM_UP + 3 {
+            let out = passes.run(&views(1, f64::from(step)), both).unwrap();
+            assert_eq!(out.loss.double_value(&[]), 12.0 * f64::from(step));
+        }
+        assert!(passes.recording.is_none());
     }
 }

@@ -22,19 +22,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use mentee_collectives::{
-    Buffer, CollectiveError, Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Stream,
-    Ticket,
-};
+use mentee_collectives::{Buffer, CollectiveError, Collectives};
 use mentee_ssl::params::{Gradients, Layout};
 use mentee_ssl::{SslError, State};
-use mentee_torch_ext::cuda;
 use mentee_torch_ext::{FlatSlice, SharedFlat};
-use tch::{Device, Kind, Tensor};
+use tch::Device;
 
-use crate::device::{DeviceGroup, Watched};
+use crate::device::DeviceGroup;
 use crate::error::WorkerError;
 use crate::faults::{GradientFault, LAST};
+use crate::lane::{CudaStreams, Lane as DeviceLane};
 
 /// The first bucket has at most so many MiB, so that communication starts early.
 const FIRST_BUCKET_MIB: f64 = 1.0;
@@ -115,7 +112,7 @@ struct Round {
     last_pass: bool,
     queue: Option<Sender<Range<usize>>>,
     /// On devices, instead of the queue.
-    device: Option<DeviceLane>,
+    device: Option<DeviceLane<CudaStreams>>,
     /// What is to go wrong in this step.
     fault: Option<GradientFault>,
     /// The first failure within a hook.
@@ -157,127 +154,11 @@ impl Round {
             _ => {}
         }
         if let Some(lane) = &mut self.device {
-            if let Err(error) = lane.send(&self.gradients.flat, range) {
-                lane.failure.get_or_insert(error);
-            }
-            return;
+            return lane.send(&self.gradients.flat, range);
         }
         let Some(queue) = &self.queue else { return };
         // A thread that is gone has left its reason in the outcomes.
         let _ = queue.send(range.start as usize..range.end as usize);
-    }
-}
-
-/// The communication stream of a device.
-struct DeviceLane {
-    lane: Arc<dyn DeviceCollectives>,
-    patience: Duration,
-    index: usize,
-    stream: cuda::Stream,
-    /// CUDA's name for it.
-    handle: Stream,
-    /// Of every bucket, whether this rank's own gradient was finite: on the device.
-    finite: Vec<Tensor>,
-    /// The last sum and the point behind it.
-    last: Option<(Ticket, Arc<Watched>)>,
-    /// The first failure within a hook.
-    failure: Option<DeviceFailure>,
-}
-
-/// What fails on a device.
-#[derive(Debug)]
-enum DeviceFailure {
-    Torch(SslError),
-    Group(DeviceError),
-}
-
-impl DeviceFailure {
-    fn at(self, step: u64) -> WorkerError {
-        match self {
-            Self::Torch(source) => WorkerError::Step { step, source },
-            Self::Group(source) => WorkerError::DeviceCollective { step, source: Box::new(source) },
-        }
-    }
-}
-
-impl From<mentee_torch_ext::TorchError> for DeviceFailure {
-    fn from(error: mentee_torch_ext::TorchError) -> Self {
-        Self::Torch(error.into())
-    }
-}
-
-impl From<tch::TchError> for DeviceFailure {
-    fn from(error: tch::TchError) -> Self {
-        Self::Torch(error.into())
-    }
-}
-
-impl From<DeviceError> for DeviceFailure {
-    fn from(error: DeviceError) -> Self {
-        Self::Group(error)
-    }
-}
-
-impl DeviceLane {
-    fn new(group: &DeviceGroup, index: usize) -> Result<Self, SslError> {
-        let stream = cuda::Stream::new(index)?;
-        let before = stream.enter()?;
-        let current = cuda::Stream::current(index);
-        before.enter()?;
-        let (_, handle) = current?;
-        Ok(Self {
-            lane: group.gradients.clone(),
-            patience: group.patience,
-            index,
-            stream,
-            // SAFETY: libtorch's pool keeps its streams as long as the process.
-            handle: unsafe { Stream::from_raw(handle) },
-            finite: Vec::new(),
-            last: None,
-            failure: None,
-        })
-    }
-
-    /// Puts the sum of a bucket, which this thread's stream completes, on the communication stream.
-    fn send(&mut self, flat: &Tensor, range: Range<i64>) -> Result<(), DeviceFailure> {
-        let len = range.end - range.start;
-        let bucket = flat.f_narrow(0, range.start, len)?;
-        self.finite.push(bucket.f_isfinite()?.f_all()?);
-        let element = if flat.kind() == Kind::Double { DeviceType::F64 } else { DeviceType::F32 };
-        let (compute, _) = cuda::Stream::current(self.index)?;
-        cuda::Event::record(compute)?.block(self.stream)?;
-        // SAFETY: the flat gradient lives as long as the run; nobody touches this part of it before `finish`.
-        let buffer = unsafe { DeviceBuffer::new(bucket.data_ptr(), len as usize, element) };
-        let ticket = self.lane.all_reduce_sum(buffer, self.handle)?;
-        let done = Arc::new(Watched(cuda::Event::record(self.stream)?));
-        self.lane.watch(ticket, done.clone());
-        self.last = Some((ticket, done));
-        Ok(())
-    }
-
-    /// Lets this thread's stream wait for the sums, and waits on the host until they are there, under a deadline.
-    fn finish(&mut self) -> Result<Communication, DeviceFailure> {
-        if let Some(failure) = self.failure.take() {
-            return Err(failure);
-        }
-        let Some((ticket, done)) = self.last.take() else { return Ok(Communication::default()) };
-        let (compute, _) = cuda::Stream::current(self.index)?;
-        let backward = Watched(cuda::Event::record(compute)?);
-        done.0.block(compute)?;
-        let wait = |event: &Watched| self.lane.wait(ticket, event, self.patience);
-        wait(&backward)?;
-        let start = Instant::now();
-        wait(&done)?;
-        // The streams' own times are not measured: what of it training waited for is what the host sees.
-        Ok(Communication { total: start.elapsed(), exposed: start.elapsed() })
-    }
-
-    /// Whether this rank's own gradient was finite.
-    fn was_finite(&self) -> Result<bool, tch::TchError> {
-        if self.finite.is_empty() {
-            return Ok(true);
-        }
-        Ok(Tensor::f_stack(&self.finite, 0)?.f_all()?.f_int64_value(&[])? != 0)
     }
 }
 
@@ -319,7 +200,10 @@ impl GradientReducer {
         }
         let count = buckets.len();
         let device = match (group, state.device()) {
-            (Some(group), Device::Cuda(index)) => Some(DeviceLane::new(group, index)?),
+            (Some(group), Device::Cuda(index)) => {
+                let streams = CudaStreams::new(index)?;
+                Some(DeviceLane::new(group.gradients.clone(), streams, group.patience))
+            }
             _ => None,
         };
         let (lane, queue) = if device.is_none() && collectives.world_size() > 1 {
@@ -374,7 +258,7 @@ impl GradientReducer {
         };
         round.fault = fault;
         if let Some(lane) = &mut round.device {
-            lane.finite.clear();
+            lane.begin();
         }
         drop(round);
         if let Some(lane) = &mut self.lane {
@@ -402,7 +286,7 @@ impl GradientReducer {
                 return Err(WorkerError::Step { step, source });
             }
             if let Some(lane) = &mut round.device {
-                return lane.finish().map_err(|failure| failure.at(step));
+                return lane.finish(step);
             }
         }
         let Some(lane) = &mut self.lane else { return Ok(Communication::default()) };
