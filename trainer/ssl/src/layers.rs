@@ -25,6 +25,22 @@ pub enum Reduce {
     Device(DeviceReduce),
 }
 
+impl Reduce {
+    fn on_host(&self) -> Option<&StatReduce> {
+        match self {
+            Self::Host(reduce) => Some(reduce),
+            Self::Device(_) => None,
+        }
+    }
+
+    fn on_device(&self) -> Option<&DeviceReduce> {
+        match self {
+            Self::Device(reduce) => Some(reduce),
+            Self::Host(_) => None,
+        }
+    }
+}
+
 /// This rank's rows [n, D] to those of all ranks [N, D], in rank order, and where its own begin.
 pub type GatherRows = dyn Fn(&Tensor) -> Result<(Tensor, i64), SslError> + Send + Sync;
 
@@ -209,9 +225,23 @@ impl Norm {
         self.run(pass, x, None, true)
     }
 
-    /// relu(norm(x) + residual).
-    pub fn add_relu(&self, pass: &Pass, x: &Tensor, residual: &Tensor) -> Result<Tensor, SslError> {
-        self.run(pass, x, Some(residual), true)
+    /// relu(norm(x) + residual), twice: for the convolutions behind it and for the way around them.
+    pub fn add_relu(&self, pass: &Pass, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor), SslError> {
+        if let Mode::Train { stats, views, reduce } = &pass.mode
+            && let Values::Device(running) = stats.borrow().values(self.stat)
+        {
+            let running = ext::Running { values: running, momentum: NORM_MOMENTUM };
+            let norm = self.settings(pass, true);
+            let reduce = reduce.and_then(Reduce::on_device);
+            return Ok(ext::device_batch_norm_fork(x, norm, residual, running, views.get(), reduce)?);
+        }
+        let out = self.run(pass, x, Some(residual), true)?;
+        Ok((out.shallow_clone(), out))
+    }
+
+    fn settings<'a>(&self, pass: &Pass<'a>, relu: bool) -> ext::Norm<'a> {
+        let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
+        ext::Norm { affine, eps: NORM_EPS, relu }
     }
 
     fn run(
@@ -221,25 +251,23 @@ impl Norm {
         residual: Option<&Tensor>,
         relu: bool,
     ) -> Result<Tensor, SslError> {
-        let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
-        let norm = ext::Norm { affine, eps: NORM_EPS, relu };
+        let norm = self.settings(pass, relu);
         match &pass.mode {
             Mode::Train { stats, views, reduce } => {
                 let mut stats = stats.borrow_mut();
                 if let Values::Device(running) = stats.values(self.stat) {
-                    let reduce = match reduce {
-                        Some(Reduce::Device(reduce)) => Some(reduce),
-                        _ => None,
-                    };
-                    let (momentum, views) = (NORM_MOMENTUM, views.get());
+                    let running = ext::Running { values: running, momentum: NORM_MOMENTUM };
+                    let reduce = reduce.and_then(Reduce::on_device);
                     return Ok(ext::device_batch_norm_train(
-                        x, norm, residual, running, momentum, views, reduce,
+                        x,
+                        norm,
+                        residual,
+                        running,
+                        views.get(),
+                        reduce,
                     )?);
                 }
-                let reduce = match reduce {
-                    Some(Reduce::Host(reduce)) => Some(reduce),
-                    _ => None,
-                };
+                let reduce = reduce.and_then(Reduce::on_host);
                 let (y, batch) = ext::batch_norm_train(x, norm, residual, views.get(), reduce)?;
                 stats.update(self.stat, &batch, NORM_MOMENTUM);
                 Ok(y)
@@ -256,7 +284,7 @@ impl Norm {
                     }
                 };
                 let (mean, variance) = (mean.f_to_kind(kind)?, variance.f_to_kind(kind)?);
-                let (weight, bias) = (affine.map(|a| a.0), affine.map(|a| a.1));
+                let (weight, bias) = (norm.affine.map(|a| a.0), norm.affine.map(|a| a.1));
                 let mut y =
                     x.f_batch_norm(weight, bias, Some(&mean), Some(&variance), false, 0.0, NORM_EPS, false)?;
                 if let Some(residual) = residual {

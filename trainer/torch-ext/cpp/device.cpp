@@ -280,11 +280,13 @@ void check_affine(const Tensor& x, const Tensor& weight, const Tensor& bias, con
               x.scalar_type());
 }
 
+// With `fork` the output comes twice, the same memory: for the two ways it goes behind a residual block. Their gradients then
+// arrive apart, and the first pass over them adds them.
 struct BatchNorm : torch::autograd::Function<BatchNorm> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& x_in, const std::optional<Tensor>& weight,
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, const Tensor& x_in, const std::optional<Tensor>& weight,
                         const std::optional<Tensor>& bias, const std::optional<Tensor>& residual_in,
                         const Tensor& running, int64_t groups, double eps, double momentum, bool relu,
-                        c10::intrusive_ptr<Reduce> reduce) {
+                        bool fork, c10::intrusive_ptr<Reduce> reduce) {
     const c10::DeviceGuard guard(x_in.device());
     const Tensor x = dense(x_in), w = weight.value_or(Tensor()), b = bias.value_or(Tensor());
     const Tensor residual = residual_in ? dense(*residual_in) : Tensor();
@@ -313,7 +315,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     ctx->saved_data["relu"] = relu;
     ctx->saved_data["residual"] = residual_in.has_value();
     ctx->saved_data["reduce"] = c10::IValue::make_capsule(std::move(reduce));
-    return y;
+    ctx->set_materialize_grads(false);
+    if (!fork) return {y};
+    // Not a view to autograd: an output of its own.
+    return {y, Tensor(y.unsafeGetTensorImpl()->shallow_copy_and_detach(c10::VariableVersion(0), true))};
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
@@ -321,7 +326,10 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     const auto saved = ctx->get_saved_variables();
     const Tensor x = dense(saved[0]), y = saved[1], w = saved[2], stats = saved[3];
     const c10::DeviceGuard guard(x.device());
+    // An output that nothing was made of has no gradient.
+    if (!grads[0].defined()) std::swap(grads[0], grads.at(1));
     const Tensor dy = dense(grads[0]).to(x.scalar_type());
+    const Tensor dy2 = grads.size() > 1 && grads[1].defined() ? dense(grads[1]).to(x.scalar_type()) : Tensor();
     const bool relu = ctx->saved_data["relu"].toBool(), has_residual = ctx->saved_data["residual"].toBool();
     const auto capsule = ctx->saved_data["reduce"].toCapsule();
     const auto& reduce = *static_cast<const Reduce*>(capsule.get());
@@ -333,7 +341,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     const int64_t stretches = shape.stretches(kSumBlocks);
     Tensor partial = partial_of(x, shape), sums = sums_of(x, shape), coefs = stats_of(x, shape, 3);
     launch(x, shape.part, "grad_moments_" + shape.suffix, shape.grid(kSumBlocks), shape.block(), fold_bytes(x, shape),
-           pointer(dy), pointer(x), pointer(y), masked, shape.rows, shape.channels, pointer(stats), static_cast<int>(relu),
+           pointer(dy), pointer(dy2), pointer(x), pointer(y), masked, shape.rows, shape.channels, pointer(stats), static_cast<int>(relu),
            partial.mutable_data_ptr());
     Tensor dweight = w.defined() ? at::empty_like(w) : Tensor(), dbias = w.defined() ? at::empty_like(w) : Tensor();
     const bool alone = !reduce.call;
@@ -351,7 +359,7 @@ struct BatchNorm : torch::autograd::Function<BatchNorm> {
     launch(x, shape.part, "grad_input_" + shape.suffix, shape.grid(kMapBlocks), shape.block(), 0, pointer(dz), pointer(x),
            dx.mutable_data_ptr(), shape.rows, shape.channels, pointer(stats), pointer(coefs),
            static_cast<int>(relu && !masked));
-    return {dx, dweight, dbias, dresidual, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+    return {dx, dweight, dbias, dresidual, Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -417,14 +425,17 @@ Stream stream_of(int device, int64_t id) { return Stream(Stream::UNSAFE, Device(
 
 namespace mentee::device {
 
-Tensor batch_norm_train(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                        const std::optional<Tensor>& residual, const Tensor& running, int64_t groups, double eps,
-                        double momentum, bool relu, mentee_device_reduce_fn reduce, void* context, mentee_drop_fn drop) {
+torch::autograd::variable_list batch_norm_train(const Tensor& x, const std::optional<Tensor>& weight,
+                                                const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                                                const Tensor& running, int64_t groups, double eps, double momentum,
+                                                bool relu, bool fork, mentee_device_reduce_fn reduce, void* context,
+                                                mentee_drop_fn drop) {
   auto holder = c10::make_intrusive<Reduce>(reduce, context, drop);
   TORCH_CHECK(running.scalar_type() == at::kDouble && running.is_contiguous() && running.numel() == 2 * x.size(1) &&
                   running.device() == x.device(),
               "running statistics are [2][C] doubles on the device of the activation");
-  return BatchNorm::apply(x, weight, bias, residual, running, groups, eps, momentum, relu, std::move(holder));
+  TORCH_CHECK(!fork || (relu && residual), "only the output of a residual block is wanted twice");
+  return BatchNorm::apply(x, weight, bias, residual, running, groups, eps, momentum, relu, fork, std::move(holder));
 }
 
 Tensor batch_norm_apply(const Tensor& x_in, const Tensor& weight, const Tensor& bias, const Tensor& residual_in,
@@ -486,11 +497,14 @@ int mentee_device_use(int device, int autotune, int tf32) {
 
 int mentee_device_batch_norm_train(const Tensor* x, const Tensor* weight, const Tensor* bias, const Tensor* residual,
                                    const Tensor* running, int64_t groups, double eps, double momentum, int relu,
-                                   mentee_device_reduce_fn reduce, void* context, mentee_drop_fn drop, Tensor** out) {
+                                   mentee_device_reduce_fn reduce, void* context, mentee_drop_fn drop, Tensor** out,
+                                   Tensor** twin) {
   return mentee::guarded([&] {
     auto optional = [](const Tensor* t) { return t ? std::optional<Tensor>(*t) : std::nullopt; };
-    *out = new Tensor(mentee::device::batch_norm_train(*x, optional(weight), optional(bias), optional(residual), *running,
-                                                       groups, eps, momentum, relu != 0, reduce, context, drop));
+    auto all = mentee::device::batch_norm_train(*x, optional(weight), optional(bias), optional(residual), *running, groups,
+                                                eps, momentum, relu != 0, twin != nullptr, reduce, context, drop);
+    *out = new Tensor(std::move(all[0]));
+    if (twin) *twin = new Tensor(std::move(all[1]));
   });
 }
 

@@ -171,11 +171,11 @@ __device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 
   }
 }
 
-// Sums of dz and dz*(x - mean), where dz is dy where the activation let it through. Given `y` (a residual was added), that is
-// where y > 0, and dz is written to `masked`; else it follows from x.
+// Sums of dz and dz*(x - mean), where dz is dy (or dy + dy2, where the output went two ways) where the activation let it
+// through. Given `y` (a residual was added), that is where y > 0; else it follows from x. dz is written to `masked` if given.
 template <typename T, typename W, int V>
-__device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C, const W* stats,
-                                    int relu, double* partial) {
+__device__ inline void grad_moments(const T* dy, const T* dy2, const T* x, const T* y, T* masked, i64 rows, i64 C,
+                                    const W* stats, int relu, double* partial) {
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V, all = gridDim.z * C;
   A sum[V] = {}, dot[V] = {};
@@ -187,7 +187,7 @@ __device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* mask
     const Rows stretch(rows);
     const i64 base = blockIdx.z * rows * C + column;
     for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
-      Pack<T, V> dyp[2], xp[2], yp[2];
+      Pack<T, V> dyp[2], xp[2], yp[2], also[2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const i64 row = r + u * blockDim.y;
@@ -195,6 +195,7 @@ __device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* mask
           dyp[u] = load<T, V>(dy + base + row * C);
           xp[u] = load<T, V>(x + base + row * C);
           if (y) yp[u] = load<T, V>(y + base + row * C);
+          if (dy2) also[u] = load<T, V>(dy2 + base + row * C);
         }
       }
 #pragma unroll
@@ -204,6 +205,10 @@ __device__ inline void grad_moments(const T* dy, const T* x, const T* y, T* mask
 #pragma unroll
           for (int k = 0; k < V; ++k) {
             A dz = value(dyp[u].v[k]);
+            if (dy2) {
+              put(dyp[u].v[k], dz + value(also[u].v[k]));
+              dz = value(dyp[u].v[k]);  // as the second pass will read it
+            }
             const A xv = value(xp[u].v[k]);
             if (relu) {
               const A out = y ? value(yp[u].v[k]) : xv * scale[k] + shift[k];
@@ -382,9 +387,10 @@ STATISTICS_KERNELS(f64, double)
                                           int relu) {                                                                  \
     apply<T, W, V>(x, residual, y, rows, C, stats, relu);                                                              \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256) grad_moments_##NAME(const T* dy, const T* x, const T* y, T* masked, i64 rows, i64 C, \
-                                                 const W* stats, int relu, double* partial) {                          \
-    grad_moments<T, W, V>(dy, x, y, masked, rows, C, stats, relu, partial);                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                                                    \
+      grad_moments_##NAME(const T* dy, const T* dy2, const T* x, const T* y, T* masked, i64 rows, i64 C,               \
+                          const W* stats, int relu, double* partial) {                                                 \
+    grad_moments<T, W, V>(dy, dy2, x, y, masked, rows, C, stats, relu, partial);                                       \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(256, 3) grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats, \
                                                const W* coefs, int relu) {                                             \

@@ -157,16 +157,51 @@ unsafe extern "C" fn drop_device_reduce(context: *mut c_void) {
     drop(unsafe { Box::from_raw(context.cast::<DeviceReduce>()) });
 }
 
-/// [`batch_norm_train`] on a device: the statistics stay there, and `running` ([2][C] doubles on the device: means and
-/// unbiased variances) moves towards them by `momentum`, view by view.
+/// The running statistics of one layer on a device.
+#[derive(Clone, Copy)]
+pub struct Running<'a> {
+    /// [2][C] doubles: means and unbiased variances.
+    pub values: &'a Tensor,
+    /// How far they move towards a batch's, view by view.
+    pub momentum: f64,
+}
+
+/// [`batch_norm_train`] on a device: the statistics stay there.
 pub fn device_batch_norm_train(
     x: &Tensor,
     norm: Norm,
     residual: Option<&Tensor>,
-    running: &Tensor,
-    momentum: f64,
+    running: Running,
     groups: i64,
     reduce: Option<&DeviceReduce>,
+) -> Result<Tensor, TorchError> {
+    device_train(x, norm, residual, running, groups, reduce, None)
+}
+
+/// [`device_batch_norm_train`] behind a residual block, its output twice in the same memory: gradients of the two ways it goes
+/// need not be added before.
+pub fn device_batch_norm_fork(
+    x: &Tensor,
+    norm: Norm,
+    residual: &Tensor,
+    running: Running,
+    groups: i64,
+    reduce: Option<&DeviceReduce>,
+) -> Result<(Tensor, Tensor), TorchError> {
+    let mut twin = std::ptr::null_mut();
+    let out = device_train(x, norm, Some(residual), running, groups, reduce, Some(&mut twin))?;
+    // SAFETY: set when the call succeeds, and ours.
+    Ok((out, unsafe { Tensor::from_ptr(twin) }))
+}
+
+fn device_train(
+    x: &Tensor,
+    norm: Norm,
+    residual: Option<&Tensor>,
+    running: Running,
+    groups: i64,
+    reduce: Option<&DeviceReduce>,
+    twin: Option<&mut *mut torch_sys::C_tensor>,
 ) -> Result<Tensor, TorchError> {
     let (call, context, drop): (Option<sys::DeviceReduceFn>, _, Option<sys::DropFn>) = match reduce {
         Some(reduce) => (
@@ -184,15 +219,16 @@ pub fn device_batch_norm_train(
             pointer(norm.affine.map(|a| a.0)),
             pointer(norm.affine.map(|a| a.1)),
             pointer(residual),
-            running.as_ptr(),
+            running.values.as_ptr(),
             groups,
             norm.eps,
-            momentum,
+            running.momentum,
             norm.relu.into(),
             call,
             context,
             drop,
             &mut out,
+            twin.map_or(std::ptr::null_mut(), std::ptr::from_mut),
         ))?;
         Ok(Tensor::from_ptr(out))
     }

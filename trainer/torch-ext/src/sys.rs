@@ -129,6 +129,7 @@ unsafe extern "C" {
         context: *mut c_void,
         drop: Option<DropFn>,
         out: *mut *mut C_tensor,
+        twin: *mut *mut C_tensor,
     ) -> c_int;
     pub fn mentee_device_batch_norm_apply(
         x: *const C_tensor,

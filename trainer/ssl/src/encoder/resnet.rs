@@ -75,8 +75,9 @@ impl ResNet {
         if self.pool {
             x = x.f_max_pool2d([3, 3], [2, 2], [1, 1], [1, 1], false)?;
         }
+        let mut around = x.shallow_clone();
         for block in &self.blocks {
-            x = block.forward(pass, &x)?;
+            (x, around) = block.forward(pass, &x, &around)?;
         }
         Ok(x.f_mean_dim([2i64, 3].as_slice(), false, x.kind())?)
     }
@@ -114,10 +115,11 @@ impl Block {
         Self { convs, downsample }
     }
 
-    fn forward(&self, pass: &Pass, input: &Tensor) -> Result<Tensor, SslError> {
+    /// The same input twice, see [`Norm::add_relu`]: for the convolutions and for the way around them. So is the output.
+    fn forward(&self, pass: &Pass, input: &Tensor, around: &Tensor) -> Result<(Tensor, Tensor), SslError> {
         let shortcut = match &self.downsample {
-            Some((conv, norm)) => norm.forward(pass, &conv.forward(pass, input)?)?,
-            None => input.shallow_clone(),
+            Some((conv, norm)) => norm.forward(pass, &conv.forward(pass, around)?)?,
+            None => around.shallow_clone(),
         };
         let (last, inner) = self.convs.split_last().expect("a block has convolutions");
         let mut x = input.shallow_clone();

@@ -154,7 +154,7 @@ struct Norm {
   i64 G = 2, rows = 37;
   std::function<void(const T*, i64, i64, double*)> moments;
   std::function<void(const T*, const T*, T*, i64, i64, const W*, int)> apply;
-  std::function<void(const T*, const T*, const T*, T*, i64, i64, const W*, int, double*)> grad_moments;
+  std::function<void(const T*, const T*, const T*, const T*, T*, i64, i64, const W*, int, double*)> grad_moments;
   std::function<void(const T*, const T*, T*, i64, i64, const W*, const W*, int)> grad_input;
 
   Norm(std::string name_, i64 C_, i64 V_, bool residual, bool relu_, double tolerance_)
@@ -163,7 +163,8 @@ struct Norm {
   void run() {
     const std::string label = name + (with_residual ? " + residual" : "") + (relu ? " relu " : " ");
     const size_t n = G * rows * C;
-    const auto x = draw<T>(n, 0.5), dy = draw<T>(n), residual = draw<T>(n);
+    const auto x = draw<T>(n, 0.5), dy = draw<T>(n), dy2 = draw<T>(n), residual = draw<T>(n);
+    const bool masks = with_residual && relu, forks = masks;
     const auto weight = draw<W>(C, 1), bias = draw<W>(C);
 
     // Plain loops.
@@ -185,7 +186,7 @@ struct Norm {
           const double xhat = (number(x[at(r)]) - mean) * inverse;
           const double v = xhat * w + bias[c] + (with_residual ? number(residual[at(r)]) : 0);
           y[at(r)] = relu && v < 0 ? 0 : v;
-          dz[r] = relu && !(v > 0) ? 0 : number(dy[at(r)]);
+          dz[r] = relu && !(v > 0) ? 0 : number(dy[at(r)]) + (forks ? number(dy2[at(r)]) : 0);
           dresidual[at(r)] = dz[r];
           sum += dz[r];
           dot += dz[r] * xhat;
@@ -230,9 +231,8 @@ struct Norm {
       launch(grid, block, [&] {
         apply(x.data(), with_residual ? residual.data() : nullptr, k_y.data(), rows, C, stats.data(), relu);
       });
-      const bool masks = with_residual && relu;
       launch(grid, block, [&] {
-        grad_moments(dy.data(), x.data(), masks ? k_y.data() : nullptr, masks ? masked.data() : nullptr, rows, C,
+        grad_moments(dy.data(), forks ? dy2.data() : nullptr, x.data(), masks ? k_y.data() : nullptr, masks ? masked.data() : nullptr, rows, C,
                      stats.data(), relu, partial.data());
       });
       launch(tiles, combine_block, [&] {
