@@ -50,6 +50,20 @@ struct WideConv : torch::autograd::Function<WideConv> {
   }
 };
 
+// The tensor cores of a device take channels by eights: images have three, and the convolution that sees them, and its weight's
+// gradient above all, would be computed without. So zero channels are added, which change nothing but rounding.
+constexpr int64_t kChannels = 8;
+
+bool pads(const Tensor& x) {
+  return x.is_cuda() && x.scalar_type() == at::kBFloat16 && x.dim() == 4 && x.size(1) < kChannels;
+}
+
+Tensor padded_conv(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  const int64_t more = kChannels - x.size(1);
+  auto pad = [more](const Tensor& t) { return at::constant_pad_nd(t, {0, 0, 0, 0, 0, more}); };
+  return at::conv2d(pad(x), pad(weight), {}, {stride, stride}, {padding, padding});
+}
+
 struct WideLinear : torch::autograd::Function<WideLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
     ctx->save_for_backward({x, weight});
@@ -76,9 +90,14 @@ extern "C" {
 int mentee_conv2d(const Tensor* x, const Tensor* weight, int64_t stride, int64_t padding, Tensor** out) {
   return mentee::guarded([&] {
     Tensor y = widens(*x) ? WideConv::apply(*x, *weight, stride, padding)
+               : pads(*x) ? padded_conv(*x, *weight, stride, padding)
                           : at::conv2d(*x, *weight, {}, {stride, stride}, {padding, padding});
     *out = new Tensor(std::move(y));
   });
+}
+
+int mentee_conv2d_padded(const Tensor* x, const Tensor* weight, int64_t stride, int64_t padding, Tensor** out) {
+  return mentee::guarded([&] { *out = new Tensor(padded_conv(*x, *weight, stride, padding)); });
 }
 
 int mentee_linear(const Tensor* x, const Tensor* weight, const Tensor* bias, Tensor** out) {

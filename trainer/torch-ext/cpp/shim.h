@@ -30,6 +30,8 @@ int mentee_on_gradient(at::Tensor* leaf, mentee_ready_fn ready, void* context, m
 
 // See layers.cpp.
 int mentee_conv2d(const at::Tensor* x, const at::Tensor* weight, int64_t stride, int64_t padding, at::Tensor** out);
+// As a device computes it for few channels.
+int mentee_conv2d_padded(const at::Tensor* x, const at::Tensor* weight, int64_t stride, int64_t padding, at::Tensor** out);
 int mentee_linear(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias, at::Tensor** out);
 
 // See batch_norm.cpp. The callback's context is dropped with the last node that needs it.

@@ -18,6 +18,17 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> Result<
     }
 }
 
+/// [`conv2d`] as a device computes it for fewer than eight channels: for tests.
+#[doc(hidden)]
+pub fn conv2d_padded(x: &Tensor, weight: &Tensor, stride: i64, padding: i64) -> Result<Tensor, TorchError> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: as in `conv2d`.
+    unsafe {
+        check(sys::mentee_conv2d_padded(x.as_ptr(), weight.as_ptr(), stride, padding, &mut out))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}
+
 /// `torch.nn.functional.linear`: x [N, in], weight [out, in], bias [out]. Differentiable.
 ///
 /// # Errors

@@ -21,7 +21,7 @@ pub use flat::{
     sgd, slice_f32, slice_f64,
 };
 pub use hook::on_gradient;
-pub use layers::{conv2d, linear};
+pub use layers::{conv2d, conv2d_padded, linear};
 pub use library::{file_of_libtorch, version_of_libtorch};
 pub use tch;
 

@@ -34,6 +34,13 @@ unsafe extern "C" {
         padding: i64,
         out: *mut *mut C_tensor,
     ) -> c_int;
+    pub fn mentee_conv2d_padded(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        stride: i64,
+        padding: i64,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
     pub fn mentee_linear(
         x: *const C_tensor,
         weight: *const C_tensor,

@@ -1,7 +1,7 @@
 //! Layers in bf16 against the same sums in f64: whichever kernel the processor gets, only the rounding of operands and
 //! results may show.
 
-use mentee_torch_ext::{conv2d, linear};
+use mentee_torch_ext::{conv2d, conv2d_padded, linear};
 use tch::{Kind, Tensor};
 
 /// bf16 keeps 8 bits: half a unit in the last place of the largest value, and some for sums of rounded gradients.
@@ -39,6 +39,28 @@ fn a_bf16_convolution_rounds_operands_and_results_only() {
         (&y64 * weights.to_kind(Kind::Double)).sum(Kind::Double).backward();
         assert_close("gradient of x", &x.grad(), &x64.grad());
         assert_close("gradient of the weight", &weight.grad(), &weight64.grad());
+    }
+}
+
+#[test]
+fn channels_of_zeros_change_nothing() {
+    let channels_last = |shape: [i64; 4], seed| {
+        let [n, c, h, w] = shape;
+        let values = leaf(&[n, h, w, c], seed).detach().to_kind(Kind::Double);
+        values.permute([0, 3, 1, 2]).set_requires_grad(true)
+    };
+    let images = || channels_last([4, 3, 9, 9], 1);
+    let weights = || channels_last([5, 3, 3, 3], 2);
+    let (x, weight, x2, weight2) = (images(), weights(), images(), weights());
+    let y = conv2d_padded(&x, &weight, 2, 1).expect("a convolution");
+    let y2 = conv2d(&x2, &weight2, 2, 1).expect("a convolution");
+    (&y * &y).sum(Kind::Double).backward();
+    (&y2 * &y2).sum(Kind::Double).backward();
+    let pairs = [(&y, &y2), (&x.grad(), &x2.grad()), (&weight.grad(), &weight2.grad())];
+    for (found, expected) in pairs {
+        assert_eq!(found.size(), expected.size());
+        let difference = (found - expected).abs().max().double_value(&[]);
+        assert!(difference <= 1e-13 * expected.abs().max().double_value(&[]), "{difference:e}");
     }
 }
 
