@@ -10,8 +10,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::coordinator::{Agreement, Coordinator, Effect, Event, Output, Peer};
-use mentee_cluster::message::{Hello, PROTOCOL, Phase, Progress, ToCoordinator, WorkerEvent};
-use mentee_cluster::wire::{self, Decoder, MAX_FRAME, MAX_HELLO};
+use mentee_cluster::message::{
+    Hello, PROTOCOL, Phase, Progress, Share, ShareFile, ToCoordinator, WorkerEvent,
+};
+use mentee_cluster::wire::{self, Decoder, MAX_FRAME, MAX_HELLO, MAX_TO_WORKER};
 
 const TOKEN: &str = "7e57ab1e";
 /// Events of one job.
@@ -220,6 +222,21 @@ impl Job {
                     _ => WorkerEvent::Finished { exit_code: 75 },
                 },
             },
+            3 if admitted => ToCoordinator::Share {
+                step: if random.below(10) == 0 { random.extreme() } else { random.below(4) },
+                share: match random.below(8) {
+                    0 => Share::Failed { reason: random.text() },
+                    1 => Share::Written { file: None },
+                    _ => {
+                        let file = ShareFile {
+                            name: random.text(),
+                            bytes: random.extreme(),
+                            blake3: "0".repeat(64),
+                        };
+                        Share::Written { file: Some(file) }
+                    }
+                },
+            },
             _ => ToCoordinator::Progress {
                 progress: Progress {
                     step: if random.below(10) == 0 { random.extreme() } else { self.now.as_secs() },
@@ -256,7 +273,8 @@ impl Job {
                 }
                 Effect::Send(peer, message) => {
                     promise(peer < next, "messages go to connections that there are or were")?;
-                    promise(wire::encode(&message).is_ok(), "what is sent fits a frame")?;
+                    let frame = wire::encode_within(&message, MAX_TO_WORKER);
+                    promise(frame.is_ok(), "what is sent fits a frame")?;
                 }
                 Effect::Close(peer) => self.open.retain(|(other, ..)| *other != peer),
                 Effect::Tell(output) => {

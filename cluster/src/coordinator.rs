@@ -8,6 +8,9 @@
 //!      └────────── NewGeneration ─────────┴────────── every rank finished ────────┴──► Ended
 //! ```
 //!
+//! A checkpoint counts when every rank has reported its share of it ([`ToCoordinator::Share`]): only then rank 0 is told to
+//! write the manifest. A rank that dies first leaves an attempt that nobody commits.
+//!
 //! The gang lives and dies together: a failed collective cannot be repaired from inside, so there is no joining
 //! later. What ends a generation is the supervisor's business ([`crate::Output`] tells it what happened); the next
 //! one starts with [`Event::NewGeneration`], and whoever still belongs to the last one is refused.
@@ -15,7 +18,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use crate::message::{Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent, clip};
+use crate::message::{Hello, PROTOCOL, Phase, Progress, Share, ToCoordinator, ToWorker, WorkerEvent, clip};
 use crate::watch::{Pace, Stall, Watch};
 
 /// A connection, numbered by the server; never used twice.
@@ -24,6 +27,10 @@ pub type Peer = u64;
 /// How long a gang may take to say hello. Loading libtorch and the list of a large data set from a cold network file
 /// system takes a minute or two; more than this is a rank that will never come.
 pub const GATHER_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Checkpoints that ranks may be writing at a time: one that is done with its share goes on to the next, while a slower
+/// one still writes; then it waits for that one in the step's sums.
+const OPEN_CHECKPOINTS: usize = 2;
 
 /// What every rank must agree on.
 #[derive(Debug, Clone)]
@@ -197,6 +204,8 @@ pub struct Coordinator {
     /// Members that have said they are finished.
     finished: usize,
     watch: Option<Watch>,
+    /// By step, then by rank: what was reported of checkpoints that are not complete.
+    shares: BTreeMap<u64, BTreeMap<u32, Share>>,
     stop: Option<String>,
 }
 
@@ -213,6 +222,7 @@ impl Coordinator {
             ranks: HashMap::new(),
             finished: 0,
             watch: None,
+            shares: BTreeMap::new(),
             stop: None,
         }
     }
@@ -228,6 +238,9 @@ impl Coordinator {
             }
             Event::Message { peer, message: ToCoordinator::Event { event } } => {
                 self.worker_event(peer, event)
+            }
+            Event::Message { peer, message: ToCoordinator::Share { step, share } } => {
+                self.share(peer, step, share)
             }
             Event::Gone { peer, why } => self.gone(peer, why),
             Event::StopRequested { reason } => self.stop(reason),
@@ -404,6 +417,52 @@ impl Coordinator {
         (effects, reason)
     }
 
+    /// One more rank is done with its share; the last one decides.
+    fn share(&mut self, peer: Peer, step: u64, mut share: Share) -> (Vec<Effect>, Reason) {
+        let Some((rank, _)) = self.find(peer) else { return stranger(peer) };
+        if self.state != State::Running {
+            return (
+                Vec::new(),
+                format!("rank {rank} has a share of checkpoint {step}, but nothing is running"),
+            );
+        }
+        share.clip();
+        let shares = self.shares.entry(step).or_default();
+        shares.insert(rank, share);
+        let (there, world) = (shares.len(), self.agreement.world_size as usize);
+        if there < world {
+            while self.shares.len() > OPEN_CHECKPOINTS {
+                self.shares.pop_first();
+            }
+            return (Vec::new(), format!("rank {rank} is done with checkpoint {step}, {there} of {world}"));
+        }
+        // Ranks report in the order of steps: what is older can no longer become complete.
+        let newer = self.shares.split_off(&step.saturating_add(1));
+        let shares = self.shares.remove(&step).unwrap_or_default();
+        self.shares = newer;
+        let mut files = Vec::new();
+        let mut failed = None;
+        for (rank, share) in shares {
+            match share {
+                Share::Written { file } => files.extend(file),
+                Share::Failed { reason } => {
+                    failed.get_or_insert(format!("rank {rank} could not write its share: {reason}"));
+                }
+            }
+        }
+        let (verdict, reason) = match failed {
+            None => {
+                let reason = format!("every rank is done with checkpoint {step}: commit");
+                (ToWorker::Commit { step, files }, reason)
+            }
+            Some(failed) => {
+                let reason = format!("checkpoint {step} is abandoned: {failed}");
+                (ToWorker::Abandon { step, reason: failed }, reason)
+            }
+        };
+        (self.members.get(&0).map(|first| Effect::Send(first.peer, verdict)).into_iter().collect(), reason)
+    }
+
     fn gone(&mut self, peer: Peer, mut why: String) -> (Vec<Effect>, Reason) {
         clip(&mut why);
         let gathering = matches!(self.state, State::Gathering { .. });
@@ -459,6 +518,7 @@ impl Coordinator {
         self.ranks.clear();
         self.finished = 0;
         self.watch = None;
+        self.shares.clear();
         self.generation = generation;
         self.generation_started = now;
         self.state = State::Gathering { missing_told: false };

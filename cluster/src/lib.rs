@@ -19,8 +19,8 @@ pub mod wire;
 
 pub use coordinator::{Agreement, Coordinator, Output};
 pub use identity::{Identity, IdentityError, discover};
-pub use link::{Link, LinkError, StopReason};
-pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, StepTimes, WorkerEvent};
+pub use link::{Link, LinkError, NoCommit, Shares, StopReason};
+pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, Share, ShareFile, StepTimes, WorkerEvent};
 pub use server::{CoordinatorHandle, Events};
 pub use vitals::Vitals;
 pub use watch::{Pace, Stall, StallKind};

@@ -15,10 +15,11 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use crate::message::{
-    CoordinatorAddress, Go, Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent,
+    CoordinatorAddress, Go, Hello, PROTOCOL, Phase, Progress, Share, ShareFile, ToCoordinator, ToWorker,
+    WorkerEvent,
 };
 use crate::vitals::Vitals;
-use crate::wire::{self, Decoder, MAX_FRAME};
+use crate::wire::{self, Decoder, MAX_TO_WORKER};
 
 /// Without news, this often.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -112,7 +113,9 @@ impl Shared {
 pub struct Link {
     shared: Arc<Shared>,
     /// `None` once closed.
-    events: Option<mpsc::UnboundedSender<WorkerEvent>>,
+    events: Option<mpsc::UnboundedSender<ToCoordinator>>,
+    /// `None` once taken.
+    shares: Option<Shares>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -149,17 +152,22 @@ impl Link {
         let shared = Arc::new(Shared { vitals, ..Shared::default() });
         let (events, queue) = mpsc::unbounded_channel();
         let (answer, answered) = std_mpsc::sync_channel(1);
+        let (verdict, verdicts) = std_mpsc::channel();
+        let shares = Shares { to: events.downgrade(), verdicts };
         let thread = std::thread::Builder::new()
             .name("link".into())
             .spawn({
                 let (shared, address) = (shared.clone(), address.clone());
-                move || runtime.block_on(run(address, hello, deadline, shared, queue, answer))
+                move || runtime.block_on(run(address, hello, deadline, shared, queue, answer, verdict))
             })
             .map_err(|error| unreachable(error.to_string()))?;
         // The thread keeps the deadline itself and always answers; a panic there closes the channel.
         let answer = answered.recv().unwrap_or(Answer::Unreachable("the link thread ended".into()));
         let error = match answer {
-            Answer::Go(go) => return Ok((Link { shared, events: Some(events), thread: Some(thread) }, go)),
+            Answer::Go(go) => {
+                let (events, shares) = (Some(events), Some(shares));
+                return Ok((Link { shared, events, shares, thread: Some(thread) }, go));
+            }
             Answer::Unreachable(reason) => unreachable(reason),
             Answer::Refused(reason) => {
                 LinkError::Refused { rank, address: address.host_port.clone(), reason }
@@ -196,8 +204,13 @@ impl Link {
         event.clip();
         if let Some(events) = &self.events {
             // A closed channel: the coordinator is lost, which `stop_reason` says.
-            let _ = events.send(event);
+            let _ = events.send(ToCoordinator::Event { event });
         }
+    }
+
+    /// For the thread that writes checkpoints; the first call gets it.
+    pub fn shares(&mut self) -> Option<Shares> {
+        self.shares.take()
     }
 
     /// Whether the run is to checkpoint and stop at the next step boundary. Ranks may learn it a step apart: they must
@@ -224,6 +237,62 @@ impl Link {
     }
 }
 
+/// The part of a [`Link`] by which checkpoints are committed. It does not keep the link open.
+#[derive(Debug)]
+pub struct Shares {
+    to: mpsc::WeakUnboundedSender<ToCoordinator>,
+    verdicts: std_mpsc::Receiver<(u64, Verdict)>,
+}
+
+/// Why a checkpoint is not to be committed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoCommit {
+    /// Every rank is done with it, and one of them failed; which and why.
+    #[error("{0}")]
+    ShareFailed(String),
+    /// Not every rank was heard in time: they may still be writing.
+    #[error("not every rank has written its share within {} s", .0.as_secs())]
+    TimedOut(Duration),
+    /// Nobody knows what the others did.
+    #[error("the coordinator was lost before it knew of every rank's share")]
+    CoordinatorLost,
+}
+
+/// Every rank's file, or why there is to be no checkpoint.
+type Verdict = Result<Vec<ShareFile>, NoCommit>;
+
+impl Shares {
+    /// What became of this rank's share of the checkpoint of `step`; never waits.
+    pub fn report(&self, step: u64, mut share: Share) {
+        share.clip();
+        // Closed or lost: the verdict does not come then.
+        if let Some(to) = self.to.upgrade() {
+            let _ = to.send(ToCoordinator::Share { step, share });
+        }
+    }
+
+    /// On rank 0: the files of all ranks, once every rank has reported its share.
+    ///
+    /// # Errors
+    /// When a rank failed, the coordinator is gone, or it took longer than `patience`.
+    pub fn verdict(&self, step: u64, patience: Duration) -> Verdict {
+        let deadline = Instant::now() + patience;
+        loop {
+            match self.verdicts.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok((of, verdict)) if of == step => return verdict,
+                // Of an earlier step, which nobody waits for any more.
+                Ok(_) => {}
+                Err(std_mpsc::RecvTimeoutError::Timeout) => {
+                    return Err(NoCommit::TimedOut(patience));
+                }
+                Err(std_mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(NoCommit::CoordinatorLost);
+                }
+            }
+        }
+    }
+}
+
 impl Drop for Link {
     fn drop(&mut self) {
         self.hang_up();
@@ -242,8 +311,9 @@ async fn run(
     hello: Hello,
     deadline: Duration,
     shared: Arc<Shared>,
-    events: mpsc::UnboundedReceiver<WorkerEvent>,
+    events: mpsc::UnboundedReceiver<ToCoordinator>,
     answer: std_mpsc::SyncSender<Answer>,
+    verdicts: std_mpsc::Sender<(u64, Verdict)>,
 ) {
     let every = report_every(hello.world_size);
     let joined = timeout(deadline, join(&address, hello)).await.unwrap_or(Err(Answer::TimedOut));
@@ -257,7 +327,7 @@ async fn run(
             return;
         }
     };
-    if let Err(reason) = exchange(stream, decoder, &shared, events, every).await {
+    if let Err(reason) = exchange(stream, decoder, &shared, events, &verdicts, every).await {
         shared.stop(StopReason::CoordinatorLost(reason));
     }
 }
@@ -279,12 +349,13 @@ async fn join(address: &CoordinatorAddress, hello: Hello) -> Result<(TcpStream, 
     };
     let frame = wire::encode(&message).map_err(|error| Answer::Unreachable(error.to_string()))?;
     stream.write_all(&frame).await.map_err(lost)?;
-    let mut decoder = Decoder::new(MAX_FRAME);
+    let mut decoder = Decoder::new(MAX_TO_WORKER);
     loop {
         match decoder.next::<ToWorker>().map_err(|error| Answer::Unreachable(error.to_string()))? {
             Some(ToWorker::Go { generation }) => return Ok((stream, decoder, Go { generation })),
             Some(ToWorker::Refused { reason }) => return Err(Answer::Refused(reason)),
-            Some(ToWorker::Stop { .. }) => {}
+            // Nothing was asked of it yet, but a stop, which is said again.
+            Some(ToWorker::Stop { .. } | ToWorker::Commit { .. } | ToWorker::Abandon { .. }) => {}
             None => read_into(&mut stream, &mut decoder).await.map_err(Answer::Unreachable)?,
         }
     }
@@ -321,20 +392,21 @@ async fn exchange(
     stream: TcpStream,
     mut decoder: Decoder,
     shared: &Shared,
-    mut events: mpsc::UnboundedReceiver<WorkerEvent>,
+    mut events: mpsc::UnboundedReceiver<ToCoordinator>,
+    verdicts: &std_mpsc::Sender<(u64, Verdict)>,
     every: Duration,
 ) -> Result<(), String> {
     let (mut reader, mut writer) = stream.into_split();
     let mut heartbeat = interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut next_report = tokio::time::Instant::now();
-    let reading = listen(&mut reader, &mut decoder, shared);
+    let reading = listen(&mut reader, &mut decoder, shared, verdicts);
     let writing = async {
         loop {
             tokio::select! {
                 biased;
                 event = events.recv() => match event {
-                    Some(event) => send(&mut writer, &ToCoordinator::Event { event }).await?,
+                    Some(message) => send(&mut writer, &message).await?,
                     None => break,
                 },
                 () = async {
@@ -367,9 +439,14 @@ async fn listen(
     reader: &mut (impl AsyncReadExt + Unpin),
     decoder: &mut Decoder,
     shared: &Shared,
+    verdicts: &std_mpsc::Sender<(u64, Verdict)>,
 ) -> Result<Infallible, String> {
+    // Who does not wait for a verdict has dropped the other end.
+    let decided = |step, verdict| drop(verdicts.send((step, verdict)));
     loop {
         match decoder.next::<ToWorker>().map_err(|error| error.to_string())? {
+            Some(ToWorker::Commit { step, files }) => decided(step, Ok(files)),
+            Some(ToWorker::Abandon { step, reason }) => decided(step, Err(NoCommit::ShareFailed(reason))),
             Some(ToWorker::Stop { reason }) => shared.stop(StopReason::Requested(reason)),
             Some(ToWorker::Refused { reason }) => return Err(reason),
             Some(ToWorker::Go { .. }) => {}

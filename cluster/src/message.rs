@@ -8,12 +8,15 @@
 //! | coordinator → worker | `refused` | instead of `go`, with the reason; the connection is then closed |
 //! | worker → coordinator | `progress` | at most ten times a second, less often in large worlds; once a second without news (heartbeat) |
 //! | worker → coordinator | `event` | in order: checkpoint, eval, failed, finished |
+//! | worker → coordinator | `share` | its share of a checkpoint is on disk, or could not be written |
+//! | coordinator → worker 0 | `commit` | every rank's share of a step is on disk: write the manifest |
+//! | coordinator → worker 0 | `abandon` | every rank has reported, and one could not write its share |
 //! | coordinator → worker | `stop` | stop at a step boundary, checkpoint, exit 75 |
 
 use serde::{Deserialize, Serialize};
 
 /// Version of this table. Both sides must speak the same.
-pub const PROTOCOL: u32 = 2;
+pub const PROTOCOL: u32 = 3;
 
 /// Where a coordinator listens, and the proof that a worker belongs to its job.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -225,6 +228,33 @@ pub enum WorkerEvent {
     },
 }
 
+/// A file that a rank has written, as the checkpoint's manifest will list it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShareFile {
+    /// Its name.
+    pub name: String,
+    /// Its length.
+    pub bytes: u64,
+    /// BLAKE3 of its bytes, hexadecimal.
+    pub blake3: String,
+}
+
+/// What became of a rank's share of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "outcome", rename_all = "snake_case")]
+pub enum Share {
+    /// It is on the disk.
+    Written {
+        /// Where; none when there are more ranks than tensors.
+        file: Option<ShareFile>,
+    },
+    /// It could not be written.
+    Failed {
+        /// Why, as one line.
+        reason: String,
+    },
+}
+
 /// Longest text of a worker that is sent, kept and passed on, bytes.
 const MAX_TEXT: usize = 2000;
 /// Most ranks that one event names.
@@ -244,6 +274,20 @@ impl WorkerEvent {
                 peers.iter_mut().for_each(|peers| peers.truncate(MAX_RANKS));
             }
             WorkerEvent::Finished { .. } => {}
+        }
+    }
+}
+
+impl Share {
+    /// Cuts texts to a length that fits a frame.
+    pub(crate) fn clip(&mut self) {
+        match self {
+            Share::Written { file: Some(file) } => {
+                clip(&mut file.name);
+                clip(&mut file.blake3);
+            }
+            Share::Written { file: None } => {}
+            Share::Failed { reason } => clip(reason),
         }
     }
 }
@@ -282,6 +326,13 @@ pub enum ToCoordinator {
         /// The event.
         event: WorkerEvent,
     },
+    /// What became of this rank's share of a checkpoint; in order with events.
+    Share {
+        /// The checkpoint's step.
+        step: u64,
+        /// What became of it.
+        share: Share,
+    },
 }
 
 /// Coordinator → worker.
@@ -296,6 +347,20 @@ pub enum ToWorker {
     /// Not in this job.
     Refused {
         /// Why, as one line.
+        reason: String,
+    },
+    /// To rank 0: the checkpoint of this step is complete but for its manifest.
+    Commit {
+        /// The step.
+        step: u64,
+        /// Every rank's file, in the order of ranks.
+        files: Vec<ShareFile>,
+    },
+    /// To rank 0: the checkpoint of this step cannot become complete.
+    Abandon {
+        /// The step.
+        step: u64,
+        /// Which rank failed and why, as one line.
         reason: String,
     },
     /// Stop at a step boundary with a checkpoint.

@@ -19,7 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior, timeout};
 
 use crate::coordinator::{Agreement, Coordinator, Effect, Event, Output, Peer};
 use crate::message::{CoordinatorAddress, ToCoordinator, ToWorker};
-use crate::wire::{self, Decoder, MAX_FRAME, MAX_HELLO};
+use crate::wire::{self, Decoder, MAX_FRAME, MAX_HELLO, MAX_TO_WORKER};
 
 /// A peer must have said hello by then: it connects only to say it.
 const HELLO_DEADLINE: Duration = Duration::from_secs(10);
@@ -269,7 +269,7 @@ async fn core(
 
 fn send(connections: &HashMap<Peer, Connection>, peer: Peer, message: &ToWorker) -> bool {
     let Some(connection) = connections.get(&peer) else { return true };
-    match wire::encode(message) {
+    match wire::encode_within(message, MAX_TO_WORKER) {
         Ok(frame) => connection.outbound.try_send(frame).is_ok(),
         Err(error) => {
             tracing::error!(target: "mentee::coordinator", "{error}");

@@ -6,6 +6,8 @@ use serde::{Serialize, de::DeserializeOwned};
 
 /// Largest frame: the longest message is an error text, clipped far below this.
 pub const MAX_FRAME: usize = 64 * 1024;
+/// Largest frame to a worker, which has chosen whom to listen to: that of a commit names a file of every rank.
+pub const MAX_TO_WORKER: usize = 1024 * 1024;
 /// Largest first frame: a peer that has not shown its token gets little memory.
 pub const MAX_HELLO: usize = 4 * 1024;
 
@@ -33,13 +35,19 @@ pub enum WireError {
 /// # Errors
 /// [`WireError::TooLong`] above [`MAX_FRAME`].
 pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, WireError> {
+    encode_within(message, MAX_FRAME)
+}
+
+/// One message as a frame of at most `limit` bytes.
+///
+/// # Errors
+/// [`WireError::TooLong`] above that.
+pub fn encode_within<T: Serialize>(message: &T, limit: usize) -> Result<Vec<u8>, WireError> {
     let mut frame = vec![0; HEADER];
     serde_json::to_writer(&mut frame, message)?;
     let bytes = frame.len() - HEADER;
-    if bytes > MAX_FRAME {
-        return Err(WireError::TooLong { bytes, limit: MAX_FRAME });
-    }
-    let length = u32::try_from(bytes).expect("MAX_FRAME fits in 32 bits");
+    let length = u32::try_from(bytes).ok().filter(|_| bytes <= limit);
+    let length = length.ok_or(WireError::TooLong { bytes, limit })?;
     frame[..HEADER].copy_from_slice(&length.to_be_bytes());
     Ok(frame)
 }

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use mentee_cluster::coordinator::{Agreement, Coordinator, Effect, Event, Output, Peer};
-use mentee_cluster::message::{Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent};
+use mentee_cluster::message::{
+    Hello, PROTOCOL, Phase, Progress, Share, ShareFile, ToCoordinator, ToWorker, WorkerEvent,
+};
 
 const TOKEN: &str = "right";
 
@@ -95,6 +97,12 @@ impl Transcript {
         self.says(peer, ToCoordinator::Event { event })
     }
 
+    fn wrote(&mut self, peer: Peer, step: u64) -> &mut Transcript {
+        let file =
+            ShareFile { name: format!("state-{peer}.safetensors"), bytes: 10 + peer, blake3: "b3".into() };
+        self.says(peer, ToCoordinator::Share { step, share: Share::Written { file: Some(file) } })
+    }
+
     fn gone(&mut self, peer: Peer) -> &mut Transcript {
         self.event(Event::Gone { peer, why: "it closed the connection".into() })
     }
@@ -121,6 +129,7 @@ fn show(message: &ToCoordinator) -> String {
         }
         ToCoordinator::Progress { progress } => format!("step {}, {}", progress.step, progress.phase),
         ToCoordinator::Event { event } => serde_json::to_string(event).expect("events are JSON"),
+        ToCoordinator::Share { step, share } => format!("checkpoint {step}: {share:?}"),
     }
 }
 
@@ -201,6 +210,30 @@ fn a_rank_whose_peer_vanished_says_so() {
 }
 
 #[test]
+fn a_checkpoint_counts_when_every_rank_has_written_its_share() {
+    let mut job = Transcript::new("checkpoints", agreement(3));
+    job.hello(0, hello(0, 3)).wrote(0, 9).hello(1, hello(1, 3)).hello(2, hello(2, 3));
+    // In any order; one rank has nothing to write.
+    job.wrote(2, 10).wrote(0, 10);
+    job.says(1, ToCoordinator::Share { step: 10, share: Share::Written { file: None } });
+    job.reports(0, WorkerEvent::Checkpoint { step: 10, path: "step-00000010".into(), digest: "d1".into() });
+    // One rank is at the next checkpoint already, and one has no room for this one.
+    job.wrote(0, 20).wrote(1, 20).wrote(0, 30);
+    let reason = "No space left on device".into();
+    job.says(2, ToCoordinator::Share { step: 20, share: Share::Failed { reason } });
+    job.wrote(1, 30).wrote(2, 30);
+    // A rank dies before it has written its share: the next start begins anew.
+    job.wrote(0, 40).wrote(1, 40).gone(2);
+    job.event(Event::NewGeneration { generation: 1 });
+    job.wrote(1, 40);
+    for rank in 0..3 {
+        job.hello_of(10 + u64::from(rank), 1, hello(rank, 3));
+    }
+    job.wrote(11, 40).wrote(12, 40).wrote(10, 40);
+    job.check();
+}
+
+#[test]
 fn stop_before_and_after_go() {
     let mut job = Transcript::new("stop", agreement(2));
     job.hello(0, hello(0, 2));
@@ -270,7 +303,7 @@ fn it_is_total() {
         let mut generation = 0;
         for second in 0..200 {
             let peer = draw(8);
-            let event = match draw(9) {
+            let event = match draw(10) {
                 0..=3 => Event::Message {
                     peer,
                     message: ToCoordinator::Hello {
@@ -292,6 +325,14 @@ fn it_is_total() {
                         event: WorkerEvent::Finished { exit_code: draw(3) as i32 },
                     },
                 },
+                8 => {
+                    let share = match draw(3) {
+                        0 => Share::Failed { reason: "é".repeat(5000) },
+                        _ => Share::Written { file: None },
+                    };
+                    let step = [0, 1, 2, u64::MAX][draw(4) as usize];
+                    Event::Message { peer, message: ToCoordinator::Share { step, share } }
+                }
                 _ => Event::StopRequested { reason: "é".repeat(5000) },
             };
             let (effects, reason) = coordinator.handle(Duration::from_secs(second * 7), event);

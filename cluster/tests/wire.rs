@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use mentee_cluster::coordinator::{Agreement, Output};
 use mentee_cluster::message::{
-    CoordinatorAddress, Hello, PROTOCOL, Phase, Progress, ToCoordinator, ToWorker, WorkerEvent,
+    CoordinatorAddress, Hello, PROTOCOL, Phase, Progress, Share, ShareFile, ToCoordinator, ToWorker,
+    WorkerEvent,
 };
 use mentee_cluster::server::{self, CoordinatorHandle};
-use mentee_cluster::wire::{self, Decoder, MAX_FRAME, MAX_HELLO, WireError};
-use mentee_cluster::{Link, LinkError, StopReason};
+use mentee_cluster::wire::{self, Decoder, MAX_FRAME, MAX_HELLO, MAX_TO_WORKER, WireError};
+use mentee_cluster::{Link, LinkError, NoCommit, StopReason};
 
 const LOCAL: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -381,4 +382,50 @@ fn a_storm_of_hostile_peers_costs_the_job_nothing() {
     assert!(links.iter().all(|link| !link.stop_requested()));
     let grown = memory().saturating_sub(before);
     assert!(grown < 16 << 20, "{grown} bytes more");
+}
+
+#[test]
+fn shares_of_a_checkpoint_come_together_at_rank_0() {
+    let handle = coordinator(3);
+    let mut links = gang(&handle.address, 3);
+    let shares: Vec<_> = links.iter_mut().map(|link| link.shares().expect("the first call")).collect();
+    assert!(links[0].shares().is_none());
+    let file = |rank: usize| ShareFile {
+        name: format!("state-{rank}.safetensors"),
+        bytes: rank as u64,
+        blake3: "0".repeat(64),
+    };
+    for step in [10, 20] {
+        for rank in [2, 0, 1] {
+            shares[rank].report(step, Share::Written { file: Some(file(rank)) });
+        }
+    }
+    // Nobody asked for that of step 10.
+    assert_eq!(shares[0].verdict(20, PATIENCE), Ok((0..3).map(file).collect()));
+    shares[1].report(30, Share::Failed { reason: "no room".into() });
+    for rank in [0, 2] {
+        shares[rank].report(30, Share::Written { file: None });
+    }
+    let no = shares[0].verdict(30, PATIENCE);
+    assert_eq!(no, Err(NoCommit::ShareFailed("rank 1 could not write its share: no room".into())));
+    // Ranks 1 and 2 have not reported step 40.
+    shares[0].report(40, Share::Written { file: None });
+    let patience = Duration::from_millis(10);
+    assert_eq!(shares[0].verdict(40, patience), Err(NoCommit::TimedOut(patience)));
+    drop(handle);
+    becomes(|| links[0].stop_requested());
+    assert_eq!(shares[0].verdict(50, PATIENCE), Err(NoCommit::CoordinatorLost));
+}
+
+#[test]
+fn a_commit_of_thousands_of_ranks_fits_a_frame() {
+    let files = (0..4096)
+        .map(|rank| ShareFile {
+            name: format!("state-{rank:05}-of-04096.safetensors"),
+            bytes: 123_456_789,
+            blake3: "0".repeat(64),
+        })
+        .collect();
+    let frame = wire::encode_within(&ToWorker::Commit { step: 1_000_000, files }, MAX_TO_WORKER);
+    assert!(frame.is_ok(), "{}", frame.expect_err("too long"));
 }

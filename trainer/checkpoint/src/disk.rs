@@ -1,9 +1,10 @@
 //! The system calls that decide whether a checkpoint survives a crash, behind one door.
 //!
-//! All changes to the disk go through [`Disk`], which asks a [`Probe`] first. In use nothing is asked; a test
-//! cuts the power before the n-th change and then looks at what a reader finds.
+//! Whatever a writer changes goes through a [`FileSystem`]. In use that is [`LocalDisk`]; the tests put one in its place
+//! that fails at the n-th call, or that keeps account of what a power cut would leave (`tests/crash.rs`).
 
 use std::{
+    fmt,
     fs::{self, File},
     io::{self, Write},
     path::Path,
@@ -11,91 +12,134 @@ use std::{
 
 use crate::CheckpointError;
 
-/// Allows or refuses the next change to the disk.
-pub(crate) trait Probe {
-    fn before_change(&mut self) -> io::Result<()>;
-}
+/// The changes that a writer makes to a file system. None of them is on the disk before it was synced.
+pub trait FileSystem: fmt::Debug + Send + Sync {
+    /// Creates a folder and its missing parents; those that are there stay.
+    ///
+    /// # Errors
+    /// The system's; so in all of these.
+    fn create_folders(&self, path: &Path) -> io::Result<()>;
 
-/// The probe in use.
-pub(crate) struct NoProbe;
-
-impl Probe for NoProbe {
-    fn before_change(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// The file system, as far as a writer needs it.
-pub(crate) struct Disk<'a> {
-    pub(crate) probe: &'a mut dyn Probe,
-}
-
-impl Disk<'_> {
-    fn change<R>(
-        &mut self,
-        action: &'static str,
-        path: &Path,
-        work: impl FnOnce() -> io::Result<R>,
-    ) -> Result<R, CheckpointError> {
-        self.probe.before_change().and_then(|()| work()).map_err(|source| CheckpointError::Io {
-            action,
-            path: path.into(),
-            source,
-        })
-    }
-
-    /// Creates a folder and its missing parents.
-    pub(crate) fn create_folders(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        self.change("create folder", path, || fs::create_dir_all(path))
-    }
-
-    /// Creates a folder that is empty: leftovers of the same name go.
-    pub(crate) fn create_empty_folder(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        if path.exists() {
-            self.remove_folder(path)?;
-        }
-        self.change("create folder", path, || fs::create_dir(path))
-    }
-
-    /// Creates a new file.
-    pub(crate) fn create(&mut self, path: &Path) -> Result<File, CheckpointError> {
-        self.change("create", path, || File::create_new(path))
-    }
-
-    /// Writes all of `bytes`.
-    pub(crate) fn write(
-        &mut self,
-        file: &mut File,
-        bytes: &[u8],
-        path: &Path,
-    ) -> Result<(), CheckpointError> {
-        self.change("write", path, || file.write_all(bytes))
-    }
-
-    /// Waits until a file's content is on the disk.
-    pub(crate) fn sync(&mut self, file: &File, path: &Path) -> Result<(), CheckpointError> {
-        self.change("sync", path, || file.sync_all())
-    }
+    /// Creates a file that must not be there.
+    ///
+    /// # Errors
+    /// As above.
+    fn create(&self, path: &Path) -> io::Result<Box<dyn NewFile>>;
 
     /// Waits until a folder's list of names is on the disk.
-    pub(crate) fn sync_folder(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        self.change("sync folder", path, || File::open(path)?.sync_all())
-    }
+    ///
+    /// # Errors
+    /// As above.
+    fn sync_folder(&self, path: &Path) -> io::Result<()>;
 
     /// Gives a folder a name that no other has.
-    pub(crate) fn rename(&mut self, from: &Path, to: &Path) -> Result<(), CheckpointError> {
-        self.change("rename to", to, || fs::rename(from, to))
-    }
+    ///
+    /// # Errors
+    /// As above.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Swaps two folders in one step; `false` if this file system cannot.
-    pub(crate) fn exchange(&mut self, a: &Path, b: &Path) -> Result<bool, CheckpointError> {
-        self.change("exchange", b, || exchange(a, b))
-    }
+    ///
+    /// # Errors
+    /// As above.
+    fn exchange(&self, a: &Path, b: &Path) -> io::Result<bool>;
 
     /// Removes a folder with its content.
-    pub(crate) fn remove_folder(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        self.change("remove", path, || fs::remove_dir_all(path))
+    ///
+    /// # Errors
+    /// As above.
+    fn remove_folder(&self, path: &Path) -> io::Result<()>;
+}
+
+/// A file that is being written, from its start to its end.
+pub trait NewFile {
+    /// Adds all of `bytes`.
+    ///
+    /// # Errors
+    /// The system's; some of the bytes may have been added.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()>;
+
+    /// Waits until the content is on the disk; the file's name in its folder need not be.
+    ///
+    /// # Errors
+    /// The system's; what is on the disk then is unknown.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// The machine's file systems.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LocalDisk;
+
+impl FileSystem for LocalDisk {
+    fn create_folders(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir_all(path)
     }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn NewFile>> {
+        Ok(Box::new(File::create_new(path)?))
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn exchange(&self, a: &Path, b: &Path) -> io::Result<bool> {
+        exchange(a, b)
+    }
+
+    fn remove_folder(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir_all(path)
+    }
+}
+
+impl NewFile for File {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.write_all(bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// A file system whose errors say what was tried, and on which path.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Disk<'d>(pub(crate) &'d dyn FileSystem);
+
+impl Disk<'_> {
+    pub(crate) fn create_folders(self, path: &Path) -> Result<(), CheckpointError> {
+        self.0.create_folders(path).map_err(io_error("create folder", path))
+    }
+
+    pub(crate) fn create(self, path: &Path) -> Result<Box<dyn NewFile>, CheckpointError> {
+        self.0.create(path).map_err(io_error("create", path))
+    }
+
+    pub(crate) fn sync_folder(self, path: &Path) -> Result<(), CheckpointError> {
+        self.0.sync_folder(path).map_err(io_error("sync folder", path))
+    }
+
+    pub(crate) fn rename(self, from: &Path, to: &Path) -> Result<(), CheckpointError> {
+        self.0.rename(from, to).map_err(io_error("rename to", to))
+    }
+
+    pub(crate) fn exchange(self, a: &Path, b: &Path) -> Result<bool, CheckpointError> {
+        self.0.exchange(a, b).map_err(io_error("exchange", b))
+    }
+
+    pub(crate) fn remove_folder(self, path: &Path) -> Result<(), CheckpointError> {
+        self.0.remove_folder(path).map_err(io_error("remove", path))
+    }
+}
+
+/// For `map_err` on what the system refuses.
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
+    let path = path.to_owned();
+    move |source| CheckpointError::Io { action, path, source }
 }
 
 #[cfg(target_os = "linux")]

@@ -42,13 +42,13 @@ pub enum CheckpointError {
         problem: String,
     },
     /// The manifest belongs to a format version that this program does not know.
-    #[error("{}: format version {found}, but this program reads version {supported}; use the mentee that wrote it", path.display())]
+    #[error("{}: format version {found}, but this program reads versions up to {supported}; use the mentee that wrote it", path.display())]
     UnsupportedVersion {
         /// The manifest.
         path: PathBuf,
         /// The version in the file.
         found: u64,
-        /// The version this program reads.
+        /// The newest version this program reads.
         supported: u64,
     },
     /// The manifest was changed after it was written.
@@ -112,6 +112,23 @@ pub enum CheckpointError {
         expected: String,
         /// The digest of its bytes.
         found: String,
+    },
+    /// A rank has written its file, but the one that commits does not see it so.
+    #[error(
+        "{}: its rank has written it, but the rank that completes the checkpoint does not see it; the run directory must lie on a file system that all machines share",
+        path.display()
+    )]
+    ShareNotSeen {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A tensor is not the one whose digest its file's header holds.
+    #[error("{}: tensor {name} is not the one whose digest the file's header holds", path.display())]
+    TensorAltered {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        name: String,
     },
     /// A file is too large for this machine's memory.
     #[error("{}: no memory for its {bytes} bytes", path.display())]
@@ -190,4 +207,13 @@ pub enum CheckpointError {
         /// Why, newest first.
         reasons: Vec<String>,
     },
+}
+
+impl CheckpointError {
+    /// Whether there is no room for it: the disk, a quota or a limit on a file's size.
+    pub fn is_no_room(&self) -> bool {
+        let CheckpointError::Io { source, .. } = self else { return false };
+        let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge];
+        kinds.contains(&source.kind())
+    }
 }

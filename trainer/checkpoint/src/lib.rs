@@ -5,10 +5,12 @@
 //! tensor is a name, a type, a shape and bytes.
 //!
 //! ```text
-//!   write ──► .tmp-step-00001000-PID-N/ ──rename──► step-00001000/{state.safetensors, …, manifest.json}
-//!                                                        │
-//!   list (cheap: manifest and file lengths) ◄────────────┤
-//!   newest, Checkpoint::verify, Checkpoint::load ◄───────┘  every byte against its digest, before it is used
+//!   rank 0: Staging::write ─┐
+//!   rank 1: Staging::write ─┼─► .tmp-step-00001000-ATTEMPT/ ──Staging::commit──► step-00001000/{*.safetensors, manifest.json}
+//!   …                      ─┘                                                          │
+//!   list (cheap: manifest and file lengths) ◄──────────────────────────────────────────┤
+//!   newest, Checkpoint::verify, Checkpoint::load ◄─────────────────────────────────────┘  every byte against its digest,
+//!                                                                                         before it is used
 //! ```
 //!
 //! ```
@@ -39,14 +41,17 @@ mod disk;
 mod error;
 mod manifest;
 mod read;
+mod share;
 mod tensor;
 mod write;
 
+pub use disk::{FileSystem, LocalDisk, NewFile};
 pub use error::CheckpointError;
 pub use manifest::{FileEntry, MANIFEST_NAME, Manifest, Meta, VERSION};
-pub use read::{Checkpoint, Entry, Newest, list, newest, open, retain};
+pub use read::{Checkpoint, Entry, Newest, clean, list, newest, open, retain};
+pub use share::{file_name, split};
 pub use tensor::{Dtype, OwnedTensor, Tensor};
-pub use write::write;
+pub use write::{Committed, Staging, write};
 
 use std::path::{Path, PathBuf};
 

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::CheckpointError;
 
-/// The format version that this crate writes and reads.
-pub const VERSION: u64 = 1;
+/// The format version that this crate writes. It reads this one and those before.
+pub const VERSION: u64 = 2;
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "manifest.json";
 
@@ -50,6 +50,8 @@ pub struct FileEntry {
 /// A valid manifest: file names cannot leave the folder, and the content is the one that was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Manifest {
+    /// The format version.
+    pub version: u64,
     /// What training needs besides tensors.
     pub meta: Meta,
     /// The files of tensors.
@@ -113,7 +115,7 @@ impl Manifest {
         if header.format != FORMAT {
             return Err(syntax(format!("its format is {:?}, not {FORMAT:?}", header.format)));
         }
-        if header.version != VERSION {
+        if !(1..=VERSION).contains(&header.version) {
             return Err(CheckpointError::UnsupportedVersion {
                 path: path.into(),
                 found: header.version,
@@ -127,14 +129,15 @@ impl Manifest {
             return Err(CheckpointError::ManifestAltered { path: path.into(), expected, found });
         }
         check_file_names(document.files.iter().map(|file| file.name.as_str()), path)?;
-        Ok(Manifest { meta: document.meta, files: document.files, state_digest: document.state_digest })
+        let Document { version, meta, files, state_digest, .. } = document;
+        Ok(Manifest { version, meta, files, state_digest })
     }
 
     /// The manifest as the bytes of its file.
     pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut document = Document {
             format: FORMAT.into(),
-            version: VERSION,
+            version: self.version,
             meta: self.meta.clone(),
             files: self.files.clone(),
             state_digest: self.state_digest.clone(),

@@ -8,15 +8,14 @@ use std::{
     sync::Arc,
 };
 
-use safetensors::SafeTensors;
+use safetensors::{SafeTensors, tensor::Metadata};
 
 use crate::{
-    CheckpointError, Dtype, FileEntry, MANIFEST_NAME, Manifest, OwnedTensor,
-    disk::{Disk, NoProbe},
+    CheckpointError, Dtype, FileEntry, FileSystem, MANIFEST_NAME, Manifest, OwnedTensor,
+    disk::{Disk, io_error},
     manifest::MAX_MANIFEST_BYTES,
     parse_step_name, step_name,
-    tensor::{StateDigest, is_tensor_name},
-    write::is_in_progress,
+    tensor::{DIGESTS_KEY, StateDigest, is_tensor_name},
 };
 
 /// A checkpoint with a valid manifest, whose files are there with the right lengths.
@@ -46,11 +45,6 @@ pub struct Newest {
     pub checkpoint: Checkpoint,
     /// Newer ones that cannot be used, newest first, with the reason: worth a warning.
     pub rejected: Vec<(PathBuf, CheckpointError)>,
-}
-
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CheckpointError {
-    let path = path.to_owned();
-    move |source| CheckpointError::Io { action, path, source }
 }
 
 /// Opens one checkpoint folder: reads its manifest and looks at the lengths of its files. No digest is
@@ -111,8 +105,8 @@ impl Checkpoint {
         let mut state = BTreeMap::new();
         let mut digest = StateDigest::default();
         for entry in &self.manifest.files {
-            for (name, tensor) in self.read_file(entry)? {
-                digest.add(&name, tensor.dtype, &tensor.shape, tensor.bytes());
+            for (name, tensor, hash) in self.read_file(entry)? {
+                digest.add(&name, tensor.dtype, &tensor.shape, hash);
                 if state.insert(name.clone(), tensor).is_some() {
                     return Err(CheckpointError::DuplicateTensor { path: self.folder.clone(), name });
                 }
@@ -129,11 +123,24 @@ impl Checkpoint {
     pub fn verify(&self) -> Result<(), CheckpointError> {
         let mut digest = StateDigest::default();
         for entry in &self.manifest.files {
-            for (name, tensor) in self.read_file(entry)? {
-                digest.add(&name, tensor.dtype, &tensor.shape, tensor.bytes());
+            for (name, tensor, hash) in self.read_file(entry)? {
+                digest.add(&name, tensor.dtype, &tensor.shape, hash);
             }
         }
         self.check_state(digest)
+    }
+
+    /// Verifies every file's digest, that is all bytes, a small part in memory at a time.
+    fn verify_files(&self) -> Result<(), CheckpointError> {
+        self.manifest.files.iter().try_for_each(|entry| {
+            let path = self.folder.join(&entry.name);
+            check_length(&path, entry)?;
+            let mut digest = blake3::Hasher::new();
+            File::open(&path)
+                .and_then(|file| digest.update_reader(file).map(drop))
+                .map_err(io_error("read", &path))?;
+            check_digest(&path, entry, &digest.finalize())
+        })
     }
 
     fn check_state(&self, digest: StateDigest) -> Result<(), CheckpointError> {
@@ -145,8 +152,11 @@ impl Checkpoint {
         }
     }
 
-    /// Reads one file, verifies it, and only then looks into it.
-    fn read_file(&self, entry: &FileEntry) -> Result<Vec<(String, OwnedTensor)>, CheckpointError> {
+    /// Reads one file, verifies it, and only then looks into it; each tensor with its digest.
+    fn read_file(
+        &self,
+        entry: &FileEntry,
+    ) -> Result<Vec<(String, OwnedTensor, blake3::Hash)>, CheckpointError> {
         let path = self.folder.join(&entry.name);
         let bytes = Arc::new(read_verified(&path, entry)?);
         let broken = |error: safetensors::SafeTensorError| CheckpointError::Safetensors {
@@ -155,8 +165,10 @@ impl Checkpoint {
         };
         let (header_bytes, metadata) = SafeTensors::read_metadata(&bytes).map_err(broken)?;
         let data_start = 8 + header_bytes;
-        let mut tensors = Vec::with_capacity(metadata.tensors().len());
-        for (name, info) in metadata.tensors() {
+        let infos = metadata.tensors();
+        let mut tensors = Vec::with_capacity(infos.len());
+        for name in metadata.offset_keys() {
+            let info = infos[&name];
             if !is_tensor_name(&name) {
                 return Err(CheckpointError::TensorName { path, name });
             }
@@ -164,13 +176,72 @@ impl Checkpoint {
                 return Err(CheckpointError::UnsupportedDtype { path, name, dtype: info.dtype.to_string() });
             };
             let range = data_start + info.data_offsets.0..data_start + info.data_offsets.1;
-            tensors.push((
-                name,
-                OwnedTensor { dtype, shape: info.shape.clone(), file: Arc::clone(&bytes), range },
-            ));
+            let tensor = OwnedTensor { dtype, shape: info.shape.clone(), file: Arc::clone(&bytes), range };
+            let hash = blake3::hash(tensor.bytes());
+            tensors.push((name, tensor, hash));
+        }
+        if self.manifest.version >= 2 {
+            let expected = header_digests(&path, &metadata)?;
+            if let Some(((name, ..), _)) =
+                tensors.iter().zip(expected).find(|((_, _, found), (_, expected))| found != expected)
+            {
+                return Err(CheckpointError::TensorAltered { path, name: name.clone() });
+            }
         }
         Ok(tensors)
     }
+}
+
+/// The digests that a file's header holds of its tensors.
+fn header_digests(path: &Path, metadata: &Metadata) -> Result<Vec<(String, blake3::Hash)>, CheckpointError> {
+    let problem = |problem: String| CheckpointError::Safetensors { path: path.into(), problem };
+    let names = metadata.offset_keys();
+    let text = metadata.metadata().as_ref().and_then(|map| map.get(DIGESTS_KEY));
+    let text = text.ok_or_else(|| problem(format!("its header has no digests under {DIGESTS_KEY:?}")))?;
+    if !text.is_ascii() || text.len() != 64 * names.len() {
+        return Err(problem(format!("its header has no {} digests of 64 digits", names.len())));
+    }
+    let hashes = (0..names.len()).map(|n| blake3::Hash::from_hex(&text[64 * n..64 * (n + 1)]));
+    names
+        .into_iter()
+        .zip(hashes)
+        .map(|(name, hash)| Ok((name, hash.map_err(|error| problem(error.to_string()))?)))
+        .collect()
+}
+
+/// A tensor as its file's header describes it.
+pub(crate) struct Described {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) digest: blake3::Hash,
+}
+
+/// What the header of a file that a rank has just written says of its tensors.
+pub(crate) fn tensor_digests(folder: &Path, entry: &FileEntry) -> Result<Vec<Described>, CheckpointError> {
+    let path = folder.join(&entry.name);
+    check_length(&path, entry).map_err(|_| CheckpointError::ShareNotSeen { path: path.clone() })?;
+    let broken = |problem: String| CheckpointError::Safetensors { path: path.clone(), problem };
+    let mut file = File::open(&path).map_err(io_error("open", &path))?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).map_err(io_error("read", &path))?;
+    let length = u64::from_le_bytes(length);
+    if length > MAX_MANIFEST_BYTES.min(entry.bytes) {
+        return Err(broken(format!("a header of {length} bytes")));
+    }
+    let mut header = vec![0; length as usize];
+    file.read_exact(&mut header).map_err(io_error("read", &path))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|error| broken(error.to_string()))?;
+    let infos = metadata.tensors();
+    header_digests(&path, &metadata)?
+        .into_iter()
+        .map(|(name, digest)| {
+            let info = infos[&name];
+            let dtype = Dtype::from_safetensors(info.dtype)
+                .ok_or_else(|| broken(format!("tensor {name} has the type {}", info.dtype)))?;
+            Ok(Described { name, dtype, shape: info.shape.clone(), digest })
+        })
+        .collect()
 }
 
 /// The file's bytes, if they are those of the manifest.
@@ -185,9 +256,14 @@ fn read_verified(path: &Path, entry: &FileEntry) -> Result<Vec<u8>, CheckpointEr
     let file = File::open(path).map_err(io_error("open", path))?;
     // Bounded even if the file grows meanwhile.
     file.take(entry.bytes).read_to_end(&mut bytes).map_err(io_error("read", path))?;
-    let (expected, found) = (entry.blake3.clone(), blake3::hash(&bytes).to_hex().to_string());
+    check_digest(path, entry, &blake3::hash(&bytes))?;
+    Ok(bytes)
+}
+
+fn check_digest(path: &Path, entry: &FileEntry, found: &blake3::Hash) -> Result<(), CheckpointError> {
+    let (expected, found) = (entry.blake3.clone(), found.to_hex().to_string());
     if expected == found {
-        Ok(bytes)
+        Ok(())
     } else {
         Err(CheckpointError::FileAltered { path: path.into(), expected, found })
     }
@@ -257,20 +333,20 @@ pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError>
     Err(CheckpointError::NoneUsable { folder: checkpoints_dir.into(), reasons })
 }
 
-/// Removes the oldest complete checkpoints until `keep` are left, and what crashes left behind; returns the
-/// checkpoints removed.
+/// Removes the oldest complete checkpoints until `keep` are left; returns those removed.
 ///
 /// The newest complete one always stays (`keep` of 0 counts as 1). Nothing is removed unless one of those
 /// that stay has been verified down to its last byte. Checkpoints that cannot be used are neither counted nor
-/// removed: someone may want to look at them. Only the process that writes into the folder may call this.
+/// removed: someone may want to look at them. Only the process that commits into the folder may call this.
 ///
 /// # Errors
 /// `Io` if the folder cannot be read or changed.
-pub fn retain(checkpoints_dir: &Path, keep: u64) -> Result<Vec<PathBuf>, CheckpointError> {
-    let mut probe = NoProbe;
-    let mut disk = Disk { probe: &mut probe };
-    sweep(checkpoints_dir, &mut disk)?;
-
+pub fn retain(
+    disk: &dyn FileSystem,
+    checkpoints_dir: &Path,
+    keep: u64,
+) -> Result<Vec<PathBuf>, CheckpointError> {
+    let disk = Disk(disk);
     let mut complete: Vec<Checkpoint> = list(checkpoints_dir)?
         .into_iter()
         .filter_map(|entry| Some(Checkpoint { folder: entry.path, manifest: entry.state.ok()? }))
@@ -280,31 +356,43 @@ pub fn retain(checkpoints_dir: &Path, keep: u64) -> Result<Vec<PathBuf>, Checkpo
         return Ok(Vec::new());
     }
     let stay = complete.split_off(complete.len() - keep);
-    if !stay.iter().rev().any(|checkpoint| checkpoint.verify().is_ok()) {
+    if !stay.iter().rev().any(|checkpoint| checkpoint.verify_files().is_ok()) {
         return Ok(Vec::new());
     }
-    let mut removed = Vec::new();
+    let (mut removed, mut doomed) = (Vec::new(), Vec::new());
     for checkpoint in complete {
-        // First out of sight, so that a crash leaves no half checkpoint under a name that counts.
+        // First out of sight, and that on the disk, so that a crash leaves no half checkpoint under a name that counts.
         let name = checkpoint.folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let doomed = checkpoints_dir.join(format!(".tmp-removed-{}", name.trim_start_matches('.')));
-        if doomed.exists() {
-            disk.remove_folder(&doomed)?;
+        let aside = checkpoints_dir.join(format!(".tmp-removed-{}", name.trim_start_matches('.')));
+        if aside.exists() {
+            disk.remove_folder(&aside)?;
         }
-        disk.rename(&checkpoint.folder, &doomed)?;
-        disk.remove_folder(&doomed)?;
+        disk.rename(&checkpoint.folder, &aside)?;
+        doomed.push(aside);
         removed.push(checkpoint.folder);
     }
     disk.sync_folder(checkpoints_dir)?;
+    doomed.iter().try_for_each(|aside| disk.remove_folder(aside))?;
     Ok(removed)
 }
 
-/// Removes temporary folders nobody is writing, and brings a checkpoint that was set aside back under its
-/// name or, if the one that replaces it is complete, removes it.
-fn sweep(checkpoints_dir: &Path, disk: &mut Disk<'_>) -> Result<(), CheckpointError> {
-    for name in names(checkpoints_dir)? {
+/// Removes what crashes left behind: folders of checkpoints that were not committed. Brings a checkpoint that was set
+/// aside back under its name or, if the one that replaces it is complete, removes it.
+///
+/// One process calls this, at the start of a run, before any rank reads or writes a checkpoint.
+///
+/// # Errors
+/// `Io` if the folder cannot be read or changed.
+pub fn clean(disk: &dyn FileSystem, checkpoints_dir: &Path) -> Result<(), CheckpointError> {
+    let disk = Disk(disk);
+    let names = names(checkpoints_dir)?;
+    if names.iter().any(|name| name.starts_with('.')) {
+        // What was renamed last may stand on the disk under the name of a checkpoint still.
+        disk.sync_folder(checkpoints_dir)?;
+    }
+    for name in names {
         let path = checkpoints_dir.join(&name);
-        if name.starts_with(".tmp-") && !is_in_progress(&path) {
+        if name.starts_with(".tmp-") {
             disk.remove_folder(&path)?;
         } else if let Some(step) = name.strip_prefix(".old-").and_then(parse_step_name) {
             let folder = checkpoints_dir.join(step_name(step));

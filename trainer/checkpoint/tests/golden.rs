@@ -10,14 +10,25 @@ use std::{
 use mentee_checkpoint::{CheckpointError, Dtype, Manifest, Meta, Tensor, newest, open, write};
 use tempfile::TempDir;
 
-/// `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger
+/// Version 2: `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger
 /// alignment.
-const STATE: &[u8] = b"\x88\0\0\0\0\0\0\0\
+const STATE: &[u8] = b"\x20\x01\0\0\0\0\0\0\
+{\"__metadata__\":{\"blake3\":\"\
+54847fa2028a3457068a78ba8e6a086cccf672def025d7e4cb2761b538edbf3f\
+448bd8dd9624154a690f8e84dc52d6f633ba7cd545c4d3c9b4e0f6a2f6fa71f4\"},\
+\"student.fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
+\"student.flag\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[8,9]}}\
+\0\0\x80\x3f\0\0\0\xc0\x07";
+
+const MANIFEST: &str = include_str!("golden/manifest.json");
+
+/// The same state in version 1.
+const STATE_1: &[u8] = b"\x88\0\0\0\0\0\0\0\
 {\"student.fc.bias\":{\"dtype\":\"F32\",\"shape\":[2],\"data_offsets\":[0,8]},\
 \"student.flag\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[8,9]}}     \
 \0\0\x80\x3f\0\0\0\xc0\x07";
 
-const MANIFEST: &str = include_str!("golden/manifest.json");
+const MANIFEST_1: &str = include_str!("golden/manifest-1.json");
 
 fn meta() -> Meta {
     Meta {
@@ -234,8 +245,8 @@ fn an_altered_manifest_is_refused() {
 
 #[test]
 fn another_version_is_refused_with_both_numbers() {
-    let error = refused_manifest(r#"{"format": "mentee-checkpoint", "version": 2, "something": "new"}"#);
-    assert!(matches!(error, CheckpointError::UnsupportedVersion { found: 2, supported: 1, .. }), "{error}");
+    let error = refused_manifest(r#"{"format": "mentee-checkpoint", "version": 3, "something": "new"}"#);
+    assert!(matches!(error, CheckpointError::UnsupportedVersion { found: 3, supported: 2, .. }), "{error}");
 }
 
 #[test]
@@ -348,7 +359,47 @@ fn an_intact_file_of_another_state_is_refused() {
     let mut bytes = STATE.to_vec();
     *bytes.last_mut().unwrap() = 8;
     let error = refused_file(&bytes);
+    assert!(
+        matches!(&error, CheckpointError::TensorAltered { name, .. } if name == "student.flag"),
+        "{error}"
+    );
+    // Another name for the same bytes.
+    let at = STATE.windows(4).position(|window| window == b"flag").unwrap();
+    let mut bytes = STATE.to_vec();
+    bytes[at..at + 4].copy_from_slice(b"glad");
+    let error = refused_file(&bytes);
     assert!(matches!(error, CheckpointError::StateDigest { .. }), "{error}");
+}
+
+#[test]
+fn a_header_without_digests_is_refused() {
+    let key = STATE.windows(6).position(|window| window == b"blake3").unwrap();
+    let spoiled = |at: usize, byte: u8| {
+        let mut bytes = STATE.to_vec();
+        bytes[at] = byte;
+        refused_file(&bytes)
+    };
+    for (at, byte) in [(key, b'B'), (key + 9, b'x')] {
+        let error = spoiled(at, byte);
+        assert!(matches!(error, CheckpointError::Safetensors { .. }), "{error}");
+    }
+}
+
+#[test]
+fn version_1_still_loads() {
+    let run = TempDir::new().unwrap();
+    let folder = run.path().join("step-00001000");
+    fs::create_dir(&folder).unwrap();
+    fs::write(folder.join("state.safetensors"), STATE_1).unwrap();
+    fs::write(folder.join("manifest.json"), MANIFEST_1).unwrap();
+    let old = newest(run.path()).unwrap().unwrap().checkpoint;
+    let (_run, folder) = golden();
+    let new = open(&folder).unwrap();
+    assert_eq!((old.manifest.version, new.manifest.version), (1, 2));
+    assert_eq!(old.manifest.meta, new.manifest.meta);
+    // The digest of a state does not depend on the version.
+    assert_eq!(old.manifest.state_digest, new.manifest.state_digest);
+    assert_eq!(old.load().unwrap(), new.load().unwrap());
 }
 
 #[test]

@@ -8,8 +8,8 @@ use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
 use tch::{Kind, Tensor};
 
-use crate::checkpoints::{self, DIGEST_LEN};
 use crate::error::WorkerError;
+use crate::snapshot::{self, DIGEST_LEN};
 
 /// What every rank must have alike before step 0.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
@@ -55,6 +55,16 @@ pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), Worker
         }
     }
     Ok(())
+}
+
+/// A name for this start of the run: the same on all its ranks, and none that another start has.
+pub fn attempt(collectives: &dyn Collectives) -> Result<String, WorkerError> {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let own = format!("{}-{:x}", std::process::id(), now.as_nanos());
+    let all = collectives
+        .all_gather(own.as_bytes())
+        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    Ok(String::from_utf8_lossy(&all[0]).into_owned())
 }
 
 /// All ranks take their own `result` together: when one has failed, all fail, with the failure of the lowest of them.
@@ -185,7 +195,7 @@ pub fn on_weights(collectives: &dyn Collectives, step: u64, state: &State) -> Re
         return Ok(());
     }
     let failed = |source| WorkerError::Collective { step, source };
-    let digests = checkpoints::tensor_digests(state)?;
+    let digests = snapshot::tensor_digests(state)?;
     let mut whole = blake3::Hasher::new();
     digests.iter().for_each(|(_, digest)| {
         whole.update(digest);

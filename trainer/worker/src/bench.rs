@@ -1,25 +1,34 @@
-//! `mentee-worker bench step`: the training step on made-up views, without loader and checkpoints.
+//! `mentee-worker bench`: the training step on made-up views, without loader; the all-reduce; what checkpoints cost.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
-use mentee_collectives::bench;
+use mentee_collectives::{Collectives, bench};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code};
+use mentee_ssl::layers::Reduce;
 use mentee_ssl::state::VIEWS;
+use mentee_ssl::{Method, Schedule, State};
 use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
+use crate::checkpoints::{Checkpoints, Settings};
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
+use crate::link::Reporter;
+use crate::metrics::{self, Metrics};
 use crate::passes::Passes;
 use crate::reducer::GradientReducer;
-use crate::{agree, metrics, setup};
+use crate::{agree, setup};
 
 /// What to measure.
 #[derive(clap::Subcommand)]
 pub enum BenchCommand {
     /// The training step: forward, backward, reduction, update, teacher.
     Step(StepArgs),
+    /// What checkpoints cost the training step.
+    Checkpoint(CheckpointArgs),
     /// The all-reduce over the ranks of this world, from 4 KiB to 400 MiB.
     Allreduce(AllreduceArgs),
 }
@@ -82,6 +91,35 @@ pub struct StepArgs {
     json: bool,
 }
 
+/// `bench checkpoint`
+#[derive(clap::Args)]
+pub struct CheckpointArgs {
+    /// The recipe whose networks, batch and precision are measured.
+    #[arg(default_value = "byol-imagenet-resnet50-100ep")]
+    recipe: String,
+    /// Changes one key of the recipe.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+    /// Steps from one checkpoint to the next, and before the first.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..))]
+    every: u64,
+    /// Checkpoints to write.
+    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
+    checkpoints: u64,
+    /// Steps before the measured ones.
+    #[arg(long, default_value_t = 3)]
+    warmup: u64,
+    /// Where they are written: a folder that is not there, and is removed afterwards.
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+    /// How many ranks share the batch and the checkpoint; `mentee bench` starts them.
+    #[arg(long, value_name = "N")]
+    workers: Option<u32>,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Medians over the measured steps.
 #[derive(serde::Serialize)]
 struct Report {
@@ -124,6 +162,7 @@ pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
     let place = setup::place()?;
     let result = match command {
         BenchCommand::Step(args) => step(args, &place),
+        BenchCommand::Checkpoint(args) => checkpoint(args, &place),
         BenchCommand::Allreduce(args) => all_reduce(args, &place),
     };
     match result {
@@ -177,57 +216,98 @@ fn all_reduce_devices(seconds: f64, place: &setup::Place) -> Result<Vec<bench::R
     Ok(rows)
 }
 
-fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
-    check_workers(args.workers, place)?;
-    let (identity, collectives) = (place.identity, &place.collectives);
-    let recipe = Recipe::load(&args.recipe, &args.sets)?;
-    let batch = recipe.schedule.global_batch;
-    let plan = Plan::new(recipe, batch.saturating_mul(args.steps.max(1)), identity.world_size)?;
-    let recipe = &plan.recipe;
-    setup::threads(recipe, &identity);
-    let device = device::of_recipe(recipe, &identity)?;
-    let group = DeviceGroup::start(collectives, recipe, device)?;
-    let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
-    state.one_pass = !args.without.contains(&Gain::OnePass);
-    let mut reducer =
-        GradientReducer::new(collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?;
-    let stat_reduce = setup::stat_reduce(recipe, collectives, group.as_ref());
-    let schedule = mentee_ssl::Schedule::new(&plan);
+/// Networks, their state, and views made up once.
+struct Rig {
+    plan: Plan,
+    device: Device,
+    method: Box<dyn Method>,
+    state: State,
+    passes: Passes,
+    reducer: GradientReducer,
+    stat_reduce: Option<Reduce>,
+    schedule: Schedule,
+    views: Tensor,
+    collectives: Arc<dyn Collectives>,
+    /// Lives as long as the reducer does.
+    _group: Option<DeviceGroup>,
+    /// Gradients are summed while backward goes on.
+    overlap: bool,
+    /// Each phase is waited for.
+    profile: bool,
+    /// Of the last step.
+    loss: f64,
+}
 
-    let own = share(batch, identity.rank, identity.world_size);
-    let side = i64::from(recipe.views.size);
-    let shape = [VIEWS * (own.end - own.start) as i64, side, side, 3];
-    tch::manual_seed(1);
-    let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
-    let kinds = mentee_ssl::state::kinds(recipe.parallel.precision);
-    let kind = if device == Device::Cpu { kinds.master } else { kinds.compute };
-    let views = views.f_to_device(device)?.f_to_kind(kind)?;
-    let may_record = collectives.world_size() == 1 && !args.profile && !args.without.contains(&Gain::Graph);
-    let mut passes = Passes::new(device, may_record)?;
-    let wait = || -> Result<(), WorkerError> {
-        if let Device::Cuda(index) = device
-            && args.profile
-        {
-            cuda::synchronise(index)?;
-        }
-        Ok(())
-    };
+impl Rig {
+    fn new(
+        recipe: Recipe,
+        steps: u64,
+        place: &setup::Place,
+        without: &[Gain],
+        profile: bool,
+    ) -> Result<Self, WorkerError> {
+        let (identity, collectives) = (place.identity, place.collectives.clone());
+        let batch = recipe.schedule.global_batch;
+        let plan = Plan::new(recipe, batch.saturating_mul(steps.max(1)), identity.world_size)?;
+        let recipe = &plan.recipe;
+        setup::threads(recipe, &identity);
+        let device = device::of_recipe(recipe, &identity)?;
+        let group = DeviceGroup::start(&collectives, recipe, device)?;
+        let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
+        state.one_pass = !without.contains(&Gain::OnePass);
+        let reducer =
+            GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?;
 
-    // [forward, backward, reduce, update, all, communication] of each measured step, milliseconds.
-    let mut times: Vec<[f64; 6]> = Vec::new();
-    let mut loss = f64::NAN;
-    for n in 0..args.warmup + args.steps {
+        let own = share(batch, identity.rank, identity.world_size);
+        let side = i64::from(recipe.views.size);
+        let shape = [VIEWS * (own.end - own.start) as i64, side, side, 3];
+        tch::manual_seed(1);
+        let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
+        let kinds = mentee_ssl::state::kinds(recipe.parallel.precision);
+        let kind = if device == Device::Cpu { kinds.master } else { kinds.compute };
+        let may_record = collectives.world_size() == 1 && !profile && !without.contains(&Gain::Graph);
+        Ok(Self {
+            reducer,
+            stat_reduce: setup::stat_reduce(recipe, &collectives, group.as_ref()),
+            schedule: Schedule::new(&plan),
+            views: views.f_to_device(device)?.f_to_kind(kind)?,
+            passes: Passes::new(device, may_record)?,
+            overlap: !without.contains(&Gain::Overlap),
+            plan,
+            device,
+            method,
+            state,
+            collectives,
+            _group: group,
+            profile,
+            loss: f64::NAN,
+        })
+    }
+
+    /// [forward, backward, reduce, update, all, communication], milliseconds.
+    fn step(&mut self, n: u64) -> Result<[f64; 6], WorkerError> {
+        let Self { plan, method, state, passes, reducer, stat_reduce, views, collectives, .. } = self;
+        let (device, profile) = (self.device, self.profile);
+        let wait = || -> Result<(), WorkerError> {
+            if let Device::Cuda(index) = device
+                && profile
+            {
+                cuda::synchronise(index)?;
+            }
+            Ok(())
+        };
+        let recipe = &plan.recipe;
+        let (batch, statistics) = (recipe.schedule.global_batch, recipe.parallel.norm_statistics);
         let at_step = |source| WorkerError::Step { step: n, source };
-        let rates = schedule.at(n);
+        let rates = self.schedule.at(n);
         let start = Instant::now();
         reducer.begin(&mut state.gradients, None).map_err(at_step)?;
-        if !args.without.contains(&Gain::Overlap) {
+        if self.overlap {
             reducer.last_pass();
         }
         let mut forward = start.elapsed();
-        let out = passes.run(&views, |views| -> Result<_, WorkerError> {
-            let out =
-                state.loss(&*method, views, batch, recipe.parallel.norm_statistics, stat_reduce.as_ref())?;
+        let out = passes.run(views, |views| -> Result<_, WorkerError> {
+            let out = state.loss(&**method, views, batch, statistics, stat_reduce.as_ref())?;
             wait()?;
             forward = start.elapsed();
             state.backward(&out.loss)?;
@@ -236,32 +316,181 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         wait()?;
         let backward = start.elapsed();
         let communication = reducer.finish(n)?;
-        loss = agree::on_step(&**collectives, n, &out, false)?.loss;
-        agree::on_gradient(&**collectives, n, &state, || reducer.own_was_finite())?;
+        self.loss = agree::on_step(&**collectives, n, &out, false)?.loss;
+        agree::on_gradient(&**collectives, n, state, || reducer.own_was_finite())?;
         let updating = start.elapsed();
         state.update(&rates, n).map_err(at_step)?;
         state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;
         wait()?;
         let end = start.elapsed();
+        let times =
+            [forward, backward - forward, communication.exposed, end - updating, end, communication.total];
+        Ok(times.map(|time| time.as_secs_f64() * 1e3))
+    }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
+}
+
+/// What checkpoints cost. All of rank 0; milliseconds.
+#[derive(serde::Serialize)]
+struct CheckpointReport {
+    /// Of the whole state.
+    state_mb: f64,
+    /// Median of the steps during which nothing is written.
+    step_ms: f64,
+    /// Longest time that training stood still for a checkpoint, in its copy and for the one before it.
+    longest_stall_ms: f64,
+    /// Each checkpoint's.
+    stalls_ms: Vec<f64>,
+    /// What steps took longer while a checkpoint was written, all together.
+    slowed_ms: f64,
+    /// From the copy to the commit, each checkpoint's.
+    write_ms: Vec<f64>,
+    /// Stalls and slower steps, of the time from the first checkpoint on.
+    cost_percent: f64,
+    every: u64,
+    n: u64,
+    world_size: u32,
+    threads: i32,
+}
+
+fn checkpoint(args: &CheckpointArgs, place: &setup::Place) -> Result<(), WorkerError> {
+    check_workers(args.workers, place)?;
+    let recipe = Recipe::load(&args.recipe, &args.sets)?;
+    let steps = args.every * (args.checkpoints + 1);
+    let mut rig = Rig::new(recipe, args.warmup + steps, place, &[], false)?;
+    let attempt = agree::attempt(&*place.collectives)?;
+    let out = match &args.out {
+        Some(out) => out.clone(),
+        None => std::env::temp_dir().join(format!("mentee-bench-{attempt}")),
+    };
+    let rank = place.identity.rank;
+    let made = match rank {
+        0 => std::fs::create_dir(&out).map_err(WorkerError::io("create", &out)),
+        _ => Ok(()),
+    };
+    agree::together(&*place.collectives, made)?;
+    let result = write_checkpoints(args, &mut rig, place, attempt, &out);
+    // Only ranks that all know of a failure may wait for each other.
+    if result.is_ok() {
+        place.collectives.barrier().map_err(|source| WorkerError::Collective { step: 0, source })?;
+    }
+    if rank == 0 {
+        std::fs::remove_dir_all(&out).map_err(WorkerError::io("remove", &out))?;
+    }
+    let report = result?;
+    if rank != 0 {
+        return Ok(());
+    }
+    if args.json {
+        println!(
+            "{}",
+            serde_json::to_string(&report).map_err(|error| WorkerError::Failed(error.to_string()))?
+        );
+    } else {
+        let CheckpointReport { state_mb, step_ms, longest_stall_ms, slowed_ms, write_ms, .. } = &report;
+        println!(
+            "{:.2} % of the time · longest stall {longest_stall_ms:.0} ms · steps of {step_ms:.0} ms slower by {slowed_ms:.0} ms \
+             in all · {state_mb:.0} MB written in {:.1} s beside training · {} checkpoints, one every {} steps · {} ranks of \
+             {} threads",
+            report.cost_percent,
+            median(write_ms.clone()) / 1e3,
+            report.n,
+            report.every,
+            report.world_size,
+            report.threads,
+        );
+    }
+    Ok(())
+}
+
+fn write_checkpoints(
+    args: &CheckpointArgs,
+    rig: &mut Rig,
+    place: &setup::Place,
+    attempt: String,
+    out: &Path,
+) -> Result<CheckpointReport, WorkerError> {
+    let (rank, world_size) = (place.identity.rank, place.identity.world_size);
+    let plan_hash = rig.plan.recipe.hash();
+    let mut reporter = Reporter::connect(place, &plan_hash, "made up")?;
+    let mut metrics = Metrics::open(out, rank, 0)?;
+    let settings = Settings {
+        every_steps: args.every,
+        every_epochs: 0,
+        ..Settings::new(&rig.plan, out, world_size, "made up", attempt)
+    };
+    let mut checkpoints =
+        Checkpoints::new(settings, &rig.state, None, rig.collectives.clone(), reporter.shares())?;
+    for n in 0..args.warmup {
+        rig.step(n)?;
+    }
+    let (mut quiet, mut beside, mut stalls) = (Vec::new(), Vec::new(), Vec::new());
+    let mut first = Instant::now();
+    for n in 0..args.every * (args.checkpoints + 1) {
+        // After so many steps: none after the last one, which would have no steps beside it.
+        if checkpoints.is_due(n, false) && n > 0 {
+            if world_size > 1 {
+                agree::on_weights(&*rig.collectives, n, &rig.state)?;
+            }
+            first = if stalls.is_empty() { Instant::now() } else { first };
+            let start = Instant::now();
+            checkpoints.maybe_save(n, false, &rig.state, None, &mut metrics, &mut reporter)?;
+            stalls.push(start.elapsed().as_secs_f64() * 1e3);
+        } else if n > 0 {
+            checkpoints.maybe_save(n, false, &rig.state, None, &mut metrics, &mut reporter)?;
+        }
+        let written_beside = checkpoints.is_under_way();
+        let step_ms = rig.step(args.warmup + n)?[4];
+        if written_beside { &mut beside } else { &mut quiet }.push(step_ms);
+    }
+    let whole_ms = first.elapsed().as_secs_f64() * 1e3;
+    checkpoints.finish(&mut metrics, &mut reporter)?;
+    reporter.close();
+
+    let lines = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap_or_default();
+    let write_ms = lines
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok()?["write_ms"].as_f64())
+        .collect();
+    let step_ms = median(quiet);
+    let slowed_ms = beside.iter().map(|ms| ms - step_ms).sum::<f64>();
+    let tensors = rig.state.tensors()?;
+    let bytes: usize =
+        tensors.iter().map(|(_, tensor)| tensor.numel() * tensor.kind().elt_size_in_bytes()).sum();
+    Ok(CheckpointReport {
+        state_mb: bytes as f64 / 1e6,
+        step_ms,
+        longest_stall_ms: stalls.iter().copied().fold(0.0, f64::max),
+        cost_percent: (stalls.iter().sum::<f64>() + slowed_ms) / whole_ms * 100.0,
+        stalls_ms: stalls,
+        slowed_ms,
+        write_ms,
+        every: args.every,
+        n: args.checkpoints,
+        world_size,
+        threads: tch::get_num_threads(),
+    })
+}
+
+fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
+    check_workers(args.workers, place)?;
+    let identity = place.identity;
+    let recipe = Recipe::load(&args.recipe, &args.sets)?;
+    let batch = recipe.schedule.global_batch;
+    let mut rig = Rig::new(recipe, args.steps, place, &args.without, args.profile)?;
+    // Of each measured step.
+    let mut times: Vec<[f64; 6]> = Vec::new();
+    for n in 0..args.warmup + args.steps {
+        let time = rig.step(n)?;
         if n >= args.warmup {
-            times.push(
-                [
-                    forward,
-                    backward - forward,
-                    communication.exposed,
-                    end - updating,
-                    end,
-                    communication.total,
-                ]
-                .map(|time| time.as_secs_f64() * 1e3),
-            );
+            times.push(time);
         }
     }
-    let median = |of: &dyn Fn(&[f64; 6]) -> f64| {
-        let mut values: Vec<f64> = times.iter().map(of).collect();
-        values.sort_by(f64::total_cmp);
-        values.get(values.len() / 2).copied().unwrap_or(0.0)
-    };
+    let median = |of: &dyn Fn(&[f64; 6]) -> f64| median(times.iter().map(of).collect());
     let step_ms = median(&|t| t[4]);
     let report = Report {
         images_per_s: batch as f64 * 1e3 / step_ms,
@@ -274,14 +503,14 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
             update: median(&|t| t[3]),
         },
         peak_rss_mb: metrics::peak_rss_mb(),
-        peak_device_mb: match device {
+        peak_device_mb: match rig.device {
             Device::Cuda(index) => {
                 cuda::peak_bytes(index).ok().map(|bytes| bytes as f64 / f64::from(1 << 20))
             }
             _ => None,
         },
-        device: format!("{device:?}").to_lowercase(),
-        loss,
+        device: format!("{:?}", rig.device).to_lowercase(),
+        loss: rig.loss,
         n: args.steps,
         world_size: identity.world_size,
         threads: tch::get_num_threads(),

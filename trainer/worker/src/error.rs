@@ -30,6 +30,10 @@ pub enum WorkerError {
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
     #[error("{0}; restore or remove that checkpoint to go on from an older one")]
     Checkpoint(#[from] CheckpointError),
+    #[error(
+        "no checkpoint of step {step}: {source}; older checkpoints are intact: make room there and start again"
+    )]
+    NotSaved { step: u64, source: CheckpointError },
     #[error("{path}: {source}; this checkpoint does not fit the recipe it names")]
     CheckpointContent { path: PathBuf, source: SslError },
     #[error(transparent)]
@@ -116,6 +120,11 @@ impl WorkerError {
             ErrorKind::Mpi { .. } => Some(Vec::new()),
             _ => None,
         }
+    }
+
+    /// Whether every rank has found it.
+    pub fn is_known(&self) -> bool {
+        matches!(self, Self::Known { .. })
     }
 
     /// Whether this rank is the one to report it.

@@ -7,6 +7,7 @@
 //! slow:rank=1,step=9,times=3                                 from that step on its own work takes so many times as long
 //! hang:rank=1,step=9                                         never ends that step; in the first start of a run only
 //! stop:rank=1,step=9                                         stops its process as SIGSTOP does; in the first start only
+//! full:rank=1,step=6                                         no room for this rank's share of the checkpoint of that step
 //! ```
 
 use std::time::Duration;
@@ -39,6 +40,7 @@ enum Kinds {
     Slow { times: u64 },
     Hang,
     Stop,
+    Full,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +96,11 @@ impl Faults {
         }
     }
 
+    /// Steps whose checkpoints find no room on the disk.
+    pub fn without_room(&self) -> Vec<u64> {
+        self.own.iter().filter(|fault| fault.kind == Kinds::Full).map(|fault| fault.step).collect()
+    }
+
     /// After the update of `step`.
     pub fn on_weights(&self, step: u64, state: &mut State) -> Result<(), WorkerError> {
         for fault in self.own.iter().filter(|fault| fault.step == step) {
@@ -141,7 +148,8 @@ fn entry(text: &str) -> Result<Fault, String> {
         "slow" => Kinds::Slow { times: number("times")? },
         "hang" => Kinds::Hang,
         "stop" => Kinds::Stop,
-        other => return Err(format!("`{other}` is none of flip, nan, skip-bucket, slow, hang, stop")),
+        "full" => Kinds::Full,
+        other => return Err(format!("`{other}` is none of flip, nan, skip-bucket, slow, hang, stop, full")),
     };
     Ok(Fault { rank: number("rank")? as u32, step: number("step")?, kind })
 }
@@ -152,19 +160,21 @@ mod tests {
 
     #[test]
     fn reads_entries_and_says_what_is_wrong_with_them() {
-        let faults = parse("nan:rank=1,step=5; skip-bucket:rank=0,step=9,bucket=2;").unwrap();
+        let faults =
+            parse("nan:rank=1,step=5; skip-bucket:rank=0,step=9,bucket=2; full:rank=0,step=6;").unwrap();
         assert_eq!(
             faults,
             [
                 Fault { rank: 1, step: 5, kind: Kinds::Gradient(GradientFault::Nan) },
                 Fault { rank: 0, step: 9, kind: Kinds::Gradient(GradientFault::SkipBucket(2)) },
+                Fault { rank: 0, step: 6, kind: Kinds::Full },
             ]
         );
         assert_eq!(parse("").unwrap(), []);
         for (text, expected) in [
             ("nan", "`nan` has no `:`"),
             ("nan:rank=1", "`nan:rank=1` has no step="),
-            ("melt:rank=1,step=1", "`melt` is none of flip, nan, skip-bucket, slow, hang, stop"),
+            ("melt:rank=1,step=1", "`melt` is none of flip, nan, skip-bucket, slow, hang, stop, full"),
             ("nan:rank=x,step=1", "rank=x in `nan:rank=x,step=1`: invalid digit found in string"),
         ] {
             assert_eq!(parse(text).unwrap_err(), expected);

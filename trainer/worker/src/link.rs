@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
-    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, StepTimes, WorkerEvent,
-    coordinator::STALL, server,
+    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, Shares, StepTimes,
+    WorkerEvent, coordinator::STALL, server,
 };
 
 use crate::error::WorkerError;
@@ -103,6 +103,11 @@ impl Reporter {
     /// Where this rank's time went: means over the `steps` since the last call.
     pub fn take_times(&mut self, steps: u32) -> StepTimes {
         self.clock.take(Instant::now(), self.waits.total(), steps)
+    }
+
+    /// The way by which checkpoints are committed; the first call gets it, if there is a coordinator.
+    pub fn shares(&mut self) -> Option<Shares> {
+        self.link.as_mut()?.shares()
     }
 
     /// What this rank does now.

@@ -2,6 +2,7 @@
 
 mod affinity;
 mod agree;
+mod append;
 mod bench;
 mod checkpoints;
 mod collapse;
@@ -21,6 +22,7 @@ mod passes;
 mod reducer;
 mod run_dir;
 mod setup;
+mod snapshot;
 mod stop;
 mod tensorboard;
 mod times;

@@ -1,14 +1,15 @@
 //! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (README, "A run directory"). The
 //! numbers of every line go to TensorBoard too.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::append::Appended;
 use crate::error::WorkerError;
 use crate::reducer::Communication;
 use crate::tensorboard::EventFile;
@@ -126,14 +127,20 @@ pub struct CheckpointLine {
     pub step: u64,
     pub epoch: u64,
     pub time: f64,
+    /// Of all state.
     pub digest: String,
+    /// From the copy to the commit, beside training.
     pub write_ms: f64,
+    /// What training waited for: the checkpoint before this one,
+    pub wait_ms: f64,
+    /// and the copy.
+    pub copy_ms: f64,
 }
 
 /// The files, on rank 0; nothing on the others.
 #[derive(Debug)]
 pub struct Metrics {
-    files: Option<(File, PathBuf, EventFile)>,
+    files: Option<(Appended, EventFile)>,
 }
 
 impl Metrics {
@@ -154,16 +161,16 @@ impl Metrics {
             file.write_all(b"\n").map_err(WorkerError::io("write", &path))?;
         }
         let events = EventFile::create(run_dir, now(), next_step + 1)?;
-        Ok(Self { files: Some((file, path, events)) })
+        Ok(Self { files: Some((Appended::new(file, path), events)) })
     }
 
-    /// Writes one line at once.
+    /// Writes one line at once, or with a later one if there is no room for it now.
     pub fn write(&mut self, line: &impl Serialize) -> Result<(), WorkerError> {
-        let Some((file, path, events)) = &mut self.files else { return Ok(()) };
+        let Some((file, events)) = &mut self.files else { return Ok(()) };
         let failed = |error: serde_json::Error| WorkerError::Failed(error.to_string());
         let mut text = serde_json::to_string(line).map_err(failed)?;
         text.push('\n');
-        file.write_all(text.as_bytes()).map_err(WorkerError::io("write", &*path))?;
+        file.write(text.as_bytes())?;
         match serde_json::to_value(line).map_err(failed)? {
             Value::Object(object) => events.write(&object),
             _ => Ok(()),

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mentee_cluster::{Identity, Phase, identity};
+use mentee_checkpoint::LocalDisk;
+use mentee_cluster::{Identity, Phase, Shares, identity};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::{self, Mpi};
 use mentee_collectives::{Buffer, Collectives, Single};
@@ -17,6 +18,7 @@ use mentee_ssl::layers::{Gather, Reduce};
 use mentee_ssl::{Method, Schedule, SslError, State};
 use tch::Tensor;
 
+use crate::checkpoints::{self, Checkpoints, Settings};
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
@@ -29,7 +31,7 @@ use crate::passes::Passes;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
 use crate::waits::{Waits, Watched};
-use crate::{TrainArgs, affinity, agree, checkpoints, import, logging, run_dir};
+use crate::{TrainArgs, affinity, agree, import, logging, run_dir, snapshot};
 
 /// Batches decoded ahead of the step.
 const QUEUE_STEPS: usize = 3;
@@ -40,7 +42,6 @@ pub struct Run {
     pub collectives: Arc<dyn Collectives>,
     pub plan: Plan,
     pub run_dir: PathBuf,
-    pub data_digest: String,
     pub schedule: Schedule,
     pub method: Box<dyn Method>,
     pub state: State,
@@ -59,6 +60,7 @@ pub struct Run {
     /// The ranks' devices, where there are several.
     pub group: Option<DeviceGroup>,
     pub metrics: Metrics,
+    pub checkpoints: Checkpoints,
     pub stop: StopFlag,
     /// Updates done so far.
     pub next_step: u64,
@@ -125,7 +127,7 @@ pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
     let collectives = collectives.clone();
     Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
         let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
-        let own = checkpoints::bytes(rows).map_err(|error| failed(&error))?;
+        let own = snapshot::bytes(rows).map_err(|error| failed(&error))?;
         let parts = collectives.all_gather(&own).map_err(|error| failed(&error))?;
         let (dim, kind) = (rows.size2()?.1, rows.kind());
         let parts = parts
@@ -173,8 +175,9 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
     Ok((local, reporter))
 }
 
-/// Sets up this rank of the run, from its newest checkpoint where there is one.
-pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
+/// Sets up this rank of the run, from its newest checkpoint where there is one. `shares`: the way to the coordinator that
+/// commits checkpoints.
+pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
@@ -203,6 +206,12 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     let dim = method.networks().backbone.feature_dim;
     let mut probe = OnlineProbe::of_run(recipe, source.clone(), dim)?;
     state.keep_features = probe.is_some();
+    let attempt = agree::attempt(&*collectives)?;
+    let cleaned = match identity.rank {
+        0 => mentee_checkpoint::clean(&LocalDisk, &checkpoints::folder(&run_dir)),
+        _ => Ok(()),
+    };
+    agree::together(&*collectives, cleaned.map_err(WorkerError::from))?;
     let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan, &data_digest);
     let next_step = agree::together(&*collectives, resumed)?;
     let own = agree::Start {
@@ -210,7 +219,7 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         plan_hash,
         data_digest: data_digest.clone(),
         next_step,
-        state_digest: checkpoints::digest(&state)?,
+        state_digest: snapshot::digest(&state)?,
     };
     agree::on_start(&*collectives, &own)?;
     let collectives: Arc<dyn Collectives> =
@@ -240,13 +249,19 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
     })?;
     let evaluator =
         agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads, device))?;
+    let faults = Faults::from_env(identity.rank)?;
+    let settings = Settings {
+        without_room: faults.without_room(),
+        ..Settings::new(&plan, &run_dir, identity.world_size, &data_digest, attempt)
+    };
     Ok(Run {
+        checkpoints: Checkpoints::new(settings, &state, probe.as_ref(), collectives.clone(), shares)?,
         schedule: Schedule::new(&plan),
         feed: Feed::new(loader, recipe, device)?,
         // Several ranks would have to record their sums as well; several parts differ in size.
         passes: Passes::new(device, identity.world_size == 1 && recipe.parallel.micro_batches == 1)?,
         reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,
-        faults: Faults::from_env(identity.rank)?,
+        faults,
         rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
@@ -255,7 +270,6 @@ pub fn run(local: Local, place: &Place) -> Result<Run, WorkerError> {
         collectives,
         plan,
         run_dir,
-        data_digest,
         method,
         state,
         group,
@@ -292,7 +306,7 @@ fn resume(
         });
     }
     let step = meta.step;
-    checkpoints::load(state, probe, &checkpoint)?;
+    snapshot::load(state, probe, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok(step)
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1, SIGUSR2, SIGXFSZ};
 
 use crate::error::WorkerError;
 
@@ -15,11 +15,15 @@ impl StopFlag {
     /// Listens from now on.
     pub fn install() -> Result<Self, WorkerError> {
         let flag = Self::default();
+        let listen = |signal, flag| match signal_hook::flag::register(signal, flag) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(WorkerError::Failed(format!("cannot listen for signal {signal}: {error}"))),
+        };
         for signal in [SIGTERM, SIGINT, SIGUSR1, SIGUSR2] {
-            signal_hook::flag::register(signal, flag.0.clone()).map_err(|error| {
-                WorkerError::Failed(format!("cannot listen for signal {signal}: {error}"))
-            })?;
+            listen(signal, flag.0.clone())?;
         }
+        // A write beyond the limit on a file's size is to be an error, not the end of the process.
+        listen(SIGXFSZ, Arc::default())?;
         Ok(flag)
     }
 

@@ -14,13 +14,13 @@
 //! Every start of a run opens a file of its own, and begins it with a session that starts at its first step: TensorBoard
 //! then drops what earlier files hold from that step on, since those steps run again.
 
-use std::fs::{File, OpenOptions};
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::fs::OpenOptions;
+use std::path::Path;
 
 use mentee_cluster::server;
 use serde_json::{Map, Value};
 
+use crate::append::Appended;
 use crate::error::WorkerError;
 
 /// What a train line says of training; everything else it says is about speed.
@@ -31,8 +31,7 @@ const PLACE: [&str; 3] = ["kind", "step", "time"];
 /// One event file.
 #[derive(Debug)]
 pub struct EventFile {
-    file: File,
-    path: PathBuf,
+    file: Appended,
 }
 
 impl EventFile {
@@ -44,7 +43,8 @@ impl EventFile {
         let (host, process) = (server::hostname(), std::process::id());
         let path = folder.join(format!("events.out.tfevents.{time:017.6}.{host}.{process}"));
         let file = OpenOptions::new().create_new(true).append(true).open(&path);
-        let mut this = Self { file: file.map_err(WorkerError::io("create", &path))?, path };
+        let file = file.map_err(WorkerError::io("create", &path))?;
+        let mut this = Self { file: Appended::new(file, path) };
         let mut version = Message::default();
         version.double(1, time);
         version.bytes(3, b"brain.Event:2");
@@ -54,21 +54,17 @@ impl EventFile {
         let mut status = Message::default();
         status.integer(1, 1);
         session.bytes(7, &status.0);
-        this.append(&[record(&version.0), record(&session.0)].concat())?;
+        this.file.write(&[record(&version.0), record(&session.0)].concat())?;
         Ok(this)
     }
 
-    /// Writes the numbers of one line of `metrics.jsonl`.
+    /// Writes the numbers of one line of `metrics.jsonl`, at once and whole: a reader that watches the file, and a crash, see
+    /// complete records.
     pub fn write(&mut self, line: &Map<String, Value>) -> Result<(), WorkerError> {
         match event(line) {
-            Some(event) => self.append(&record(&event)),
+            Some(event) => self.file.write(&record(&event)),
             None => Ok(()),
         }
-    }
-
-    /// At once and whole: a reader that watches the file, and a crash, see complete records.
-    fn append(&mut self, bytes: &[u8]) -> Result<(), WorkerError> {
-        self.file.write_all(bytes).map_err(WorkerError::io("write", &self.path))
     }
 }
 

@@ -24,7 +24,7 @@ use tch::Tensor;
 use crate::error::WorkerError;
 use crate::feed::Feed;
 use crate::reducer::GradientReducer;
-use crate::{checkpoints, device, import, setup};
+use crate::{device, import, setup, snapshot};
 
 /// Batches decoded ahead.
 const QUEUE_STEPS: usize = 1;
@@ -179,7 +179,7 @@ pub fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -
             }
         };
         let shape = tensor.size().iter().map(|&dim| dim as usize).collect();
-        stored.insert(name, (dtype, shape, checkpoints::bytes(&tensor)?));
+        stored.insert(name, (dtype, shape, snapshot::bytes(&tensor)?));
     }
     let views = stored
         .iter()

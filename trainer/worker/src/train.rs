@@ -2,7 +2,6 @@
 
 use std::time::Instant;
 
-use mentee_checkpoint::Meta;
 use mentee_cluster::{Phase, Progress, WorkerEvent};
 use mentee_config::exit_code;
 use mentee_ssl::StepLoss;
@@ -11,10 +10,10 @@ use crate::agree::{self, Agreed};
 use crate::collapse::CollapseWatch;
 use crate::error::WorkerError;
 use crate::link::Reporter;
-use crate::metrics::{self, CheckpointLine, Meter, TrainLine};
+use crate::metrics::{self, Meter, TrainLine};
 use crate::online::OnlineProbe;
 use crate::setup::{self, Run};
-use crate::{TrainArgs, checkpoints, views};
+use crate::{TrainArgs, views};
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,14 +94,15 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         meter.add(start.elapsed(), data_wait, communication);
         record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
         evaluate_if_due(run, reporter, epoch_ends)?;
-        let saves = checkpoint_due(run, epoch_ends) || agreed.stop || run.next_step == end;
-        if saves || is_multiple(run.next_step, recipe.parallel.check_every_steps) {
+        let is_last = agreed.stop || run.next_step == end;
+        if run.checkpoints.is_due(run.next_step, is_last)
+            || is_multiple(run.next_step, recipe.parallel.check_every_steps)
+        {
             agree::on_weights(&*run.collectives, step, &run.state)?;
         }
         collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
-        if saves {
-            checkpoint(run, reporter)?;
-        }
+        let (state, probe) = (&run.state, run.probe.as_ref());
+        run.checkpoints.maybe_save(run.next_step, is_last, state, probe, &mut run.metrics, reporter)?;
         if agreed.stop && run.next_step < end {
             let reason = reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
             tracing::warn!(step = run.next_step, reason, "stopping with a checkpoint");
@@ -196,49 +196,19 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter, epoch_ends: bool) -> 
     Ok(())
 }
 
-fn checkpoint_due(run: &Run, epoch_ends: bool) -> bool {
-    let settings = &run.plan.recipe.checkpoint;
-    let epoch = run.next_step / run.plan.steps_per_epoch;
-    is_multiple(run.next_step, settings.every_steps)
-        || (epoch_ends && is_multiple(epoch, settings.every_epochs))
-}
-
 /// Whether `count` is a multiple of `n`, of which 0 means never.
 fn is_multiple(count: u64, n: u64) -> bool {
     n > 0 && count.is_multiple_of(n)
 }
 
-/// Rank 0 writes all state: every rank holds the same.
-fn checkpoint(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
-    reporter.phase(Phase::Checkpoint);
-    if run.identity.rank != 0 {
-        return Ok(());
+/// The whole run. When all ranks end together, a checkpoint under way is completed first.
+fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError> {
+    let outcome = train(run, reporter);
+    if run.identity.world_size > 1 && outcome.as_ref().is_err_and(|error| !error.is_known()) {
+        return outcome; // the others may be gone, and would be waited for
     }
-    let start = Instant::now();
-    let (step, recipe) = (run.next_step, &run.plan.recipe);
-    let meta = Meta {
-        step,
-        epoch: step / run.plan.steps_per_epoch,
-        world_size: run.identity.world_size,
-        plan_hash: recipe.hash(),
-        plan_toml: recipe.to_toml(),
-        data_digest: run.data_digest.clone(),
-        mentee_version: env!("CARGO_PKG_VERSION").into(),
-    };
-    let (path, digest) =
-        checkpoints::write(&run.run_dir, &run.state, run.probe.as_ref(), &meta, recipe.checkpoint.keep)?;
-    let write_ms = start.elapsed().as_secs_f64() * 1e3;
-    tracing::info!(step, digest, write_ms, "checkpoint");
-    run.metrics.write(&CheckpointLine {
-        kind: "checkpoint",
-        step,
-        epoch: meta.epoch,
-        time: metrics::now(),
-        digest: digest.clone(),
-        write_ms,
-    })?;
-    reporter.event(WorkerEvent::Checkpoint { step, path: path.display().to_string(), digest });
-    Ok(())
+    let finished = run.checkpoints.finish(&mut run.metrics, reporter);
+    outcome.and_then(|outcome| finished.map(|()| outcome))
 }
 
 /// One rank, from the command line to its exit code.
@@ -249,8 +219,9 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
         Ok(joined) => joined,
         Err(error) => return Err(agree::leave(&*collectives, error)),
     };
-    let outcome = setup::run(local, &place).and_then(|mut run| {
-        let outcome = train(&mut run, &mut reporter);
+    let shares = reporter.shares();
+    let outcome = setup::run(local, &place, shares).and_then(|mut run| {
+        let outcome = run_to_end(&mut run, &mut reporter);
         let Some(group) = &run.group else { return outcome };
         match outcome {
             Ok(outcome) => group.finish().map(|()| outcome),

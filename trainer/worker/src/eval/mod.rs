@@ -20,7 +20,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::metrics::{EvalLine, GridPoint};
-use crate::{affinity, checkpoints, device, trace};
+use crate::{affinity, checkpoints, device, snapshot, trace};
 
 /// Images in a forward pass.
 const BATCH: usize = 250;
@@ -542,7 +542,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let (method, mut state) = mentee_ssl::state::on(&recipe, device)?;
-    checkpoints::load(&mut state, None, &checkpoint)?;
+    snapshot::load(&mut state, None, &checkpoint)?;
     let meta = &checkpoint.manifest.meta;
     let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
     if !args.k.is_empty() {

@@ -1,0 +1,52 @@
+//! Files that grow while training goes on, on a disk that may be full at the moment, as it may be while a checkpoint is
+//! being written.
+
+use std::fs::File;
+use std::io::{ErrorKind, Write};
+use std::path::PathBuf;
+
+use crate::error::WorkerError;
+
+/// What is kept until there is room again; more is an error.
+const MAX_PENDING_BYTES: usize = 1 << 20;
+
+/// A file that is only added to.
+#[derive(Debug)]
+pub struct Appended {
+    file: File,
+    path: PathBuf,
+    /// Not written yet.
+    pending: Vec<u8>,
+}
+
+impl Appended {
+    /// `file` is open for appending.
+    pub fn new(file: File, path: PathBuf) -> Self {
+        Self { file, path, pending: Vec::new() }
+    }
+
+    /// Writes at once, or with what comes later if there is no room now.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), WorkerError> {
+        self.pending.extend(bytes);
+        let mut written = 0;
+        let result = loop {
+            if written == self.pending.len() {
+                break Ok(());
+            }
+            match self.file.write(&self.pending[written..]) {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if is_no_room(&error) && self.pending.len() - written < MAX_PENDING_BYTES => {
+                    break Ok(());
+                }
+                Err(error) => break Err(WorkerError::io("write", &*self.path)(error)),
+            }
+        };
+        self.pending.drain(..written);
+        result
+    }
+}
+
+fn is_no_room(error: &std::io::Error) -> bool {
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+}
