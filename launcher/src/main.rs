@@ -105,7 +105,7 @@ enum Command {
     /// Records views, weights, losses and gradients of a few steps, for checks against another implementation
     #[command(disable_help_flag = true)]
     Trace(Forwarded),
-    /// Measures this machine: loader, step, allreduce, coordinator
+    /// Measures this machine: loader, step, checkpoint, allreduce, coordinator
     #[command(disable_help_flag = true)]
     Bench(Forwarded),
     /// Prints completions for a shell: bash, zsh or fish
