@@ -1,5 +1,6 @@
 //! `mentee bench coordinator`: the real server in this process, and in a second one as many simulated workers as asked
-//! for. They report as workers do, all commit a checkpoint at once every two seconds, and at the end all are stopped.
+//! for. They report as workers do, all have a share of a checkpoint to commit at once every two seconds, and at the end all are
+//! stopped.
 //!
 //! A message carries the time it was sent at; its latency is the time until the supervisor holds it. What the workers
 //! cost is not counted, but they share the processors with the server.
@@ -12,8 +13,8 @@ use clap::Parser;
 use mentee_cluster::identity::{COORDINATOR, TOKEN};
 use mentee_cluster::link::report_every;
 use mentee_cluster::message::{PROTOCOL, ToCoordinator, ToWorker};
-use mentee_cluster::wire::{self, Decoder, MAX_FRAME};
-use mentee_cluster::{Agreement, Hello, Output, Phase, Progress, WorkerEvent, server};
+use mentee_cluster::wire::{self, Decoder, MAX_TO_WORKER};
+use mentee_cluster::{Agreement, Hello, Output, Phase, Progress, Share, ShareFile, WorkerEvent, server};
 use mentee_config::exit_code;
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -66,6 +67,9 @@ struct Report {
     /// Of one processor.
     cpu_share: f64,
     messages_per_s: f64,
+    /// From rank 0's share of a checkpoint until the supervisor holds that it counts, milliseconds: every rank has reported its
+    /// share in between, and rank 0 has been sent all of them.
+    commit_ms: f64,
     /// From the start of the workers' process until every worker may go.
     gather_s: f64,
     /// From the request to stop until every worker has said it is finished.
@@ -102,7 +106,9 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
         return Ok(None);
     }
     if !args.json {
-        println!("workers  messages/s   p50 ms   p99 ms   max ms     MiB  CPU share  gather s  stop ms");
+        println!(
+            "workers  messages/s   p50 ms   p99 ms   max ms     MiB  CPU share  commit ms  gather s  stop ms"
+        );
     }
     for workers in worlds {
         let rounds = (0..args.rounds)
@@ -114,10 +120,11 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
         } else {
             let Report { workers, p50_ms, p99_ms, max_ms, rss_mb, cpu_share, .. } = report;
             println!(
-                "{workers:>7}  {:>10.0}  {p50_ms:>7.2}  {p99_ms:>7.2}  {max_ms:>7.1}  {rss_mb:>6.1}  {:>8.1} %  {:>8.2}  \
-                 {:>7.0}",
+                "{workers:>7}  {:>10.0}  {p50_ms:>7.2}  {p99_ms:>7.2}  {max_ms:>7.1}  {rss_mb:>6.1}  {:>8.1} %  {:>9.1}  \
+                 {:>8.2}  {:>7.0}",
                 report.messages_per_s,
                 100.0 * cpu_share,
+                report.commit_ms,
                 report.gather_s,
                 report.stop_ms
             );
@@ -139,6 +146,7 @@ fn medians(rounds: &[Report]) -> Report {
         rss_mb: median(|round| round.rss_mb),
         cpu_share: median(|round| round.cpu_share),
         messages_per_s: median(|round| round.messages_per_s),
+        commit_ms: median(|round| round.commit_ms),
         gather_s: median(|round| round.gather_s),
         stop_ms: median(|round| round.stop_ms),
         n: rounds.len() as u32,
@@ -178,7 +186,7 @@ async fn measure(workers: u32, time: Duration) -> Result<Report, Failure> {
         .map_err(|error| cannot("start the simulated workers", error))?;
     let deadline = tokio::time::Instant::now() + PATIENCE + time;
     let started = Instant::now();
-    let (mut gather_s, mut latencies) = (f64::NAN, Vec::new());
+    let (mut gather_s, mut latencies, mut commits) = (f64::NAN, Vec::new(), Vec::new());
     // Wall clock and processor time at the start of the measurement.
     let mut since: Option<(Instant, Duration)> = None;
     let mut until: Option<(Duration, Duration)> = None;
@@ -215,7 +223,14 @@ async fn measure(workers: u32, time: Duration) -> Result<Report, Failure> {
             }
             Some(Output::AllFinished { .. }) => break,
             Some(Output::Progress { progress, .. }) => progress.loss,
-            Some(Output::Event { event: WorkerEvent::Checkpoint { digest, .. }, .. }) => digest.parse().ok(),
+            Some(Output::Event { event: WorkerEvent::Checkpoint { digest, .. }, .. }) => {
+                if let Some(sent) =
+                    digest.parse::<f64>().ok().filter(|_| since.is_some() && stop_asked.is_none())
+                {
+                    commits.push((unix_time() - sent) * 1e3);
+                }
+                continue;
+            }
             Some(Output::Event { event: WorkerEvent::Finished { .. }, .. }) => None,
             Some(other) => return Err(Failure::failed(format!("a simulated worker: {other:?}"))),
         };
@@ -235,6 +250,7 @@ async fn measure(workers: u32, time: Duration) -> Result<Report, Failure> {
         rss_mb,
         cpu_share: cpu.as_secs_f64() / wall.as_secs_f64(),
         messages_per_s: latencies.len() as f64 / wall.as_secs_f64(),
+        commit_ms: quantile(&mut commits, 0.5),
         gather_s,
         stop_ms,
         n: 1,
@@ -275,8 +291,10 @@ async fn worker(
         version: "bench".into(),
     };
     send(&mut stream, &ToCoordinator::Hello { protocol: PROTOCOL, token, generation: 0, hello }).await?;
-    let mut decoder = Decoder::new(MAX_FRAME);
-    let mut buffer = [0; 256];
+    let mut decoder = Decoder::new(MAX_TO_WORKER);
+    let mut buffer = [0; 4096];
+    // When this rank's latest share was sent.
+    let mut shared = 0.0;
     let every = report_every(workers);
     // Workers report at moments of their own.
     let mut report =
@@ -292,6 +310,12 @@ async fn worker(
                 let event = WorkerEvent::Finished { exit_code: exit_code::PREEMPTED };
                 send(&mut stream, &ToCoordinator::Event { event }).await?;
                 return stream.shutdown().await;
+            }
+            Some(ToWorker::Commit { step, files }) => {
+                let (path, digest) =
+                    (format!("checkpoints/step-{step:08}, {} files", files.len()), shared.to_string());
+                let event = WorkerEvent::Checkpoint { step, path, digest };
+                send(&mut stream, &ToCoordinator::Event { event }).await?;
             }
             Some(other) => return Err(std::io::Error::other(format!("{other:?}"))),
             None => {}
@@ -317,11 +341,14 @@ async fn worker(
                 };
                 send(&mut stream, &ToCoordinator::Progress { progress }).await?;
             }
-            _ = commit.tick(), if goes => {
-                let digest = unix_time().to_string();
-                let path = format!("checkpoints/step-{step:08}/rank-{rank:05}.safetensors");
-                let event = WorkerEvent::Checkpoint { step, path, digest };
-                send(&mut stream, &ToCoordinator::Event { event }).await?;
+            at = commit.tick(), if goes => {
+                let name = format!("state-{rank:05}-of-{workers:05}.safetensors");
+                let file = ShareFile { name, bytes: 100_000, blake3: "0".repeat(64) };
+                // The same on every rank, whatever moment it comes to it.
+                let step = (at - began).as_millis() as u64 / COMMIT_EVERY.as_millis() as u64;
+                shared = unix_time();
+                let share = Share::Written { file: Some(file) };
+                send(&mut stream, &ToCoordinator::Share { step, share }).await?;
             }
         }
     }
