@@ -217,41 +217,31 @@ impl Norm {
 
     /// norm(x).
     pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
-        self.run(pass, x, None, false)
+        Ok(self.run(pass, x, None, false)?.0)
     }
 
     /// relu(norm(x)).
     pub fn relu(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
-        self.run(pass, x, None, true)
+        Ok(self.run(pass, x, None, true)?.0)
     }
 
     /// relu(norm(x) + residual), twice: for the convolutions behind it and for the way around them.
     pub fn add_relu(&self, pass: &Pass, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor), SslError> {
-        if let Mode::Train { stats, views, reduce } = &pass.mode
-            && let Values::Device(running) = stats.borrow().values(self.stat)
-        {
-            let running = ext::Running { values: running, momentum: NORM_MOMENTUM };
-            let norm = self.settings(pass, true);
-            let reduce = reduce.and_then(Reduce::on_device);
-            return Ok(ext::device_batch_norm_fork(x, norm, residual, running, views.get(), reduce)?);
-        }
-        let out = self.run(pass, x, Some(residual), true)?;
-        Ok((out.shallow_clone(), out))
+        let (out, twin) = self.run(pass, x, Some(residual), true)?;
+        Ok((twin.unwrap_or_else(|| out.shallow_clone()), out))
     }
 
-    fn settings<'a>(&self, pass: &Pass<'a>, relu: bool) -> ext::Norm<'a> {
-        let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
-        ext::Norm { affine, eps: NORM_EPS, relu }
-    }
-
+    /// The output; where a device has it twice, again.
     fn run(
         &self,
         pass: &Pass,
         x: &Tensor,
         residual: Option<&Tensor>,
         relu: bool,
-    ) -> Result<Tensor, SslError> {
-        let norm = self.settings(pass, relu);
+    ) -> Result<(Tensor, Option<Tensor>), SslError> {
+        let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
+        let norm = ext::Norm { affine, eps: NORM_EPS, relu };
+        let once = |out| Ok((out, None));
         match &pass.mode {
             Mode::Train { stats, views, reduce } => {
                 let mut stats = stats.borrow_mut();
@@ -270,7 +260,7 @@ impl Norm {
                 let reduce = reduce.and_then(Reduce::on_host);
                 let (y, batch) = ext::batch_norm_train(x, norm, residual, views.get(), reduce)?;
                 stats.update(self.stat, &batch, NORM_MOMENTUM);
-                Ok(y)
+                once(y)
             }
             Mode::Frozen { stats } => {
                 let kind = statistics_kind(x);
@@ -284,15 +274,15 @@ impl Norm {
                     }
                 };
                 let (mean, variance) = (mean.f_to_kind(kind)?, variance.f_to_kind(kind)?);
-                let (weight, bias) = (norm.affine.map(|a| a.0), norm.affine.map(|a| a.1));
+                let (weight, bias) = (affine.map(|a| a.0), affine.map(|a| a.1));
                 let mut y =
                     x.f_batch_norm(weight, bias, Some(&mean), Some(&variance), false, 0.0, NORM_EPS, false)?;
                 if let Some(residual) = residual {
                     y = y.f_add(residual)?;
                 }
-                Ok(if relu { y.f_relu()? } else { y })
+                once(if relu { y.f_relu()? } else { y })
             }
-            Mode::Eval { stats } => Ok(match stats.values(self.stat) {
+            Mode::Eval { stats } => once(match stats.values(self.stat) {
                 Values::Host { mean, variance } => ext::batch_norm_apply(x, norm, residual, mean, variance)?,
                 Values::Device(running) => ext::device_batch_norm_apply(x, norm, residual, running)?,
             }),

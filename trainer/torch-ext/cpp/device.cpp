@@ -170,7 +170,6 @@ std::string name_of(const Tensor& t) {
   }
 }
 
-template <typename T = void>
 const void* pointer(const Tensor& t) {
   return t.defined() ? t.const_data_ptr() : nullptr;
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use tch::Tensor;
 
+use crate::hook::drop_boxed;
 use crate::{TorchError, check, sys};
 
 /// Sums a buffer over all ranks in place; `false` when that failed (the pass then ends with an error). Called on
@@ -35,7 +36,7 @@ pub struct BatchNormStatistics {
 }
 
 unsafe extern "C" fn call_reduce(context: *mut c_void, values: *mut f64, n: i64) -> c_int {
-    // SAFETY: `context` is the boxed StatReduce handed to the shim, alive until drop_reduce; values holds n doubles.
+    // SAFETY: `context` is the boxed StatReduce handed to the shim, alive until it is dropped; values holds n doubles.
     let (reduce, values) = unsafe {
         (
             &*context.cast::<StatReduce>(),
@@ -49,9 +50,12 @@ unsafe extern "C" fn call_reduce(context: *mut c_void, values: *mut f64, n: i64)
     }
 }
 
-unsafe extern "C" fn drop_reduce(context: *mut c_void) {
-    // SAFETY: called once, with the pointer made by Box::into_raw below.
-    drop(unsafe { Box::from_raw(context.cast::<StatReduce>()) });
+/// A copy of the closure for the shim, and what frees it: called once, when the last node that needs it is gone.
+fn context_of<T: Clone>(reduce: Option<&T>) -> (*mut c_void, Option<sys::DropFn>) {
+    match reduce {
+        Some(reduce) => (Box::into_raw(Box::new(reduce.clone())).cast(), Some(drop_boxed::<T>)),
+        None => (std::ptr::null_mut(), None),
+    }
 }
 
 fn pointer(tensor: Option<&Tensor>) -> *const torch_sys::C_tensor {
@@ -74,12 +78,8 @@ pub fn batch_norm_train(
         variance: vec![0.0; groups_len * channels],
         count: vec![0.0; groups_len],
     };
-    let (call, context, drop): (Option<sys::ReduceFn>, _, Option<sys::DropFn>) = match reduce {
-        Some(reduce) => {
-            (Some(call_reduce), Box::into_raw(Box::new(reduce.clone())).cast(), Some(drop_reduce))
-        }
-        None => (None, std::ptr::null_mut(), None),
-    };
+    let call: Option<sys::ReduceFn> = reduce.map(|_| call_reduce as _);
+    let (context, drop) = context_of(reduce);
     let mut out = std::ptr::null_mut();
     // SAFETY: all tensors outlive the call; the statistics hold G*C, G*C and G doubles; the shim owns `context` from
     // here on and drops it once.
@@ -142,7 +142,7 @@ unsafe extern "C" fn call_device_reduce(
     n: i64,
     stream: *mut c_void,
 ) -> c_int {
-    // SAFETY: `context` is the boxed DeviceReduce handed to the shim, alive until drop_device_reduce.
+    // SAFETY: `context` is the boxed DeviceReduce handed to the shim, alive until it is dropped.
     let reduce = unsafe { &*context.cast::<DeviceReduce>() };
     let n = usize::try_from(n).unwrap_or(0);
     // A panic must not unwind into C++.
@@ -150,11 +150,6 @@ unsafe extern "C" fn call_device_reduce(
         Ok(true) => 0,
         Ok(false) | Err(_) => 1,
     }
-}
-
-unsafe extern "C" fn drop_device_reduce(context: *mut c_void) {
-    // SAFETY: called once, with the pointer made by Box::into_raw below.
-    drop(unsafe { Box::from_raw(context.cast::<DeviceReduce>()) });
 }
 
 /// The running statistics of one layer on a device.
@@ -166,7 +161,8 @@ pub struct Running<'a> {
     pub momentum: f64,
 }
 
-/// [`batch_norm_train`] on a device: the statistics stay there.
+/// [`batch_norm_train`] on a device: the statistics stay there. Behind a residual block (a residual and a ReLU) the output
+/// comes twice in the same memory: gradients of the two ways it goes need not be added before.
 pub fn device_batch_norm_train(
     x: &Tensor,
     norm: Norm,
@@ -174,44 +170,11 @@ pub fn device_batch_norm_train(
     running: Running,
     groups: i64,
     reduce: Option<&DeviceReduce>,
-) -> Result<Tensor, TorchError> {
-    device_train(x, norm, residual, running, groups, reduce, None)
-}
-
-/// [`device_batch_norm_train`] behind a residual block, its output twice in the same memory: gradients of the two ways it goes
-/// need not be added before.
-pub fn device_batch_norm_fork(
-    x: &Tensor,
-    norm: Norm,
-    residual: &Tensor,
-    running: Running,
-    groups: i64,
-    reduce: Option<&DeviceReduce>,
-) -> Result<(Tensor, Tensor), TorchError> {
-    let mut twin = std::ptr::null_mut();
-    let out = device_train(x, norm, Some(residual), running, groups, reduce, Some(&mut twin))?;
-    // SAFETY: set when the call succeeds, and ours.
-    Ok((out, unsafe { Tensor::from_ptr(twin) }))
-}
-
-fn device_train(
-    x: &Tensor,
-    norm: Norm,
-    residual: Option<&Tensor>,
-    running: Running,
-    groups: i64,
-    reduce: Option<&DeviceReduce>,
-    twin: Option<&mut *mut torch_sys::C_tensor>,
-) -> Result<Tensor, TorchError> {
-    let (call, context, drop): (Option<sys::DeviceReduceFn>, _, Option<sys::DropFn>) = match reduce {
-        Some(reduce) => (
-            Some(call_device_reduce),
-            Box::into_raw(Box::new(reduce.clone())).cast(),
-            Some(drop_device_reduce),
-        ),
-        None => (None, std::ptr::null_mut(), None),
-    };
-    let mut out = std::ptr::null_mut();
+) -> Result<(Tensor, Option<Tensor>), TorchError> {
+    let call: Option<sys::DeviceReduceFn> = reduce.map(|_| call_device_reduce as _);
+    let (context, drop) = context_of(reduce);
+    let (mut out, mut twin) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let goes_two_ways = residual.is_some() && norm.relu;
     // SAFETY: all tensors outlive the call; the shim checks `running` and owns `context` from here on.
     unsafe {
         check(sys::mentee_device_batch_norm_train(
@@ -228,9 +191,9 @@ fn device_train(
             context,
             drop,
             &mut out,
-            twin.map_or(std::ptr::null_mut(), std::ptr::from_mut),
+            if goes_two_ways { &mut twin } else { std::ptr::null_mut() },
         ))?;
-        Ok(Tensor::from_ptr(out))
+        Ok((Tensor::from_ptr(out), goes_two_ways.then(|| Tensor::from_ptr(twin))))
     }
 }
 

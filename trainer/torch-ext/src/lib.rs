@@ -14,7 +14,7 @@ mod sys;
 
 pub use batch_norm::{
     BatchNormStatistics, DeviceReduce, Norm, Running, StatReduce, batch_norm_apply, batch_norm_train,
-    device_batch_norm_apply, device_batch_norm_fork, device_batch_norm_train,
+    device_batch_norm_apply, device_batch_norm_train,
 };
 pub use flat::{
     FlatSlice, SharedFlat, UpdateRange, UpdateRates, UpdateTable, adamw, ema, lars, leaf, norm, set_grad,
