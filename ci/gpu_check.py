@@ -691,7 +691,6 @@ class Check:
 
     def killed_rank(self, its):
         deadline = 10
-        keys = {"schedule.epochs": 1000, "parallel.timeout_s": deadline}
         folder, command = self.short_run("killed", "f32", **{"schedule.epochs": 1000, "parallel.timeout_s": deadline})
         watch = self.temporary / "watch"
         watch.mkdir()
