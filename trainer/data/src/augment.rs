@@ -113,8 +113,8 @@ pub struct Scratch {
     /// `[3, H, W]`, in [0, 1].
     planes: Vec<f32>,
     blur: Blur,
-    /// `[3, W]`, a row that has been blurred.
-    row: Vec<f32>,
+    /// `[3, TILE, W]`, rows that have been blurred.
+    rows: Vec<f32>,
 }
 
 /// Draws and makes views as a recipe's `[views]` says.
@@ -340,10 +340,10 @@ fn make_on<const WIDE: bool>(
     let (size, definition) = (augmenter.size, augmenter.views.definition);
     let contrast = draw.jitter.iter().position(|op| matches!(op, ColourOp::Contrast(_)));
     let (before, after) = draw.jitter.split_at(contrast.unwrap_or(draw.jitter.len()));
-    let Scratch { resizer, planes, blur, row, .. } = scratch;
-    row.resize(3 * size, 0.0);
+    let Scratch { resizer, planes, blur, rows: blurred_rows, .. } = scratch;
+    blurred_rows.resize(3 * TILE * size, 0.0);
     let blurred = draw.blur.is_some_and(|sigma| blur.begin(definition, sigma, size, TILE));
-    let mut finish = Finish { augmenter, draw, blur: blurred.then_some(blur), row, out };
+    let mut finish = Finish { augmenter, draw, blur: blurred.then_some(blur), rows: blurred_rows, out };
     let tiles = (0..size).step_by(TILE).map(|top| top..(top + TILE).min(size));
     let mut means = [Mean::default(); 3];
     for rows in tiles.clone() {
@@ -373,8 +373,8 @@ struct Finish<'a> {
     draw: &'a ViewDraw,
     /// When the view is blurred.
     blur: Option<&'a mut Blur>,
-    /// `[3, W]`
-    row: &'a mut [f32],
+    /// `[3, TILE, W]`
+    rows: &'a mut [f32],
     out: &'a mut [f32],
 }
 
@@ -383,7 +383,8 @@ impl Finish<'_> {
     #[inline(always)]
     fn rows<const WIDE: bool>(&mut self, rows: Range<usize>, mut planes: Planes<'_>) {
         let size = self.augmenter.size;
-        if self.draw.grayscale {
+        let gray = self.draw.grayscale;
+        if gray {
             planes.grayscale(self.augmenter.views.definition);
         }
         let lines = |i: usize| {
@@ -401,26 +402,33 @@ impl Finish<'_> {
             }
             return;
         };
+        // Three equal channels are blurred as one.
+        let channels = if gray { 1 } else { 3 };
         for (i, y) in rows.clone().enumerate() {
-            for (channel, line) in lines(i).into_iter().enumerate() {
-                blur.take(channel, y, line);
+            for (channel, line) in lines(i).into_iter().enumerate().take(channels) {
+                blur.take::<WIDE>(channel, y, line);
             }
         }
         // A row can be made once those that it looks at are there.
         let radius = blur.radius();
         let ready = |end: usize| if end == size { size } else { end.saturating_sub(radius) };
-        for y in ready(rows.start)..ready(rows.end) {
-            for (channel, line) in self.row.chunks_exact_mut(size).enumerate() {
-                blur.make(channel, y, line);
+        let (mut top, end) = (ready(rows.start), ready(rows.end));
+        while top < end {
+            let rows = top..(top + TILE).min(end);
+            let len = rows.len() * size;
+            for (channel, lines) in self.rows.chunks_exact_mut(TILE * size).enumerate().take(channels) {
+                blur.make::<WIDE>(channel, rows.clone(), &mut lines[..len]);
             }
-            let (r, rest) = self.row.split_at(size);
-            let (g, b) = rest.split_at(size);
-            write_row::<WIDE>(
-                [r, g, b],
-                self.draw.solarize,
-                self.augmenter.normalise,
-                row_of(self.out, y, size),
-            );
+            for (i, y) in rows.enumerate() {
+                let line = |channel: usize| &self.rows[(channel % channels * TILE + i) * size..][..size];
+                write_row::<WIDE>(
+                    [line(0), line(1), line(2)],
+                    self.draw.solarize,
+                    self.augmenter.normalise,
+                    row_of(self.out, y, size),
+                );
+            }
+            top += TILE;
         }
     }
 }

@@ -29,7 +29,7 @@ pub(crate) fn clip(x: f32) -> f32 {
 }
 
 /// Floats that are worked on together, in registers.
-pub(crate) const WIDE: usize = 32;
+pub(crate) const WIDE: usize = 16;
 
 #[inline(always)]
 pub(crate) fn block(from: &[f32], start: usize) -> [f32; WIDE] {
@@ -119,7 +119,8 @@ impl<'a> Planes<'a> {
             let v = max(max(r, g), b);
             let range = v - min(min(r, g), b);
             let ratio = if range > 0.0 { min(factor, v / range) } else { 0.0 };
-            (clip(v - (v - r) * ratio), clip(v - (v - g) * ratio), clip(v - (v - b) * ratio))
+            // Never above V, but rounding may take it below 0.
+            (max(v - (v - r) * ratio, 0.0), max(v - (v - g) * ratio, 0.0), max(v - (v - b) * ratio, 0.0))
         });
     }
 
@@ -158,7 +159,8 @@ impl<'a> Planes<'a> {
             let channel = |n: f32| {
                 let k = n + h;
                 let k = if k >= 6.0 { k - 6.0 } else { k };
-                clip(v - range * clip(min(k, 4.0 - k)))
+                // Between V − range and V: no need to clip it.
+                v - range * clip(min(k, 4.0 - k))
             };
             (channel(5.0), channel(3.0), channel(1.0))
         });

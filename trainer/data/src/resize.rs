@@ -249,6 +249,7 @@ fn tile_portable(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
+    use std::ops::Range;
 
     use super::*;
 
@@ -256,44 +257,15 @@ mod x86 {
     #[target_feature(enable = "avx2")]
     pub(super) fn tile(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
         let Resizer { down, across, tile, neighbours, .. } = work;
-        let (width, height) = (from.part.width as usize, from.part.height as usize);
-        let (stride, from) = (from.stride, from.pixels);
-        // Every load below starts in a row of the part, at most CHUNK columns after its last multiple of CHUNK.
-        assert!(from.len() >= (height - 1) * stride + width + OVERREAD);
-        let rows = out.len() / size;
-        // The source rows of these rows of the view, each with the one below it.
-        let first = down.starts[top] as usize;
-        let count = down.starts[top + rows - 1] as usize - first + 2 * down.pairs - 1;
-        neighbours.resize(count.max(neighbours.len()), [[0; 8]; 2]);
-        for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
-            // Rows beyond the last have weights of zero: the last will do for them.
-            let load = |row: usize| {
-                // SAFETY: a row of the part, with OVERREAD bytes behind the last, as checked above.
-                unsafe { _mm_loadu_si128(from.as_ptr().add(row.min(height - 1) * stride + column).cast()) }
-            };
-            let mut above = load(first);
-            for (row, pair) in (first + 1..).zip(&mut neighbours[..count]) {
-                let below = load(row);
-                let halves = [_mm_unpacklo_epi8(above, below), _mm_unpackhi_epi8(above, below)];
-                for (half, to) in halves.into_iter().zip(pair) {
-                    // SAFETY: 32 bytes.
-                    unsafe { _mm256_storeu_si256(to.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(half)) };
-                }
-                above = below;
-            }
-            let mut lines = [_mm_setzero_si128(); TILE];
-            for (y, line) in (top..top + rows).zip(&mut lines) {
-                let pairs = &down.weights[y * down.pairs..][..down.pairs];
-                *line =
-                    filter_down(&neighbours[down.starts[y] as usize - first..count], pairs, down.precision);
-            }
-            // Pairs of columns are transposed like numbers of 16 bits.
-            for (pair, tile) in transpose(lines).into_iter().zip(tile) {
-                // SAFETY: a tile's element is 32 bytes.
-                unsafe { _mm256_storeu_si256(tile.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(pair)) };
-            }
-        }
         // The loops over so many weights without a counter.
+        match down.pairs {
+            2 => begin::<2>(down, from, top..top + out.len() / size, neighbours, tile),
+            3 => begin::<3>(down, from, top..top + out.len() / size, neighbours, tile),
+            4 => begin::<4>(down, from, top..top + out.len() / size, neighbours, tile),
+            5 => begin::<5>(down, from, top..top + out.len() / size, neighbours, tile),
+            6 => begin::<6>(down, from, top..top + out.len() / size, neighbours, tile),
+            _ => begin::<0>(down, from, top..top + out.len() / size, neighbours, tile),
+        }
         match across.pairs {
             2 => finish::<2>(across, tile, out, size),
             3 => finish::<3>(across, tile, out, size),
@@ -304,18 +276,71 @@ mod x86 {
         }
     }
 
+    /// Filters `rows` of the view down, into `tile`. `PAIRS`: pairs of weights of each row; 0: as the filter says.
+    #[target_feature(enable = "avx2")]
+    fn begin<const PAIRS: usize>(
+        down: &Filter,
+        from: Plane<'_>,
+        rows: Range<usize>,
+        neighbours: &mut Vec<[[i32; 8]; 2]>,
+        tile: &mut [[i32; TILE]],
+    ) {
+        let pairs = if PAIRS == 0 { down.pairs } else { PAIRS };
+        let (width, height) = (from.part.width as usize, from.part.height as usize);
+        let (stride, from) = (from.stride, from.pixels);
+        // Every load below starts in a row of the part, at most CHUNK columns after its last multiple of CHUNK.
+        assert!(from.len() >= (height - 1) * stride + width + OVERREAD);
+        // The source rows of these rows of the view, each with the one below it.
+        let starts = &down.starts[rows.clone()];
+        let weights = &down.weights[rows.start * pairs..rows.end * pairs];
+        let first = starts[0] as usize;
+        let count = starts[starts.len() - 1] as usize - first + 2 * pairs - 1;
+        neighbours.resize(count.max(neighbours.len()), [[0; 8]; 2]);
+        let neighbours = &mut neighbours[..count];
+        for (column, tile) in (0..width).step_by(CHUNK).zip(tile.chunks_exact_mut(CHUNK / 2)) {
+            // Sixteen columns of a row in 16 bits.
+            let load = |row: usize| {
+                // SAFETY: a row of the part, with OVERREAD bytes behind the last, as checked above.
+                _mm256_cvtepu8_epi16(unsafe {
+                    _mm_loadu_si128(from.as_ptr().add(row * stride + column).cast())
+                })
+            };
+            let mut above = load(first.min(height - 1));
+            for (row, pair) in (first + 1..).zip(&mut *neighbours) {
+                // Rows beyond the last have weights of zero: the last will do for them.
+                let below = if row < height { load(row) } else { above };
+                // SAFETY: 32 bytes each.
+                unsafe {
+                    _mm256_storeu_si256(pair[0].as_mut_ptr().cast(), _mm256_unpacklo_epi16(above, below));
+                    _mm256_storeu_si256(pair[1].as_mut_ptr().cast(), _mm256_unpackhi_epi16(above, below));
+                }
+                above = below;
+            }
+            let mut lines = [_mm_setzero_si128(); TILE];
+            for ((&start, weights), line) in starts.iter().zip(weights.chunks_exact(pairs)).zip(&mut lines) {
+                let rows = &neighbours[start as usize - first..][..2 * pairs - 1];
+                *line = filter_down(rows, &weights[..pairs], down.precision);
+            }
+            // Pairs of columns are transposed like numbers of 16 bits.
+            for (pair, tile) in transpose(lines).into_iter().zip(tile) {
+                // SAFETY: a tile's element is 32 bytes.
+                unsafe { _mm256_storeu_si256(tile.as_mut_ptr().cast(), _mm256_cvtepu8_epi16(pair)) };
+            }
+        }
+    }
+
     /// Filters a tile across. `PAIRS`: pairs of weights of each column; 0: as the filter says.
     #[target_feature(enable = "avx2")]
     fn finish<const PAIRS: usize>(across: &Filter, tile: &[[i32; TILE]], out: &mut [f32], size: usize) {
         let rows = out.len() / size;
         let count = if PAIRS == 0 { across.pairs } else { PAIRS };
-        for left in (0..size).step_by(8) {
-            let columns = 8.min(size - left);
+        let outputs = across.starts.chunks(8).zip(across.weights.chunks(8 * count));
+        for (left, (starts, weights)) in (0..size).step_by(8).zip(outputs) {
+            let columns = starts.len();
             let mut sums = [_mm256_setzero_si256(); 8];
-            for (x, sum) in (left..left + columns).zip(&mut sums) {
-                let start = across.starts[x] as usize / 2;
-                let pairs = &across.weights[x * count..][..count];
-                *sum = filter_across(&tile[start..], pairs, across.precision);
+            for ((&start, weights), sum) in starts.iter().zip(weights.chunks_exact(count)).zip(&mut sums) {
+                *sum =
+                    filter_across(&tile[start as usize / 2..][..count], &weights[..count], across.precision);
             }
             let square = transpose_bytes(sums);
             for (y, row) in square.into_iter().enumerate().take(rows) {
@@ -338,11 +363,12 @@ mod x86 {
     /// Sixteen columns of one row of the view, 8 bits each.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn filter_down(neighbours: &[[[i32; 8]; 2]], pairs: &[i32], precision: u32) -> __m128i {
+    fn filter_down(neighbours: &[[[i32; 8]; 2]], weights: &[i32], precision: u32) -> __m128i {
         let round = _mm256_set1_epi32(1 << (precision - 1));
         let (mut low, mut high) = (round, round);
-        for (rows, &pair) in neighbours.iter().step_by(2).zip(pairs) {
-            let weights = _mm256_set1_epi32(pair);
+        // By index: with lengths that are known the loop is none.
+        for (pair, &weights) in weights.iter().enumerate() {
+            let (rows, weights) = (&neighbours[2 * pair], _mm256_set1_epi32(weights));
             // SAFETY: 32 bytes each.
             let (first, second) = unsafe {
                 (_mm256_loadu_si256(rows[0].as_ptr().cast()), _mm256_loadu_si256(rows[1].as_ptr().cast()))
@@ -351,22 +377,20 @@ mod x86 {
             high = _mm256_add_epi32(high, _mm256_madd_epi16(second, weights));
         }
         let shift = _mm_cvtsi32_si128(precision as i32);
-        // [0–3, 8–11 | 4–7, 12–15] in 16 bits, then in 8, then in order.
+        // [0–3 | 8–11] and [4–7 | 12–15] in 32 bits, in order in 16, then in 8.
         let words = _mm256_packs_epi32(_mm256_sra_epi32(low, shift), _mm256_sra_epi32(high, shift));
-        let bytes = _mm256_packus_epi16(words, words);
-        let order = _mm256_setr_epi32(0, 4, 1, 5, 0, 4, 1, 5);
-        _mm256_castsi256_si128(_mm256_permutevar8x32_epi32(bytes, order))
+        _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
     }
 
     /// One column of eight rows of the view, 32 bits each.
     #[inline]
     #[target_feature(enable = "avx2")]
-    fn filter_across(tile: &[[i32; TILE]], pairs: &[i32], precision: u32) -> __m256i {
+    fn filter_across(tile: &[[i32; TILE]], weights: &[i32], precision: u32) -> __m256i {
         let mut sum = _mm256_set1_epi32(1 << (precision - 1));
-        for (columns, &pair) in tile[..pairs.len()].iter().zip(pairs) {
+        for (pair, &weights) in weights.iter().enumerate() {
             // SAFETY: a tile's element is 32 bytes.
-            let columns = unsafe { _mm256_loadu_si256(columns.as_ptr().cast()) };
-            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(columns, _mm256_set1_epi32(pair)));
+            let columns = unsafe { _mm256_loadu_si256(tile[pair].as_ptr().cast()) };
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(columns, _mm256_set1_epi32(weights)));
         }
         _mm256_sra_epi32(sum, _mm_cvtsi32_si128(precision as i32))
     }
