@@ -85,7 +85,7 @@ def main():
             recipe = "byol-imagenet-resnet50-100ep"
             compare(
                 "Photos at 224 pixels",
-                {"mentee": lambda: mentee(a.mentee, recipe, a.photos, 400)},
+                {"mentee": lambda: mentee(a.mentee, recipe, a.photos, 1600)},
                 {name: (lambda name=name: peer(name, folder, 224, 200)) for name in names},
                 a.rounds,
             )

@@ -23,7 +23,7 @@ const MEMORY: usize = 10;
 /// The largest element of the gradient at which L-BFGS has arrived; scikit-learn stops at 1e-4.
 const GRADIENT_TOLERANCE: f64 = 1e-5;
 /// Iterations after which L-BFGS stops anyway, and says so.
-const MAX_ITERATIONS: usize = 300;
+const MAX_ITERATIONS: usize = 1000;
 /// Features up to this many numbers are worked on in f64 (half a gigabyte), larger sets in f32.
 const DOUBLE_UP_TO: i64 = 1 << 26;
 /// Rows classified at a time.
