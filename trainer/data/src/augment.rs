@@ -114,7 +114,7 @@ pub struct Scratch {
     planes: Vec<f32>,
     blur: Blur,
     /// `[3, TILE, W]`, rows that have been blurred.
-    rows: Vec<f32>,
+    blurred: Vec<f32>,
 }
 
 /// Draws and makes views as a recipe's `[views]` says.
@@ -340,10 +340,10 @@ fn make_on<const WIDE: bool>(
     let (size, definition) = (augmenter.size, augmenter.views.definition);
     let contrast = draw.jitter.iter().position(|op| matches!(op, ColourOp::Contrast(_)));
     let (before, after) = draw.jitter.split_at(contrast.unwrap_or(draw.jitter.len()));
-    let Scratch { resizer, planes, blur, rows: blurred_rows, .. } = scratch;
-    blurred_rows.resize(3 * TILE * size, 0.0);
-    let blurred = draw.blur.is_some_and(|sigma| blur.begin(definition, sigma, size, TILE));
-    let mut finish = Finish { augmenter, draw, blur: blurred.then_some(blur), rows: blurred_rows, out };
+    let Scratch { resizer, planes, blur, blurred, .. } = scratch;
+    blurred.resize(3 * TILE * size, 0.0);
+    let blurs = draw.blur.is_some_and(|sigma| blur.begin(definition, sigma, size, TILE));
+    let mut finish = Finish { augmenter, draw, blur: blurs.then_some(blur), blurred, out };
     let tiles = (0..size).step_by(TILE).map(|top| top..(top + TILE).min(size));
     let mut means = [Mean::default(); 3];
     for rows in tiles.clone() {
@@ -374,7 +374,7 @@ struct Finish<'a> {
     /// When the view is blurred.
     blur: Option<&'a mut Blur>,
     /// `[3, TILE, W]`
-    rows: &'a mut [f32],
+    blurred: &'a mut [f32],
     out: &'a mut [f32],
 }
 
@@ -416,11 +416,11 @@ impl Finish<'_> {
         while top < end {
             let rows = top..(top + TILE).min(end);
             let len = rows.len() * size;
-            for (channel, lines) in self.rows.chunks_exact_mut(TILE * size).enumerate().take(channels) {
+            for (channel, lines) in self.blurred.chunks_exact_mut(TILE * size).enumerate().take(channels) {
                 blur.make::<WIDE>(channel, rows.clone(), &mut lines[..len]);
             }
             for (i, y) in rows.enumerate() {
-                let line = |channel: usize| &self.rows[(channel % channels * TILE + i) * size..][..size];
+                let line = |channel: usize| &self.blurred[(channel % channels * TILE + i) * size..][..size];
                 write_row::<WIDE>(
                     [line(0), line(1), line(2)],
                     self.draw.solarize,

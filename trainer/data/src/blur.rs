@@ -118,46 +118,54 @@ impl Blur {
         }));
         assert!(lines.iter().all(|line| line <= kept));
         let ring = ring[channel * strips * (*kept + 1)..].chunks_exact(*kept + 1).take(strips);
-        for (strip, left) in ring.zip((0..).step_by(STRIP)) {
+        for (rows, left) in ring.zip((0..).step_by(STRIP)) {
+            let strip = Strip { rows, lines, taps };
+            let (out, columns) = (&mut out[left..], STRIP.min(*size - left));
             #[cfg(target_arch = "x86_64")]
             if WIDE {
                 // SAFETY: the processor has AVX2; a strip has `kept + 1` rows.
-                unsafe { x86::down(strip, lines, taps, &mut out[left..], *size, STRIP.min(*size - left)) };
+                unsafe { x86::down(strip, out, *size, columns) };
                 continue;
             }
-            down(strip, lines, taps, &mut out[left..], *size, STRIP.min(*size - left));
+            down(strip, out, *size, columns);
         }
     }
 }
 
-/// `out[i] = Σ_k taps[|k|] · from[radius + i + k]`, the middle first and then outwards.
+/// Rows of a strip that some rows of the view look at.
+#[derive(Clone, Copy)]
+struct Strip<'a> {
+    rows: &'a [[f32; STRIP]],
+    /// Places in `rows`: row i of the view looks at those from `lines[i]` on, twice the radius and one.
+    lines: &'a [usize],
+    taps: &'a [f32],
+}
+
+/// `Σ_k taps[|k|] · at(middle + k)`, the middle first and then outwards.
+#[inline(always)]
+fn blurred<'a>(taps: &[f32], middle: usize, at: impl Fn(usize) -> &'a [f32; STRIP]) -> [f32; STRIP] {
+    let mut sum = at(middle).map(|x| x * taps[0]);
+    for (k, &tap) in (1..).zip(&taps[1..]) {
+        let (before, after) = (at(middle - k), at(middle + k));
+        for i in 0..STRIP {
+            sum[i] += tap * (before[i] + after[i]);
+        }
+    }
+    sum
+}
+
+/// A strip of a row; `from` has the radius more on both sides.
 fn across(from: &[f32], taps: &[f32], out: &mut [f32; STRIP]) {
-    let radius = taps.len() - 1;
-    for (i, out) in (radius..).zip(out) {
-        *out = taps[0] * from[i];
-        for (k, &tap) in (1..).zip(&taps[1..]) {
-            *out += tap * (from[i - k] + from[i + k]);
-        }
-    }
+    *out =
+        blurred(taps, taps.len() - 1, |start| from[start..].first_chunk().expect("a strip and its padding"));
 }
 
-/// The same of rows of a strip: row i of `out` (`stride` apart) from those that `lines[i ..]` name. The first `columns`.
-fn down(
-    strip: &[[f32; STRIP]],
-    lines: &[usize],
-    taps: &[f32],
-    out: &mut [f32],
-    stride: usize,
-    columns: usize,
-) {
-    let radius = taps.len() - 1;
-    for (lines, out) in lines.windows(2 * radius + 1).zip(out.chunks_mut(stride)) {
-        for (i, out) in out[..columns].iter_mut().enumerate() {
-            *out = taps[0] * strip[lines[radius]][i];
-            for (k, &tap) in (1..).zip(&taps[1..]) {
-                *out += tap * (strip[lines[radius - k]][i] + strip[lines[radius + k]][i]);
-            }
-        }
+/// A strip of rows: the first `columns` of each to `out`, `stride` apart.
+fn down(strip: Strip<'_>, out: &mut [f32], stride: usize, columns: usize) {
+    let radius = strip.taps.len() - 1;
+    for (lines, out) in strip.lines.windows(2 * radius + 1).zip(out.chunks_mut(stride)) {
+        let sum = blurred(strip.taps, radius, |line| &strip.rows[lines[line]]);
+        out[..columns].copy_from_slice(&sum[..columns]);
     }
 }
 
@@ -166,7 +174,7 @@ fn down(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::STRIP;
+    use super::{STRIP, Strip};
 
     /// Some columns of a row, in registers.
     type Row<const N: usize> = [__m256; N];
@@ -204,6 +212,17 @@ mod x86 {
         std::array::from_fn(|i| _mm256_add_ps(sum[i], _mm256_mul_ps(tap, _mm256_add_ps(before[i], after[i]))))
     }
 
+    /// As [`super::blurred`].
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn blurred<const N: usize>(taps: &[f32], middle: usize, at: impl Fn(usize) -> Row<N>) -> Row<N> {
+        let mut sum = times(at(middle), _mm256_set1_ps(taps[0]));
+        for (k, &tap) in (1..).zip(&taps[1..]) {
+            sum = add(sum, _mm256_set1_ps(tap), at(middle - k), at(middle + k));
+        }
+        sum
+    }
+
     /// As [`super::across`].
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -212,28 +231,18 @@ mod x86 {
         assert!(from.len() >= STRIP + 2 * radius);
         // SAFETY: a strip that begins at most 2 · radius floats into `from`.
         let at = |start: usize| unsafe { load::<{ STRIP / 8 }>(from.as_ptr().add(start)) };
-        let mut sum = times(at(radius), _mm256_set1_ps(taps[0]));
-        for (k, &tap) in (1..).zip(&taps[1..]) {
-            sum = add(sum, _mm256_set1_ps(tap), at(radius - k), at(radius + k));
-        }
         // SAFETY: a strip.
-        unsafe { store(sum, out.as_mut_ptr()) };
+        unsafe { store(blurred(taps, radius, at), out.as_mut_ptr()) };
     }
 
     /// As [`super::down`].
     ///
     /// # Safety
-    /// `lines` name rows of `strip`.
+    /// `strip.lines` are places in `strip.rows`.
     #[inline]
     #[target_feature(enable = "avx2")]
-    pub(super) unsafe fn down(
-        strip: &[[f32; STRIP]],
-        lines: &[usize],
-        taps: &[f32],
-        out: &mut [f32],
-        stride: usize,
-        columns: usize,
-    ) {
+    pub(super) unsafe fn down(strip: Strip<'_>, out: &mut [f32], stride: usize, columns: usize) {
+        let Strip { rows: strip, lines, taps } = strip;
         let radius = taps.len() - 1;
         let rows = lines.len() - 2 * radius;
         // Half a strip at a time, so that two rows of it and what they look at are in registers.
@@ -271,12 +280,7 @@ mod x86 {
                 put(row + 1, lower);
             }
             if rows % 2 == 1 {
-                let middle = rows - 1 + radius;
-                let mut sum = times(at(middle), _mm256_set1_ps(taps[0]));
-                for (k, &tap) in (1..).zip(&taps[1..]) {
-                    sum = add(sum, _mm256_set1_ps(tap), at(middle - k), at(middle + k));
-                }
-                put(rows - 1, sum);
+                put(rows - 1, blurred(taps, rows - 1 + radius, at));
             }
         }
     }

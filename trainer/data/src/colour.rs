@@ -29,10 +29,10 @@ pub(crate) fn clip(x: f32) -> f32 {
 }
 
 /// Floats that are worked on together, in registers.
-pub(crate) const WIDE: usize = 16;
+const WIDE: usize = 16;
 
 #[inline(always)]
-pub(crate) fn block(from: &[f32], start: usize) -> [f32; WIDE] {
+fn block(from: &[f32], start: usize) -> [f32; WIDE] {
     let mut block = [0.0; WIDE];
     block.copy_from_slice(&from[start..start + WIDE]);
     block

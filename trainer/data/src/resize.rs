@@ -253,27 +253,27 @@ mod x86 {
 
     use super::*;
 
+    /// Calls a function that is compiled for each usual number of pairs, so that its loops over them have no counter.
+    macro_rules! with_pairs {
+        ($pairs:expr, $function:ident($($argument:expr),*)) => {
+            match $pairs {
+                2 => $function::<2>($($argument),*),
+                3 => $function::<3>($($argument),*),
+                4 => $function::<4>($($argument),*),
+                5 => $function::<5>($($argument),*),
+                6 => $function::<6>($($argument),*),
+                _ => $function::<0>($($argument),*),
+            }
+        };
+    }
+
     /// As [`tile_portable`].
     #[target_feature(enable = "avx2")]
     pub(super) fn tile(work: &mut Resizer, from: Plane<'_>, top: usize, out: &mut [f32], size: usize) {
         let Resizer { down, across, tile, neighbours, .. } = work;
-        // The loops over so many weights without a counter.
-        match down.pairs {
-            2 => begin::<2>(down, from, top..top + out.len() / size, neighbours, tile),
-            3 => begin::<3>(down, from, top..top + out.len() / size, neighbours, tile),
-            4 => begin::<4>(down, from, top..top + out.len() / size, neighbours, tile),
-            5 => begin::<5>(down, from, top..top + out.len() / size, neighbours, tile),
-            6 => begin::<6>(down, from, top..top + out.len() / size, neighbours, tile),
-            _ => begin::<0>(down, from, top..top + out.len() / size, neighbours, tile),
-        }
-        match across.pairs {
-            2 => finish::<2>(across, tile, out, size),
-            3 => finish::<3>(across, tile, out, size),
-            4 => finish::<4>(across, tile, out, size),
-            5 => finish::<5>(across, tile, out, size),
-            6 => finish::<6>(across, tile, out, size),
-            _ => finish::<0>(across, tile, out, size),
-        }
+        let rows = top..top + out.len() / size;
+        with_pairs!(down.pairs, begin(down, from, rows, neighbours, tile));
+        with_pairs!(across.pairs, finish(across, tile, out, size));
     }
 
     /// Filters `rows` of the view down, into `tile`. `PAIRS`: pairs of weights of each row; 0: as the filter says.
