@@ -12,9 +12,7 @@ next; OUT/gpu-check.json is written anew after each part and each measurement, s
 """
 
 import argparse
-import csv
 import importlib.util
-import io
 import json
 import math
 import os
@@ -737,52 +735,30 @@ class Check:
     # Where the time goes.
 
     def profile(self, part):
-        case = self.cases()[0]
-        part["case"] = case["name"]
-        if self.has_flag("bench step", "--profile"):
-            done = self.run([*self.step_command(case), "--profile", "--steps", case["steps"], "--warmup", 10])
-            lines = [line for line in done["stdout"].splitlines() if line.startswith("{")]
-            part["bench_step_profile"] = [json.loads(line) for line in lines]
-            part["summary"] = lines[-1][:300] if lines else "--profile printed no JSON"
-            return bool(lines)
-        ncu = shutil.which("ncu", path=self.environment["PATH"])
-        if self.small or ncu is None:
-            part["summary"] = part["note"] = "not available: bench step has no --profile, and there is no ncu"
-            return None
-        part["note"] = "bench step has no --profile: every kernel of two steps, timed alone by ncu"
-        flags = ["--metrics", "gpu__time_duration.sum", "--csv", "--page", "raw", "--clock-control", "none", "--target-processes", "all"]
-        done = self.run([ncu, *flags, *self.step_command(case), "--steps", 2, "--warmup", 2])
-        table = [line for line in done["stdout"].splitlines() if line.startswith('"')]
-        rows = list(csv.DictReader(io.StringIO("\n".join(table))))
-        kernels = []
-        for row in rows:
+        rows = part.setdefault("cases", {})
+        words, ok = [], True
+        for case in self.cases():
+            row = rows[case["name"]] = {}
             try:
-                kernels.append((row["Kernel Name"], float(row["gpu__time_duration.sum"].replace(",", ""))))
-            except (KeyError, ValueError, AttributeError):
-                continue  # the line of units
-        unit = rows[0].get("gpu__time_duration.sum", "ns") if rows else "ns"
-        scale = {"ns": 1e-6, "us": 1e-3, "usecond": 1e-3, "nsecond": 1e-6, "ms": 1.0, "msecond": 1.0}.get(unit, 1e-6)
-        step = last_period([name for name, _ in kernels])
-        part["kernels"], part["kernels_a_step"], part["unit"] = len(kernels), step, unit
-        if not step:
-            part["summary"] = f"{len(kernels)} kernels, but no two equal steps among them"
-            return False
-        shares, longest = {}, {}
-        for name, time_ms in ((name, value * scale) for name, value in kernels[-step:]):
-            shares[kernel_kind(name)] = shares.get(kernel_kind(name), 0.0) + time_ms
-            longest[name[:120]] = longest.get(name[:120], 0.0) + time_ms
-        busy = sum(shares.values())
-        part["kind_ms"], part["busy_ms"] = shares, busy
-        part["longest_ms"] = dict(sorted(longest.items(), key=lambda it: -it[1])[:30])
-        measured = self.result["parts"].get("step", {}).get("cases", {}).get(case["name"], {}).get("mentee")
-        if measured:
-            part["step_ms"] = measured["step_ms"]
-            part["idle_share"] = max(0.0, 1 - busy / measured["step_ms"])
-        order = sorted(shares.items(), key=lambda it: -it[1])
-        part["summary"] = ", ".join(f"{kind} {100 * value / busy:.0f} %" for kind, value in order)
-        if measured:
-            part["summary"] += f"; idle {100 * part['idle_share']:.0f} %"
-        return True
+                command = [*self.step_command(case), "--kernels", "--steps", case["steps"], "--warmup", 1 if self.small else 10]
+                done = json.loads(self.run(command)["stdout"].strip().splitlines()[-1])
+            except (Failed, OutOfTime, ValueError) as error:
+                row |= {"error": str(error), **getattr(error, "more", {})}
+                words.append(f"{case['name']}: {error}")
+                ok = False
+                continue
+            kernels, kinds = done["kernels"], {}
+            for kernel in kernels["each"]:
+                kind = kernel_kind(kernel["name"])
+                kinds[kind] = kinds.get(kind, 0.0) + kernel["ms"]
+            all_ms = sum(kinds.values())
+            row |= {"step_ms": done["step_ms"], "kind_ms": dict(sorted(kinds.items(), key=lambda it: -it[1])), **kernels}
+            row["each"] = [{**kernel, "name": kernel["name"][:160]} for kernel in kernels["each"][:60]]
+            shares = ", ".join(f"{kind} {100 * ms / all_ms:.0f} %" for kind, ms in row["kind_ms"].items()) if all_ms > 0 else "nothing ran"
+            words.append(f"{case['name']}: {shares}; idle {kernels['idle_percent']:.1f} %")
+            self.save()
+        part["summary"] = "; ".join(words)
+        return ok
 
     # A whole run.
 
@@ -848,20 +824,12 @@ class Check:
         return bool(knn)
 
 
-def last_period(names):
-    """How many kernels the last step has: the shortest tail that repeats what stands before it, and is no mere repetition itself."""
-    for period in range(16, len(names) // 2 + 1):
-        if names[-period:] == names[-2 * period : -period] and len(set(names[-period:])) > 8:
-            return period
-    return 0
-
-
 KERNEL_KINDS = (
     ("communication", r"nccl"),
     ("convolution", r"conv|fprop|dgrad|wgrad|implicit|winograd|cudnn.*(xmma|cutlass)|nhwckcrs|engine"),
-    ("norm", r"batch_?norm|bn_|_bn|norm_(forward|backward|stat|apply)|welford"),
+    ("norm", r"batch_?norm|bn_|_bn|^(grad_)?(moments|input|apply)_|^(combine|finish)_|welford"),
     ("matrix product", r"gemm|nvjet|cutlass|cublas|splitk"),
-    ("optimizer", r"multi_tensor|foreach|lars|sgd|adam|lerp|ema|teacher"),
+    ("optimizer", r"multi_tensor|foreach|lars|sgd|adam|lerp|^(ema|momentum|chunk_norms|squares)_"),
     ("pooling", r"pool"),
     ("copy", r"copy|transpose|cat|convert|cast|nchw|nhwc"),
     ("elementwise", r"elementwise|pointwise|vectorized|relu|add|mul|fill"),

@@ -20,6 +20,7 @@ fn main() {
         .file("cpp/batch_norm.cpp")
         .file("cpp/update.cpp")
         .file("cpp/device.cpp")
+        .file("cpp/profile.cpp")
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"))
         .define("_GLIBCXX_USE_CXX11_ABI", "1")

@@ -17,6 +17,11 @@ const char* mentee_last_error();
 // How the libtorch that is loaded was built, in its own words; lives as long as the process.
 const char* mentee_torch_config();
 
+// See profile.cpp; times in nanoseconds.
+typedef void (*mentee_profiled_fn)(void* context, const char* name, uint64_t start, uint64_t duration);
+int mentee_profile_begin(int on_device);
+int mentee_profile_end(int on_device, mentee_profiled_fn each, void* context);
+
 // A view of `flat` at `offset` with `shape`; 4-d shapes lie in memory as channels-last (O, H, W, I).
 int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
                 at::Tensor** out);

@@ -10,6 +10,7 @@ mod flat;
 mod hook;
 mod layers;
 mod library;
+mod profile;
 mod sys;
 
 pub use batch_norm::{
@@ -23,6 +24,7 @@ pub use flat::{
 pub use hook::on_gradient;
 pub use layers::{conv2d, conv2d_padded, linear};
 pub use library::{file_of_libtorch, version_of_libtorch};
+pub use profile::{Event as ProfiledEvent, profile};
 pub use tch;
 
 /// libtorch refused a call.

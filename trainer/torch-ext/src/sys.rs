@@ -8,10 +8,13 @@ pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *mut f64, i64) -> c_int;
 pub type ReadyFn = unsafe extern "C" fn(*mut c_void) -> c_int;
 pub type DeviceReduceFn = unsafe extern "C" fn(*mut c_void, *mut c_void, i64, *mut c_void) -> c_int;
 pub type DropFn = unsafe extern "C" fn(*mut c_void);
+pub type ProfiledFn = unsafe extern "C" fn(*mut c_void, *const c_char, u64, u64);
 
 unsafe extern "C" {
     pub fn mentee_last_error() -> *const c_char;
     pub fn mentee_torch_config() -> *const c_char;
+    pub fn mentee_profile_begin(on_device: c_int) -> c_int;
+    pub fn mentee_profile_end(on_device: c_int, each: ProfiledFn, context: *mut c_void) -> c_int;
     pub fn mentee_leaf(
         flat: *const C_tensor,
         offset: i64,

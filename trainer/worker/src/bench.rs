@@ -16,6 +16,7 @@ use tch::{Device, Kind, Tensor};
 use crate::checkpoints::{Checkpoints, Settings};
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
+use crate::kernels::{Kernel, Kernels};
 use crate::link::Reporter;
 use crate::metrics::{self, Metrics};
 use crate::passes::Passes;
@@ -86,6 +87,9 @@ pub struct StepArgs {
     /// Waits for the device after each phase, so that the breakdown is the device's own; the step itself gets slower.
     #[arg(long)]
     profile: bool,
+    /// Measures as many steps again and lists what ran on the device, or libtorch's operators on the processor.
+    #[arg(long)]
+    kernels: bool,
     /// One JSON object.
     #[arg(long)]
     json: bool,
@@ -137,6 +141,8 @@ struct Report {
     n: u64,
     world_size: u32,
     threads: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kernels: Option<Kernels>,
 }
 
 #[derive(serde::Serialize)]
@@ -327,6 +333,21 @@ impl Rig {
             [forward, backward - forward, communication.exposed, end - updating, end, communication.total];
         Ok(times.map(|time| time.as_secs_f64() * 1e3))
     }
+
+    /// What runs in `steps` steps from `first` on.
+    fn kernels(&mut self, first: u64, steps: u64) -> Result<Kernels, WorkerError> {
+        let on_device = self.device != Device::Cpu;
+        let ((), events) = mentee_torch_ext::profile(on_device, || -> Result<_, WorkerError> {
+            for n in first..first + steps {
+                self.step(n)?;
+            }
+            match self.device {
+                Device::Cuda(index) => Ok(cuda::synchronise(index)?),
+                _ => Ok(()),
+            }
+        })?;
+        Ok(Kernels::of(events, steps))
+    }
 }
 
 fn median(mut values: Vec<f64>) -> f64 {
@@ -490,6 +511,10 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
             times.push(time);
         }
     }
+    let kernels = match args.kernels {
+        true => Some(rig.kernels(args.warmup + args.steps, args.steps)?),
+        false => None,
+    };
     let median = |of: &dyn Fn(&[f64; 6]) -> f64| median(times.iter().map(of).collect());
     let step_ms = median(&|t| t[4]);
     let report = Report {
@@ -514,6 +539,7 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
         n: args.steps,
         world_size: identity.world_size,
         threads: tch::get_num_threads(),
+        kernels,
     };
     if identity.rank != 0 {
         return Ok(());
@@ -533,6 +559,13 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
             report.threads,
             report.n
         );
+        if let Some(Kernels { busy_ms, span_ms, idle_percent, each }) = &report.kernels {
+            println!("busy {busy_ms:.2} of {span_ms:.2} ms a step, idle {idle_percent:.1} %");
+            println!("{:>9} {:>7}", "ms", "calls");
+            for Kernel { name, ms, calls } in each {
+                println!("{ms:9.3} {calls:7.1}  {name}");
+            }
+        }
     }
     Ok(())
 }

@@ -13,6 +13,7 @@ mod eval;
 mod faults;
 mod feed;
 mod import;
+mod kernels;
 mod lane;
 mod link;
 mod logging;
