@@ -11,6 +11,9 @@ Prints one JSON object: images_per_s, step_ms (median), n (steps measured), peak
 peak_device_mb (tensors) and peak_reserved_mb (what the allocator took for them). On a GPU the clock is read at a
 synchronisation every few steps, not at every step, so that the processor may run ahead.
 
+With --library lightly the step is that of lightly's own benchmark (benchmarks/imagenet/resnet50/byol.py): torchvision's network or
+its own for small images, its heads, loss, LARS and moving average; fp16 with a loss scaled as Lightning does, NCHW.
+
 With --serve one process measures again and again, and what was compiled is compiled once: it prints {"ready": true, "ready_s": ...}
 after two first steps, then answers every line like {"steps": 20, "warmup": 5} on its input with such an object, which also
 says held_mb, the device memory that it keeps while it waits. It ends when its input does.
@@ -164,6 +167,59 @@ class Online(nn.Module):
         return [self.predictor(self.student(view)) for view in views]
 
 
+def lightly_step(a, views):
+    """The step of lightly's benchmark of BYOL, without its online classifier and its logging."""
+    import torchvision
+    from lightly.loss import NegativeCosineSimilarity
+    from lightly.models import ResNetGenerator
+    from lightly.models.modules.heads import BYOLPredictionHead, BYOLProjectionHead
+    from lightly.models.utils import get_weight_decay_parameters, update_momentum
+    from lightly.utils.lars import LARS
+
+    if a.stem == "imagenet":
+        backbone = getattr(torchvision.models, a.backbone)()
+        features = backbone.fc.in_features
+        backbone.fc = nn.Identity()
+    else:
+        network = ResNetGenerator(a.backbone.replace("resnet", "resnet-"))
+        features = network.linear.in_features
+        backbone = nn.Sequential(*list(network.children())[:-1], nn.AdaptiveAvgPool2d(1))
+    projector = BYOLProjectionHead(features, a.projector_hidden, a.projector_out)
+    predictor = BYOLPredictionHead(a.projector_out, a.predictor_hidden, a.projector_out)
+    for module in (backbone, projector, predictor):
+        module.to(a.device)
+    teacher, teacher_projector = copy.deepcopy(backbone), copy.deepcopy(projector)
+    criterion = NegativeCosineSimilarity()
+    decays, others = get_weight_decay_parameters([backbone, projector, predictor])
+    groups = [{"params": decays}, {"params": others, "weight_decay": 0.0}]
+    optimizer = LARS(groups, lr=0.45 * a.batch / 256, momentum=0.9, weight_decay=1e-6)
+    half = a.precision == "bf16"
+    scaler = torch.amp.GradScaler(a.device, enabled=half and a.device == "cuda")
+    views = [view.contiguous() for view in views]
+
+    def student_of(view):
+        return predictor(projector(backbone(view).flatten(start_dim=1)))
+
+    @torch.no_grad()
+    def teacher_of(view):
+        return teacher_projector(teacher(view).flatten(start_dim=1))
+
+    def step():
+        update_momentum(backbone, teacher, m=0.99)
+        update_momentum(projector, teacher_projector, m=0.99)
+        with torch.autocast(a.device, dtype=torch.float16 if a.device == "cuda" else torch.bfloat16, enabled=half):
+            targets = [teacher_of(view) for view in views]
+            predictions = [student_of(view) for view in views]
+            loss = 2 * criterion(targets[0], predictions[1]) + 2 * criterion(targets[1], predictions[0])
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.detach()
+
+    return step, optimizer
+
+
 def main():
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--backbone", choices=sorted(BACKBONES), default="resnet20")
@@ -178,6 +234,7 @@ def main():
     arguments.add_argument("--optimizer", choices=("sgd", "lars"), default="sgd")
     arguments.add_argument("--lars", choices=("loop", "foreach"), default="loop", help="one parameter after another, or all at once")
     arguments.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    arguments.add_argument("--library", choices=("torch", "lightly"), default="torch", help="whose step")
     arguments.add_argument("--compile", metavar="MODE", help="torch.compile forward and loss: default, reduce-overhead, ...")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--warmup", type=int, default=2, help="steps before the clock starts")
@@ -218,6 +275,8 @@ def main():
     views = [torch.randn(a.batch // world, 3, a.size, a.size) for _ in range(2)]
     views = [view.to(a.device).contiguous(memory_format=layout) for view in views]
     tau = 0.996
+    if a.library == "lightly" and (world > 1 or a.compile):
+        raise SystemExit("error: lightly's step is measured in one process, without --compile")
 
     def loss_of(*views):
         with torch.autocast(a.device, dtype=torch.bfloat16, enabled=a.precision == "bf16"):
@@ -241,6 +300,9 @@ def main():
         with torch.no_grad():
             torch._foreach_lerp_(moving, online, 1 - tau)
         return loss.detach()
+
+    if a.library == "lightly":
+        step, optimizer = lightly_step(a, views)
 
     def measure(steps, warmup):
         if cuda:

@@ -41,6 +41,7 @@ WAYS = {
     "compile": ["--lars", "foreach", "--compile", "default"],
     "reduce-overhead": ["--lars", "foreach", "--compile", "reduce-overhead"],
     "max-autotune": ["--lars", "foreach", "--compile", "max-autotune-no-cudagraphs"],
+    "lightly": ["--library", "lightly"],
 }
 # Parity in f64: the largest relative difference of any tensor. In f32 and bf16 rounding grows within one pass, on any processor;
 # there the GPU's whole gradient may be so many times as far from the CPU's in f64 as the CPU's own of that precision is.
@@ -107,6 +108,7 @@ def environment():
     return dict(
         own,
         PATH=f"{HERE / 'bin'}:{own.get('PATH', '')}",
+        PYTHONPATH=":".join([str(HERE / "site"), *filter(None, [own.get("PYTHONPATH")])]),
         LD_LIBRARY_PATH=":".join([*map(str, libraries), *filter(None, [own.get("LD_LIBRARY_PATH")])]),
         PYTHONUNBUFFERED="1",
     )
@@ -416,56 +418,25 @@ class Check:
             part["summary"] += f" ({devices['problem']})"
         return self.small or devices.get("count", 0) > 0
 
-    def trace(self, precision, side, steps):
+    def trace(self, stem, precision, side, steps):
         keys = self.network | {"data.path": self.images(), "parallel.precision": precision}
+        keys |= {"model.stem": stem, "views.size": 64 if stem == "imagenet" and not self.small else 32}
         keys |= self.on_device if side == "device" else ({} if self.small else {"parallel.device": "cpu"})
         if self.small and side == "device":
             keys["parallel.threads"] = 1  # something has to differ
-        out = self.temporary / f"trace-{precision}-{side}"
+        out = self.temporary / f"trace-{side}"
         command = [self.worker, "trace", RECIPE, "--steps", steps, "--out", out, *sets(keys)]
         return out, self.run(command)["seconds"]
 
     def parity(self, part):
         self.images()
-        rows, ok, steps = part.setdefault("rows", {}), True, 3
-        exact = None  # the CPU's gradient in f64
-        for precision in self.a.precisions.split(","):
-            done = {}
-
-            def side_of(side, precision=precision, done=done):
-                try:
-                    done[side] = self.trace(precision, side, steps)
-                except Exception as error:  # handed to the main thread
-                    done[side] = error
-
-            threads = [threading.Thread(target=side_of, args=(side,)) for side in ("host", "device")]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            row = rows[precision] = {}
-            try:
-                for side in ("host", "device"):
-                    if isinstance(done[side], Exception):
-                        raise done[side]
-                    row[f"{side}_s"] = done[side][1]
-                row |= self.compare_traces(done["host"][0], done["device"][0])
-                sides = [read_safetensors(done[side][0] / "step-0000/gradients.safetensors") for side in ("host", "device")]
-                if precision == "f64":
-                    exact = sides[0]
-                    row["ok"] = all(row[name]["worst"] <= EXACT for name in ("before", "gradients", "after"))
-                elif exact is None:
-                    raise Failed("f64 has to be compared first")
-                else:
-                    host, device = (compare(side, exact)["flat"] for side in sides)
-                    row["from_f64"] = {"host": host, "device": device}
-                    row["ok"] = device <= TIMES_AS_FAR * host
-            except Exception as error:
-                row |= {"ok": False, "error": f"{type(error).__name__}: {error}", **getattr(error, "more", {})}
-            for side in ("host", "device"):
-                shutil.rmtree(self.temporary / f"trace-{precision}-{side}", ignore_errors=True)
-            ok = ok and row["ok"]
-            self.save()
+        rows = part.setdefault("rows", {})
+        for stem in self.a.stems.split(","):
+            exact = None  # the CPU's gradient in f64
+            for precision in self.a.precisions.split(","):
+                row = rows[f"{stem} {precision}"] = {}
+                exact = self.parity_of(row, stem, precision, exact)
+                self.save()
         words = [
             f"{name} {row['gradients']['worst']:.1e}" + (
                 " (from f64: {device:.1e}, the CPU's {host:.1e})".format(**row["from_f64"]) if "from_f64" in row else ""
@@ -473,7 +444,44 @@ class Check:
             for name, row in rows.items()
         ]
         part["summary"] = "gradients: " + ", ".join(words)
-        return ok
+        return all(row["ok"] for row in rows.values())
+
+    def parity_of(self, row, stem, precision, exact):
+        """Fills `row`; returns the CPU's gradient in f64."""
+        done = {}
+
+        def side_of(side):
+            try:
+                done[side] = self.trace(stem, precision, side, 3)
+            except Exception as error:  # handed to the main thread
+                done[side] = error
+
+        threads = [threading.Thread(target=side_of, args=(side,)) for side in ("host", "device")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        try:
+            for side in ("host", "device"):
+                if isinstance(done[side], Exception):
+                    raise done[side]
+                row[f"{side}_s"] = done[side][1]
+            row |= self.compare_traces(done["host"][0], done["device"][0])
+            sides = [read_safetensors(done[side][0] / "step-0000/gradients.safetensors") for side in ("host", "device")]
+            if precision == "f64":
+                exact = sides[0]
+                row["ok"] = all(row[name]["worst"] <= EXACT for name in ("before", "gradients", "after"))
+            elif exact is None:
+                raise Failed("f64 has to be compared first")
+            else:
+                host, device = (compare(side, exact)["flat"] for side in sides)
+                row["from_f64"] = {"host": host, "device": device}
+                row["ok"] = device <= TIMES_AS_FAR * host
+        except Exception as error:
+            row |= {"ok": False, "error": f"{type(error).__name__}: {error}", **getattr(error, "more", {})}
+        for side in ("host", "device"):
+            shutil.rmtree(self.temporary / f"trace-{side}", ignore_errors=True)
+        return exact
 
     @staticmethod
     def compare_traces(host, device):
@@ -850,14 +858,14 @@ def table(result):
     parity = result["parts"].get("parity", {}).get("rows", {})
     if parity:
         heads = ("before", "views", "gradients", "flat", "after", "loss 0", "loss 2")
-        lines += ["", f"{'parity':6} " + " ".join(f"{name:>9}" for name in heads) + "  worst gradient"]
+        lines += ["", f"{'parity':13} " + " ".join(f"{name:>9}" for name in heads) + "  worst gradient"]
     for name, row in parity.items():
         if "gradients" in row:
             values = [row["before"]["worst"], row["views"]["worst"], row["gradients"]["worst"], row["gradients"]["flat"]]
             values += [row["after"]["worst"], row["loss_differences"][0], row["loss_differences"][-1]]
-            lines.append(f"{name:6} " + " ".join(f"{value:9.1e}" for value in values) + f"  {row['gradients']['tensor']}")
+            lines.append(f"{name:13} " + " ".join(f"{value:9.1e}" for value in values) + f"  {row['gradients']['tensor']}")
         else:
-            lines.append(f"{name:6} {row.get('error', '')}")
+            lines.append(f"{name:13} {row.get('error', '')}")
     cases = result["parts"].get("step", {}).get("cases", {})
     if cases:
         lines += ["", f"{'step':20} {'':16} {'ms':>9} {'images/s':>10} {'ratio':>6} {'min':>6} {'max':>6} {'peak MB':>9} {'rounds':>6}"]
@@ -883,6 +891,7 @@ def main():
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny sizes, to try this script itself")
     add("--threads", type=int, default=min(16, len(os.sched_getaffinity(0))))
     add("--precisions", default="f64,f32,bf16", help="of parity")
+    add("--stems", default="cifar,imagenet", help="of parity's network; each has layers of its own")
     add("--cases", help="of step, BACKBONE:SIZE:BATCH,...; default: resnet18:32:512,resnet50:224:256,resnet18:32:1024")
     add("--ways", help=f"of PyTorch, of {', '.join(WAYS)}; default: eager,compile")
     add("--step-precision", choices=("f32", "bf16"), default="bf16")

@@ -1,7 +1,7 @@
 //! Layers are descriptions; a [`Pass`] runs them on one set of weights. So the student and the teacher are the same
 //! network on two buffers.
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::fmt;
 use std::sync::Arc;
 
@@ -153,9 +153,34 @@ impl<'a> Pass<'a> {
         Ok(Tensor::f_cat(&parts?, 0)?)
     }
 
+    /// The batch's side of training, if the statistics of `norm` are on a device.
+    fn on_device(&self, norm: &Norm) -> Option<OnDevice<'_>> {
+        let Mode::Train { stats, views, reduce } = &self.mode else { return None };
+        let stats = stats.borrow();
+        let on_device = matches!(stats.values(norm.stat), Values::Device(_));
+        let reduce = reduce.and_then(Reduce::on_device);
+        on_device.then(|| OnDevice { stats, views: views.get(), reduce })
+    }
+
     /// The type activations have.
     fn compute_kind(&self, id: ParamId) -> tch::Kind {
         self.weights.leaf(id).kind()
+    }
+}
+
+/// What a norm on a device trains with.
+struct OnDevice<'a> {
+    stats: Ref<'a, &'a mut Stats>,
+    views: i64,
+    reduce: Option<&'a DeviceReduce>,
+}
+
+impl OnDevice<'_> {
+    fn running(&self, norm: &Norm) -> ext::Running<'_> {
+        match self.stats.values(norm.stat) {
+            Values::Device(values) => ext::Running { values, momentum: NORM_MOMENTUM },
+            Values::Host { .. } => unreachable!("the statistics of all layers lie in one place"),
+        }
     }
 }
 
@@ -217,50 +242,71 @@ impl Norm {
 
     /// norm(x).
     pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
-        Ok(self.run(pass, x, None, false)?.0)
+        self.run(pass, x, None, false)
     }
 
     /// relu(norm(x)).
     pub fn relu(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
-        Ok(self.run(pass, x, None, true)?.0)
+        self.run(pass, x, None, true)
     }
 
-    /// relu(norm(x) + residual), twice: for the convolutions behind it and for the way around them.
-    pub fn add_relu(&self, pass: &Pass, x: &Tensor, residual: &Tensor) -> Result<(Tensor, Tensor), SslError> {
-        let (out, twin) = self.run(pass, x, Some(residual), true)?;
-        Ok((twin.unwrap_or_else(|| out.shallow_clone()), out))
+    /// relu(norm(x)), and the largest of each 3x3 places, two apart.
+    pub fn relu_pool(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
+        if let Some(on) = pass.on_device(self) {
+            let running = on.running(self);
+            return Ok(ext::device_batch_norm_pool(x, self.of(pass, true), running, on.views, on.reduce)?);
+        }
+        Ok(self.relu(pass, x)?.f_max_pool2d([3, 3], [2, 2], [1, 1], [1, 1], false)?)
     }
 
-    /// The output; where a device has it twice, again.
+    /// relu(norm(x) + shortcut), twice: for the convolutions behind it and for the way around them.
+    pub fn add_relu(&self, pass: &Pass, x: &Tensor, shortcut: Shortcut) -> Result<(Tensor, Tensor), SslError> {
+        if let Some(on) = pass.on_device(self) {
+            let residual = match shortcut {
+                Shortcut::As(x) => ext::Residual { x, norm: None },
+                Shortcut::Normed(norm, x) => {
+                    ext::Residual { x, norm: Some((norm.of(pass, false), on.running(norm))) }
+                }
+            };
+            let (norm, running) = (self.of(pass, true), on.running(self));
+            let (out, twin) =
+                ext::device_batch_norm_train(x, norm, Some(residual), running, on.views, on.reduce)?;
+            return Ok((twin.unwrap_or_else(|| out.shallow_clone()), out));
+        }
+        let out = match shortcut {
+            Shortcut::As(residual) => self.run(pass, x, Some(residual), true)?,
+            Shortcut::Normed(norm, residual) => {
+                self.run(pass, x, Some(&norm.forward(pass, residual)?), true)?
+            }
+        };
+        Ok((out.shallow_clone(), out))
+    }
+
+    fn of<'a>(&self, pass: &Pass<'a>, relu: bool) -> ext::Norm<'a> {
+        let weights = pass.weights;
+        let affine = self.affine.map(|(weight, bias)| (weights.leaf(weight), weights.leaf(bias)));
+        ext::Norm { affine, eps: NORM_EPS, relu }
+    }
+
     fn run(
         &self,
         pass: &Pass,
         x: &Tensor,
         residual: Option<&Tensor>,
         relu: bool,
-    ) -> Result<(Tensor, Option<Tensor>), SslError> {
-        let affine = self.affine.map(|(w, b)| (pass.weights.leaf(w), pass.weights.leaf(b)));
-        let norm = ext::Norm { affine, eps: NORM_EPS, relu };
-        let once = |out| Ok((out, None));
+    ) -> Result<Tensor, SslError> {
+        let norm = self.of(pass, relu);
+        if let Some(on) = pass.on_device(self) {
+            let residual = residual.map(|x| ext::Residual { x, norm: None });
+            let (views, running) = (on.views, on.running(self));
+            return Ok(ext::device_batch_norm_train(x, norm, residual, running, views, on.reduce)?.0);
+        }
         match &pass.mode {
             Mode::Train { stats, views, reduce } => {
-                let mut stats = stats.borrow_mut();
-                if let Values::Device(running) = stats.values(self.stat) {
-                    let running = ext::Running { values: running, momentum: NORM_MOMENTUM };
-                    let reduce = reduce.and_then(Reduce::on_device);
-                    return Ok(ext::device_batch_norm_train(
-                        x,
-                        norm,
-                        residual,
-                        running,
-                        views.get(),
-                        reduce,
-                    )?);
-                }
                 let reduce = reduce.and_then(Reduce::on_host);
                 let (y, batch) = ext::batch_norm_train(x, norm, residual, views.get(), reduce)?;
-                stats.update(self.stat, &batch, NORM_MOMENTUM);
-                once(y)
+                stats.borrow_mut().update(self.stat, &batch, NORM_MOMENTUM);
+                Ok(y)
             }
             Mode::Frozen { stats } => {
                 let kind = statistics_kind(x);
@@ -274,20 +320,29 @@ impl Norm {
                     }
                 };
                 let (mean, variance) = (mean.f_to_kind(kind)?, variance.f_to_kind(kind)?);
-                let (weight, bias) = (affine.map(|a| a.0), affine.map(|a| a.1));
+                let (weight, bias) = (norm.affine.map(|a| a.0), norm.affine.map(|a| a.1));
                 let mut y =
                     x.f_batch_norm(weight, bias, Some(&mean), Some(&variance), false, 0.0, NORM_EPS, false)?;
                 if let Some(residual) = residual {
                     y = y.f_add(residual)?;
                 }
-                once(if relu { y.f_relu()? } else { y })
+                Ok(if relu { y.f_relu()? } else { y })
             }
-            Mode::Eval { stats } => once(match stats.values(self.stat) {
+            Mode::Eval { stats } => Ok(match stats.values(self.stat) {
                 Values::Host { mean, variance } => ext::batch_norm_apply(x, norm, residual, mean, variance)?,
                 Values::Device(running) => ext::device_batch_norm_apply(x, norm, residual, running)?,
             }),
         }
     }
+}
+
+/// What goes around the convolutions of a residual block.
+#[derive(Clone, Copy)]
+pub enum Shortcut<'a> {
+    /// As it is.
+    As(&'a Tensor),
+    /// Normalised.
+    Normed(&'a Norm, &'a Tensor),
 }
 
 /// The type of the statistics of activations `x`.

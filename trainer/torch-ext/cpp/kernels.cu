@@ -14,7 +14,9 @@
 //   stats  [4][G][C] and [G] counts, in f32 (f64 for f64): scale, shift, mean and 1/sqrt(variance+eps), where
 //          y = x*scale + shift
 //   coefs  [3][G][C] in the same type: a, b and d of dx = dz*a + x*b + d
+//   mask   a byte for the V values of a thread, a bit each: where ReLU let them through. Read instead of y, 16 times as large
 
+typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
@@ -132,22 +134,32 @@ __device__ inline void row_of(const W* values, i64 C, i64 column, A* out) {
   for (int k = 0; k < V; ++k) out[k] = static_cast<A>(from[k]);
 }
 
-// y = act(x*scale + shift + residual)
-template <typename T, typename W, int V>
-__device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 C, const W* stats, int relu) {
+// y = act(x*scale + shift + residual), where the residual, if `kBoth`, is itself normalised, by the statistics `around`. `mask`
+// is written if given.
+template <typename T, typename W, int V, bool kBoth>
+__device__ inline void apply(const T* x, const T* residual, T* y, u8* mask, i64 rows, i64 C, const W* stats, const W* around,
+                             int relu) {
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (column >= C) return;
   const i64 G = gridDim.z, g = blockIdx.z;
-  A scale[V], shift[V];
+  constexpr int kRows = kBoth ? kUnroll / 2 : kUnroll;  // as many as registers are left for
+  A scale[V], shift[V], around_scale[V];
   row_of<A, W, V>(stats, C, column, scale);
   row_of<A, W, V>(stats + G * C, C, column, shift);
+  if (kBoth) {
+    A around_shift[V];
+    row_of<A, W, V>(around, C, column, around_scale);
+    row_of<A, W, V>(around + G * C, C, column, around_shift);
+#pragma unroll
+    for (int k = 0; k < V; ++k) shift[k] += around_shift[k];
+  }
   const Rows stretch(rows);
   const i64 base = g * rows * C + column;
-  for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += kUnroll * blockDim.y) {
-    Pack<T, V> pack[kUnroll], add[kUnroll];
+  for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += kRows * blockDim.y) {
+    Pack<T, V> pack[kRows], add[kRows];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kRows; ++u) {
       const i64 row = r + u * blockDim.y;
       if (row < stretch.end) {
         pack[u] = load<T, V>(x + base + row * C);
@@ -155,26 +167,147 @@ __device__ inline void apply(const T* x, const T* residual, T* y, i64 rows, i64 
       }
     }
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
+    for (int u = 0; u < kRows; ++u) {
       const i64 row = r + u * blockDim.y;
       if (row < stretch.end) {
+        u8 bits = 0;
 #pragma unroll
         for (int k = 0; k < V; ++k) {
           A v = value(pack[u].v[k]) * scale[k] + shift[k];
-          if (residual) v += value(add[u].v[k]);
+          if (residual) v += kBoth ? value(add[u].v[k]) * around_scale[k] : value(add[u].v[k]);
           if (relu) v = v < A(0) ? A(0) : v;  // keeps NaN
           put(pack[u].v[k], v);
+          bits |= (v > A(0)) << k;
         }
         store<T, V>(y + base + row * C, pack[u]);
+        if (mask) mask[(base + row * C) / V] = bits;
       }
     }
   }
 }
 
-// Sums of dz and dz*(x - mean), where dz is dy (or dy + dy2, where the output went two ways) where the activation let it
-// through. Given `y` (a residual was added), that is where y > 0; else it follows from x. dz is written to `masked` if given.
+// What ReLU makes of a normalised value, as it is stored.
+template <typename T>
+__device__ inline typename Compute<T>::type relu_of(typename Compute<T>::type v) {
+  T stored;
+  put(stored, v < 0 ? 0 : v);  // keeps NaN
+  return value(stored);
+}
+
+// A row as a place in images of `height` x `width`, within its group.
+struct Place {
+  u32 image;
+  int row, column;
+  __device__ Place(u32 r, u32 height, u32 width)
+      : image(r / (height * width)), row(r / width % height), column(r % width) {}
+};
+
+// y = the largest relu(x*scale + shift) of each window of 3x3 places, two apart and padded by one; `largest` is the x it comes
+// from and `which` of the nine, row by row, that is (the first of several). Sizes are those of x, `rows` the windows of a group.
 template <typename T, typename W, int V>
-__device__ inline void grad_moments(const T* dy, const T* dy2, const T* x, const T* y, T* masked, i64 rows, i64 C,
+__device__ inline void apply_pool(const T* x, T* y, T* largest, u8* which, i64 rows, i64 C, int height, int width,
+                                  const W* stats) {
+  typedef typename Compute<T>::type A;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (column >= C) return;
+  const i64 G = gridDim.z, g = blockIdx.z;
+  A scale[V], shift[V];
+  row_of<A, W, V>(stats, C, column, scale);
+  row_of<A, W, V>(stats + G * C, C, column, shift);
+  const int out_height = (height + 1) / 2, out_width = (width + 1) / 2;
+  const i64 images = rows / (out_height * out_width);
+  const Rows stretch(rows);
+  for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += blockDim.y) {
+    const Place window(static_cast<u32>(r), out_height, out_width);
+    const T* image = x + (g * images + window.image) * height * width * C + column;
+    A best[V];
+    Pack<T, V> out, from;
+    Pack<u8, V> tap;
+    bool first = true;
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      const int row = 2 * window.row - 1 + i;
+      if (row < 0 || row >= height) continue;
+      Pack<T, V> pack[3];
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        const int at = 2 * window.column - 1 + j;
+        if (at >= 0 && at < width) pack[j] = load<T, V>(image + (static_cast<i64>(row) * width + at) * C);
+      }
+#pragma unroll
+      for (int j = 0; j < 3; ++j) {
+        const int at = 2 * window.column - 1 + j;
+        if (at < 0 || at >= width) continue;
+#pragma unroll
+        for (int k = 0; k < V; ++k) {
+          const A v = relu_of<T>(value(pack[j].v[k]) * scale[k] + shift[k]);
+          if (first || v > best[k] || v != v) {
+            best[k] = v;
+            from.v[k] = pack[j].v[k];
+            tap.v[k] = static_cast<u8>(3 * i + j);
+          }
+        }
+        first = false;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) put(out.v[k], best[k]);
+    const i64 to = (g * rows + r) * C + column;
+    store<T, V>(y + to, out);
+    if (largest) {
+      store<T, V>(largest + to, from);
+      store<u8, V>(which + to, tap);
+    }
+  }
+}
+
+// dx = dz*a + x*b + d, where dz is the dy of those windows whose largest value was this one, if ReLU let it through.
+template <typename T, typename W, int V>
+__device__ inline void grad_input_pool(const T* dy, const u8* which, const T* x, T* dx, i64 rows, i64 C, int height, int width,
+                                       const W* stats, const W* coefs) {
+  typedef typename Compute<T>::type A;
+  const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (column >= C) return;
+  const i64 g = blockIdx.z, all = gridDim.z * C;
+  A scale[V], shift[V], a[V], b[V], d[V];
+  row_of<A, W, V>(stats, C, column, scale);
+  row_of<A, W, V>(stats + all, C, column, shift);
+  row_of<A, W, V>(coefs, C, column, a);
+  row_of<A, W, V>(coefs + all, C, column, b);
+  row_of<A, W, V>(coefs + 2 * all, C, column, d);
+  const int out_height = (height + 1) / 2, out_width = (width + 1) / 2;
+  const i64 images = rows / (height * width);
+  const Rows stretch(rows);
+  for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += blockDim.y) {
+    const Place at(static_cast<u32>(r), height, width);
+    const i64 own = (g * rows + r) * C + column;
+    const i64 windows = (g * images + at.image) * out_height * out_width * C + column;
+    Pack<T, V> pack = load<T, V>(x + own);
+    A dz[V] = {};
+    for (int row = at.row / 2; row <= min((at.row + 1) / 2, out_height - 1); ++row) {
+      for (int to = at.column / 2; to <= min((at.column + 1) / 2, out_width - 1); ++to) {
+        const i64 window = windows + (static_cast<i64>(row) * out_width + to) * C;
+        const Pack<T, V> grad = load<T, V>(dy + window);
+        const Pack<u8, V> tap = load<u8, V>(which + window);
+        const int mine = 3 * (at.row - 2 * row + 1) + at.column - 2 * to + 1;
+#pragma unroll
+        for (int k = 0; k < V; ++k) dz[k] += tap.v[k] == mine ? value(grad.v[k]) : A(0);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < V; ++k) {
+      const A xv = value(pack.v[k]);
+      const A through = xv * scale[k] + shift[k] > A(0) ? dz[k] : A(0);
+      put(pack.v[k], through * a[k] + xv * b[k] + d[k]);
+    }
+    store<T, V>(dx + own, pack);
+  }
+}
+
+// Sums of dz and dz*(x - mean), where dz is dy (or dy + dy2, where the output went two ways) where the activation let it
+// through. Given `mask` (a residual was added), that says where; else it follows from x. dz is written to `masked` if given.
+template <typename T, typename W, int V>
+__device__ inline void grad_moments(const T* dy, const T* dy2, const T* x, const u8* mask, T* masked, i64 rows, i64 C,
                                     const W* stats, int relu, double* partial) {
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V, all = gridDim.z * C;
@@ -187,14 +320,15 @@ __device__ inline void grad_moments(const T* dy, const T* dy2, const T* x, const
     const Rows stretch(rows);
     const i64 base = blockIdx.z * rows * C + column;
     for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
-      Pack<T, V> dyp[2], xp[2], yp[2], also[2];
+      Pack<T, V> dyp[2], xp[2], also[2];
+      u8 bits[2];
 #pragma unroll
       for (int u = 0; u < 2; ++u) {
         const i64 row = r + u * blockDim.y;
         if (row < stretch.end) {
           dyp[u] = load<T, V>(dy + base + row * C);
           xp[u] = load<T, V>(x + base + row * C);
-          if (y) yp[u] = load<T, V>(y + base + row * C);
+          if (mask) bits[u] = mask[(base + row * C) / V];
           if (dy2) also[u] = load<T, V>(dy2 + base + row * C);
         }
       }
@@ -211,8 +345,8 @@ __device__ inline void grad_moments(const T* dy, const T* dy2, const T* x, const
             }
             const A xv = value(xp[u].v[k]);
             if (relu) {
-              const A out = y ? value(yp[u].v[k]) : xv * scale[k] + shift[k];
-              dz = out > A(0) ? dz : A(0);
+              const bool through = mask ? bits[u] >> k & 1 : xv * scale[k] + shift[k] > A(0);
+              dz = through ? dz : A(0);
             }
             sum[k] += dz;
             dot[k] += dz * (xv - mean[k]);
@@ -379,22 +513,36 @@ STATISTICS_KERNELS(f32, float)
 STATISTICS_KERNELS(f64, double)
 #endif
 
-#define NORM_KERNELS(NAME, T, W, V)                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256) moments_##NAME(const T* x, i64 rows, i64 C, double* partial) {     \
-    moments<T, V>(x, rows, C, partial);                                                                                \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 3) apply_##NAME(const T* x, const T* residual, T* y, i64 rows, i64 C, const W* stats, \
-                                          int relu) {                                                                  \
-    apply<T, W, V>(x, residual, y, rows, C, stats, relu);                                                              \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256)                                                                    \
-      grad_moments_##NAME(const T* dy, const T* dy2, const T* x, const T* y, T* masked, i64 rows, i64 C,               \
-                          const W* stats, int relu, double* partial) {                                                 \
-    grad_moments<T, W, V>(dy, dy2, x, y, masked, rows, C, stats, relu, partial);                                       \
-  }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256, 3) grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats, \
-                                               const W* coefs, int relu) {                                             \
-    grad_input<T, W, V>(dy, x, dx, rows, C, stats, coefs, relu);                                                       \
+#define NORM_KERNELS(NAME, T, W, V)                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256) moments_##NAME(const T* x, i64 rows, i64 C, double* partial) {             \
+    moments<T, V>(x, rows, C, partial);                                                                                        \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 3)                                                                         \
+      apply_##NAME(const T* x, const T* residual, T* y, u8* mask, i64 rows, i64 C, const W* stats, int relu) {                 \
+    apply<T, W, V, false>(x, residual, y, mask, rows, C, stats, nullptr, relu);                                                \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                                                            \
+      apply_both_##NAME(const T* x, const T* residual, T* y, u8* mask, i64 rows, i64 C, const W* stats, const W* around,       \
+                        int relu) {                                                                                            \
+    apply<T, W, V, true>(x, residual, y, mask, rows, C, stats, around, relu);                                                  \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                                                            \
+      apply_pool_##NAME(const T* x, T* y, T* largest, u8* which, i64 rows, i64 C, int height, int width, const W* stats) {     \
+    apply_pool<T, W, V>(x, y, largest, which, rows, C, height, width, stats);                                                  \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                                                            \
+      grad_moments_##NAME(const T* dy, const T* dy2, const T* x, const u8* mask, T* masked, i64 rows, i64 C, const W* stats,   \
+                          int relu, double* partial) {                                                                         \
+    grad_moments<T, W, V>(dy, dy2, x, mask, masked, rows, C, stats, relu, partial);                                            \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256, 3)                                                                         \
+      grad_input_##NAME(const T* dy, const T* x, T* dx, i64 rows, i64 C, const W* stats, const W* coefs, int relu) {           \
+    grad_input<T, W, V>(dy, x, dx, rows, C, stats, coefs, relu);                                                               \
+  }                                                                                                                            \
+  extern "C" __global__ void __launch_bounds__(256)                                                                            \
+      grad_input_pool_##NAME(const T* dy, const u8* which, const T* x, T* dx, i64 rows, i64 C, int height, int width,          \
+                             const W* stats, const W* coefs) {                                                                 \
+    grad_input_pool<T, W, V>(dy, which, x, dx, rows, C, height, width, stats, coefs);                                          \
   }
 
 // Compiled in parts, each when it is first needed: a run has activations of one type.

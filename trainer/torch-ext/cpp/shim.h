@@ -67,9 +67,14 @@ int mentee_device_start(const char* source, const char* nvrtc);
 int mentee_device_compile(const char* part, const char* architecture, int64_t* bytes);
 int mentee_device_use(int device, int autotune, int tf32);
 int mentee_device_batch_norm_train(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
-                                   const at::Tensor* residual, const at::Tensor* running, int64_t groups, double eps,
-                                   double momentum, int relu, mentee_device_reduce_fn reduce, void* context,
-                                   mentee_drop_fn drop, at::Tensor** out, at::Tensor** twin);
+                                   const at::Tensor* residual, const at::Tensor* residual_weight,
+                                   const at::Tensor* residual_bias, const at::Tensor* running,
+                                   const at::Tensor* residual_running, int64_t groups, double eps, double momentum, int relu,
+                                   mentee_device_reduce_fn reduce, void* context, mentee_drop_fn drop, at::Tensor** out,
+                                   at::Tensor** twin);
+int mentee_device_batch_norm_pool(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
+                                  const at::Tensor* running, int64_t groups, double eps, double momentum,
+                                  mentee_device_reduce_fn reduce, void* context, mentee_drop_fn drop, at::Tensor** out);
 int mentee_device_batch_norm_apply(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
                                    const at::Tensor* residual, const at::Tensor* running, double eps, int relu,
                                    at::Tensor** out);

@@ -161,12 +161,22 @@ pub struct Running<'a> {
     pub momentum: f64,
 }
 
+/// What is added to a normalised activation.
+#[derive(Clone, Copy)]
+pub struct Residual<'a> {
+    /// Of the activation's shape and type.
+    pub x: &'a Tensor,
+    /// Its own scale, offset and running statistics, if it is to be normalised before.
+    pub norm: Option<(Norm<'a>, Running<'a>)>,
+}
+
 /// [`batch_norm_train`] on a device: the statistics stay there. Behind a residual block (a residual and a ReLU) the output
-/// comes twice in the same memory: gradients of the two ways it goes need not be added before.
+/// comes twice in the same memory: gradients of the two ways it goes need not be added before. Epsilon and momentum of a
+/// residual's own norm are the same.
 pub fn device_batch_norm_train(
     x: &Tensor,
     norm: Norm,
-    residual: Option<&Tensor>,
+    residual: Option<Residual>,
     running: Running,
     groups: i64,
     reduce: Option<&DeviceReduce>,
@@ -175,14 +185,19 @@ pub fn device_batch_norm_train(
     let (context, drop) = context_of(reduce);
     let (mut out, mut twin) = (std::ptr::null_mut(), std::ptr::null_mut());
     let goes_two_ways = residual.is_some() && norm.relu;
+    let around = residual.and_then(|residual| residual.norm);
+    let around_affine = around.and_then(|(norm, _)| norm.affine);
     // SAFETY: all tensors outlive the call; the shim checks `running` and owns `context` from here on.
     unsafe {
         check(sys::mentee_device_batch_norm_train(
             x.as_ptr(),
             pointer(norm.affine.map(|a| a.0)),
             pointer(norm.affine.map(|a| a.1)),
-            pointer(residual),
+            pointer(residual.map(|residual| residual.x)),
+            pointer(around_affine.map(|a| a.0)),
+            pointer(around_affine.map(|a| a.1)),
             running.values.as_ptr(),
+            pointer(around.map(|(_, running)| running.values)),
             groups,
             norm.eps,
             running.momentum,
@@ -194,6 +209,36 @@ pub fn device_batch_norm_train(
             if goes_two_ways { &mut twin } else { std::ptr::null_mut() },
         ))?;
         Ok((Tensor::from_ptr(out), goes_two_ways.then(|| Tensor::from_ptr(twin))))
+    }
+}
+
+/// max_pool(relu(norm(x))) on a device with the statistics of this batch: windows of 3x3, two apart, padded by one.
+pub fn device_batch_norm_pool(
+    x: &Tensor,
+    norm: Norm,
+    running: Running,
+    groups: i64,
+    reduce: Option<&DeviceReduce>,
+) -> Result<Tensor, TorchError> {
+    let call: Option<sys::DeviceReduceFn> = reduce.map(|_| call_device_reduce as _);
+    let (context, drop) = context_of(reduce);
+    let mut out = std::ptr::null_mut();
+    // SAFETY: all tensors outlive the call; the shim checks `running` and owns `context` from here on.
+    unsafe {
+        check(sys::mentee_device_batch_norm_pool(
+            x.as_ptr(),
+            pointer(norm.affine.map(|a| a.0)),
+            pointer(norm.affine.map(|a| a.1)),
+            running.values.as_ptr(),
+            groups,
+            norm.eps,
+            running.momentum,
+            call,
+            context,
+            drop,
+            &mut out,
+        ))?;
+        Ok(Tensor::from_ptr(out))
     }
 }
 

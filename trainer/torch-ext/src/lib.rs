@@ -14,8 +14,8 @@ mod profile;
 mod sys;
 
 pub use batch_norm::{
-    BatchNormStatistics, DeviceReduce, Norm, Running, StatReduce, batch_norm_apply, batch_norm_train,
-    device_batch_norm_apply, device_batch_norm_train,
+    BatchNormStatistics, DeviceReduce, Norm, Residual, Running, StatReduce, batch_norm_apply,
+    batch_norm_train, device_batch_norm_apply, device_batch_norm_pool, device_batch_norm_train,
 };
 pub use flat::{
     FlatSlice, SharedFlat, UpdateRange, UpdateRates, UpdateTable, adamw, ema, lars, leaf, norm, set_grad,

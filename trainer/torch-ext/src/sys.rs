@@ -130,7 +130,10 @@ unsafe extern "C" {
         weight: *const C_tensor,
         bias: *const C_tensor,
         residual: *const C_tensor,
+        residual_weight: *const C_tensor,
+        residual_bias: *const C_tensor,
         running: *const C_tensor,
+        residual_running: *const C_tensor,
         groups: i64,
         eps: f64,
         momentum: f64,
@@ -140,6 +143,19 @@ unsafe extern "C" {
         drop: Option<DropFn>,
         out: *mut *mut C_tensor,
         twin: *mut *mut C_tensor,
+    ) -> c_int;
+    pub fn mentee_device_batch_norm_pool(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        running: *const C_tensor,
+        groups: i64,
+        eps: f64,
+        momentum: f64,
+        reduce: Option<DeviceReduceFn>,
+        context: *mut c_void,
+        drop: Option<DropFn>,
+        out: *mut *mut C_tensor,
     ) -> c_int;
     pub fn mentee_device_batch_norm_apply(
         x: *const C_tensor,

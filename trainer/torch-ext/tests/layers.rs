@@ -65,6 +65,27 @@ fn channels_of_zeros_change_nothing() {
 }
 
 #[test]
+fn a_stem_over_blocks_is_the_convolution_it_stands_for() {
+    for (height, width) in [(16, 12), (2, 2)] {
+        let x = double(&leaf(&[2, 3, height, width], 1)).detach();
+        let weight = || {
+            let weight = double(&leaf(&[5, 3, 7, 7], 2)).detach().permute([0, 2, 3, 1]).contiguous();
+            weight.permute([0, 3, 1, 2]).set_requires_grad(true)
+        };
+        let (weight, weight2) = (weight(), weight());
+        let y = conv2d_padded(&x, &weight, 2, 3).expect("a convolution");
+        let y2 = conv2d(&x, &weight2, 2, 3).expect("a convolution");
+        (&y * &y).sum(Kind::Double).backward();
+        (&y2 * &y2).sum(Kind::Double).backward();
+        for (found, expected) in [(&y, &y2), (&weight.grad(), &weight2.grad())] {
+            assert_eq!(found.size(), expected.size());
+            let difference = (found - expected).abs().max().double_value(&[]);
+            assert!(difference <= 1e-13 * expected.abs().max().double_value(&[]), "{difference:e}");
+        }
+    }
+}
+
+#[test]
 fn a_bf16_linear_layer_rounds_operands_and_results_only() {
     for has_bias in [false, true] {
         let (x, weight, bias) = (leaf(&[7, 12], 1), leaf(&[5, 12], 2), leaf(&[5], 3));

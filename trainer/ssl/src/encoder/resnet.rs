@@ -5,7 +5,7 @@ use mentee_config::recipe::{Backbone, Model, Stem};
 use tch::Tensor;
 
 use crate::SslError;
-use crate::layers::{Conv, Norm, Pass};
+use crate::layers::{Conv, Norm, Pass, Shortcut};
 use crate::params::Declarations;
 
 /// A ResNet without its classifier.
@@ -71,10 +71,8 @@ impl ResNet {
 
     /// [N, 3, H, W] to [N, feature_dim].
     pub fn forward(&self, pass: &Pass, x: &Tensor) -> Result<Tensor, SslError> {
-        let mut x = self.bn1.relu(pass, &self.conv1.forward(pass, x)?)?;
-        if self.pool {
-            x = x.f_max_pool2d([3, 3], [2, 2], [1, 1], [1, 1], false)?;
-        }
+        let mut x = self.conv1.forward(pass, x)?;
+        x = if self.pool { self.bn1.relu_pool(pass, &x)? } else { self.bn1.relu(pass, &x)? };
         let mut around = x.shallow_clone();
         for block in &self.blocks {
             (x, around) = block.forward(pass, &x, &around)?;
@@ -117,15 +115,19 @@ impl Block {
 
     /// The same input twice, see [`Norm::add_relu`]: for the convolutions and for the way around them. So is the output.
     fn forward(&self, pass: &Pass, input: &Tensor, around: &Tensor) -> Result<(Tensor, Tensor), SslError> {
+        let made;
         let shortcut = match &self.downsample {
-            Some((conv, norm)) => norm.forward(pass, &conv.forward(pass, around)?)?,
-            None => around.shallow_clone(),
+            Some((conv, norm)) => {
+                made = conv.forward(pass, around)?;
+                Shortcut::Normed(norm, &made)
+            }
+            None => Shortcut::As(around),
         };
         let (last, inner) = self.convs.split_last().expect("a block has convolutions");
         let mut x = input.shallow_clone();
         for (conv, norm) in inner {
             x = norm.relu(pass, &conv.forward(pass, &x)?)?;
         }
-        last.1.add_relu(pass, &last.0.forward(pass, &x)?, &shortcut)
+        last.1.add_relu(pass, &last.0.forward(pass, &x)?, shortcut)
     }
 }
