@@ -6,8 +6,11 @@ use super::bits::BitReader;
 /// Codes up to this length are found in one look.
 const LOOKUP_BITS: u32 = 10;
 
-/// [`Symbol::run`] of an end-of-block symbol has this bit set: it moves the position in the block past its end, and
-/// leaves its low seven bits where they were.
+/// Symbols by the next ten bits; those with longer codes are zero.
+pub(super) type Lookup = [Symbol; 1 << LOOKUP_BITS];
+
+/// [`Symbol::advance`] of an end-of-block symbol is this and one more: it moves the position in the block past its end,
+/// and leaves its low seven bits as if one coefficient had been read.
 pub(super) const END_OF_BLOCK: u32 = 128;
 
 /// What a table is for: the two kinds of symbol are built differently.
@@ -19,7 +22,8 @@ pub(super) enum Class {
     Ac,
 }
 
-/// A decoded symbol, packed: bits 0–7 code and value bits together, 8–15 63 less the value bits, 16–23 run, 24–31 code bits.
+/// A decoded symbol, packed: bits 0–7 code and value bits together, 8–15 coefficients it stands for (a run of zeros and
+/// the one behind it), 16–23 63 less the value bits, 24–31 code bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Symbol(u32);
 
@@ -32,7 +36,7 @@ impl Symbol {
         if class == Class::Ac && size == 0 && run != 15 {
             run |= END_OF_BLOCK;
         }
-        Self((code_bits + size) | (63 - size) << 8 | run << 16 | code_bits << 24)
+        Self((code_bits + size) | (run + 1) << 8 | (63 - size) << 16 | code_bits << 24)
     }
 
     /// Bits of the code and of the value behind it, at most 31; 0 stands for "not in the lookup".
@@ -44,13 +48,18 @@ impl Symbol {
     /// Bits of the value.
     #[inline(always)]
     pub(super) fn size(self) -> u32 {
-        63 - (self.0 >> 8 & 63)
+        63 - (self.0 >> 16 & 63)
+    }
+
+    /// Zeros before the value and the value; of an end of block, [`END_OF_BLOCK`] more.
+    #[inline(always)]
+    pub(super) fn advance(self) -> u32 {
+        self.0 >> 8 & 0xFF
     }
 
     /// Zeros before the value, or with [`END_OF_BLOCK`] set.
-    #[inline(always)]
     pub(super) fn run(self) -> u32 {
-        self.0 >> 16 & 0xFF
+        self.advance() - 1
     }
 
     /// Bits of the code alone.
@@ -66,7 +75,7 @@ impl Symbol {
         let top = window << self.code_bits();
         // All ones for a negative value.
         let mask = (top >> 63).wrapping_sub(1);
-        let magnitude = ((top ^ mask) >> 1) >> (self.0 >> 8 & 63);
+        let magnitude = ((top ^ mask) >> 1) >> (self.0 >> 16 & 63);
         (magnitude ^ mask).wrapping_sub(mask) as i32
     }
 }
@@ -74,7 +83,7 @@ impl Symbol {
 /// One table.
 #[derive(Debug)]
 pub(super) struct Table {
-    lookup: Box<[Symbol; 1 << LOOKUP_BITS]>,
+    pub(super) lookup: Box<Lookup>,
     /// For codes of more than [`LOOKUP_BITS`]: (16-bit code, left-aligned) one past the last code of a length, its
     /// length, and what to add to a code's index.
     long: Vec<Long>,
@@ -147,7 +156,13 @@ impl Table {
     /// The symbol at the top of `window`, which needs 16 valid bits. `None`: no such code.
     #[inline(always)]
     pub(super) fn symbol(&self, window: u64) -> Option<Symbol> {
-        let symbol = self.lookup[(window >> (64 - LOOKUP_BITS)) as usize];
+        self.symbol_by(&self.lookup, window)
+    }
+
+    /// The same by a copy of the lookup.
+    #[inline(always)]
+    pub(super) fn symbol_by(&self, lookup: &Lookup, window: u64) -> Option<Symbol> {
+        let symbol = lookup[(window >> (64 - LOOKUP_BITS)) as usize];
         if symbol.total_bits() != 0 { Some(symbol) } else { self.long_symbol(window) }
     }
 

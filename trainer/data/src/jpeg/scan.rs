@@ -3,7 +3,7 @@
 use super::JpegError;
 use super::bits::{BitReader, Segments};
 use super::colour::{self, Rows};
-use super::huffman::{Class, END_OF_BLOCK, Table};
+use super::huffman::{Class, END_OF_BLOCK, Lookup, Table};
 use super::idct::{self, Block, Place};
 use super::markers::{Component, Header, Tables, ZIGZAG, next_scan, segment};
 use crate::image::{CropBox, PlanarImage};
@@ -171,14 +171,27 @@ impl Emit<'_> {
 struct Part<'a> {
     component: &'a Component,
     dc: &'a Table,
-    ac: &'a Table,
-    /// Quantisation step and place of the k-th coefficient: in the low and high half.
-    steps: [u32; 128],
+    /// Its [`Ac`], which components share.
+    ac: usize,
     plane: Place,
 }
 
-fn steps(quantisation: &[u16; 64]) -> [u32; 128] {
-    std::array::from_fn(|k| u32::from(quantisation.get(k).copied().unwrap_or(0)) | u32::from(ZIGZAG[k]) << 16)
+/// How a component's other coefficients are read.
+struct Ac<'a> {
+    table: &'a Table,
+    /// The lookup of `table` and the steps, side by side: the loop over symbols has one register for both.
+    lookup: Lookup,
+    steps: Steps,
+}
+
+/// Quantisation step and place of the k-th coefficient, in the low and high half of the (k+1)-th.
+type Steps = [u32; 128];
+
+fn steps(quantisation: impl Fn(usize) -> u16) -> Steps {
+    std::array::from_fn(|at| match at.checked_sub(1) {
+        Some(k @ ..64) => u32::from(quantisation(k)) | u32::from(ZIGZAG[k]) << 16,
+        _ => 0,
+    })
 }
 
 /// How two blocks are transformed.
@@ -281,20 +294,24 @@ fn straight_on<T: Transform>(
     data: &mut [u8],
 ) -> Result<(), JpegError> {
     let layout = emit.layout;
-    let parts = scan
-        .parts
-        .iter()
-        .map(|&(c, dc, ac)| {
-            let component = &header.components[c];
-            Ok(Part {
-                component,
-                dc: tables.huffman(Class::Dc, dc)?,
-                ac: tables.huffman(Class::Ac, ac)?,
-                steps: steps(tables.quantisation(component.quantisation)?),
-                plane: layout.planes[c],
-            })
-        })
-        .collect::<Result<Vec<_>, JpegError>>()?;
+    // By table and quantisation, so that both colours have the same.
+    let mut acs: Vec<((usize, usize), Ac)> = Vec::new();
+    let mut parts = Vec::with_capacity(scan.parts.len());
+    for &(c, dc, ac) in &scan.parts {
+        let component = &header.components[c];
+        let tables_of = (ac, component.quantisation);
+        let at = match acs.iter().position(|(of, _)| *of == tables_of) {
+            Some(at) => at,
+            None => {
+                let table = tables.huffman(Class::Ac, ac)?;
+                let quantisation = tables.quantisation(component.quantisation)?;
+                let steps = steps(|k| quantisation[k]);
+                acs.push((tables_of, Ac { table, lookup: *table.lookup, steps }));
+                acs.len() - 1
+            }
+        };
+        parts.push(Part { component, dc: tables.huffman(Class::Dc, dc)?, ac: at, plane: layout.planes[c] });
+    }
     // Blocks of an MCU: the part, and where it is in the part's MCU.
     let blocks: Vec<(usize, usize, usize)> = (0..parts.len())
         .flat_map(|p| {
@@ -338,14 +355,15 @@ fn straight_on<T: Transform>(
             let inside = y >= top && x >= left && x < right;
             for &(p, bx, by) in &blocks {
                 let part = &parts[p];
+                let ac = &acs[part.ac].1;
                 dc[p] = dc[p].wrapping_add(part.dc.difference(&mut reader)?);
                 if !inside {
-                    skip_block(&mut reader, part.ac)?;
+                    skip_block(&mut reader, ac)?;
                     continue;
                 }
-                let coefficient = (dc[p].wrapping_mul(part.steps[0] as u16 as i32)) as i16;
+                let coefficient = (dc[p].wrapping_mul(ac.steps[1] as u16 as i32)) as i16;
                 let block = &mut queue.blocks[queue.count];
-                let flat = read_block(&mut reader, part.ac, &part.steps, block)?;
+                let flat = read_block(&mut reader, (ac.table, &ac.lookup), &ac.steps, block)?;
                 let Component { h, v, .. } = *part.component;
                 let row = ((y - top) * v + by) * 8;
                 let column = ((x - left) * h + bx) * 8;
@@ -391,8 +409,8 @@ fn straight_on<T: Transform>(
 #[inline(always)]
 fn read_block(
     reader: &mut BitReader<'_>,
-    ac: &Table,
-    steps: &[u32; 128],
+    (table, lookup): (&Table, &Lookup),
+    steps: &Steps,
     block: &mut Block,
 ) -> Result<bool, JpegError> {
     let mut k = 1;
@@ -403,14 +421,13 @@ fn read_block(
             if !reader.has_symbol() {
                 break;
             }
-            let symbol = ac.symbol(reader.peek()).ok_or(JpegError::BAD_CODE)?;
+            let symbol = table.symbol_by(lookup, reader.peek()).ok_or(JpegError::BAD_CODE)?;
             let value = symbol.value(reader.peek());
             reader.take(symbol.total_bits());
-            k += symbol.run();
+            k += symbol.advance();
             let step = steps[(k & 127) as usize];
             // At the end of a block this writes 0 over a 0.
             block[(step >> 16 & 63) as usize] = value.wrapping_mul(i32::from(step as u16)) as i16;
-            k += 1;
             if k > 63 {
                 if k > 64 && k <= END_OF_BLOCK {
                     return Err(OVERLONG);
@@ -425,7 +442,7 @@ const OVERLONG: JpegError = JpegError::Damaged("a block of more than 64 coeffici
 
 /// As [`read_block`], keeping nothing.
 #[inline(always)]
-fn skip_block(reader: &mut BitReader<'_>, ac: &Table) -> Result<(), JpegError> {
+fn skip_block(reader: &mut BitReader<'_>, ac: &Ac) -> Result<(), JpegError> {
     let mut k = 1;
     loop {
         reader.refill();
@@ -433,9 +450,9 @@ fn skip_block(reader: &mut BitReader<'_>, ac: &Table) -> Result<(), JpegError> {
             if !reader.has_symbol() {
                 break;
             }
-            let symbol = ac.symbol(reader.peek()).ok_or(JpegError::BAD_CODE)?;
+            let symbol = ac.table.symbol_by(&ac.lookup, reader.peek()).ok_or(JpegError::BAD_CODE)?;
             reader.take(symbol.total_bits());
-            k += symbol.run() + 1;
+            k += symbol.advance();
             if k > 63 {
                 return if k > 64 && k <= END_OF_BLOCK { Err(OVERLONG) } else { Ok(()) };
             }
@@ -550,9 +567,10 @@ impl Progress {
         block: &mut [i16],
     ) -> Result<(), JpegError> {
         let block: &mut Block = block.try_into().map_err(|_| OVERLONG)?;
-        let steps: [u32; 128] = std::array::from_fn(|k| 1 | u32::from(ZIGZAG[k]) << 16);
+        let steps = steps(|_| 1);
+        let ac = tables.huffman(Class::Ac, ac)?;
         self.dc[part] = self.dc[part].wrapping_add(tables.huffman(Class::Dc, dc)?.difference(reader)?);
-        read_block(reader, tables.huffman(Class::Ac, ac)?, &steps, block)?;
+        read_block(reader, (ac, &ac.lookup), &steps, block)?;
         block[0] = self.dc[part] as i16;
         Ok(())
     }
