@@ -895,7 +895,7 @@ def main():
     add("--precisions", default="f64,f32,bf16", help="of parity")
     add("--stems", help="of parity's network; default: cifar,imagenet, which have layers of their own")
     add("--cases", help="of step, BACKBONE:SIZE:BATCH,...; default: resnet18:32:512,resnet50:224:256,resnet18:32:1024")
-    add("--ways", help=f"of PyTorch, of {', '.join(WAYS)}; default: eager,compile")
+    add("--ways", help=f"of PyTorch, of {', '.join(WAYS)}; default: eager, compile-networks, and lightly if it was packed")
     add("--step-precision", choices=("f32", "bf16"), default="bf16")
     add("--step-args", default="", help="more arguments for `bench step` of mentee, in one word")
     add("--rounds", type=int, help="of step; default: 5")
@@ -909,7 +909,8 @@ def main():
     small = a.device == "cpu"
     a.cases = a.cases or ("resnet20:32:16" if small else "resnet18:32:512,resnet50:224:256,resnet18:32:1024")
     a.stems = a.stems or ("cifar" if small else "cifar,imagenet")
-    a.ways = a.ways or ("eager,eager-foreach" if small else "eager,compile")
+    lightly = ",lightly" if (HERE / "site/lightly").is_dir() else ""
+    a.ways = a.ways or ("eager,eager-foreach" if small else f"eager,compile-networks{lightly}")
     a.rounds = a.rounds or (2 if small else 5)
     parts = a.parts.split(",")
     for name in parts:
