@@ -260,7 +260,12 @@ impl Norm {
     }
 
     /// relu(norm(x) + shortcut), twice: for the convolutions behind it and for the way around them.
-    pub fn add_relu(&self, pass: &Pass, x: &Tensor, shortcut: Shortcut) -> Result<(Tensor, Tensor), SslError> {
+    pub fn add_relu(
+        &self,
+        pass: &Pass,
+        x: &Tensor,
+        shortcut: Shortcut,
+    ) -> Result<(Tensor, Tensor), SslError> {
         if let Some(on) = pass.on_device(self) {
             let residual = match shortcut {
                 Shortcut::As(x) => ext::Residual { x, norm: None },

@@ -66,11 +66,11 @@ mod tests {
     #[test]
     fn times_are_summed_by_name_and_what_overlaps_counts_once() {
         // 10..14, 12..13 within it, 13..17 half beyond it, then nothing until 18..20.
-        let events =
-            vec![event("b", 18, 2), event("a", 10, 4), event("copy", 12, 1), event("a", 13, 4)];
+        let events = vec![event("b", 18, 2), event("a", 10, 4), event("copy", 12, 1), event("a", 13, 4)];
         let found = Kernels::of(events, 2);
         assert_eq!((found.span_ms, found.busy_ms, found.idle_percent), (5.0, 4.5, 10.0));
-        let names: Vec<_> = found.each.iter().map(|kernel| (&*kernel.name, kernel.ms, kernel.calls)).collect();
+        let names: Vec<_> =
+            found.each.iter().map(|kernel| (&*kernel.name, kernel.ms, kernel.calls)).collect();
         assert_eq!(names, [("a", 4.0, 1.0), ("b", 1.0, 0.5), ("copy", 0.5, 0.5)]);
     }
 
