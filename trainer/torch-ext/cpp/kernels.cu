@@ -186,6 +186,26 @@ __device__ inline void apply(const T* x, const T* residual, T* y, u8* mask, i64 
   }
 }
 
+// dx = dz*a + x*b + d of V channels.
+template <typename A, typename W, int V>
+struct InputGradient {
+  A scale[V], shift[V], a[V], b[V], d[V];
+
+  __device__ InputGradient(const W* stats, const W* coefs, i64 C, i64 column) {
+    const i64 all = gridDim.z * C;
+    row_of<A, W, V>(stats, C, column, scale);
+    row_of<A, W, V>(stats + all, C, column, shift);
+    row_of<A, W, V>(coefs, C, column, a);
+    row_of<A, W, V>(coefs + all, C, column, b);
+    row_of<A, W, V>(coefs + 2 * all, C, column, d);
+  }
+  // Where `relu`, only what it let through.
+  __device__ A at(int k, A x, A dz, bool relu) const {
+    if (relu) dz = x * scale[k] + shift[k] > A(0) ? dz : A(0);
+    return dz * a[k] + x * b[k] + d[k];
+  }
+};
+
 // What ReLU makes of a normalised value, as it is stored.
 template <typename T>
 __device__ inline typename Compute<T>::type relu_of(typename Compute<T>::type v) {
@@ -268,13 +288,8 @@ __device__ inline void grad_input_pool(const T* dy, const u8* which, const T* x,
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (column >= C) return;
-  const i64 g = blockIdx.z, all = gridDim.z * C;
-  A scale[V], shift[V], a[V], b[V], d[V];
-  row_of<A, W, V>(stats, C, column, scale);
-  row_of<A, W, V>(stats + all, C, column, shift);
-  row_of<A, W, V>(coefs, C, column, a);
-  row_of<A, W, V>(coefs + all, C, column, b);
-  row_of<A, W, V>(coefs + 2 * all, C, column, d);
+  const i64 g = blockIdx.z;
+  const InputGradient<A, W, V> gradient(stats, coefs, C, column);
   const int out_height = (height + 1) / 2, out_width = (width + 1) / 2;
   const i64 images = rows / (height * width);
   const Rows stretch(rows);
@@ -295,11 +310,7 @@ __device__ inline void grad_input_pool(const T* dy, const u8* which, const T* x,
       }
     }
 #pragma unroll
-    for (int k = 0; k < V; ++k) {
-      const A xv = value(pack.v[k]);
-      const A through = xv * scale[k] + shift[k] > A(0) ? dz[k] : A(0);
-      put(pack.v[k], through * a[k] + xv * b[k] + d[k]);
-    }
+    for (int k = 0; k < V; ++k) put(pack.v[k], gradient.at(k, value(pack.v[k]), dz[k], true));
     store<T, V>(dx + own, pack);
   }
 }
@@ -367,13 +378,8 @@ __device__ inline void grad_input(const T* dy, const T* x, T* dx, i64 rows, i64 
   typedef typename Compute<T>::type A;
   const i64 column = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
   if (column >= C) return;
-  const i64 g = blockIdx.z, all = gridDim.z * C;
-  A scale[V], shift[V], a[V], b[V], d[V];
-  row_of<A, W, V>(stats, C, column, scale);
-  row_of<A, W, V>(stats + all, C, column, shift);
-  row_of<A, W, V>(coefs, C, column, a);
-  row_of<A, W, V>(coefs + all, C, column, b);
-  row_of<A, W, V>(coefs + 2 * all, C, column, d);
+  const i64 g = blockIdx.z;
+  const InputGradient<A, W, V> gradient(stats, coefs, C, column);
   const Rows stretch(rows);
   const i64 base = g * rows * C + column;
   for (i64 r = stretch.begin + threadIdx.y; r < stretch.end; r += 2 * blockDim.y) {
@@ -392,10 +398,7 @@ __device__ inline void grad_input(const T* dy, const T* x, T* dx, i64 rows, i64 
       if (row < stretch.end) {
 #pragma unroll
         for (int k = 0; k < V; ++k) {
-          A dz = value(dyp[u].v[k]);
-          const A xv = value(xp[u].v[k]);
-          if (relu) dz = xv * scale[k] + shift[k] > A(0) ? dz : A(0);
-          put(xp[u].v[k], dz * a[k] + xv * b[k] + d[k]);
+          put(xp[u].v[k], gradient.at(k, value(xp[u].v[k]), value(dyp[u].v[k]), relu));
         }
         store<T, V>(dx + base + row * C, xp[u]);
       }
