@@ -50,7 +50,7 @@ impl Kernels {
             .collect();
         each.sort_by(|a, b| b.ms.total_cmp(&a.ms).then_with(|| a.name.cmp(&b.name)));
         let (span_ms, busy_ms) = (a_step(end - first), a_step(busy));
-        let idle_percent = if span_ms > 0.0 { 100.0 * (1.0 - busy_ms / span_ms) } else { 0.0 };
+        let idle_percent = if span_ms > 0.0 { 100.0 * (span_ms - busy_ms) / span_ms } else { 0.0 };
         Self { span_ms, busy_ms, idle_percent, each }
     }
 }
