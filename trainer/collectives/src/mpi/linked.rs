@@ -30,8 +30,11 @@ use crate::{
     buffer::{Element, block_start, sum_around, sum_in_rank_order, with_slice},
 };
 
-/// An all-reduce of at most this many bytes is gathered whole.
-const SHORT_BYTES: usize = 4 << 10;
+/// An all-reduce of at most this many bytes is gathered whole: one round of messages instead of two. Between two ranks
+/// no more bytes travel that way, so it serves longer ones.
+const fn short_bytes(world_size: usize) -> usize {
+    if world_size == 2 { 16 << 10 } else { 4 << 10 }
+}
 /// In a larger world than this, short messages are gathered by MPI's own algorithm, which needs fewer steps than
 /// one message to every rank.
 const FEW_RANKS: usize = 8;
@@ -217,7 +220,7 @@ impl Mpi {
             return Ok(());
         }
         let parts = T::parts(scratch);
-        if size_of_val(slice) <= SHORT_BYTES {
+        if size_of_val(slice) <= short_bytes(world_size) {
             self.sum_short(slice, parts, report)
         } else {
             self.sum_long(slice, parts, report)
@@ -237,17 +240,28 @@ impl Mpi {
         let (own, all) = (slice.as_mut_ptr(), parts.as_mut_ptr());
         let mut requests = self.requests(report);
         if world_size <= FEW_RANKS {
+            // Pieces that leave at once.
+            let longest = EAGER_BLOCK_BYTES / size_of::<T>();
+            let pieces = || (0..len).step_by(longest).map(|start| (start, longest.min(len - start)));
             requests.post(|posting| {
                 for peer in (1..world_size).map(|round| (rank + world_size - round) % world_size) {
-                    // SAFETY: `parts` has room for `world_size` times the slice; both are borrowed until after
-                    // `wait`.
-                    unsafe {
-                        posting.receive(Message { at: all.add(peer * len), len, peer, tag: PART_TAG })?
-                    };
+                    for (start, len_of) in pieces() {
+                        // SAFETY: `parts` has room for `world_size` times the slice; both are borrowed until after
+                        // `wait`.
+                        unsafe {
+                            let at = all.add(peer * len + start);
+                            posting.receive(Message { at, len: len_of, peer, tag: PART_TAG })?;
+                        }
+                    }
                 }
                 for peer in (1..world_size).map(|round| (rank + round) % world_size) {
-                    // SAFETY: as above; the slice is only read.
-                    unsafe { posting.send(Message { at: own, len, peer, tag: PART_TAG })? };
+                    for (start, len_of) in pieces() {
+                        // SAFETY: as above; the slice is only read.
+                        unsafe {
+                            let at = own.add(start);
+                            posting.send(Message { at, len: len_of, peer, tag: PART_TAG })?;
+                        }
+                    }
                 }
                 Ok(())
             })?;
@@ -256,7 +270,7 @@ impl Mpi {
             sum_around(slice, before, &after[len..]);
         } else {
             let (count, datatype) = (len as c_int, T::datatype());
-            // SAFETY: as above; the count is at most SHORT_BYTES.
+            // SAFETY: as above; the count is small.
             unsafe {
                 requests.start(|comm, request| {
                     ffi::MPI_Iallgather(

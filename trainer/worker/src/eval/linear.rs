@@ -89,7 +89,18 @@ pub fn logistic(bank: &Labelled, num_classes: i64) -> Result<Linear, WorkerError
         Ok((entropy + penalty, Tensor::f_cat(&[of_weight.f_view([-1])?, of_bias], 0)?))
     };
     let start = Tensor::f_zeros([len + num_classes], (Kind::Double, Device::Cpu))?;
-    let theta = lbfgs(start, objective)?;
+    let (theta, arrived) = lbfgs(start, objective)?;
+    if !arrived {
+        tracing::warn!(
+            iterations = MAX_ITERATIONS,
+            features = dim,
+            "logistic regression stopped before its optimum"
+        );
+        eprintln!(
+            "warning: logistic regression on {dim} features of an image stopped after {MAX_ITERATIONS} iterations, before its \
+             optimum"
+        );
+    }
 
     // Standardisation becomes part of the layer, so that it takes features as they are.
     let weight = theta.f_narrow(0, 0, len)?.f_view([num_classes, dim])? / std.f_to_kind(Kind::Double)?;
@@ -99,17 +110,17 @@ pub fn logistic(bank: &Labelled, num_classes: i64) -> Result<Linear, WorkerError
 }
 
 /// The minimum of a convex function by L-BFGS (Nocedal and Wright, "Numerical Optimization", algorithm 7.5), the step halved
-/// until the function falls enough (algorithm 3.1).
+/// until the function falls enough (algorithm 3.1). Whether it has arrived.
 fn lbfgs(
     mut theta: Tensor,
     objective: impl Fn(&Tensor) -> Result<(f64, Tensor), WorkerError>,
-) -> Result<Tensor, WorkerError> {
+) -> Result<(Tensor, bool), WorkerError> {
     let dot = |a: &Tensor, b: &Tensor| -> Result<f64, WorkerError> { Ok(a.f_dot(b)?.f_double_value(&[])?) };
     let (mut value, mut gradient) = objective(&theta)?;
     let mut pairs: std::collections::VecDeque<(Tensor, Tensor, f64)> = std::collections::VecDeque::new();
     for _ in 0..MAX_ITERATIONS {
         if gradient.f_abs()?.f_max()?.f_double_value(&[])? <= GRADIENT_TOLERANCE {
-            return Ok(theta);
+            return Ok((theta, true));
         }
         let mut direction = gradient.f_neg()?;
         let mut alphas = Vec::with_capacity(pairs.len());
@@ -136,7 +147,7 @@ fn lbfgs(
             }
             step /= 2.0;
             if step < 1e-10 {
-                return Ok(theta); // as low as rounding lets it fall
+                return Ok((theta, true)); // as low as rounding lets it fall
             }
         };
         let (s, y) = (&next - &theta, &next_gradient - &gradient);
@@ -149,9 +160,7 @@ fn lbfgs(
         }
         (theta, value, gradient) = (next, next_value, next_gradient);
     }
-    tracing::warn!(iterations = MAX_ITERATIONS, "logistic regression stopped before its optimum");
-    eprintln!("warning: logistic regression stopped after {MAX_ITERATIONS} iterations, before its optimum");
-    Ok(theta)
+    Ok((theta, false))
 }
 
 /// The numbers of an official protocol.
