@@ -1,4 +1,4 @@
-// CUDA kernels, compiled at run time by NVRTC for the device that is there (see device.cpp). No header is included: bf16 is
+// CUDA kernels, compiled at run time by NVRTC for the device that is there (see launch.cpp). No header is included: bf16 is
 // taken apart by hand.
 //
 // Batch normalisation. Activations are R rows of C channels (channels-last); group g is the rows [g*R/G, (g+1)*R/G).
@@ -6,7 +6,7 @@
 // channels, blockIdx.y the stretch of rows, blockIdx.z the group. Sums are taken in a fixed order: in each thread over its rows,
 // then over the threads of a block, then (combine) over the stretches. So they are the same in every run.
 //
-// Launch bounds are the blocks that device.cpp launches: a kernel that takes too many registers for its block does not start.
+// Launch bounds are the blocks that device.cpp and device_norm.cpp launch: a kernel that takes too many registers for its block does not start.
 //
 // What passes between the kernels:
 //   sums   [G][2][C] doubles and, behind them, [G] counts: the sums of x and x^2, or of dz and dz*(x-mean), of each group; over

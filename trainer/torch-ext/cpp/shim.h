@@ -59,12 +59,13 @@ int mentee_ema(at::Tensor* teacher, const at::Tensor* student, int64_t teacher_b
                double tau);
 int mentee_norm(const at::Tensor* flat, double* norm);
 
-// See device.cpp. All-reduces n doubles on the device in place, in the order of `stream` (a cudaStream_t).
+// See device_norm.cpp. All-reduces n doubles on the device in place, in the order of `stream` (a cudaStream_t).
 typedef int (*mentee_device_reduce_fn)(void* context, void* values, int64_t n, void* stream);
-// `source` is kernels.cu and must live as long as the process; `nvrtc` the file to open.
+// See launch.cpp. `source` is kernels.cu and must live as long as the process; `nvrtc` the file to open.
 int mentee_device_start(const char* source, const char* nvrtc);
 // Size of the machine code of one part for an architecture; needs no device.
 int mentee_device_compile(const char* part, const char* architecture, int64_t* bytes);
+// See device.cpp.
 int mentee_device_use(int device, int autotune, int tf32);
 int mentee_device_batch_norm_train(const at::Tensor* x, const at::Tensor* weight, const at::Tensor* bias,
                                    const at::Tensor* residual, const at::Tensor* residual_weight,

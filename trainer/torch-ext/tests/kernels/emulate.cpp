@@ -145,7 +145,7 @@ static auto finish_grad_of() {
   else return [](auto... a) { finish_grad_f32(a...); };
 }
 
-// One normalisation, forward and backward, as device.cpp launches it.
+// One normalisation, forward and backward, as device_norm.cpp launches it.
 template <typename T, typename W>
 struct Norm {
   std::string name;

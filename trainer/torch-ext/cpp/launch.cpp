@@ -1,0 +1,176 @@
+// Kernels of kernels.cu through NVRTC and the driver, both opened at run time: nothing of NVIDIA's is needed to build or to start
+// the program.
+
+#include "launch.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+#include <vector>
+
+namespace {
+
+// cuda.h and nvrtc.h, as far as they are used here (CUDA 12 and 13 have them alike).
+typedef int (*cuLaunchKernel_t)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                                void**);
+typedef int (*cuModuleLoadData_t)(void**, const void*);
+typedef int (*cuModuleGetFunction_t)(void**, void*, const char*);
+typedef int (*cuDeviceGetAttribute_t)(int*, int, int);
+typedef int (*cuGetErrorString_t)(int, const char**);
+typedef int (*nvrtcCreateProgram_t)(void**, const char*, const char*, int, const char* const*, const char* const*);
+typedef int (*nvrtcCompileProgram_t)(void*, int, const char* const*);
+typedef int (*nvrtcGetSize_t)(void*, size_t*);
+typedef int (*nvrtcGetText_t)(void*, char*);
+typedef int (*nvrtcDestroyProgram_t)(void**);
+typedef int (*aoti_stream_t)(int32_t, void**);
+
+constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+
+void* symbol(void* library, const char* name) {
+  void* found = dlsym(library, name);
+  TORCH_CHECK(found, "the library of ", name, " has no such function");
+  return found;
+}
+
+struct Driver {
+  cuLaunchKernel_t launch = nullptr;
+  cuModuleLoadData_t load = nullptr;
+  cuModuleGetFunction_t function = nullptr;
+  cuDeviceGetAttribute_t attribute = nullptr;
+  cuGetErrorString_t text = nullptr;
+  aoti_stream_t stream = nullptr;
+
+  void check(int code, const std::string& what) const {
+    if (code == 0) return;
+    const char* said = nullptr;
+    text(code, &said);
+    TORCH_CHECK(false, "CUDA: ", what, ": ", said ? said : "unknown error", " (", code, ")");
+  }
+};
+
+const Driver& driver() {
+  static const Driver found = [] {
+    Driver d;
+    void* cuda = dlopen("libcuda.so.1", RTLD_NOW);
+    TORCH_CHECK(cuda, "no NVIDIA driver (libcuda.so.1 cannot be loaded)");
+    d.launch = reinterpret_cast<cuLaunchKernel_t>(symbol(cuda, "cuLaunchKernel"));
+    d.load = reinterpret_cast<cuModuleLoadData_t>(symbol(cuda, "cuModuleLoadData"));
+    d.function = reinterpret_cast<cuModuleGetFunction_t>(symbol(cuda, "cuModuleGetFunction"));
+    d.attribute = reinterpret_cast<cuDeviceGetAttribute_t>(symbol(cuda, "cuDeviceGetAttribute"));
+    d.text = reinterpret_cast<cuGetErrorString_t>(symbol(cuda, "cuGetErrorString"));
+    // Exported by libtorch's CUDA part, which is loaded by then.
+    d.stream = reinterpret_cast<aoti_stream_t>(symbol(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
+    return d;
+  }();
+  return found;
+}
+
+const char* kernel_source = nullptr;
+std::string nvrtc_file;
+
+// Compiles a part of kernels.cu to machine code for one architecture, such as "sm_90".
+std::vector<char> compile(const std::string& part, const std::string& architecture) {
+  TORCH_CHECK(kernel_source, "the kernels' source was not given");
+  void* nvrtc = dlopen(nvrtc_file.c_str(), RTLD_NOW);
+  TORCH_CHECK(nvrtc, "NVRTC cannot be opened: ", dlerror(), "; install torch with its CUDA libraries");
+  auto create = reinterpret_cast<nvrtcCreateProgram_t>(symbol(nvrtc, "nvrtcCreateProgram"));
+  auto run = reinterpret_cast<nvrtcCompileProgram_t>(symbol(nvrtc, "nvrtcCompileProgram"));
+  auto log_size = reinterpret_cast<nvrtcGetSize_t>(symbol(nvrtc, "nvrtcGetProgramLogSize"));
+  auto log_text = reinterpret_cast<nvrtcGetText_t>(symbol(nvrtc, "nvrtcGetProgramLog"));
+  auto code_size = reinterpret_cast<nvrtcGetSize_t>(symbol(nvrtc, "nvrtcGetCUBINSize"));
+  auto code_text = reinterpret_cast<nvrtcGetText_t>(symbol(nvrtc, "nvrtcGetCUBIN"));
+  auto destroy = reinterpret_cast<nvrtcDestroyProgram_t>(symbol(nvrtc, "nvrtcDestroyProgram"));
+
+  void* program = nullptr;
+  TORCH_CHECK(create(&program, kernel_source, "kernels.cu", 0, nullptr, nullptr) == 0, "NVRTC takes no program");
+  const std::string arch = "--gpu-architecture=" + architecture, define = "-DPART_" + part;
+  const char* options[] = {arch.c_str(), define.c_str(), "--std=c++17"};
+  const int code = run(program, 3, options);
+  if (code != 0) {
+    size_t size = 0;
+    log_size(program, &size);
+    std::string log(size, ' ');
+    log_text(program, log.data());
+    destroy(&program);
+    // On one line, as messages are.
+    for (auto& c : log) {
+      if (c == '\n') c = ' ';
+    }
+    TORCH_CHECK(false, "NVRTC (", code, "), part ", part, " for ", architecture, ": ", log);
+  }
+  size_t size = 0;
+  code_size(program, &size);
+  std::vector<char> binary(size);
+  code_text(program, binary.data());
+  destroy(&program);
+  return binary;
+}
+
+}  // namespace
+
+namespace mentee::device {
+
+int attribute(int device, int which) {
+  int value = 0;
+  driver().check(driver().attribute(&value, which, device), "device attribute");
+  return value;
+}
+
+void* current_stream(int device) {
+  void* stream = nullptr;
+  TORCH_CHECK(driver().stream(device, &stream) == 0, "libtorch has no current stream");
+  return stream;
+}
+
+// A kernel by its name, on the device that is current; parts are compiled once a process and device.
+static void* kernel(int device, const std::string& part, const std::string& name) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, std::string>, void*> modules, functions;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto& function = functions[{device, name}];
+  if (function) return function;
+  auto& module = modules[{device, part}];
+  if (!module) {
+    const auto architecture =
+        "sm_" + std::to_string(attribute(device, kMajor)) + std::to_string(attribute(device, kMinor));
+    const auto binary = compile(part, architecture);
+    driver().check(driver().load(&module, binary.data()), "loading the kernels of part " + part);
+  }
+  driver().check(driver().function(&function, module, name.c_str()), "kernel " + name);
+  return function;
+}
+
+void launch_with(const Tensor& on, const std::string& part, const std::string& name, Dim grid, Dim block, int64_t shared,
+                 void** arguments) {
+  const int device = on.device().index();
+  void* stream = current_stream(device);
+  driver().check(driver().launch(kernel(device, part, name), grid.x, grid.y, grid.z, block.x, block.y, block.z, shared,
+                                 stream, arguments, nullptr),
+                 "launch of " + name);
+}
+
+std::string name_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return "f32";
+    case at::kDouble: return "f64";
+    case at::kBFloat16: return "bf16";
+    default: TORCH_CHECK(false, "the device's kernels take f32, f64 or bf16, not ", t.scalar_type());
+  }
+}
+
+}  // namespace mentee::device
+
+extern "C" {
+
+int mentee_device_start(const char* source, const char* nvrtc) {
+  return mentee::guarded([&] {
+    kernel_source = source;
+    nvrtc_file = nvrtc;
+  });
+}
+
+int mentee_device_compile(const char* part, const char* architecture, int64_t* bytes) {
+  return mentee::guarded([&] { *bytes = static_cast<int64_t>(compile(part, architecture).size()); });
+}
+}
