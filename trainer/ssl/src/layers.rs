@@ -302,9 +302,9 @@ impl Norm {
     ) -> Result<Tensor, SslError> {
         let norm = self.of(pass, relu);
         if let Some(on) = pass.on_device(self) {
-            let residual = residual.map(|x| ext::Residual { x, norm: None });
-            let (views, running) = (on.views, on.running(self));
-            return Ok(ext::device_batch_norm_train(x, norm, residual, running, views, on.reduce)?.0);
+            // What has a residual does not come here.
+            let running = on.running(self);
+            return Ok(ext::device_batch_norm_train(x, norm, None, running, on.views, on.reduce)?.0);
         }
         match &pass.mode {
             Mode::Train { stats, views, reduce } => {

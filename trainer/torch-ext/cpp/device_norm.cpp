@@ -290,7 +290,8 @@ struct BatchNormPool : torch::autograd::Function<BatchNormPool> {
     const Tensor largest = trains ? at::empty_like(y) : Tensor();
     const Tensor which = trains ? at::empty_like(y, y.options().dtype(at::kByte)) : Tensor();
     const Shape windows(y, groups);
-    check_places(shape);
+    // The kernels count places in 32 bits.
+    TORCH_CHECK(shape.rows <= std::numeric_limits<uint32_t>::max(), "a view of ", shape.rows, " places is too large");
     launch(x, shape.part, "apply_pool_" + shape.suffix, windows.grid(kMapBlocks), windows.block(), 0, pointer(x),
            y.mutable_data_ptr(), written(largest), written(which), windows.rows, windows.channels, static_cast<int>(height),
            static_cast<int>(width), pointer(stats));
@@ -316,11 +317,6 @@ struct BatchNormPool : torch::autograd::Function<BatchNormPool> {
            static_cast<int>(x.size(3)), pointer(stats), pointer(own.coefs));
     const Tensor none;
     return {dx, own.weight, own.bias, none, none, none, none, none, none};
-  }
-
-  // The kernels count places in 32 bits.
-  static void check_places(const Shape& shape) {
-    TORCH_CHECK(shape.rows <= std::numeric_limits<uint32_t>::max(), "a view of ", shape.rows, " places is too large");
   }
 };
 
@@ -380,8 +376,8 @@ int mentee_device_batch_norm_apply(const Tensor* x, const Tensor* weight, const 
                                    const Tensor* running, double eps, int relu, Tensor** out) {
   return mentee::guarded([&] {
     auto or_none = [](const Tensor* t) { return t ? *t : Tensor(); };
-    *out = new Tensor(batch_norm_apply(*x, or_none(weight), or_none(bias), or_none(residual), *running,
-                                                       eps, relu != 0));
+    *out = new Tensor(
+        batch_norm_apply(*x, or_none(weight), or_none(bias), or_none(residual), *running, eps, relu != 0));
   });
 }
 }
