@@ -51,8 +51,8 @@ int main(int argc, char **argv) {
         if (rank == 0) {
             qsort(times, repetitions, sizeof(double), by_size);
             double median = (times[repetitions / 2] + times[(repetitions - 1) / 2]) / 2;
-            printf("{\"bytes\": %ld, \"ranks\": %d, \"repetitions\": %d, \"seconds\": %.9f, \"bytes_per_s\": %.0f}\n",
-                   bytes, ranks, repetitions, median, (double)bytes / median);
+            printf("{\"bytes\": %ld, \"ranks\": %d, \"n\": %d, \"seconds\": %.9f, \"algbw_gb_s\": %.6f}\n",
+                   bytes, ranks, repetitions, median, (double)bytes / median / 1e9);
             fflush(stdout);
         }
         free(times);

@@ -39,7 +39,7 @@ def measure(program, ranks, size, a):
         raise SystemExit(f"error: {' '.join(command)} ended with {child.returncode}")
     row = json.loads(stdout.strip().splitlines()[-1])
     assert (row["bytes"], row["ranks"]) == (size, ranks), row
-    return row["bytes_per_s"]
+    return row["bytes"] / row["seconds"]
 
 
 def text(size):

@@ -1,10 +1,10 @@
 """The training step of mentee against the same step in plain PyTorch: `ci/bench step` runs this.
 
-Every round runs each side once, in its own process, in turns of order; the ratio of a round is PyTorch's time for a step
-over mentee's of the same round, so that a machine that slows down between rounds touches neither. More than 1 means that
-mentee is faster. Both sides get the same environment, threads, network, batch, precision and memory layout. With --all,
-PyTorch also runs contiguous, and with the allocator settings that mentee makes for itself (whole-batch buffers stay mapped),
-and the ratio is to the fastest of its four ways in that round.
+Every round runs each side in its own process, one right behind the other, in turns of order; a ratio is PyTorch's time for a
+step over mentee's beside it, so that a machine that slows down for minutes touches neither. More than 1 means that mentee is
+faster. Both sides get the same environment, threads, network, batch, precision and memory layout. With --all, PyTorch also runs
+contiguous, and with the allocator settings that mentee makes for itself (whole-batch buffers stay mapped), each way beside a run
+of mentee of its own; the star marks the fastest of PyTorch's four ways, by its median.
 """
 
 import argparse
@@ -108,45 +108,47 @@ def main():
     ways = [(layout, {}) for layout in layouts]
     ways += [(layout, KEEP_FREED_MEMORY) for layout in layouts if a.all]
 
-    ours = {cell: [] for cell in cells}
-    theirs = {cell: [[] for _ in ways] for cell in cells}
+    # Of every cell and way of PyTorch: pairs of measurements, one right behind the other.
+    pairs = {cell: [[] for _ in ways] for cell in cells}
     for round in range(a.rounds):
         for cell in cells:
             case, precision = CASES[cell[0]], cell[1]
-            runs = [(ours[cell], worker_command(a.worker, case, precision, a), {})]
-            for results, (layout, allocator) in zip(theirs[cell], ways):
-                runs.append((results, pytorch_command(case, precision, layout, a), allocator))
-            for results, command, allocator in runs if round % 2 == 0 else reversed(runs):
-                results.append(measure(command, environment | allocator))
+            for n, (layout, allocator) in enumerate(ways):
+                runs = [
+                    (worker_command(a.worker, case, precision, a), environment),
+                    (pytorch_command(case, precision, layout, a), environment | allocator),
+                ]
+                ours_first = (round + n) % 2 == 0
+                results = [measure(*run) for run in (runs if ours_first else reversed(runs))]
+                pairs[cell][n].append(tuple(results if ours_first else reversed(results)))
         print(f"round {round + 1} of {a.rounds} done", file=sys.stderr)
 
     rows = []
     for cell in cells:
-        fastest = [min(way[n]["step_ms"] for way in theirs[cell]) for n in range(a.rounds)]
-        references = [
-            (layout + (" kept" if allocator else ""), [r["step_ms"] for r in results], results)
-            for (layout, allocator), results in zip(ways, theirs[cell])
-        ]
-        if a.all:
-            references.append(("fastest", fastest, [r for results in theirs[cell] for r in results]))
-        for way, times, results in references:
-            ratios = [time / o["step_ms"] for o, time in zip(ours[cell], times)]
-            rows.append(
+        all_ours = [ours for way in pairs[cell] for ours, _ in way]
+        of_cell = []
+        for (layout, allocator), way in zip(ways, pairs[cell]):
+            ratios = [theirs["step_ms"] / ours["step_ms"] for ours, theirs in way]
+            of_cell.append(
                 {
                     "network": cell[0],
                     "batch": CASES[cell[0]]["batch"],
                     "precision": cell[1],
-                    "pytorch": way,
-                    "mentee_ms": statistics.median(o["step_ms"] for o in ours[cell]),
-                    "pytorch_ms": statistics.median(times),
-                    "mentee_images_per_s": statistics.median(o["images_per_s"] for o in ours[cell]),
+                    "pytorch": layout + (" kept" if allocator else ""),
+                    "mentee_ms": statistics.median(ours["step_ms"] for ours in all_ours),
+                    "pytorch_ms": statistics.median(theirs["step_ms"] for _, theirs in way),
+                    "mentee_images_per_s": statistics.median(ours["images_per_s"] for ours in all_ours),
                     "ratio": statistics.median(ratios),
                     "ratio_min": min(ratios),
                     "ratio_max": max(ratios),
-                    "mentee_rss_mb": max(o["peak_rss_mb"] for o in ours[cell]),
-                    "pytorch_rss_mb": max(r["peak_rss_mb"] for r in results),
+                    "mentee_rss_mb": max(ours["peak_rss_mb"] for ours in all_ours),
+                    "pytorch_rss_mb": max(theirs["peak_rss_mb"] for _, theirs in way),
                 }
             )
+        fastest = min(row["pytorch_ms"] for row in of_cell)
+        for row in of_cell:
+            row["fastest"] = row["pytorch_ms"] == fastest
+        rows += of_cell
     if a.json:
         print(json.dumps({"machine": where, "threads": a.threads, "rounds": a.rounds, "rows": rows}, indent=1))
         return
@@ -154,7 +156,8 @@ def main():
     print(f"{'network':9} {'batch':>5} {'type':5} {'PyTorch':18} {'mentee ms':>9} {'PyTorch ms':>10}", end="")
     print(f" {'mentee img/s':>12} {'ratio':>6} {'min':>6} {'max':>6} {'mentee MB':>9} {'PyTorch MB':>10}")
     for r in rows:
-        print(f"{r['network']:9} {r['batch']:5} {r['precision']:5} {r['pytorch']:18}", end="")
+        way = r["pytorch"] + (" *" if a.all and r["fastest"] else "")
+        print(f"{r['network']:9} {r['batch']:5} {r['precision']:5} {way:18}", end="")
         print(f" {r['mentee_ms']:9.1f} {r['pytorch_ms']:10.1f} {r['mentee_images_per_s']:12.1f}", end="")
         print(f" {r['ratio']:6.3f} {r['ratio_min']:6.3f} {r['ratio_max']:6.3f}", end="")
         print(f" {r['mentee_rss_mb']:9.0f} {r['pytorch_rss_mb']:10.0f}")

@@ -291,9 +291,12 @@ def main():
     if a.compile and a.compiled == "step":
         loss_of = torch.compile(loss_of, mode=a.compile)
     elif a.compile:
-        # In place, and once each: a view after the other goes through the same code.
-        for network in (student, predictor, teacher):
-            network.compile(mode=a.compile)
+        # Once each: a view after the other goes through the same code. A Sequential's own `compile` would leave out everything but
+        # its blocks; and what they share must not make their shapes dynamic.
+        def compiled(network):
+            return torch.compile(network, mode=a.compile, dynamic=False)
+
+        predict.student, predict.predictor, teacher = compiled(student), compiled(predictor), compiled(teacher)
 
     def step():
         if a.compile:
@@ -347,6 +350,9 @@ def main():
 
     if a.serve:
         step(), step().item()
+        if cuda:
+            optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
         print(json.dumps({"ready": True, "ready_s": time.perf_counter() - began}), flush=True)
         for line in sys.stdin:
             asked = json.loads(line)

@@ -259,7 +259,8 @@ fn a_world_that_disagrees_with_the_environment() {
 fn bad_usage() {
     let unknown = |mut command: Command, arguments: &[&str]| {
         command.args(arguments);
-        finish(command).expect(USAGE)
+        let outcome = finish(command).expect(USAGE);
+        assert_eq!(outcome.stderr.trim_end().lines().count(), 1, "one line: {}", outcome.stderr);
     };
     unknown(mentee(), &["trian"]);
     unknown(mentee(), &["run"]);

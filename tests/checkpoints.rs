@@ -192,6 +192,9 @@ fn one_rank_without_room_costs_all_ranks_that_checkpoint_and_no_other() {
     let told = outcome.expect(0).told();
     assert!(told.contains("no checkpoint of step 6: rank 1 could not write its share"), "{told}");
     assert_eq!(there, ["step-00000003", "step-00000008"]);
+    // Without a supervisor, rank 0 hosts the coordinator and keeps its log.
+    let log = std::fs::read_to_string(dir.path().join("sometimes/logs/coordinator.jsonl")).expect("a log");
+    assert!(log.contains("mentee::coordinator"), "{log}");
 
     let (outcome, there) = trained("at-the-end", "full:rank=1,step=8");
     let outcome = outcome.expect(1);

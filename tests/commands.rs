@@ -88,7 +88,15 @@ fn from_images_to_a_report() {
     let recipe = tiny(&shards).write(dir.path().join("tiny.toml"));
     run(&[&"run", &recipe, &"--workers", &"2", &"--run-dir", &run_dir]).expect(0);
     assert_eq!(losses(&run_dir).len(), 8);
-    for file in ["plan.toml", "metrics.jsonl", "logs/rank-00000.jsonl", "logs/rank-00001.jsonl"] {
+    for file in [
+        "plan.toml",
+        "metrics.jsonl",
+        "report.html",
+        "logs/launcher.jsonl",
+        "logs/coordinator.jsonl",
+        "logs/rank-00000.jsonl",
+        "logs/rank-00001.jsonl",
+    ] {
         assert!(run_dir.join(file).is_file(), "{file} is missing");
     }
     let lines = metrics(&run_dir);
@@ -176,6 +184,36 @@ fn from_images_to_a_report() {
     let refused = run(&[&"data", &"verify", &shards]).expect(3);
     assert!(refused.stdout.contains("00000.tar"), "{}", refused.told());
     assert!(refused.error_line().contains("problem"), "{}", refused.told());
+}
+
+#[test]
+fn benches_print_one_json_value() {
+    let _machine = machine();
+    let rows = json(&run(&[&"bench", &"allreduce", &"demo", &"--json", &"--seconds", &"0.001"]).expect(0));
+    let rows = rows.as_array().expect("an array");
+    assert_eq!(rows.len(), 10);
+    for row in rows {
+        let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
+        let expected = number("bytes") / number("seconds") / 1e9;
+        assert!((number("algbw_gb_s") / expected - 1.0).abs() < 0.01, "{row}");
+        assert!(number("n") >= 1.0);
+    }
+    let coordinator = run(&[
+        &"bench",
+        &"coordinator",
+        &"demo",
+        &"--json",
+        &"--workers",
+        &"4",
+        &"--seconds",
+        &"1",
+        &"--rounds",
+        &"1",
+    ]);
+    let report = json(&coordinator.expect(0));
+    for key in ["workers", "p50_ms", "p99_ms", "rss_mb", "cpu_share", "n"] {
+        assert!(report[key].is_number(), "no {key} in {report}");
+    }
 }
 
 #[test]

@@ -83,6 +83,49 @@ fn linear_probes_say_their_protocol_and_floors_and_repeat_themselves() {
 }
 
 #[test]
+fn an_evaluation_that_a_run_was_stopped_before_comes_when_it_goes_on() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let sets = [("schedule.max_steps", "8"), ("eval.knn_every_epochs", "1")];
+    let run = trained(dir.path(), "run", &sets);
+    let kinds = |lines: &[Value]| -> Vec<String> {
+        lines
+            .iter()
+            .map(|line| format!("{} {}", line["kind"].as_str().unwrap_or_default(), line["step"]))
+            .collect()
+    };
+    let lines = metrics(&run);
+    let place = |what: &str| {
+        kinds(&lines).iter().position(|line| line == what).unwrap_or_else(|| panic!("no {what}"))
+    };
+    // Who is stopped in the evaluation has the checkpoint already.
+    assert!(place("checkpoint 8") < place("eval 8"), "{:?}", kinds(&lines));
+
+    // As if it had been killed there, one supervisor and all.
+    let text: Vec<String> = lines[..place("eval 8")].iter().map(|line| format!("{line}\n")).collect();
+    std::fs::write(run.join("metrics.jsonl"), text.concat()).expect("the metrics can be cut");
+    std::fs::remove_file(run.join("status.json")).expect("there was a status");
+    let digest = final_state(&run);
+    let again = || {
+        let mut command = mentee();
+        command
+            .arg("run")
+            .arg(dir.path().join("run.toml"))
+            .arg("--run-dir")
+            .arg(&run)
+            .args(["--workers", "2"]);
+        finish(command).expect(0)
+    };
+    again();
+    let resumed = metrics(&run);
+    assert_eq!(kinds(&resumed), kinds(&lines), "the evaluation is all that was missing");
+    assert_eq!(resumed.last().map(|line| &line["knn_top1"]), lines.last().map(|line| &line["knn_top1"]));
+    assert_eq!(final_state(&run), digest);
+    assert!(again().stdout.contains("nothing to do"));
+    assert_eq!(metrics(&run), resumed);
+}
+
+#[test]
 fn a_grid_of_knn_has_every_setting_and_a_record_reaches_the_report() {
     let _machine = machine();
     let dir = temp_dir();

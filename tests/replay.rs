@@ -17,7 +17,8 @@ fn differences(sets: &[(&str, &str)]) -> serde_json::Map<String, Value> {
         recipe = recipe.set(key, value);
     }
     let recipe = recipe.write(dir.path().join("tiny.toml"));
-    let trace = dir.path().join("trace");
+    let trace = dir.path().join("an/empty/folder");
+    std::fs::create_dir_all(&trace).expect("a folder");
     let mut command = mentee();
     command.arg("trace").arg(recipe).args(["--steps", "3", "--out"]).arg(&trace);
     finish(command).expect(0);

@@ -105,9 +105,12 @@ fn a_longer_run_continues_a_shorter_one() {
     first.args(["--set", "schedule.max_steps=5"]);
     finish(first).expect(0);
     assert_eq!(final_state(&parts).0, 5);
+    let plan = || std::fs::read_to_string(parts.join("plan.toml")).expect("a plan");
+    assert!(plan().contains("max_steps = 5"), "{}", plan());
     finish(with_run_dir(worker(), &recipe, &parts)).expect(0);
     assert_eq!(losses(&parts), losses(&whole));
     assert_eq!(final_state(&parts), final_state(&whole));
+    assert!(plan().contains(&format!("max_steps = {STEPS}")), "what really ran: {}", plan());
 }
 
 #[test]

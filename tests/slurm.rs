@@ -41,6 +41,7 @@ const TESTS: &[Test] = &[
     ("a_cancelled_job_is_gone_in_time_and_resumable", a_cancelled_job_is_gone_in_time_and_resumable),
     ("devices_follow_slurms_options", devices_follow_slurms_options),
     ("an_array_of_variants", an_array_of_variants),
+    ("what_happens_to_a_task_of_an_array_is_its_own", what_happens_to_a_task_of_an_array_is_its_own),
     ("every_command_of_the_guide_runs", every_command_of_the_guide_runs),
     ("what_cannot_be_is_refused_before_it_is_submitted", what_cannot_be_is_refused_before_it_is_submitted),
 ];
@@ -380,6 +381,38 @@ fn an_array_of_variants(bench: &Bench) {
     assert_eq!(bench.lab.status(&folder).as_array().map(Vec::len), Some(4));
 }
 
+fn what_happens_to_a_task_of_an_array_is_its_own(bench: &Bench) {
+    let folder = bench.run_dir("array-of-two");
+    let more = ["--nodes", "1", "--workers-per-node", "1", "--sweep", "run.seed=1,2"];
+    bench.lab.submit(&recipe(&bench.folder, SLOW_STEPS), &folder, &more).expect(0);
+    let runs = [folder.join("0"), folder.join("1")];
+    for run in &runs {
+        bench.lab.wait_for_lines(run, 12);
+    }
+    // One task's own id is the array's, and Slurm's commands take that for all of them.
+    let ids = bench.lab.slurm("squeue", &["--array", "--noheader", "--format=%F %A %K"]);
+    let task: usize = ids
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .find(|words| words[0] == words[1])
+        .and_then(|words| words[2].parse().ok())
+        .unwrap_or_else(|| panic!("no task with the array's id: {ids}"));
+    let (own, other) = (&runs[task], &runs[1 - task]);
+    let host = bench.lab.status(own)["status"]["ranks"]["0"]["host"].clone();
+    kill_a_rank_on(bench, own, host.as_str().expect("a host"), 0);
+    bench.lab.wait(own, "restart", || bench.lab.status(own)["status"]["generation"] == 1);
+    bench.lab.wait(own, "rank that trains", || {
+        bench.lab.status(own)["status"]["ranks"]["0"]["step"].as_u64() > Some(0)
+    });
+    bench.lab.slurm("scancel", &["--batch", "--signal=USR1", &bench.lab.job(own).0]);
+    for run in &runs {
+        bench.lab.wait_for_end(run, "COMPLETED");
+    }
+    let restarts = |run: &Path| metrics(run).iter().filter(|line| line["kind"] == "restart").count();
+    assert_eq!((restarts(own), bench.lab.requeues(own)), (1, 1), "{}", bench.lab.told(own));
+    assert_eq!((restarts(other), bench.lab.requeues(other)), (0, 0), "{}", bench.lab.told(other));
+}
+
 fn what_cannot_be_is_refused_before_it_is_submitted(bench: &Bench) {
     let before = bench.lab.slurm("squeue", &["--noheader", "--format=%i"]);
     let table: [(&[&str], &str); 5] = [
@@ -394,6 +427,7 @@ fn what_cannot_be_is_refused_before_it_is_submitted(bench: &Bench) {
         let outcome = bench.lab.submit(&bench.recipe, &run_dir, options);
         assert_ne!(outcome.code, 0);
         assert!(outcome.error_line().contains(part), "{}", outcome.told());
+        assert!(!run_dir.join("plan.toml").exists(), "the next try may be of another recipe");
     }
     let mut command = mentee();
     command.arg("run").arg(&bench.recipe).args(["--workers", "2", "--engine", "srun"]);

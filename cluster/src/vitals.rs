@@ -22,6 +22,11 @@ impl Vitals {
         self.step.store(step, Ordering::Relaxed);
     }
 
+    /// Steps completed, as told by [`Vitals::step`].
+    pub fn steps(&self) -> u64 {
+        self.step.load(Ordering::Relaxed)
+    }
+
     /// What the rank does.
     pub fn phase(&self, phase: Phase) {
         self.phase.store(phase as u8, Ordering::Relaxed);
@@ -42,7 +47,7 @@ impl Vitals {
     pub(crate) fn fill(&self, report: Progress) -> Progress {
         let ms = |micros: &AtomicU64| micros.load(Ordering::Relaxed) as f64 / 1e3;
         Progress {
-            step: self.step.load(Ordering::Relaxed),
+            step: self.steps(),
             phase: Phase::from_u8(self.phase.load(Ordering::Relaxed)),
             waiting: self.waiting.load(Ordering::Relaxed),
             own_ms: ms(&self.own_micros),

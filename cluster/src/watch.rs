@@ -171,8 +171,8 @@ impl Watch {
             self.ready += 1;
         }
         let step = seen.step;
-        self.only_steps &= !matches!(progress.phase, Phase::Starting | Phase::Checkpoint | Phase::Eval);
         self.learn(now, step);
+        self.only_steps &= !matches!(progress.phase, Phase::Starting | Phase::Checkpoint | Phase::Eval);
         if self.ready == self.ranks.len() { self.compare() } else { Vec::new() }
     }
 

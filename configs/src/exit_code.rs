@@ -9,7 +9,7 @@
 //! | 4 | [`CHECKPOINT`] | a checkpoint is needed and none is usable | `mentee checkpoints RUN --verify` |
 //! | 5 | [`RANK_FAILED`] | a rank failed and the restart budget is spent | `mentee logs RUN` |
 //! | 6 | [`DIVERGED`] | the loss is not finite, or the projections collapsed | change the recipe |
-//! | 75 | [`PREEMPTED`] | stopped on request with a checkpoint written | run the same command again |
+//! | 75 | [`PREEMPTED`] | stopped on request; what is said last names the checkpoint | run the same command again |
 //!
 //! 75 is `EX_TEMPFAIL` of BSD's `sysexits.h`: "the user is invited to retry".
 

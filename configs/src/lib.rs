@@ -20,6 +20,7 @@ pub mod plan;
 pub mod recipe;
 pub mod reference;
 mod schema;
+pub mod usage;
 mod validate;
 
 pub use error::{ConfigError, Place};

@@ -87,6 +87,20 @@ impl Recipe {
         BUILT_IN.iter().map(|(name, _)| *name)
     }
 
+    /// Makes the paths it holds mean the same from everywhere.
+    ///
+    /// # Errors
+    /// [`ConfigError::Read`] if there is no current directory.
+    pub fn make_paths_absolute(&mut self) -> Result<(), ConfigError> {
+        for path in [&mut self.data.path, &mut self.eval.path, &mut self.model.init] {
+            if !path.as_os_str().is_empty() {
+                *path = std::path::absolute(&*path)
+                    .map_err(|source| ConfigError::Read { path: path.clone(), source })?;
+            }
+        }
+        Ok(())
+    }
+
     /// As `plan.toml` holds it: every key with its value. [`Recipe::from_plan`] reads it back exactly.
     ///
     /// # Panics If the recipe was made in Rust and TOML cannot hold it, which [`Recipe::validate`] would have

@@ -44,8 +44,7 @@ impl Plan {
         if world_size == 0 {
             return Err(bad_batch("a world of 0 ranks cannot share it; start at least one worker".into()));
         }
-        // Unsynchronised statistics need two samples in every rank's share; a synchronised batch needs them
-        // in all.
+        // Unsynchronised statistics need two samples in every rank's share; synchronised ones two in all.
         let parallel = &recipe.parallel;
         let statistics = !parallel.sync_batch_norm && parallel.norm_statistics == NormStatistics::Batch;
         let per_rank = if statistics { 2 } else { 1 };
@@ -60,6 +59,12 @@ impl Plan {
             }));
         }
         let parts = recipe.parallel.micro_batches;
+        if parallel.norm_statistics == NormStatistics::Batch && batch / parts < 2 {
+            return Err(bad_batch(format!(
+                "leaves fewer than 2 samples to a micro-batch, too few for batch-norm statistics; raise it or lower \
+                 `parallel.micro_batches` = {parts}"
+            )));
+        }
         if batch / u64::from(world_size) / parts < per_rank {
             return Err(bad_batch(format!(
                 "leaves fewer than {per_rank} samples to a micro-batch of some of {world_size} ranks; raise it or \
@@ -188,6 +193,12 @@ mod tests {
             message(&["schedule.global_batch=2"], u64::MAX, 1),
             "`schedule.epochs` = 100: times 9223372036854775807 steps is beyond 64 bits; lower it"
         );
+        assert_eq!(
+            message(&["schedule.global_batch=4", "parallel.micro_batches=3"], 100, 1),
+            "`schedule.global_batch` = 4: leaves fewer than 2 samples to a micro-batch, too few for batch-norm statistics; \
+             raise it or lower `parallel.micro_batches` = 3"
+        );
+        assert!(Plan::new(recipe(&["schedule.global_batch=4", "parallel.micro_batches=2"]), 100, 2).is_ok());
         assert!(Plan::new(recipe(&["schedule.global_batch=5"]), 5, 5).is_ok());
         assert!(
             Plan::new(recipe(&["schedule.global_batch=6", "parallel.sync_batch_norm=false"]), 6, 3).is_ok()

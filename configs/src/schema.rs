@@ -72,6 +72,8 @@ const UNIT_OPEN_BELOW: Bounds = Bounds { open_min: true, ..UNIT };
 const UNIT_OPEN_ABOVE: Bounds = Bounds { open_max: true, ..UNIT };
 const SIGMA: Bounds = Bounds { max: 100.0, ..UNIT_OPEN_BELOW };
 const POSITIVE: Bounds = Bounds { min: 0.0, max: f64::INFINITY, open_min: true, open_max: true };
+/// Longer than any run, and within what clocks count.
+const PATIENCE: Bounds = Bounds { max: 1e9, open_max: false, ..POSITIVE };
 const NOT_NEGATIVE: Bounds = Bounds { open_min: false, ..POSITIVE };
 const ANY_COUNT: Kind = Kind::Count { min: 0, max: i64::MAX };
 const POSITIVE_COUNT: Kind = Kind::Count { min: 1, max: i64::MAX };
@@ -261,11 +263,11 @@ pub(crate) const KEYS: &[Key] = &[
         "ranks compare digests of student and teacher; 0 = off", "ours"),
     key("parallel.check_collectives", Kind::Switch, Decides::No, "",
         "ranks compare every collective call before they make it: slower, for finding bugs", "ours"),
-    key("parallel.timeout_s", Kind::Real(POSITIVE), Decides::No, "seconds",
+    key("parallel.timeout_s", Kind::Real(PATIENCE), Decides::No, "seconds",
         "how long a rank waits for the others in one collective call before the run is ended with an error; longer \
          than any one of them may take over a step, a checkpoint or an evaluation",
         "10 minutes in `torch.distributed`"),
-    key("parallel.stall_s", Kind::Real(POSITIVE), Decides::No, "seconds",
+    key("parallel.stall_s", Kind::Real(PATIENCE), Decides::No, "seconds",
         "when nothing goes on for so long the workers are started again from the last checkpoint; at least ten of \
          the longest recent steps, ten times as long at the start and in a checkpoint, thirty times in an \
          evaluation; a worker of which nothing is heard is given a quarter of it",
@@ -279,8 +281,8 @@ pub(crate) const KEYS: &[Key] = &[
         "0 = off; the end of a run and a preemption always write one", "ours"),
     key("checkpoint.every_steps", ANY_COUNT, Decides::No, "steps",
         "0 = off", "ours"),
-    key("checkpoint.keep", POSITIVE_COUNT, Decides::No, "checkpoints",
-        "how many complete ones stay", "ours"),
+    key("checkpoint.keep", ANY_COUNT, Decides::No, "checkpoints",
+        "how many complete ones stay; 0 = all", "ours"),
 
     key("eval.path", Kind::Path { may_be_empty: true }, Decides::No, "path",
         "labelled images to classify; empty = `test/` or `val/` beside the training split, else a tenth of \

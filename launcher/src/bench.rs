@@ -12,7 +12,7 @@ use mentee_config::recipe::DataFormat;
 use mentee_data::bench::{LoaderBench, LoaderReport, loader};
 use mentee_data::{DataError, Split, open_split};
 
-use crate::failure::Failure;
+use crate::failure::{Failure, parser_said};
 use crate::progress::Counter;
 use crate::shard::format;
 
@@ -78,10 +78,7 @@ pub fn command(arguments: &[OsString]) -> Result<Option<i32>, Failure> {
     }
     let args = match LoaderArgs::try_parse_from(arguments) {
         Ok(args) => args,
-        Err(error) => {
-            let _ = error.print();
-            return Ok(Some(if error.use_stderr() { mentee_config::exit_code::USAGE } else { 0 }));
-        }
+        Err(error) => return Ok(Some(parser_said(&error))),
     };
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
     let (path, data_format) = match args.data {

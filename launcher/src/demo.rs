@@ -4,13 +4,13 @@ use std::path::PathBuf;
 
 use mentee_config::exit_code;
 use mentee_data::shard::INDEX_FILE;
-use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
+use mentee_data::synthetic::{CLASSES, SyntheticConfig, write_synthetic};
 
 use crate::engine::Engine;
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::Counter;
-use crate::rundir::{RunDir, write_atomically};
+use crate::rundir::RunDir;
 use crate::{report, run};
 
 /// `mentee demo`.
@@ -62,8 +62,14 @@ fn draw(data: &std::path::Path) -> Result<(), Failure> {
     }
     for part in ["train", "test"] {
         let part = data.join(part);
-        if part.exists() {
+        // Of a demo that was ended between the two.
+        if is_drawn(&part) {
             std::fs::remove_dir_all(&part).map_err(|error| Failure::io("replace", &part, &error))?;
+        } else if std::fs::read_dir(&part).is_ok_and(|mut files| files.next().is_some()) {
+            return Err(Failure::usage(format!(
+                "{} holds something that the demo did not draw: give another --out",
+                part.display()
+            )));
         }
     }
     let mut counter = Counter::new("images");
@@ -77,6 +83,13 @@ fn draw(data: &std::path::Path) -> Result<(), Failure> {
         data.display()
     );
     Ok(())
+}
+
+/// Whether it holds the demo's shards: a set of its classes.
+fn is_drawn(part: &std::path::Path) -> bool {
+    let index = std::fs::read(part.join(INDEX_FILE)).unwrap_or_default();
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap_or_default();
+    index["classes"] == serde_json::json!(CLASSES)
 }
 
 /// As a TOML value, so that any path survives `--set`.
@@ -98,9 +111,7 @@ fn conclude(dir: &RunDir) -> Result<(), Failure> {
     if let Some(z_std) = metrics.last_train().and_then(|train| train.number("z_std")) {
         println!("z_std {z_std:.2} (about 1 when healthy, 0 when collapsed)");
     }
-    let page = report::render(std::slice::from_ref(dir))?;
-    write_atomically(&dir.report(), page.as_bytes())
-        .map_err(|error| Failure::io("write", &dir.report(), &error))?;
+    report::write(dir)?;
     println!("report: {}", dir.report().display());
     Ok(())
 }

@@ -426,12 +426,7 @@ mod judge {
         match (devices.count, devices.driver) {
             (0, false) => Finding::note("devices", format!("{problem}; trains on processors"), ""),
             (0, true) => Finding::fault("devices", problem, "see nvidia-smi and CUDA_VISIBLE_DEVICES"),
-            // This version trains on processors only.
-            (n, _) => Finding::note(
-                "devices",
-                format!("{n} that libtorch can use; this version trains on processors"),
-                "",
-            ),
+            (n, _) => Finding::ok("devices", format!("{n} that libtorch can use")),
         }
     }
 

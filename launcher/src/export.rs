@@ -12,8 +12,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use mentee_checkpoint::{self as checkpoint, Checkpoint, Dtype, OwnedTensor};
-use mentee_config::Recipe;
 use mentee_config::recipe::Stem;
+use mentee_config::{Recipe, exit_code};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
@@ -61,9 +61,13 @@ fn find(path: &Path) -> Result<(Checkpoint, Option<RunDir>), Failure> {
         let run = path.canonicalize().ok().and_then(|path| RunDir::existing(path.parent()?.parent()?).ok());
         return Ok((checkpoint::open(path)?, run));
     }
+    if path.parent().is_some_and(|parent| parent.ends_with("checkpoints")) && path.is_dir() {
+        return Ok((checkpoint::open(path)?, None)); // says what it lacks
+    }
     let run = RunDir::existing(path)?;
     let newest = checkpoint::newest(&run.checkpoints())?.ok_or_else(|| {
-        Failure::usage(format!("{} holds no checkpoint yet: train on, or give another run", path.display()))
+        let line = format!("{} holds no checkpoint yet: train on, or give another run", path.display());
+        Failure { exit_code: exit_code::CHECKPOINT, line }
     })?;
     for (path, reason) in &newest.rejected {
         eprintln!("warning: passing over {}: {reason}", path.display());
@@ -74,7 +78,7 @@ fn find(path: &Path) -> Result<(Checkpoint, Option<RunDir>), Failure> {
 /// `mentee export …`.
 ///
 /// # Errors
-/// [`Failure`] with exit code 2 for a path that holds no checkpoint, 4 for one that is unusable.
+/// [`Failure`] with exit code 2 for a path that is no run, 4 where no checkpoint is usable.
 pub fn command(args: &ExportArgs) -> Result<(), Failure> {
     let (found, run) = find(&args.checkpoint)?;
     let meta = &found.manifest.meta;

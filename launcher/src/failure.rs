@@ -30,6 +30,16 @@ impl Failure {
     }
 }
 
+/// What the argument parser has to say: help, or one line about a bad command line. Returns the exit code.
+pub fn parser_said(error: &clap::Error) -> i32 {
+    // Nothing to do about a closed terminal.
+    match mentee_config::usage::one_line(&error.to_string()) {
+        Some(line) => eprintln!("{line}"),
+        None => drop(error.print()),
+    }
+    if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE }
+}
+
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Failure {
         Failure::usage(error.to_string())

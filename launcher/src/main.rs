@@ -182,10 +182,7 @@ struct Forwarded {
 fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(error) => {
-            let _ = error.print();
-            return code(if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE });
-        }
+        Err(error) => return code(failure::parser_said(&error)),
     };
     match dispatch(cli.command) {
         Ok(exit_code) => code(exit_code),

@@ -30,6 +30,7 @@ use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::prometheus::{self, Exported};
+use crate::report;
 use crate::rundir::{RunDir, unix_time, write_atomically};
 use crate::shm;
 use crate::slurm::{self, Record};
@@ -113,15 +114,11 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         return Err(Failure::usage("--requeue is for Slurm jobs, and this is none: leave it out"));
     }
     let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
+    // A run is resumed from anywhere; its plan must mean the same place then.
+    recipe.make_paths_absolute()?;
     let dir = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.run.name));
     let dir = RunDir::at(&dir)?;
     dir.check_recipe(&recipe)?;
-    // A run is resumed from anywhere; its plan must mean the same place then.
-    for path in [&mut recipe.data.path, &mut recipe.eval.path] {
-        if !path.as_os_str().is_empty() {
-            *path = std::path::absolute(&*path).map_err(|error| Failure::io("resolve", path, &error))?;
-        }
-    }
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
         .ok_or_else(|| DataError::Missing { key: "data.path".into(), path: recipe.data.path.clone() })?;
     let plan = Plan::new(recipe, source.len(), args.workers)?;
@@ -134,10 +131,10 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
     shm::clean(&dir);
-    let done = checkpoint::list(&dir.checkpoints())?
+    let at_end = checkpoint::list(&dir.checkpoints())?
         .iter()
         .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
-    if done {
+    if at_end && is_evaluated(&dir, &plan)? {
         println!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
     }
@@ -424,8 +421,8 @@ impl Shell<'_> {
     /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
     fn kill_steps(&self) {
         if let (Engine::Srun, Some(allocation)) = (self.job.engine, self.job.allocation) {
-            let job_id = allocation.job_id.clone();
-            std::thread::spawn(move || slurm::kill_steps(&job_id));
+            let job = allocation.job().to_owned();
+            std::thread::spawn(move || slurm::kill_steps(&job));
         }
     }
 
@@ -540,6 +537,7 @@ impl Shell<'_> {
         let line = json!({
             "kind": "restart",
             "step": step,
+            "epoch": step / self.job.plan.steps_per_epoch,
             "time": unix_time(),
             "world_size": self.job.workers,
             "generation": generation,
@@ -591,7 +589,14 @@ impl Shell<'_> {
         };
         tracing::info!(exit_code, "over: {:?}", self.status.state);
         let failure = match exit_code {
-            exit_code::DONE | exit_code::PREEMPTED => None,
+            exit_code::DONE => None,
+            exit_code::PREEMPTED => {
+                if let Some(culprit) = culprit {
+                    tracing::warn!("{culprit}");
+                    eprintln!("warning: {culprit}");
+                }
+                None
+            }
             exit_code::RANK_FAILED => {
                 let culprit = culprit.unwrap_or_default();
                 self.print_last_words(&culprit);
@@ -607,6 +612,13 @@ impl Shell<'_> {
         };
         self.status.error.clone_from(&failure);
         self.status.write(dir);
+        let report = match exit_code {
+            exit_code::PREEMPTED => Ok(()), // whoever stops a run waits for its end
+            _ => report::write(dir),
+        };
+        if let Err(error) = report {
+            eprintln!("warning: no report: {error}");
+        }
         if let Some(line) = failure {
             tracing::error!("{line}");
             return Err(Failure { exit_code, line });
@@ -614,11 +626,11 @@ impl Shell<'_> {
         let last = Metrics::read(&dir.metrics())?;
         let step = last.last_train().map_or(0, |line| line.step);
         if exit_code == exit_code::PREEMPTED {
-            println!("stopped at step {step} on request; the same command continues it");
+            println!("{}", how_stopped(step, dir.newest_step()));
         } else {
             let loss = last.last_train().and_then(|line| line.number("loss"));
             let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
-            println!("done: {step} steps{loss}; `mentee report {}` draws the curves", dir.path().display());
+            println!("done: {step} steps{loss}; curves: {}", dir.report().display());
         }
         Ok(exit_code)
     }
@@ -640,6 +652,28 @@ impl Shell<'_> {
                 eprintln!("  {line}");
             }
         }
+    }
+}
+
+/// Whether nothing is left to do for a run with all its steps done: it said so, or its last evaluation is there.
+fn is_evaluated(dir: &RunDir, plan: &Plan) -> Result<bool, Failure> {
+    let said = Status::read(dir).is_some_and(|status| matches!(status.state, State::Done));
+    if said || plan.recipe.eval.knn_every_epochs == 0 {
+        return Ok(true);
+    }
+    Ok(Metrics::read(&dir.metrics())?.last_eval().is_some_and(|eval| eval.step >= plan.end_step()))
+}
+
+/// A run that was asked to stop: after `step` steps, with a checkpoint of `newest` (0: none).
+fn how_stopped(step: u64, newest: u64) -> String {
+    match newest {
+        _ if newest >= step => format!("stopped at step {newest} on request; the same command continues it"),
+        0 => format!(
+            "stopped at step {step} on request, before the first checkpoint; the same command starts it again"
+        ),
+        _ => format!(
+            "stopped at step {step} on request; the same command continues it from the checkpoint of step {newest}"
+        ),
     }
 }
 

@@ -61,7 +61,7 @@ impl Record {
 
     /// The one of a run directory, made anew where it speaks of another job.
     pub fn of_job(run: &RunDir, allocation: &Allocation) -> Record {
-        let job = allocation.array_task.as_ref().unwrap_or(&allocation.job_id).clone();
+        let job = allocation.job().to_owned();
         match Record::read(run) {
             Some(record) if record.job == job => record,
             Some(other) => Record::new(job, other.script),
@@ -171,7 +171,7 @@ pub fn put_back(
     step: u64,
     stopped_by: &[StopSignal],
 ) -> Result<(), Failure> {
-    let job_id = allocation.job_id.as_str();
+    let job = allocation.job();
     let mut record = Record::of_job(run, allocation);
     let again = format!("sbatch {} continues it", record.script.display());
     let preempted = |line: String| Failure { exit_code: mentee_config::exit_code::PREEMPTED, line };
@@ -185,15 +185,15 @@ pub fn put_back(
     let signal = stopped_by.first().map_or("a signal to the workers", |signal| signal.name());
     record.requeues.push(Requeue { time: unix_time(), step, signal: signal.to_owned() });
     record.write(run)?;
-    println!("{signal}: checkpoint at step {step}; job {job_id} goes back into the queue");
-    ask("scontrol", &["requeue", job_id])
+    println!("{signal}: checkpoint at step {step}; job {job} goes back into the queue");
+    ask("scontrol", &["requeue", job])
         .map(drop)
-        .map_err(|why| preempted(format!("job {job_id} cannot be requeued ({why}): {again}")))
+        .map_err(|why| preempted(format!("job {job} cannot be requeued ({why}): {again}")))
 }
 
 /// SIGKILL to our steps of a job, on all of its nodes; its batch script lives on.
-pub fn kill_steps(job_id: &str) {
-    let jobs = format!("--jobs={job_id}");
+pub fn kill_steps(job: &str) {
+    let jobs = format!("--jobs={job}");
     match ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"]) {
         Ok(steps) => {
             for line in steps.lines() {

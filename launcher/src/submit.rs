@@ -318,21 +318,22 @@ fn merged(args: &SubmitArgs, site: Site) -> Site {
 }
 
 /// The resolved recipe of one run, with paths that mean the same on every machine.
-fn resolve(args: &SubmitArgs, more: &[String], workers: u32) -> Result<Recipe, Failure> {
+fn resolve(args: &SubmitArgs, more: &[String]) -> Result<Recipe, Failure> {
     let sets = [args.sets.as_slice(), more].concat();
     let mut recipe = Recipe::load(&args.recipe, &sets)?;
-    for path in [&mut recipe.data.path, &mut recipe.eval.path] {
-        if !path.as_os_str().is_empty() {
-            *path = std::path::absolute(&*path).map_err(|error| Failure::io("resolve", path, &error))?;
-        }
-    }
+    recipe.make_paths_absolute()?;
+    Ok(recipe)
+}
+
+/// Whether so many workers can run it, as far as can be told here.
+fn check(recipe: &Recipe, workers: u32) -> Result<(), Failure> {
     // The data may be on the compute nodes alone; where it can be seen, it is checked before the job waits for hours.
     if recipe.data.path.exists()
         && let Some(source) = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
     {
         Plan::new(recipe.clone(), source.len(), workers)?;
     }
-    Ok(recipe)
+    Ok(())
 }
 
 /// `mentee submit`.
@@ -364,7 +365,7 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         )));
     }
     let variants = variants(&args.sweeps)?;
-    let base = resolve(args, &[], workers)?;
+    let base = resolve(args, &[])?;
     let folder = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&base.run.name));
     let dir = RunDir::at(&folder)?;
     let folder = dir.path().to_owned();
@@ -377,10 +378,11 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         runs.push((dir.clone(), base.clone()));
     }
     for (index, sets) in variants.iter().enumerate() {
-        runs.push((RunDir::at(&folder.join(index.to_string()))?, resolve(args, sets, workers)?));
+        runs.push((RunDir::at(&folder.join(index.to_string()))?, resolve(args, sets)?));
     }
     for (run, recipe) in &runs {
         run.check_recipe(recipe)?;
+        check(recipe, workers)?;
     }
     let mentee = std::env::current_exe()
         .map_err(|error| Failure::failed(format!("cannot tell the path of this program: {error}")))?;
@@ -407,6 +409,7 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
     for (run, _) in &runs {
         refuse_second(run)?;
     }
+    let new: Vec<PathBuf> = runs.iter().map(|(run, _)| run.plan()).filter(|plan| !plan.exists()).collect();
     for (run, recipe) in &runs {
         std::fs::create_dir_all(run.logs()).map_err(|error| Failure::io("create", &run.logs(), &error))?;
         write_atomically(&run.plan(), recipe.to_toml().as_bytes())
@@ -414,7 +417,7 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
     }
     write_atomically(&dir.script(), script.text().as_bytes())
         .map_err(|error| Failure::io("write", &dir.script(), &error))?;
-    submit(&script, &dir, &runs)
+    submit(&script, &dir, &runs, &new)
 }
 
 /// One job a run directory.
@@ -438,9 +441,12 @@ fn refuse_second(run: &RunDir) -> Result<(), Failure> {
     Ok(())
 }
 
-fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)]) -> Result<(), Failure> {
+/// `new`: plans that were not there before.
+fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathBuf]) -> Result<(), Failure> {
     let path = dir.script();
     let said = slurm::ask("sbatch", &["--parsable", &path.display().to_string()]).map_err(|why| {
+        // The next try may be of another recipe.
+        new.iter().for_each(|plan| drop(std::fs::remove_file(plan)));
         Failure::failed(format!("{why}; nothing was submitted, the script is {}", path.display()))
     })?;
     // `ID`, or `ID;CLUSTER`.

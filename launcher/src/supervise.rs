@@ -433,6 +433,11 @@ impl Supervisor {
                 self.stop = Some((now, signal));
                 match self.state {
                     State::Waiting => self.finish(PREEMPTED, None),
+                    State::Running if self.ending || self.culprit.is_some() => {
+                        vec![Action::Say(format!(
+                            "{name}: the ranks are ending already and are not started again"
+                        ))]
+                    }
                     State::Running => vec![
                         Action::RequestStop { reason: name.into() },
                         Action::Arm(Timer::End, STOP_GRACE),
@@ -525,7 +530,8 @@ impl Supervisor {
             _ => {}
         }
         if self.stop.is_some() {
-            return self.finish(PREEMPTED, None);
+            // What ended because it was ended has nothing to say.
+            return self.finish(PREEMPTED, culprit.filter(|culprit| culprit.exit_code.is_some()));
         }
         let mut culprit = culprit.unwrap_or_default();
         if culprit.cause.is_empty() {
@@ -1012,6 +1018,23 @@ mod tests {
             ],
         );
         assert_eq!(end(&actions), Some((PREEMPTED, None)));
+    }
+
+    #[test]
+    fn a_last_checkpoint_that_fails_is_told() {
+        let stop = Event::Signal(StopSignal::Interrupt);
+        let actions = run(3, vec![go(), stop, failed(1, 1), Event::Exited(Exit::Code(1)), SETTLED]);
+        let Some((exit_code, culprit)) = end(&actions) else { panic!("it ends: {actions:?}") };
+        assert_eq!(exit_code, PREEMPTED, "the same command continues it");
+        assert!(culprit.is_some_and(|culprit| culprit.cause.contains("rank 1 says 1")));
+    }
+
+    #[test]
+    fn a_stop_of_ranks_that_are_ending_gives_them_no_more_time() {
+        let actions = run(3, vec![go(), lost(1), Event::Signal(StopSignal::Interrupt)]);
+        let times = actions.iter().filter(|action| matches!(action, Action::Arm(Timer::End, _))).count();
+        assert_eq!(times, 1, "{actions:?}");
+        assert!(!actions.iter().any(|action| matches!(action, Action::RequestStop { .. })));
     }
 
     #[test]

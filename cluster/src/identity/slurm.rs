@@ -42,6 +42,11 @@ impl Allocation {
         })
     }
 
+    /// What Slurm's commands call this job and no other: an array's name, which one of its tasks has as its id, means all of them.
+    pub fn job(&self) -> &str {
+        self.array_task.as_deref().unwrap_or(&self.job_id)
+    }
+
     /// The node that a machine's own name belongs to: nodes go by the first label of a name, or by all of it.
     pub fn node_of(&self, host: &str) -> Option<&str> {
         let short = |name: &str| name.split('.').next().unwrap_or_default().to_owned();

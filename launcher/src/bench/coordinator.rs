@@ -15,12 +15,12 @@ use mentee_cluster::link::report_every;
 use mentee_cluster::message::{PROTOCOL, ToCoordinator, ToWorker};
 use mentee_cluster::wire::{self, Decoder, MAX_TO_WORKER};
 use mentee_cluster::{Agreement, Hello, Output, Phase, Progress, Share, ShareFile, WorkerEvent, server};
-use mentee_config::exit_code;
+use mentee_config::{Recipe, exit_code};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, parser_said};
 use crate::limits;
 use crate::rundir::unix_time;
 
@@ -37,6 +37,12 @@ const WORLDS: [u32; 4] = [64, 256, 1024, 4096];
 #[derive(Debug, Parser)]
 #[command(name = "mentee bench coordinator", disable_version_flag = true)]
 struct Args {
+    /// The recipe that the workers say they run
+    #[arg(default_value = "byol-cifar10-small")]
+    recipe: String,
+    /// Replaces a value of the recipe; may be given several times
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
     /// Simulated workers [default: 4096 with --json, else a table of 64 to 4096]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     workers: Option<u32>,
@@ -49,9 +55,9 @@ struct Args {
     /// As one JSON object
     #[arg(long)]
     json: bool,
-    /// Be the workers
-    #[arg(long, hide = true)]
-    swarm: bool,
+    /// Be the workers of the plan with this hash
+    #[arg(long, hide = true, value_name = "HASH")]
+    swarm: Option<String>,
 }
 
 /// What one world costs; medians of `n` rounds.
@@ -85,10 +91,7 @@ struct Report {
 pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure> {
     let args = match Args::try_parse_from(arguments) {
         Ok(args) => args,
-        Err(error) => {
-            let _ = error.print();
-            return Ok(Some(if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE }));
-        }
+        Err(error) => return Ok(Some(parser_said(&error))),
     };
     let worlds = match (args.workers, args.json) {
         (Some(workers), _) => vec![workers],
@@ -101,10 +104,13 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
-    if args.swarm {
-        runtime.block_on(swarm(most)).map_err(|error| Failure::failed(format!("a worker: {error}")))?;
+    if let Some(plan_hash) = args.swarm {
+        runtime
+            .block_on(swarm(most, &plan_hash))
+            .map_err(|error| Failure::failed(format!("a worker: {error}")))?;
         return Ok(None);
     }
+    let plan_hash = Recipe::load(&args.recipe, &args.sets)?.hash();
     if !args.json {
         println!(
             "workers  messages/s   p50 ms   p99 ms   max ms     MiB  CPU share  commit ms  gather s  stop ms"
@@ -112,7 +118,7 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
     }
     for workers in worlds {
         let rounds = (0..args.rounds)
-            .map(|_| runtime.block_on(measure(workers, Duration::from_secs(args.seconds.into()))))
+            .map(|_| runtime.block_on(measure(workers, &plan_hash, Duration::from_secs(args.seconds.into()))))
             .collect::<Result<Vec<Report>, Failure>>()?;
         let report = medians(&rounds);
         if args.json {
@@ -163,12 +169,12 @@ fn quantile(values: &mut [f64], share: f64) -> f64 {
 }
 
 /// One round.
-async fn measure(workers: u32, time: Duration) -> Result<Report, Failure> {
+async fn measure(workers: u32, plan_hash: &str, time: Duration) -> Result<Report, Failure> {
     let cannot = |what: &str, error: std::io::Error| Failure::failed(format!("cannot {what}: {error}"));
     let agreement = Agreement {
         token: server::fresh_token().map_err(|error| cannot("make a token", error))?,
         world_size: workers,
-        plan_hash: None,
+        plan_hash: Some(plan_hash.to_owned()),
         version: "bench".into(),
         stall: PATIENCE,
     };
@@ -177,7 +183,7 @@ async fn measure(workers: u32, time: Duration) -> Result<Report, Failure> {
         .map_err(|error| cannot("open a port", error))?;
     let program = std::env::current_exe().map_err(|error| cannot("find this program", error))?;
     let mut child = tokio::process::Command::new(program)
-        .args(["bench", "coordinator", "--swarm", "--workers", &workers.to_string()])
+        .args(["bench", "coordinator", "--swarm", plan_hash, "--workers", &workers.to_string()])
         .env(COORDINATOR, &coordinator.address.host_port)
         .env(TOKEN, &coordinator.address.token)
         .stdin(Stdio::null())
@@ -258,13 +264,24 @@ async fn measure(workers: u32, time: Duration) -> Result<Report, Failure> {
 }
 
 /// All workers of a world; ends when each has been stopped.
-async fn swarm(workers: u32) -> std::io::Result<()> {
+async fn swarm(workers: u32, plan_hash: &str) -> std::io::Result<()> {
     let variable =
         |name| std::env::var(name).map_err(|_| std::io::Error::other(format!("{name} is not set")));
     let (address, token) = (variable(COORDINATOR)?, variable(TOKEN)?);
     let began = tokio::time::Instant::now();
     let tasks: Vec<_> = (0..workers)
-        .map(|rank| tokio::spawn(worker(rank, workers, address.clone(), token.clone(), began)))
+        .map(|rank| {
+            let hello = Hello {
+                rank,
+                world_size: workers,
+                host: "here".into(),
+                pid: rank,
+                plan_hash: plan_hash.to_owned(),
+                data_digest: "bench".into(),
+                version: "bench".into(),
+            };
+            tokio::spawn(worker(hello, address.clone(), token.clone(), began))
+        })
         .collect();
     for task in tasks {
         task.await.map_err(std::io::Error::other)??;
@@ -273,23 +290,14 @@ async fn swarm(workers: u32) -> std::io::Result<()> {
 }
 
 async fn worker(
-    rank: u32,
-    workers: u32,
+    hello: Hello,
     address: String,
     token: String,
     began: tokio::time::Instant,
 ) -> std::io::Result<()> {
     let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
-    let hello = Hello {
-        rank,
-        world_size: workers,
-        host: "here".into(),
-        pid: rank,
-        plan_hash: "bench".into(),
-        data_digest: "bench".into(),
-        version: "bench".into(),
-    };
+    let (rank, workers) = (hello.rank, hello.world_size);
     send(&mut stream, &ToCoordinator::Hello { protocol: PROTOCOL, token, generation: 0, hello }).await?;
     let mut decoder = Decoder::new(MAX_TO_WORKER);
     let mut buffer = [0; 4096];

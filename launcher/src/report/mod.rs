@@ -58,6 +58,16 @@ pub fn command(args: &ReportArgs) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The page of one run, where it belongs.
+///
+/// # Errors
+/// When it cannot be written.
+pub fn write(dir: &RunDir) -> Result<(), Failure> {
+    let page = render(std::slice::from_ref(dir))?;
+    write_atomically(&dir.report(), page.as_bytes())
+        .map_err(|error| Failure::io("write", &dir.report(), &error))
+}
+
 /// What a page says of one run.
 struct Run {
     /// Its name, made unique among the runs of the page.

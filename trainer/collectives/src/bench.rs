@@ -31,15 +31,15 @@ impl Row {
         self.bytes as f64 / self.seconds
     }
 
-    /// One line of JSON: `bytes`, `ranks`, `repetitions`, `seconds`, `bytes_per_s`.
+    /// One line of JSON: `bytes`, `ranks`, `n`, `seconds`, `algbw_gb_s` (10^9 bytes of the message a second).
     pub fn to_json(&self) -> String {
         format!(
-            r#"{{"bytes": {}, "ranks": {}, "repetitions": {}, "seconds": {:.9}, "bytes_per_s": {:.0}}}"#,
+            r#"{{"bytes": {}, "ranks": {}, "n": {}, "seconds": {:.9}, "algbw_gb_s": {:.6}}}"#,
             self.bytes,
             self.ranks,
             self.repetitions,
             self.seconds,
-            self.bytes_per_s()
+            self.bytes_per_s() / 1e9
         )
     }
 }
@@ -154,7 +154,7 @@ mod tests {
         let row = Row { bytes: 4 << 20, ranks: 2, repetitions: 7, seconds: 0.004 };
         assert_eq!(
             row.to_json(),
-            r#"{"bytes": 4194304, "ranks": 2, "repetitions": 7, "seconds": 0.004000000, "bytes_per_s": 1048576000}"#
+            r#"{"bytes": 4194304, "ranks": 2, "n": 7, "seconds": 0.004000000, "algbw_gb_s": 1.048576}"#
         );
         assert_eq!(row.to_string(), "    4 MiB      2       7       4000.0     1048.6");
         assert_eq!(row.to_string().len(), HEADER.replace('µ', "u").len());

@@ -85,6 +85,14 @@ pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>
     }
 }
 
+/// Whether any rank says so.
+pub fn any(collectives: &dyn Collectives, step: u64, own: bool) -> Result<bool, WorkerError> {
+    let all = collectives
+        .all_gather(&[u8::from(own)])
+        .map_err(|source| WorkerError::Collective { step, source })?;
+    Ok(all.iter().any(|said| said.contains(&1)))
+}
+
 /// How long a rank that fails because of another stays before it ends all.
 const CAUSE_FIRST: Duration = Duration::from_millis(300);
 

@@ -37,16 +37,22 @@ pub enum BenchCommand {
 /// `bench allreduce`
 #[derive(clap::Args)]
 pub struct AllreduceArgs {
+    /// The recipe whose device is measured.
+    #[arg(default_value = "byol-cifar10-small")]
+    recipe: String,
+    /// Changes one key of the recipe.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
     /// About how long each size is measured, seconds.
     #[arg(long, default_value_t = 1.0)]
     seconds: f64,
     /// How many ranks take part; `mentee bench` starts them.
     #[arg(long, value_name = "N")]
     workers: Option<u32>,
-    /// Whose memory is summed: `cuda` is that of the ranks' devices, over NCCL.
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu", "cuda"])]
-    device: String,
-    /// One JSON object a size.
+    /// Whose memory is summed instead of that of the recipe's device: `cuda` is that of the ranks' devices, over NCCL.
+    #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "cuda"])]
+    device: Option<String>,
+    /// One JSON array, an object a size.
     #[arg(long)]
     json: bool,
 }
@@ -182,37 +188,42 @@ pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
 
 fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerError> {
     check_workers(args.workers, place)?;
-    let rows = if args.device == "cuda" {
-        all_reduce_devices(args.seconds, place)?
-    } else {
-        bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
-            .map_err(|source| WorkerError::Collective { step: 0, source })?
+    let mut sets = args.sets.clone();
+    sets.extend(args.device.iter().map(|device| format!("parallel.device={device}")));
+    let recipe = Recipe::load(&args.recipe, &sets)?;
+    let device = device::of_recipe(&recipe, &place.identity)?;
+    let rows = match DeviceGroup::start(&place.collectives, &recipe, device)? {
+        Some(group) => all_reduce_devices(group, device, args.seconds, place)?,
+        None if device.is_cuda() && args.device.is_some() => {
+            return Err(WorkerError::Usage(
+                "a world of one has nobody to sum with: give --workers 2 or more".into(),
+            ));
+        }
+        None => bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
+            .map_err(|source| WorkerError::Collective { step: 0, source })?,
     };
     if place.identity.rank != 0 {
         return Ok(());
     }
-    if !args.json {
-        println!("{}", bench::HEADER);
+    if args.json {
+        let rows: Vec<String> = rows.iter().map(bench::Row::to_json).collect();
+        println!("[{}]", rows.join(",\n "));
+        return Ok(());
     }
+    println!("{}", bench::HEADER);
     for row in &rows {
-        if args.json {
-            println!("{}", row.to_json());
-        } else {
-            println!("{row}");
-        }
+        println!("{row}");
     }
     Ok(())
 }
 
 /// In device memory, over the group that trains.
-fn all_reduce_devices(seconds: f64, place: &setup::Place) -> Result<Vec<bench::Row>, WorkerError> {
-    let recipe = Recipe::load("byol-cifar10-small", &["parallel.device=cuda".to_owned()])?;
-    let device = device::of_recipe(&recipe, &place.identity)?;
-    let Some(group) = DeviceGroup::start(&place.collectives, &recipe, device)? else {
-        return Err(WorkerError::Usage(
-            "a world of one has nobody to sum with: give --workers 2 or more".into(),
-        ));
-    };
+fn all_reduce_devices(
+    group: DeviceGroup,
+    device: Device,
+    seconds: f64,
+    place: &setup::Place,
+) -> Result<Vec<bench::Row>, WorkerError> {
     let rows = bench::SIZES.iter().map(|&bytes| {
         let mut values = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
         bench::measure_by(&*place.collectives, bytes, seconds, || group.sum(&mut values))

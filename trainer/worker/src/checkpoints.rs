@@ -413,7 +413,11 @@ impl Settings {
     fn commit(&self, step: u64, files: Vec<FileEntry>) -> Result<Committed, CheckpointError> {
         let meta = Meta { step, epoch: self.epoch(step), ..self.meta.clone() };
         let committed = self.staging(step)?.commit(&meta, files)?;
-        if let Err(error) = checkpoint::retain(&LocalDisk, &self.folder, self.keep) {
+        let removed = match self.keep {
+            0 => Ok(Vec::new()),
+            keep => checkpoint::retain(&LocalDisk, &self.folder, keep),
+        };
+        if let Err(error) = removed {
             tracing::warn!(step, %error, "cannot remove old checkpoints");
         }
         Ok(committed)

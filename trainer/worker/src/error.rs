@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use mentee_checkpoint::CheckpointError;
 use mentee_cluster::{IdentityError, LinkError};
-use mentee_collectives::{CollectiveError, ErrorKind, StartError};
+use mentee_collectives::{CollectiveError, DeviceErrorKind, ErrorKind, StartError};
 use mentee_config::{ConfigError, exit_code};
 use mentee_data::DataError;
 use mentee_ssl::SslError;
@@ -28,10 +28,13 @@ pub enum WorkerError {
         "{run_dir}: the images at {data} are not those of this run's checkpoint (data digest {found}, was {expected}); restore data.path, or choose another --run-dir"
     )]
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
+    #[error("{0}: no checkpoint there; give a run directory or one of its checkpoints")]
+    NoCheckpoint(PathBuf),
     #[error("{0}; restore or remove that checkpoint to go on from an older one")]
     Checkpoint(#[from] CheckpointError),
     #[error(
-        "no checkpoint of step {step}: {source}; older checkpoints are intact: make room there and start again"
+        "no checkpoint of step {step}: {source}; older checkpoints are intact: {}start again",
+        if source.is_no_room() { "make room there and " } else { "" }
     )]
     NotSaved { step: u64, source: CheckpointError },
     #[error("{path}: {source}; this checkpoint does not fit the recipe it names")]
@@ -92,7 +95,9 @@ impl WorkerError {
             | Self::Import { .. }
             | Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
-            Self::Checkpoint(_) | Self::CheckpointContent { .. } => exit_code::CHECKPOINT,
+            Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
+                exit_code::CHECKPOINT
+            }
             Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } | Self::Collapsed { .. } => {
                 exit_code::DIVERGED
             }
@@ -109,8 +114,14 @@ impl WorkerError {
 
     /// The ranks that this failure follows from, empty when it is not known which; none when it is this rank's own.
     pub fn peers(&self) -> Option<Vec<u32>> {
-        if let Self::DeviceCollective { .. } = self {
-            return Some(Vec::new()); // NCCL says that a peer is gone, not which
+        if let Self::DeviceCollective { source, .. } = self {
+            return match source.kind {
+                // The device itself, or this rank's set-up.
+                DeviceErrorKind::Device(_)
+                | DeviceErrorKind::Library(_)
+                | DeviceErrorKind::BlockingForced { .. } => None,
+                _ => Some(Vec::new()), // NCCL says that a peer is gone, not which
+            };
         }
         let Self::Collective { source, .. } = self else { return None };
         match &source.kind {

@@ -119,6 +119,14 @@ impl Reporter {
         }
     }
 
+    /// `done` steps were done before this start.
+    pub fn resumed(&self, done: u64) {
+        self.waits.vitals.step(done);
+        if let Some(link) = &self.link {
+            link.news();
+        }
+    }
+
     /// A step begins, with the wait for its data.
     pub fn begin_step(&mut self) {
         self.began = (Instant::now(), self.waits.total());
@@ -184,7 +192,7 @@ impl Reporter {
 
     /// The last word of a rank that fails: what happened, unless another rank says it.
     pub fn failed(mut self, error: &WorkerError) {
-        let (step, phase) = (self.now.step, self.now.phase);
+        let (step, phase) = (self.waits.vitals.steps(), self.now.phase);
         let (message, exit_code, peers) = (error.to_string(), error.exit_code(), error.peers());
         if error.is_silent() {
             tracing::info!(step, %phase, "ends: {message}");

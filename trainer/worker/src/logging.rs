@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use tracing::field::{Field, Visit};
-use tracing::{Event, Level, Subscriber};
+use tracing::{Event, Level, Metadata, Subscriber};
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
@@ -21,26 +21,40 @@ use tracing_subscriber::{EnvFilter, Layer};
 use crate::error::WorkerError;
 use crate::times;
 
+/// Where the coordinator's decisions go.
+const COORDINATOR: &str = "mentee::coordinator";
 /// At this size a log is put aside.
 const MAX_BYTES: u64 = 16 << 20;
 /// So many logs that were put aside are kept.
 const KEPT: u32 = 3;
 
 /// Starts logging for this process; `RUST_LOG` filters the file, `info` by default. Warnings reach the terminal from
-/// every rank when a supervisor reads them, which shows those that many ranks give once; else from rank 0 alone.
-pub fn start(run_dir: &Path, rank: u32, supervised: bool) -> Result<(), WorkerError> {
+/// every rank when a supervisor reads them, which shows those that many ranks give once; else from rank 0 alone. What
+/// the coordinator decides goes to a file of its own on the rank that `hosts` it.
+pub fn start(run_dir: &Path, rank: u32, supervised: bool, hosts: bool) -> Result<(), WorkerError> {
     let folder = run_dir.join("logs");
     std::fs::create_dir_all(&folder).map_err(WorkerError::io("create", &folder))?;
-    let path = folder.join(format!("rank-{rank:05}.jsonl"));
-    let file = Rotating::open(&path, MAX_BYTES).map_err(WorkerError::io("open", &path))?;
+    let open = |name: &str| {
+        let path = folder.join(name);
+        Rotating::open(&path, MAX_BYTES).map(Mutex::new).map_err(WorkerError::io("open", path))
+    };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     // What `mentee monitor` and `mentee report` read is always there.
     let times = format!("{}=debug", times::TARGET).parse().expect("a constant directive");
     let to_file = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)
-        .with_writer(Mutex::new(file))
-        .with_filter(filter.add_directive(times));
+        .with_writer(open(&format!("rank-{rank:05}.jsonl"))?)
+        .with_filter(filter.add_directive(times))
+        .with_filter(filter_fn(move |event| !hosts || event.target() != COORDINATOR));
+    let of_coordinator = if hosts { Some(open("coordinator.jsonl")?) } else { None }.map(|file| {
+        let wanted = |event: &Metadata<'_>| event.target() == COORDINATOR && *event.level() <= Level::INFO;
+        tracing_subscriber::fmt::layer()
+            .json()
+            .flatten_event(true)
+            .with_writer(file)
+            .with_filter(filter_fn(wanted))
+    });
     let told = supervised || rank == 0;
     // What ends the process is said by `main`, on one line that starts with `error: `.
     let to_terminal = tracing_subscriber::fmt::layer()
@@ -48,7 +62,7 @@ pub fn start(run_dir: &Path, rank: u32, supervised: bool) -> Result<(), WorkerEr
         .with_writer(std::io::stderr)
         .with_filter(filter_fn(move |event| told && *event.level() == Level::WARN));
     // Fails only when logging was started before in this process.
-    let _ = tracing_subscriber::registry().with(to_file).with(to_terminal).try_init();
+    let _ = tracing_subscriber::registry().with(to_file).with(of_coordinator).with(to_terminal).try_init();
     Ok(())
 }
 

@@ -82,10 +82,12 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let usage = error.use_stderr();
             // Nothing to do about a closed terminal.
-            let _ = error.print();
-            return code(if usage { exit_code::USAGE } else { exit_code::DONE });
+            match mentee_config::usage::one_line(&error.to_string()) {
+                Some(line) => eprintln!("{line}"),
+                None => drop(error.print()),
+            }
+            return code(if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE });
         }
     };
     mentee_torch_ext::keep_freed_memory();

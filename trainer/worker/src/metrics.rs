@@ -1,7 +1,7 @@
 //! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (README, "A run directory"). The
 //! numbers of every line go to TensorBoard too.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -151,15 +151,7 @@ impl Metrics {
             return Ok(Self { files: None });
         }
         let path = run_dir.join("metrics.jsonl");
-        let torn = std::fs::read(&path).is_ok_and(|text| text.last().is_some_and(|&byte| byte != b'\n'));
-        let mut file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .map_err(WorkerError::io("open", &path))?;
-        if torn {
-            file.write_all(b"\n").map_err(WorkerError::io("write", &path))?;
-        }
+        let file = open(&path)?;
         let events = EventFile::create(run_dir, now(), next_step + 1)?;
         Ok(Self { files: Some((Appended::new(file, path), events)) })
     }
@@ -176,6 +168,33 @@ impl Metrics {
             _ => Ok(()),
         }
     }
+}
+
+/// Adds a line to the metrics at `path`, when no run is under way there.
+pub fn append(path: &Path, line: &str) -> Result<(), WorkerError> {
+    open(path)?.write_all(format!("{line}\n").as_bytes()).map_err(WorkerError::io("write", path))
+}
+
+/// For appending; a line that a crash cut in half is ended.
+fn open(path: &Path) -> Result<File, WorkerError> {
+    let torn = std::fs::read(path).is_ok_and(|text| text.last().is_some_and(|&byte| byte != b'\n'));
+    let mut file =
+        OpenOptions::new().create(true).append(true).open(path).map_err(WorkerError::io("open", path))?;
+    if torn {
+        file.write_all(b"\n").map_err(WorkerError::io("write", path))?;
+    }
+    Ok(file)
+}
+
+/// Whether the run has an evaluation of `step`. What cannot be read as a line is none.
+pub fn has_eval(run_dir: &Path, step: u64) -> Result<bool, WorkerError> {
+    let path = run_dir.join("metrics.jsonl");
+    let text = std::fs::read(&path).map_err(WorkerError::io("read", &path))?;
+    let is_it = |line: &[u8]| {
+        let line: Value = serde_json::from_slice(line).unwrap_or_default();
+        line["kind"] == "eval" && line["step"] == step && line.get("knn_top1").is_some()
+    };
+    Ok(text.split(|&byte| byte == b'\n').any(is_it))
 }
 
 /// Sums over the steps between two lines.

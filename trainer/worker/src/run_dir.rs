@@ -19,23 +19,24 @@ pub fn check(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
         return Ok(());
     }
     let plan = Recipe::from_plan(&path)?;
-    match plan.first_difference(recipe) {
+    match recipe.first_difference(&plan) {
         Some(difference) => Err(WorkerError::OtherRecipe { run_dir: run_dir.to_owned(), difference }),
         None => Ok(()),
     }
 }
 
-/// Rank 0: makes the directory and writes `plan.toml` if it is not there.
+/// Rank 0: makes the directory and writes `plan.toml`, anew where a key that may change in a run has changed.
 pub fn create(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
     std::fs::create_dir_all(run_dir).map_err(WorkerError::io("create", run_dir))?;
     let path = run_dir.join("plan.toml");
-    if path.exists() {
+    let text = recipe.to_toml();
+    if std::fs::read_to_string(&path).is_ok_and(|there| there == text) {
         return Ok(());
     }
     let partial = run_dir.join(format!(".plan.toml.{}", std::process::id()));
     let write = || {
         let mut file = std::fs::File::create(&partial)?;
-        file.write_all(recipe.to_toml().as_bytes())?;
+        file.write_all(text.as_bytes())?;
         file.sync_all()?;
         std::fs::rename(&partial, &path)
     };

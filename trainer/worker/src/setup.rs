@@ -151,7 +151,9 @@ pub struct Local {
 }
 
 fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
-    let recipe = Recipe::load(&args.recipe, &args.sets)?;
+    let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
+    // A run is resumed from anywhere; its plan must mean the same place then.
+    recipe.make_paths_absolute()?;
     let run_dir = args.run_dir.clone().unwrap_or_else(|| run_dir::default_path(&recipe));
     run_dir::check(&run_dir, &recipe)?;
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
@@ -168,7 +170,9 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
     let Place { identity, collectives, .. } = place;
     let local = agree::together(&**collectives, local(args, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
-    logging::start(&local.run_dir, identity.rank, Reporter::is_supervised())?;
+    let supervised = Reporter::is_supervised();
+    let hosts = !supervised && identity.rank == 0 && identity.world_size > 1;
+    logging::start(&local.run_dir, identity.rank, supervised, hosts)?;
     let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
     let mut reporter = Reporter::connect(place, &plan_hash, &data_digest)?;
     reporter.phase(Phase::Starting);

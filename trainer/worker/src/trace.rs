@@ -37,7 +37,7 @@ pub struct TraceArgs {
     /// Steps to record.
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
     steps: u64,
-    /// A new folder.
+    /// A new folder, or an empty one.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
     /// Changes one key of the recipe.
@@ -70,6 +70,15 @@ struct Step {
     samples: Vec<u64>,
 }
 
+/// Makes `path`, unless it is there and empty.
+fn new_folder(path: &Path) -> Result<(), WorkerError> {
+    std::fs::create_dir_all(path).map_err(WorkerError::io("create", path))?;
+    if std::fs::read_dir(path).map_err(WorkerError::io("read", path))?.next().is_some() {
+        return Err(WorkerError::Usage(format!("{} is not empty; give another --out", path.display())));
+    }
+    Ok(())
+}
+
 /// Trains the first steps of a recipe on one rank and writes down everything.
 pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
@@ -78,12 +87,11 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
             "a trace records one pass a step: set parallel.micro_batches=1".into(),
         ));
     }
-    std::fs::create_dir(&args.out)
-        .map_err(WorkerError::io("create (a trace wants a new folder)", &args.out))?;
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
         .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
     let plan = Plan::new(recipe, source.len(), 1)?;
     let recipe = &plan.recipe;
+    new_folder(&args.out)?;
     let steps = args.steps.min(plan.end_step());
     let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "trace" };
     let decode_threads = setup::threads(recipe, &alone);

@@ -29,6 +29,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
     let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
     let mut meter = Meter::default();
     let mut collapse = CollapseWatch::new(&recipe.run);
+    evaluate_if_missed(run, reporter)?;
     while run.next_step < end {
         let step = run.next_step;
         let start = Instant::now();
@@ -93,7 +94,6 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         reporter.end_step(run.next_step, data_wait, communication.exposed);
         meter.add(start.elapsed(), data_wait, communication);
         record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
-        evaluate_if_due(run, reporter, epoch_ends)?;
         let is_last = agreed.stop || run.next_step == end;
         if run.checkpoints.is_due(run.next_step, is_last)
             || is_multiple(run.next_step, recipe.parallel.check_every_steps)
@@ -108,6 +108,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             tracing::warn!(step = run.next_step, reason, "stopping with a checkpoint");
             return Ok(Outcome::Preempted);
         }
+        evaluate_if_due(run, reporter)?; // behind the checkpoint: who is stopped here loses nothing
     }
     Ok(Outcome::Done)
 }
@@ -173,13 +174,25 @@ fn record(
     Ok(())
 }
 
+/// The evaluation at the step of the checkpoint that a run goes on from, if it was stopped before it had that.
+fn evaluate_if_missed(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
+    let missed =
+        run.next_step > 0 && run.identity.rank == 0 && !metrics::has_eval(&run.run_dir, run.next_step)?;
+    if agree::any(&*run.collectives, run.next_step, missed)? {
+        evaluate_if_due(run, reporter)?;
+    }
+    Ok(())
+}
+
 /// kNN every so many epochs, and at the end of a run that evaluates at all.
-fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter, epoch_ends: bool) -> Result<(), WorkerError> {
-    let every = run.plan.recipe.eval.knn_every_epochs;
-    let epoch = run.next_step / run.plan.steps_per_epoch;
-    let due = (epoch_ends && epoch.is_multiple_of(every.max(1))) || run.next_step == run.plan.end_step();
+fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
+    let (every, steps_per_epoch) = (run.plan.recipe.eval.knn_every_epochs, run.plan.steps_per_epoch);
+    let epoch = run.next_step / steps_per_epoch;
+    let due = is_multiple(run.next_step, every.max(1).saturating_mul(steps_per_epoch))
+        || run.next_step == run.plan.end_step();
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     reporter.phase(Phase::Eval);
+    run.checkpoints.finish(&mut run.metrics, reporter)?;
     let line = evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
     run.metrics.write(&line)?;
     if run.identity.rank != 0 {
@@ -221,6 +234,7 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
     };
     let shares = reporter.shares();
     let outcome = setup::run(local, &place, shares).and_then(|mut run| {
+        reporter.resumed(run.next_step);
         let outcome = run_to_end(&mut run, &mut reporter);
         let Some(group) = &run.group else { return outcome };
         match outcome {

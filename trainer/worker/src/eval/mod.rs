@@ -5,7 +5,6 @@ mod knn;
 mod linear;
 mod spectrum;
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,7 +18,7 @@ use mentee_ssl::{Method, State};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
-use crate::metrics::{EvalLine, GridPoint};
+use crate::metrics::{self, EvalLine, GridPoint};
 use crate::{affinity, checkpoints, device, snapshot, trace};
 
 /// Images in a forward pass.
@@ -509,7 +508,8 @@ fn gather(collectives: &dyn Collectives, own: knn::Labelled) -> Result<knn::Labe
 
 /// Evaluates a checkpoint in a world of one.
 pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
-    let folder = if args.checkpoint.join("manifest.json").exists() {
+    let named = |name: &str| args.checkpoint.parent().is_some_and(|parent| parent.ends_with(name));
+    let folder = if args.checkpoint.join("manifest.json").exists() || named("checkpoints") {
         args.checkpoint.clone()
     } else {
         checkpoints::folder(&args.checkpoint)
@@ -517,12 +517,11 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     let checkpoint = if folder == args.checkpoint {
         mentee_checkpoint::open(&folder)?
     } else {
-        let newest = mentee_checkpoint::newest(&folder)?.ok_or_else(|| {
-            WorkerError::Usage(format!(
-                "{}: no checkpoint there; give a run directory or one of its checkpoints",
-                args.checkpoint.display()
-            ))
-        })?;
+        if !args.checkpoint.is_dir() {
+            return Err(WorkerError::Usage(format!("{}: no such folder", args.checkpoint.display())));
+        }
+        let newest = mentee_checkpoint::newest(&folder)?
+            .ok_or_else(|| WorkerError::NoCheckpoint(args.checkpoint.clone()))?;
         for (path, reason) in &newest.rejected {
             eprintln!("warning: {} is passed over: {reason}", path.display());
         }
@@ -592,11 +591,7 @@ fn record(folder: &Path, line: &str) -> Result<(), WorkerError> {
             folder.display()
         )));
     };
-    std::fs::OpenOptions::new()
-        .append(true)
-        .open(&metrics)
-        .and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()))
-        .map_err(WorkerError::io("write", &metrics))
+    metrics::append(&metrics, line)
 }
 
 /// The line as a table for people.
