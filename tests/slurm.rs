@@ -384,7 +384,7 @@ fn an_array_of_variants(bench: &Bench) {
 fn what_happens_to_a_task_of_an_array_is_its_own(bench: &Bench) {
     let folder = bench.run_dir("array-of-two");
     let more = ["--nodes", "1", "--workers-per-node", "1", "--sweep", "run.seed=1,2"];
-    bench.lab.submit(&recipe(&bench.folder, SLOW_STEPS), &folder, &more).expect(0);
+    bench.lab.submit(&recipe(&bench.folder, 8 * STEPS), &folder, &more).expect(0);
     let runs = [folder.join("0"), folder.join("1")];
     for run in &runs {
         bench.lab.wait_for_lines(run, 12);

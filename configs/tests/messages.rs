@@ -223,7 +223,7 @@ fn ranges_name_key_value_and_range() {
             "`run.name` = \"a/b\" in my.toml (line 6): must be a name without `/`, control characters or a \
              leading dot",
         ),
-        ("checkpoint", "keep = 0", "`checkpoint.keep` = 0 in my.toml (line 6): must be at least 1"),
+        ("checkpoint", "keep = -1", "`checkpoint.keep` = -1 in my.toml (line 6): must be at least 0"),
         ("eval", "knn_k = 0", "`eval.knn_k` = 0 in my.toml (line 6): must be at least 1"),
         (
             "eval",

@@ -9,6 +9,7 @@ pub mod head;
 pub mod layers;
 pub mod loss;
 pub mod method;
+mod normal;
 pub mod optimizer;
 pub mod params;
 pub mod schedule;

@@ -19,6 +19,7 @@ use mentee_torch_ext as ext;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::SslError;
+use crate::normal::quantile;
 
 /// Elements to which every parameter's place is rounded up: 64 bytes of f32.
 const ALIGN: i64 = 16;
@@ -230,27 +231,28 @@ impl Weights {
         Ok(())
     }
 
-    /// Draws the initial values: a function of the seed and the declarations alone.
+    /// Draws the initial values: a function of the seed and the declarations alone, to the last bit on any machine, and in f32
+    /// whatever the precision.
     pub fn initialise(&mut self, seed: u64) -> Result<(), SslError> {
         tch::manual_seed(seed.cast_signed());
         for place in self.layout.params() {
             let Declaration { shape, init, .. } = &place.declaration;
-            let options = (Kind::Float, Device::Cpu);
             let values = match *init {
                 Init::KaimingFanOut => {
-                    let fan_out = shape[0] * shape[2] * shape[3];
-                    Tensor::randn(shape, options) * (2.0 / fan_out as f64).sqrt()
+                    let std = (2.0 / (shape[0] * shape[2] * shape[3]) as f64).sqrt();
+                    drawn(shape, |u| std * quantile(u))?
                 }
                 Init::Uniform { fan_in } => {
-                    (Tensor::rand(shape, options) * 2.0 - 1.0) * (1.0 / fan_in as f64).sqrt()
+                    let bound = (1.0 / fan_in as f64).sqrt();
+                    drawn(shape, |u| bound * (2.0 * u - 1.0))?
                 }
                 Init::TruncatedNormal { fan_in } => {
-                    // erf(2 / sqrt 2): the normal distribution's mass within two standard deviations.
+                    // The normal distribution's mass within two standard deviations.
                     const MASS: f64 = 0.954_499_736_103_641_6;
-                    ((Tensor::rand(shape, options) * 2.0 - 1.0) * MASS).erfinv()
-                        * (2.0 / fan_in as f64).sqrt()
+                    let std = (1.0 / fan_in as f64).sqrt();
+                    drawn(shape, |u| std * quantile(0.5 + MASS * (u - 0.5)))?
                 }
-                Init::Constant(value) => Tensor::full(shape, value, options),
+                Init::Constant(value) => Tensor::full(shape, value, (Kind::Float, Device::Cpu)),
             };
             self.named_view(place)?.f_copy_(&values)?;
         }
@@ -462,4 +464,13 @@ impl Layer {
         }
         Ok(())
     }
+}
+
+/// What `of` makes of uniform draws between 0 and 1, which are multiples of 2^-53 and so the same everywhere.
+fn drawn(shape: &[i64], of: impl Fn(f64) -> f64) -> Result<Tensor, SslError> {
+    const LEAST: f64 = f64::EPSILON / 4.0; // for a draw of 0
+    let uniform = Tensor::f_rand([shape.iter().product::<i64>()], (Kind::Double, Device::Cpu))?;
+    let values: Vec<f32> =
+        Vec::<f64>::try_from(uniform)?.into_iter().map(|u| of(u.max(LEAST)) as f32).collect();
+    Ok(Tensor::f_from_slice(&values)?.f_view(shape)?)
 }

@@ -69,5 +69,5 @@ impl Schedule {
 /// (1 + cos(π·step/span)) / 2: from 1 to 0.
 fn cosine_decay(step: f64, span: f64) -> f64 {
     let ratio = if span > 0.0 { (step / span).clamp(0.0, 1.0) } else { 1.0 };
-    0.5 * (1.0 + (std::f64::consts::PI * ratio).cos())
+    0.5 * (1.0 + libm::cos(std::f64::consts::PI * ratio)) // the same on every machine
 }
