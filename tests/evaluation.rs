@@ -1,12 +1,12 @@
-//! What frozen features are worth: `mentee eval` in all its forms, the probe that learns beside a run, and a backbone that
-//! comes back in.
+//! What frozen features are worth: `mentee eval` in all its forms, labels that are missing or numbered otherwise, the probe
+//! that learns beside a run, and a backbone that comes back in.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use serde_json::Value;
 use system_tests::process::{finish, mentee};
-use system_tests::recipe::{TinyRecipe, write_images};
+use system_tests::recipe::{TinyRecipe, image, write_images};
 use system_tests::run_dir::{final_state, losses, metrics};
 use system_tests::{machine, root, temp_dir};
 
@@ -156,6 +156,79 @@ fn a_grid_of_knn_has_every_setting_and_a_record_reaches_the_report() {
     finish(command).expect(0);
     let card = std::fs::read_to_string(out.with_extension("md")).expect("a card");
     assert!(card.contains("| linear top-1 |"), "{card}");
+}
+
+fn jpeg(path: &Path, class: u8, index: usize) {
+    let mut bytes = Vec::new();
+    let encoder = jpeg_encoder::Encoder::new(&mut bytes, 90);
+    encoder.encode(&image(class, index), 32, 32, jpeg_encoder::ColorType::Rgb).expect("a JPEG");
+    std::fs::create_dir_all(path.parent().expect("a parent")).expect("a folder");
+    std::fs::write(path, &bytes).expect("an image");
+}
+
+/// A run of one epoch on two ranks that is to evaluate once: what it said, and its directory.
+fn evaluating(images: &Path, run: &str) -> (String, PathBuf) {
+    let dir = images.parent().expect("a parent");
+    let recipe = TinyRecipe::new(images)
+        .set("parallel.precision", "\"f32\"")
+        .set("schedule.max_steps", "1")
+        .set("eval.knn_every_epochs", "1")
+        .set("eval.knn_k", "1")
+        .write(dir.join(format!("{run}.toml")));
+    let run_dir = dir.join(run);
+    let mut command = mentee();
+    command.arg("run").arg(recipe).arg("--run-dir").arg(&run_dir).args(["--workers", "2"]);
+    (finish(command).expect(0).stdout, run_dir)
+}
+
+/// The run said so, evaluated nothing, and the command refuses with the same words.
+fn assert_not_evaluated(told: &str, run: &Path, words: &str) {
+    let warned = told.lines().find(|line| line.contains("no kNN evaluation during this run"));
+    assert!(warned.is_some_and(|line| line.contains(words)), "{words:?}: {told}");
+    assert!(metrics(run).iter().all(|line| line["kind"] != "eval"));
+    let mut command = mentee();
+    command.arg("eval").arg(run);
+    let outcome = finish(command).expect(3);
+    assert!(outcome.error_line().contains(words), "{}", outcome.told());
+}
+
+#[test]
+fn where_a_label_is_missing_a_run_goes_on_without_evaluation() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let images = dir.path().join("images");
+    for index in 0..16 {
+        jpeg(&images.join(format!("train/class-{}/{index:03}.jpg", index % 2)), (index % 2) as u8, index);
+    }
+    for index in 16..20 {
+        jpeg(&images.join(format!("test/{index:03}.jpg")), 0, index);
+    }
+    let (told, run) = evaluating(&images, "run");
+    assert_not_evaluated(&told, &run, "016.jpg has no label: evaluation needs labelled images");
+}
+
+#[test]
+fn classes_of_held_out_images_are_those_of_the_same_name() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let images = dir.path().join("images");
+    // Every image to classify is also in the bank: its nearest neighbour is itself.
+    for index in 0..18 {
+        let class = ["a", "b", "c"][index % 3];
+        jpeg(&images.join(format!("train/{class}/{index:03}.jpg")), (index % 3) as u8, index);
+        if class != "b" {
+            jpeg(&images.join(format!("test/{class}/{index:03}.jpg")), (index % 3) as u8, index);
+        }
+    }
+    let (_, run) = evaluating(&images, "run");
+    let lines = metrics(&run);
+    let line = lines.iter().find(|line| line["kind"] == "eval").expect("an evaluation");
+    assert_eq!(percent(line, "knn_raw_pixels"), 100.0, "{line}");
+    assert_eq!(percent(&eval(&run, &["--knn"]), "knn_raw_pixels"), 100.0);
+
+    jpeg(&images.join("test/d/018.jpg"), 3, 18);
+    let (told, run) = evaluating(&images, "unknown");
+    assert_not_evaluated(&told, &run, "018.jpg is of class `d`, which the training images do not have");
 }
 
 #[test]

@@ -69,7 +69,8 @@ pub struct Data {
     pub order: DataOrder,
     /// What a damaged image does.
     pub on_error: OnDataError,
-    /// Different damaged images that [`OnDataError::Skip`] passes over, in one process, before it fails after all.
+    /// Different damaged images that [`OnDataError::Skip`] passes over, in one process, before it fails after all; or that all
+    /// processes together leave out of an evaluation's bank, or of its queries.
     pub max_skipped: u64,
 }
 
@@ -90,7 +91,7 @@ pub enum DataOrder {
 pub enum OnDataError {
     /// Ends the run, naming it.
     Fail,
-    /// Is replaced by another image, the same one on any number of ranks, and named in the log.
+    /// Is replaced by another image, the same one on any number of ranks, and named in the log. An evaluation leaves it out.
     Skip,
 }
 

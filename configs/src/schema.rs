@@ -124,9 +124,11 @@ pub(crate) const KEYS: &[Key] = &[
     key("data.order", Kind::Choice(&["global", "windowed"]), Decides::Yes, "",
         "one permutation of all samples; or shards permuted and a window over them shuffled, for network file systems", "ours"),
     key("data.on_error", Kind::Choice(&["fail", "skip"]), Decides::No, "",
-        "a damaged image ends the run; or is replaced, the same on any number of ranks, and named in the log", "ours"),
+        "a damaged image ends the run; or is replaced (left out of an evaluation), the same on any number of ranks, and named \
+         in the log", "ours"),
     key("data.max_skipped", ANY_COUNT, Decides::No, "images",
-        "different damaged images that a rank skips before it fails after all", "ours"),
+        "different damaged images that a rank skips, or an evaluation leaves out of bank or queries, before it fails after all",
+        "ours"),
 
     key("views.preset", Kind::Choice(&["byol", "simsiam", "byol-cifar", "simsiam-cifar"]), Decides::No, "",
         "fills in the rest of `[views]` (and `model.stem`)", "the method"),

@@ -66,11 +66,36 @@ pub enum DataError {
         /// The one that was too many: its place and what is wrong.
         last: String,
     },
+    /// Nothing is left of the images to evaluate with.
+    #[error(
+        "all {found} images {of} are damaged; the last: {last}: repair the data (`mentee data verify` finds all such)"
+    )]
+    AllBad {
+        /// Which images: "of the bank", "to classify".
+        of: &'static str,
+        /// How many there are.
+        found: u64,
+        /// One of them: its place and what is wrong.
+        last: String,
+    },
     /// A label was needed and the sample has none.
-    #[error("sample {sample} has no label: evaluation needs labelled images (class folders or .cls entries)")]
+    #[error(
+        "sample {sample} has no label: evaluation needs labelled images (class folders, .cls entries or a file of labels)"
+    )]
     NoLabel {
         /// Shard and key, or the file's path.
         sample: String,
+    },
+    /// A held-out sample is of a class that no training image can be of.
+    #[error(
+        "sample {sample} is of class `{class}`, which the training images do not have: name the classes of both alike, \
+         or leave its images out"
+    )]
+    UnknownClass {
+        /// Shard and key, or the file's path.
+        sample: String,
+        /// The class's name.
+        class: String,
     },
     /// The output of a writer would overwrite something.
     #[error("`{}` already exists and is not empty: choose another folder or remove it", path.display())]

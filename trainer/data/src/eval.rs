@@ -13,8 +13,9 @@ use mentee_config::recipe::{Interpolation, Views};
 use crate::augment::{Augmenter, Normalise, ViewKey};
 use crate::decode::{CropBox, PlanarImage, RgbImage};
 use crate::error::DataError;
+use crate::loader::{Damaged, OnError};
 use crate::order::Order;
-use crate::pool::{Pool, Scratch, Work};
+use crate::pool::{Filled, Pool, Scratch, Work};
 use crate::resize::{Area, Resizer, TILE};
 use crate::source::Source;
 
@@ -128,26 +129,30 @@ pub struct EvalOptions {
     pub threads: usize,
 }
 
-/// The images `indices` of `source`, in that order, in batches. Every one must be labelled.
+/// The images `indices` of `source`, in that order, in batches. Every one must be labelled. Those that are `damaged`, or
+/// are found to be, are left out: their batches are smaller, the others' the same, so that every call with the same
+/// `damaged` gives the same batches.
 ///
 /// # Errors
 /// [`DataError::NoLabel`] naming the first unlabelled one; [`DataError::Thread`]. The iterator yields
-/// [`DataError`] for an image that cannot be read, and ends there.
+/// [`DataError`] for an image that cannot be used and is not left out, and ends there.
 pub fn eval_images(
     source: Arc<dyn Source>,
     indices: Vec<u64>,
     views: &Views,
     options: EvalOptions,
+    damaged: Arc<Damaged>,
 ) -> Result<EvalImages, DataError> {
     all_labelled(&*source, &indices)?;
     let batch = options.batch.max(1);
-    let work = EvalWork { view: EvalView::new(views), source: source.clone(), indices, batch };
+    let (view, own) = (EvalView::new(views), source.clone());
+    let work = EvalWork { view, source: own, indices, batch, damaged: damaged.clone() };
     let pool = Pool::start(Box::new(work), options.threads, QUEUE, batch)?;
-    Ok(EvalImages { pool, source, done: false })
+    Ok(EvalImages { pool, source, damaged, done: false })
 }
 
 /// The images `indices` of `source`, `epochs` times, each time in another order and in another view as `views` says: the
-/// batches of one epoch after those of the other. Order and views are functions of (seed, epoch, sample).
+/// batches of one epoch after those of the other. Order and views are functions of (seed, epoch, sample). None is left out.
 ///
 /// # Errors
 /// As [`eval_images`].
@@ -172,10 +177,14 @@ pub fn training_images(
         epochs,
     };
     let pool = Pool::start(Box::new(work), options.threads, QUEUE, batch)?;
-    Ok(EvalImages { pool, source, done: false })
+    Ok(EvalImages { pool, source, damaged: Arc::new(Damaged::new(OnError::Fail)), done: false })
 }
 
-fn all_labelled(source: &dyn Source, indices: &[u64]) -> Result<(), DataError> {
+/// Whether the images `indices` of `source` all have labels.
+///
+/// # Errors
+/// [`DataError::NoLabel`] naming the first that has none.
+pub fn all_labelled(source: &dyn Source, indices: &[u64]) -> Result<(), DataError> {
     match indices.iter().find(|&&index| source.label(index).is_none()) {
         Some(&index) => Err(DataError::NoLabel { sample: source.key(index) }),
         None => Ok(()),
@@ -186,33 +195,47 @@ fn all_labelled(source: &dyn Source, indices: &[u64]) -> Result<(), DataError> {
 pub struct EvalImages {
     pool: Pool,
     source: Arc<dyn Source>,
+    damaged: Arc<Damaged>,
     done: bool,
+}
+
+impl EvalImages {
+    /// What was filled, with its labels and without the places of damaged images.
+    fn batch(&self, filled: Filled) -> Result<EvalBatch, DataError> {
+        let Filled { mut ids, buffer: mut images, .. } = filled;
+        let usable: Vec<bool> = ids.iter().map(|&id| !self.damaged.contains(id)).collect();
+        if usable.contains(&false) {
+            let view = images.len() / ids.len();
+            let views = images.chunks_exact(view).zip(&usable).filter(|(_, usable)| **usable);
+            images = views.flat_map(|(view, _)| view).copied().collect();
+            ids = ids.into_iter().zip(&usable).filter(|(_, usable)| **usable).map(|(id, _)| id).collect();
+        }
+        let label = |&id: &u64| {
+            self.source.label(id).ok_or_else(|| DataError::NoLabel { sample: self.source.key(id) })
+        };
+        let labels = ids.iter().map(label).collect::<Result<Vec<u32>, _>>()?;
+        Ok(EvalBatch { ids, labels, images })
+    }
 }
 
 impl Iterator for EvalImages {
     type Item = Result<EvalBatch, DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.done {
-            return None;
-        }
-        match self.pool.next() {
-            Ok(Some(filled)) => {
-                let label = |&id: &u64| {
-                    self.source.label(id).ok_or_else(|| DataError::NoLabel { sample: self.source.key(id) })
-                };
-                let labels = filled.ids.iter().map(label).collect::<Result<Vec<u32>, _>>();
-                Some(labels.map(|labels| EvalBatch { ids: filled.ids, labels, images: filled.buffer }))
-            }
-            Ok(None) => {
-                self.done = true;
-                None
-            }
-            Err(error) => {
-                self.done = true;
-                Some(Err(error))
+        while !self.done {
+            match self.pool.next() {
+                Ok(Some(filled)) => match self.batch(filled) {
+                    Ok(batch) if batch.ids.is_empty() => {} // all of it was damaged
+                    batch => return Some(batch),
+                },
+                Ok(None) => self.done = true,
+                Err(error) => {
+                    self.done = true;
+                    return Some(Err(error));
+                }
             }
         }
+        None
     }
 }
 
@@ -221,6 +244,7 @@ struct EvalWork {
     source: Arc<dyn Source>,
     indices: Vec<u64>,
     batch: usize,
+    damaged: Arc<Damaged>,
 }
 
 impl Work for EvalWork {
@@ -241,7 +265,7 @@ impl Work for EvalWork {
         (0, self.indices[first..(first + self.batch).min(self.indices.len())].to_vec())
     }
 
-    /// An accuracy over other images than were asked for would be another number.
+    /// An accuracy over other images than were asked for would be another number: what is left out has no replacement.
     fn instead(&self, _epoch: u64, _id: u64, _attempt: u32, error: DataError) -> Result<u64, DataError> {
         Err(error)
     }
@@ -253,8 +277,14 @@ impl Work for EvalWork {
         id: u64,
         out: &mut [&mut [f32]],
     ) -> Result<(), DataError> {
-        scratch.reader.whole(&*self.source, id, &mut scratch.image)?;
-        self.view.view(&mut scratch.eval, &scratch.image, &mut *out[0]);
+        // The place of a damaged image stays as it is: `EvalImages` takes it out.
+        if self.damaged.contains(id) {
+            return Ok(());
+        }
+        match scratch.reader.whole(&*self.source, id, &mut scratch.image) {
+            Ok(()) => self.view.view(&mut scratch.eval, &scratch.image, &mut *out[0]),
+            Err(error) => self.damaged.pass_over(id, error)?,
+        }
         Ok(())
     }
 }

@@ -167,6 +167,10 @@ impl Source for ImageFolder {
         &self.classes
     }
 
+    fn names_classes(&self) -> bool {
+        !self.classes.is_empty()
+    }
+
     fn digest(&self) -> String {
         self.digest.clone()
     }

@@ -32,6 +32,7 @@ pub mod synthetic;
 
 mod blur;
 mod cifar;
+mod classes;
 mod colour;
 mod cpu;
 mod folder;
@@ -43,8 +44,9 @@ mod pool;
 mod resize;
 mod tar;
 
+pub use classes::with_classes_of;
 pub use decode::{CropBox, PlanarImage, RgbImage, decode};
 pub use error::DataError;
-pub use loader::{Batch, Loader, LoaderConfig, OnError, Skipped};
+pub use loader::{Batch, Damaged, Loader, LoaderConfig, OnError, Skipped};
 pub use order::Order;
 pub use source::{Encoding, Sample, Source, Split, open, open_split, order};

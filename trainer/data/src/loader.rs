@@ -1,8 +1,8 @@
 //! Batches of augmented views, in step order, made ahead of time by decode threads.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use mentee_config::recipe::Views;
@@ -67,6 +67,54 @@ impl OnError {
     }
 }
 
+/// Damaged samples that were met, and what the next one does.
+#[derive(Debug)]
+pub struct Damaged {
+    on_error: OnError,
+    found: Mutex<BTreeMap<u64, String>>,
+}
+
+impl Damaged {
+    /// None was met yet.
+    #[must_use]
+    pub fn new(on_error: OnError) -> Self {
+        Self { on_error, found: Mutex::default() }
+    }
+
+    /// Those met so far, by their index in the source: shard or file, key, and what is wrong.
+    #[must_use]
+    pub fn found(&self) -> BTreeMap<u64, String> {
+        self.lock().clone()
+    }
+
+    /// Whether sample `id` was met and is damaged.
+    #[must_use]
+    pub fn contains(&self, id: u64) -> bool {
+        self.lock().contains_key(&id)
+    }
+
+    /// Notes that sample `id` is passed over.
+    ///
+    /// # Errors
+    /// `error` itself where it is not passed over; [`DataError::TooManyBad`] beyond the budget.
+    pub(crate) fn pass_over(&self, id: u64, error: DataError) -> Result<(), DataError> {
+        let (OnError::Skip { budget }, DataError::BadSample { .. }) = (self.on_error, &error) else {
+            return Err(error);
+        };
+        let mut all = self.lock();
+        all.insert(id, error.brief());
+        let found = all.len() as u64;
+        if found > budget {
+            return Err(DataError::TooManyBad { found, budget, last: error.brief() });
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// One rank's share of a step.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Batch {
@@ -92,8 +140,7 @@ pub struct Loader {
 struct TwoViews {
     config: LoaderConfig,
     augmenter: Augmenter,
-    /// Damaged samples that were met.
-    bad: Mutex<BTreeSet<u64>>,
+    damaged: Damaged,
 }
 
 impl Work for TwoViews {
@@ -114,17 +161,9 @@ impl Work for TwoViews {
     }
 
     fn instead(&self, epoch: u64, id: u64, attempt: u32, error: DataError) -> Result<u64, DataError> {
-        let (OnError::Skip { budget }, DataError::BadSample { .. }) = (self.config.on_error, &error) else {
-            return Err(error);
-        };
         let order = &self.config.order;
         let damaged = if attempt == 0 { id } else { order.replacement(epoch, id, attempt - 1) };
-        let mut bad = self.bad.lock().unwrap_or_else(PoisonError::into_inner);
-        bad.insert(damaged);
-        let found = bad.len() as u64;
-        if found > budget {
-            return Err(DataError::TooManyBad { found, budget, last: error.brief() });
-        }
+        self.damaged.pass_over(damaged, error)?;
         Ok(order.replacement(epoch, id, attempt))
     }
 
@@ -186,13 +225,8 @@ impl Loader {
     pub fn new(config: LoaderConfig) -> Result<Self, DataError> {
         let share = config.rank_share.end.saturating_sub(config.rank_share.start) as usize;
         let (threads, queue) = (config.threads, config.queue_steps);
-        let augmenter = Augmenter::new(&config.views);
-        let pool = Pool::start(
-            Box::new(TwoViews { config, augmenter, bad: Mutex::default() }),
-            threads,
-            queue,
-            share,
-        )?;
+        let (augmenter, damaged) = (Augmenter::new(&config.views), Damaged::new(config.on_error));
+        let pool = Pool::start(Box::new(TwoViews { config, augmenter, damaged }), threads, queue, share)?;
         Ok(Self { pool })
     }
 

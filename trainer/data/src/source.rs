@@ -76,6 +76,12 @@ pub trait Source: Send + Sync {
     /// Names of the classes; empty when unlabelled.
     fn classes(&self) -> &[String];
 
+    /// Whether every label has a name that the set itself gives it, and that means the same class in another set. The
+    /// numbers of IDX, CIFAR and plain tar files are labels and no names.
+    fn names_classes(&self) -> bool {
+        false
+    }
+
     /// Identifies the data set (hex): a digest of names, sizes and labels, not of the images themselves.
     fn digest(&self) -> String;
 

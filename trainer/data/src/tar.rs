@@ -44,6 +44,8 @@ pub(crate) struct TarShards {
     labels: Vec<u32>,
     keys: Keys,
     classes: Vec<String>,
+    /// Every label has a name in the index.
+    named: bool,
     digest: String,
 }
 
@@ -114,6 +116,7 @@ impl TarShards {
             labels: Vec::new(),
             keys: Keys::Numbered,
             classes: Vec::new(),
+            named: false,
             digest: String::new(),
         }
     }
@@ -151,6 +154,8 @@ impl TarShards {
             set.lengths.extend(&shard.lengths);
             set.labels.extend(shard.labels.iter().map(|label| label.unwrap_or(NO_LABEL)));
         }
+        let named = |&label: &u32| label == NO_LABEL || (label as usize) < set.classes.len();
+        set.named = !set.classes.is_empty() && set.labels.iter().all(named);
         Ok(set)
     }
 
@@ -298,6 +303,10 @@ impl Source for TarShards {
 
     fn classes(&self) -> &[String] {
         &self.classes
+    }
+
+    fn names_classes(&self) -> bool {
+        self.named
     }
 
     fn digest(&self) -> String {

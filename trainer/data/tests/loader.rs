@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use common::{Memory, views};
 use mentee_config::recipe::Definition;
 use mentee_data::digest::{OrderDigest, Running};
-use mentee_data::eval::{EvalBatch, EvalOptions, EvalView, eval_images, training_images};
-use mentee_data::{Batch, DataError, Encoding, Loader, LoaderConfig, OnError, Order, Source};
+use mentee_data::eval::{EvalBatch, EvalOptions, EvalView, all_labelled, eval_images, training_images};
+use mentee_data::{Batch, Damaged, DataError, Encoding, Loader, LoaderConfig, OnError, Order, Source};
 use proptest::prelude::*;
 
 const SIZE: u32 = 9;
@@ -242,6 +242,11 @@ fn a_rank_without_samples_gets_empty_batches() {
     assert!(batches.iter().all(|b| b.ids.is_empty() && b.views.is_empty()));
 }
 
+/// Nothing is left out.
+fn strict() -> Arc<Damaged> {
+    Arc::new(Damaged::new(OnError::Fail))
+}
+
 #[test]
 fn evaluation_images_come_once_each_with_labels() {
     let source = Memory::noise(23);
@@ -249,7 +254,7 @@ fn evaluation_images_come_once_each_with_labels() {
     (settings.mean, settings.std) = ([0.5, 0.4, 0.3], [0.2, 0.25, 0.5]);
     let indices: Vec<u64> = (0..23).rev().collect();
     let options = EvalOptions { batch: 5, threads: 3 };
-    let batches: Vec<_> = eval_images(source.clone(), indices.clone(), &settings, options)
+    let batches: Vec<_> = eval_images(source.clone(), indices.clone(), &settings, options, strict())
         .unwrap()
         .collect::<Result<Vec<_>, _>>()
         .unwrap();
@@ -263,7 +268,7 @@ fn evaluation_images_come_once_each_with_labels() {
     }
     // The statistics are applied to each channel, whatever the number of threads.
     (settings.mean, settings.std) = ([0.0; 3], [1.0; 3]);
-    let plain = eval_images(source, indices, &settings, EvalOptions { threads: 1, ..options })
+    let plain = eval_images(source, indices, &settings, EvalOptions { threads: 1, ..options }, strict())
         .unwrap()
         .map(Result::unwrap)
         .flat_map(|batch| batch.images);
@@ -317,13 +322,56 @@ fn evaluation_names_what_it_cannot_use() {
     });
     let settings = views(Definition::Byol, SIZE);
     let options = EvalOptions { batch: 2, threads: 1 };
-    let error = eval_images(unlabelled.clone(), vec![0, 3, 2, 1], &settings, options).err().unwrap();
+    let error =
+        eval_images(unlabelled.clone(), vec![0, 3, 2, 1], &settings, options, strict()).err().unwrap();
     assert_eq!(error, DataError::NoLabel { sample: "memory:2".to_owned() });
-    assert!(eval_images(unlabelled, vec![0, 3], &settings, options).is_ok());
+    assert_eq!(all_labelled(&*unlabelled, &[0, 3, 2, 1]), Err(error));
+    assert_eq!(all_labelled(&*unlabelled, &[0, 3]), Ok(()));
+    assert!(eval_images(unlabelled, vec![0, 3], &settings, options, strict()).is_ok());
     let results: Vec<_> =
-        eval_images(damaged(&[2]), vec![0, 1, 2, 3, 4], &settings, options).unwrap().collect();
+        eval_images(damaged(&[2]), vec![0, 1, 2, 3, 4], &settings, options, strict()).unwrap().collect();
     assert_eq!(results.len(), 2, "it ends at the error");
     assert!(matches!(&results[1], Err(DataError::BadSample { sample, .. }) if sample == "memory:2"));
+}
+
+#[test]
+fn evaluation_leaves_damaged_images_out_and_nothing_else() {
+    let settings = views(Definition::Byol, SIZE);
+    let indices: Vec<u64> = (0..23).collect();
+    // One batch of four is lost as a whole.
+    let bad = [1, 8, 9, 10, 11, 22];
+    let good: Vec<u64> = indices.iter().copied().filter(|index| !bad.contains(index)).collect();
+    let all = |source: Arc<Memory>, indices: &[u64], threads, damaged: Arc<Damaged>| {
+        let options = EvalOptions { batch: 4, threads };
+        eval_images(source, indices.to_vec(), &settings, options, damaged)
+            .unwrap()
+            .collect::<Result<Vec<_>, _>>()
+            .unwrap()
+    };
+    let whole = all(Memory::noise(23), &good, 1, strict());
+    let images = |batches: &[EvalBatch]| -> Vec<f32> {
+        batches.iter().flat_map(|batch| batch.images.iter().copied()).collect()
+    };
+    for threads in [1, 3] {
+        let found = Arc::new(Damaged::new(OnError::Skip { budget: 6 }));
+        let first = all(damaged(&bad), &indices, threads, found.clone());
+        assert_eq!(first.iter().map(|batch| batch.ids.len()).collect::<Vec<_>>(), [3, 4, 4, 4, 2]);
+        assert_eq!(first.iter().flat_map(|batch| batch.ids.clone()).collect::<Vec<_>>(), good);
+        for batch in &first {
+            assert_eq!(batch.labels, batch.ids.iter().map(|id| (id % 3) as u32).collect::<Vec<_>>());
+        }
+        assert_eq!(images(&first), images(&whole));
+        assert_eq!(found.found().keys().copied().collect::<Vec<_>>(), bad);
+        let reason = &found.found()[&9];
+        assert!(reason.starts_with("memory:9: truncated PNG"), "{reason}");
+        // What was damaged once stays out, in the same batches, though the file is whole again.
+        assert_eq!(all(Memory::noise(23), &indices, threads, found.clone()), first);
+    }
+    let options = EvalOptions { batch: 4, threads: 2 };
+    let few = Arc::new(Damaged::new(OnError::Skip { budget: 5 }));
+    let error = eval_images(damaged(&bad), indices, &settings, options, few).unwrap().find_map(Result::err);
+    let Some(DataError::TooManyBad { found: 6, budget: 5, last }) = &error else { panic!("{error:?}") };
+    assert!(last.starts_with("memory:"), "{last}");
 }
 
 #[test]

@@ -5,10 +5,12 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Arc;
 
-use common::{jpeg, noise, rgb_png};
+use common::{Memory, jpeg, noise, rgb_png};
 use mentee_config::recipe::DataFormat;
-use mentee_data::{DataError, Encoding, Source, Split, open, open_split};
+use mentee_data::shard::write_shards;
+use mentee_data::{DataError, Encoding, Source, Split, open, open_split, with_classes_of};
 use tempfile::TempDir;
 
 fn put(dir: &Path, name: &str, bytes: &[u8]) {
@@ -124,6 +126,80 @@ fn divided_sets() {
             (Some(2), Some(1)),
             "beside it"
         );
+    }
+}
+
+/// A folder with an image of each class.
+fn classes(root: &Path, names: &[&str]) -> Arc<dyn Source> {
+    for name in names {
+        put(root, &format!("{name}/x.png"), &rgb_png(3, 3, 1));
+    }
+    open(root, DataFormat::Auto).unwrap()
+}
+
+#[test]
+fn held_out_classes_have_the_training_images_numbers() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let train = classes(&root.join("train"), &["a", "b", "c"]);
+    let test = classes(&root.join("test"), &["a", "c"]);
+    assert_eq!(labels(&*test), [Some(0), Some(1)], "by itself");
+    let matched = with_classes_of(&*train, test.clone()).unwrap();
+    assert_eq!(labels(&*matched), [Some(0), Some(2)]);
+    assert_eq!(matched.classes(), train.classes());
+    assert_eq!(
+        (matched.len(), matched.key(1), matched.digest(), matched.stored(), matched.shards()),
+        (test.len(), test.key(1), test.digest(), test.stored(), test.shards())
+    );
+    assert_eq!(matched.read(1), test.read(1));
+
+    // Shards know the names too, whatever their order.
+    let shards = |name: &str, classes: &[&str], labels: &[Option<u32>]| {
+        let whole = Memory::noise(labels.len() as u64);
+        let set = Memory {
+            files: whole.files.clone(),
+            labels: labels.to_vec(),
+            classes: classes.iter().map(|&class| class.to_owned()).collect(),
+        };
+        write_shards(&set, &root.join(name), 1 << 20, &mut |_, _| {}).unwrap();
+        open(&root.join(name), DataFormat::Auto).unwrap()
+    };
+    let other = shards("other", &["c", "unused", "a"], &[Some(0), Some(2), None]);
+    let matched = with_classes_of(&*train, other.clone()).unwrap();
+    assert_eq!(labels(&*matched), [Some(2), Some(0), None], "a name without images is no class to be missed");
+    let same = with_classes_of(&*other, other.clone()).unwrap();
+    assert_eq!(labels(&*same), labels(&*other));
+
+    let unknown = with_classes_of(&*test, train.clone()).err().unwrap();
+    assert_eq!(unknown, DataError::UnknownClass { sample: train.key(1), class: "b".to_owned() });
+    assert_eq!(
+        unknown.to_string().replace(&root.display().to_string(), "DIR"),
+        "sample DIR/train/b/x.png is of class `b`, which the training images do not have: name the classes of both \
+         alike, or leave its images out"
+    );
+
+    // Numbers may be names, but none that words could be compared with.
+    let digits = classes(&root.join("digits"), &["0", "1", "2"]);
+    let two = shards("two", &["0", "2"], &[Some(1), Some(0)]);
+    assert_eq!(labels(&*with_classes_of(&*digits, two.clone()).unwrap()), [Some(2), Some(0)]);
+    assert_eq!(labels(&*with_classes_of(&*train, two.clone()).unwrap()), labels(&*two));
+    assert_eq!(labels(&*with_classes_of(&*digits, test.clone()).unwrap()), labels(&*test));
+
+    // Labels without names are numbers, compared as they are.
+    let nameless = shards("nameless", &["c"], &[Some(0), Some(1)]);
+    fs::create_dir_all(root.join("plain")).unwrap();
+    fs::copy(root.join("other/00000.tar"), root.join("plain/00000.tar")).unwrap();
+    let plain = open(&root.join("plain"), DataFormat::Auto).unwrap();
+    put(&root.join("idx"), "train-images-idx3-ubyte", &IMAGES);
+    put(&root.join("idx"), "train-labels-idx1-ubyte", &LABELS);
+    let idx = open(&root.join("idx"), DataFormat::Auto).unwrap();
+    put(&root.join("cifar"), "test_batch.bin", &record(&[9], [0; 2], [0; 2], [0; 2]));
+    let cifar = open(&root.join("cifar"), DataFormat::Auto).unwrap();
+    for source in [nameless, plain, idx, cifar] {
+        let key = source.key(0);
+        assert!(!source.names_classes(), "{key}");
+        assert_eq!(labels(&*with_classes_of(&*train, source.clone()).unwrap()), labels(&*source), "{key}");
+        assert_eq!(labels(&*with_classes_of(&*source, test.clone()).unwrap()), labels(&*test), "{key}");
     }
 }
 

@@ -53,7 +53,7 @@ pub struct Run {
     pub faults: Faults,
     /// Sums batch-norm statistics over ranks; none for a world of one or unsynchronised norms.
     pub stat_reduce: Option<Reduce>,
-    /// None when the recipe does not evaluate, or the images have no labels.
+    /// None when the recipe does not evaluate, or not all images have labels that mean the same in bank and queries.
     pub evaluator: Option<Evaluator>,
     /// None when the recipe has none, or the images have no labels.
     pub probe: Option<OnlineProbe>,
@@ -251,8 +251,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
         on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
     })?;
-    let evaluator =
-        agree::together(&*collectives, Evaluator::of_run(recipe, source, decode_threads, device))?;
+    let evaluator = Evaluator::of_run(&*collectives, recipe, source, decode_threads, device)?;
     let faults = Faults::from_env(identity.rank)?;
     let settings = Settings {
         without_room: faults.without_room(),

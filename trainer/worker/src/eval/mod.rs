@@ -5,6 +5,7 @@ mod knn;
 mod linear;
 mod spectrum;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,14 +13,14 @@ use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
 use mentee_config::recipe::MethodName;
 use mentee_config::{Recipe, exit_code};
-use mentee_data::eval::{EvalOptions, eval_images, training_images};
-use mentee_data::{Source, Split, open, open_split};
+use mentee_data::eval::{EvalOptions, all_labelled, eval_images, training_images};
+use mentee_data::{Damaged, DataError, OnError, Source, Split, open, open_split, with_classes_of};
 use mentee_ssl::{Method, State};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::metrics::{self, EvalLine, GridPoint};
-use crate::{affinity, checkpoints, device, snapshot, trace};
+use crate::{affinity, agree, checkpoints, device, snapshot, trace};
 
 /// Images in a forward pass.
 const BATCH: usize = 250;
@@ -103,23 +104,33 @@ pub struct Evaluator {
     device: Device,
     /// kNN on random-init features and on raw pixels, percent, by setting; measured once.
     floors: Option<[Vec<f64>; 2]>,
+    /// Tells of an image that is left out.
+    warn: fn(&str),
 }
 
 /// Features of the bank, of all ranks, and of this rank's queries.
 struct Features {
     bank: knn::Labelled,
     queries: knn::Labelled,
+    /// Damaged images of all ranks that are not among them: of the bank, of the queries.
+    left_out: [u64; 2],
 }
 
 struct Part {
     source: Arc<dyn Source>,
     indices: Vec<u64>,
+    /// What this rank has met of it so far: left out of every evaluation from then on.
+    damaged: Arc<Damaged>,
 }
 
 impl Part {
-    fn all(source: Arc<dyn Source>) -> Self {
+    fn new(source: Arc<dyn Source>, indices: Vec<u64>, on_error: OnError) -> Self {
+        Self { source, indices, damaged: Arc::new(Damaged::new(on_error)) }
+    }
+
+    fn all(source: Arc<dyn Source>, on_error: OnError) -> Self {
         let indices = (0..source.len()).collect();
-        Self { source, indices }
+        Self::new(source, indices, on_error)
     }
 
     /// At most `limit` images, evenly spread; 0 = all.
@@ -141,13 +152,15 @@ impl Part {
         Self {
             source: self.source.clone(),
             indices: self.indices[range.start as usize..range.end as usize].to_vec(),
+            damaged: self.damaged.clone(),
         }
     }
 }
 
 impl Evaluator {
-    /// The evaluation during a run, where the recipe asks for one and the images have labels.
+    /// The evaluation during a run, where the recipe asks for one and the images of all ranks have labels for it.
     pub fn of_run(
+        collectives: &dyn Collectives,
         recipe: &Recipe,
         train: Arc<dyn Source>,
         threads: usize,
@@ -156,20 +169,36 @@ impl Evaluator {
         if recipe.eval.knn_every_epochs == 0 {
             return Ok(None);
         }
-        if train.label(0).is_none() {
-            tracing::warn!("the training images have no labels: no kNN during this run");
+        let own = match Self::new(recipe, train, threads, device) {
+            Ok(evaluator) => Ok((Some(evaluator), String::new())),
+            // No reason not to train.
+            Err(WorkerError::Data(why @ (DataError::NoLabel { .. } | DataError::UnknownClass { .. }))) => {
+                Ok((None, why.to_string()))
+            }
+            Err(error) => Err(error),
+        };
+        let (own, why) = agree::together(collectives, own)?;
+        // Held-out images may differ from machine to machine: no rank evaluates without the others.
+        let all = collectives.all_gather(why.as_bytes())?;
+        if let Some(why) = all.iter().find(|why| !why.is_empty()) {
+            tracing::warn!("{}; no kNN evaluation during this run", String::from_utf8_lossy(why));
             return Ok(None);
         }
-        Self::new(recipe, train, threads, device).map(Some)
+        Ok(own)
     }
 
     /// Chooses bank and queries: `eval.path`, else the held-out part of `data.path`, else every tenth training image.
+    /// An error when one of them has no label, or is of a class that the training images do not have.
     pub fn new(
         recipe: &Recipe,
         train: Arc<dyn Source>,
         threads: usize,
         device: Device,
     ) -> Result<Self, WorkerError> {
+        // Without any there is no need for held-out images either.
+        if (0..train.len()).all(|index| train.label(index).is_none()) {
+            all_labelled(&*train, &[0])?;
+        }
         let held_out = if recipe.eval.path.as_os_str().is_empty() {
             open_split(&recipe.data.path, recipe.data.format, Split::Eval)?
         } else {
@@ -192,21 +221,25 @@ impl Evaluator {
         device: Device,
     ) -> Result<Self, WorkerError> {
         let mut num_classes = train.classes().len();
+        let on_error = OnError::of(&recipe.data);
         let (bank, queries, split) = match held_out {
             Some(source) => {
                 num_classes = num_classes.max(source.classes().len());
-                (Part::all(train), Part::all(source), "test images")
+                (Part::all(train, on_error), Part::all(source, on_error), "test images")
             }
             None => {
                 let (queries, bank) = (0..train.len()).partition(|i| i % 10 == 0);
                 (
-                    Part { source: train.clone(), indices: bank },
-                    Part { source: train, indices: queries },
+                    Part::new(train.clone(), bank, on_error),
+                    Part::new(train, queries, on_error),
                     "every tenth training image, left out of the bank",
                 )
             }
         };
         let bank = bank.at_most(recipe.eval.knn_bank);
+        all_labelled(&*bank.source, &bank.indices)?;
+        all_labelled(&*queries.source, &queries.indices)?;
+        let queries = Part { source: with_classes_of(&*bank.source, queries.source)?, ..queries };
         Ok(Self {
             recipe: recipe.clone(),
             split: split.to_owned(),
@@ -218,6 +251,7 @@ impl Evaluator {
             temperature: vec![recipe.eval.knn_temperature],
             device,
             floors: None,
+            warn: |what| tracing::warn!("{what}"),
         })
     }
 
@@ -273,28 +307,34 @@ impl Evaluator {
             line.spectrum = spectrum.values;
             line.effective_rank = Some(spectrum.effective_rank);
         }
-        line.add_protocol(&self.knn_protocol());
+        line.add_protocol(&self.knn_protocol(trained));
         Ok(())
     }
 
     /// In words what kNN's numbers mean.
-    fn knn_protocol(&self) -> String {
+    fn knn_protocol(&self, trained: &Features) -> String {
         format!(
             "weighted kNN, k={}, T={}, cosine, {}",
-            self.k[0].min(self.bank.indices.len() as u64),
+            self.k[0].min(trained.bank.len() as u64),
             self.temperature[0],
-            self.images_in_words(),
+            self.images_in_words(trained),
         )
     }
 
-    fn images_in_words(&self) -> String {
+    fn images_in_words(&self, trained: &Features) -> String {
         let size = self.recipe.views.size;
         let pooled =
             if size < POOL_FROM { String::new() } else { format!(" (raw pixels averaged to {POOLED})") };
+        let [of_bank, of_queries] = trained.left_out;
+        let left_out = match of_bank + of_queries {
+            0 => String::new(),
+            1 => ", 1 damaged image left out".to_owned(),
+            n => format!(", {n} damaged images left out"),
+        };
         format!(
-            "frozen backbone features, {size} px{pooled}; bank {} training images, {} queries ({})",
-            self.bank.indices.len(),
-            self.queries.indices.len(),
+            "frozen backbone features, {size} px{pooled}; bank {} training images, {} queries ({}){left_out}",
+            self.bank.indices.len() as u64 - of_bank,
+            self.queries.indices.len() as u64 - of_queries,
             self.split,
         )
     }
@@ -328,14 +368,36 @@ impl Evaluator {
         collectives: &dyn Collectives,
         features: &dyn Fn(&Tensor) -> Result<Tensor, WorkerError>,
     ) -> Result<Features, WorkerError> {
-        let bank = self.embed(&self.bank.share(collectives), features)?;
-        let bank = gather(collectives, bank)?;
-        Ok(Features { bank, queries: self.embed(&self.queries.share(collectives), features)? })
+        // A rank that cannot use its images ends all: none may wait for its rows.
+        let bank = agree::together(collectives, self.embed(&self.bank.share(collectives), features))?;
+        let queries = agree::together(collectives, self.embed(&self.queries.share(collectives), features))?;
+        let left_out = self.left_out(collectives)?;
+        Ok(Features { bank: gather(collectives, bank)?, queries, left_out })
+    }
+
+    /// How many damaged images all ranks have met so far, of the bank and of the queries; an error when that is too many.
+    fn left_out(&self, collectives: &dyn Collectives) -> Result<[u64; 2], WorkerError> {
+        let failed = |error: serde_json::Error| WorkerError::Failed(error.to_string());
+        let own = [self.bank.damaged.found(), self.queries.damaged.found()];
+        let own = serde_json::to_vec(&own).map_err(failed)?;
+        let mut found = [BTreeMap::new(), BTreeMap::new()];
+        for of_rank in collectives.all_gather(&own)? {
+            let of_rank: [BTreeMap<u64, String>; 2] = serde_json::from_slice(&of_rank).map_err(failed)?;
+            found.iter_mut().zip(of_rank).for_each(|(found, of_rank)| found.extend(of_rank));
+        }
+        let [bank, queries] = &found;
+        let budget = self.recipe.data.max_skipped;
+        // Every rank finds the same.
+        let known = |error: DataError| WorkerError::from(error).known(collectives.rank() == 0);
+        Ok([
+            not_too_many(bank, "of the bank", self.bank.indices.len(), budget).map_err(known)?,
+            not_too_many(queries, "to classify", self.queries.indices.len(), budget).map_err(known)?,
+        ])
     }
 
     /// Top-1 in percent of kNN on `features`, by setting.
     fn vote(&self, collectives: &dyn Collectives, features: &Features) -> Result<Vec<f64>, WorkerError> {
-        let Features { bank, queries } = features;
+        let Features { bank, queries, .. } = features;
         let num_classes = self.num_classes_of(features)?;
         let grid = knn::Grid { k: &self.k, temperature: &self.temperature, num_classes };
         let mut counts: Vec<f64> =
@@ -387,7 +449,7 @@ impl Evaluator {
         line.linear_top1 = Some(top1(&layer, &trained.queries)?);
         line.linear_random_init = Some(best(&self.random_init(&Single::new())?)?);
         line.linear_raw_pixels = Some(best(&self.raw_pixels(&Single::new())?)?);
-        line.add_protocol(&format!("linear classifier, {what}, {}", self.images_in_words()));
+        line.add_protocol(&format!("linear classifier, {what}, {}", self.images_in_words(trained)));
         Ok(())
     }
 
@@ -400,10 +462,13 @@ impl Evaluator {
         num_classes: i64,
     ) -> Result<linear::Linear, WorkerError> {
         let (seed, dim) = (self.recipe.run.seed, method.networks().backbone.feature_dim);
-        let bank = self.bank.indices.len() as u64;
+        // Damaged ones are known: their features were asked for before.
+        let mut indices = self.bank.indices.clone();
+        indices.retain(|&index| !self.bank.damaged.contains(index));
+        let bank = indices.len() as u64;
         let mut training = linear::Training::new(settings, bank, dim, num_classes, seed)?;
         let options = EvalOptions { batch: settings.batch as usize, threads: self.threads };
-        let (source, indices) = (self.bank.source.clone(), self.bank.indices.clone());
+        let source = self.bank.source.clone();
         let views = settings.views(&self.recipe.views);
         let steps_per_epoch = bank.div_ceil(settings.batch);
         let batches = training_images(source, indices, &views, seed, settings.epochs, options)?;
@@ -433,12 +498,17 @@ impl Evaluator {
         features: &dyn Fn(&Tensor) -> Result<Tensor, WorkerError>,
     ) -> Result<knn::Labelled, WorkerError> {
         let options = EvalOptions { batch: BATCH, threads: self.threads };
+        let known = part.damaged.found();
+        let (source, indices, damaged) = (part.source.clone(), part.indices.clone(), part.damaged.clone());
         let (mut rows, mut labels) = (Vec::new(), Vec::new());
-        for batch in eval_images(part.source.clone(), part.indices.clone(), &self.recipe.views, options)? {
+        for batch in eval_images(source, indices, &self.recipe.views, options, damaged)? {
             let batch = batch?;
             let images = self.images(&batch.images, batch.ids.len())?;
             rows.push(features(&images)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?);
             labels.extend(batch.labels.iter().map(|&label| i64::from(label)));
+        }
+        for (_, what) in part.damaged.found().iter().filter(|(index, _)| !known.contains_key(index)) {
+            (self.warn)(&format!("left a damaged image out of the evaluation: {what}"));
         }
         let features = if rows.is_empty() {
             Tensor::f_zeros([0, 0], (Kind::Float, Device::Cpu))?
@@ -479,6 +549,24 @@ impl Linear {
         };
         let settings = linear::Settings::new(official, bank, args.linear_epochs);
         Ok(if args.linear_augment { Self::Augmented(settings) } else { Self::Cached(settings) })
+    }
+}
+
+/// How many of so many `images` were found damaged; an error when they are more than `budget`, or all.
+fn not_too_many(
+    damaged: &BTreeMap<u64, String>,
+    of: &'static str,
+    images: usize,
+    budget: u64,
+) -> Result<u64, DataError> {
+    let Some((_, last)) = damaged.last_key_value() else { return Ok(0) };
+    let (found, last) = (damaged.len() as u64, last.clone());
+    if found > budget {
+        Err(DataError::TooManyBad { found, budget, last })
+    } else if damaged.len() == images {
+        Err(DataError::AllBad { of, found, last })
+    } else {
+        Ok(found)
     }
 }
 
@@ -540,18 +628,20 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     let train = open_split(&recipe.data.path, recipe.data.format, Split::Train)
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
-    let (method, mut state) = mentee_ssl::state::on(&recipe, device)?;
-    snapshot::load(&mut state, None, &checkpoint)?;
-    let meta = &checkpoint.manifest.meta;
     let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
+    evaluator.warn = |what| eprintln!("warning: {what}");
     if !args.k.is_empty() {
         evaluator.k.clone_from(&args.k);
     }
     if !args.temperature.is_empty() {
         evaluator.temperature.clone_from(&args.temperature);
     }
-    let bank = evaluator.bank.indices.len() as u64;
-    let linear = args.linear.then(|| Linear::of(args, &recipe, bank)).transpose()?;
+    let linear = |bank: u64| args.linear.then(|| Linear::of(args, &recipe, bank)).transpose();
+    // What cannot be asked for is refused before there is anything to wait for.
+    linear(evaluator.bank.indices.len() as u64)?;
+    let (method, mut state) = mentee_ssl::state::on(&recipe, device)?;
+    snapshot::load(&mut state, None, &checkpoint)?;
+    let meta = &checkpoint.manifest.meta;
     let alone = Single::new();
     let trained = evaluator.features(&alone, &|images| Ok(state.features(&*method, images)?))?;
     if let Some(path) = &args.features {
@@ -562,6 +652,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         });
         trace::write(path, tensors)?;
     }
+    let linear = linear(trained.bank.len() as u64)?; // without the damaged
     let mut line = EvalLine::new(meta.step, meta.epoch);
     if args.knn || args.record || linear.is_none() {
         evaluator.add_knn(&alone, &trained, &mut line)?;
@@ -629,4 +720,238 @@ fn print(line: &EvalLine) {
 /// The recipe inside a checkpoint.
 fn recipe_of(plan_toml: &str, folder: &Path) -> Result<Recipe, WorkerError> {
     Ok(Recipe::from_plan_text(plan_toml, &folder.join("manifest.json"))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+    use std::time::Duration;
+
+    use mentee_collectives::threads;
+    use mentee_data::Encoding;
+
+    use super::*;
+
+    const SIDE: usize = 16;
+
+    #[derive(Clone, Copy)]
+    struct Image {
+        seed: u64,
+        label: Option<u32>,
+        whole: bool,
+    }
+
+    /// Noise of two classes, one darker than the other.
+    #[derive(Clone)]
+    struct Set {
+        name: &'static str,
+        images: Vec<Image>,
+    }
+
+    impl Set {
+        fn new(name: &'static str, seeds: std::ops::Range<u64>) -> Self {
+            let image = |seed| Image { seed, label: Some((seed % 2) as u32), whole: true };
+            Self { name, images: seeds.map(image).collect() }
+        }
+
+        fn damaged(mut self, indices: &[usize]) -> Self {
+            indices.iter().for_each(|&index| self.images[index].whole = false);
+            self
+        }
+
+        fn unlabelled(mut self, indices: &[usize]) -> Self {
+            indices.iter().for_each(|&index| self.images[index].label = None);
+            self
+        }
+
+        /// Only its images that are whole.
+        fn repaired(mut self) -> Self {
+            self.images.retain(|image| image.whole);
+            self
+        }
+    }
+
+    impl Source for Set {
+        fn len(&self) -> u64 {
+            self.images.len() as u64
+        }
+
+        fn read_into(&self, index: u64, buffer: &mut Vec<u8>) -> Result<Encoding, DataError> {
+            let Image { seed, whole, .. } = self.images[index as usize];
+            if !whole {
+                return Err(DataError::BadSample { sample: self.key(index), reason: "torn".to_owned() });
+            }
+            let mut state = seed + 1;
+            buffer.clear();
+            buffer.extend((0..3 * SIDE * SIDE).map(|_| {
+                state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(1);
+                (state >> 57) as u8 + 100 * (seed % 2) as u8
+            }));
+            Ok(Encoding::Raw { width: SIDE as u32, height: SIDE as u32 })
+        }
+
+        fn label(&self, index: u64) -> Option<u32> {
+            self.images[index as usize].label
+        }
+
+        fn key(&self, index: u64) -> String {
+            format!("{}:{index}", self.name)
+        }
+
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+
+        fn digest(&self) -> String {
+            self.name.to_owned()
+        }
+
+        fn stored(&self) -> (u64, u64) {
+            (0, 1)
+        }
+    }
+
+    fn recipe(sets: &[&str]) -> Recipe {
+        let usual = ["views.size=16", "eval.knn_k=3", "eval.knn_bank=0", "eval.knn_every_epochs=1"];
+        let sets: Vec<String> = usual.iter().chain(sets).map(|&set| set.to_owned()).collect();
+        Recipe::load("byol-cifar10-small", &sets).unwrap()
+    }
+
+    fn evaluator(train: &Set, test: &Set, sets: &[&str]) -> Result<Evaluator, WorkerError> {
+        let (train, test) = (Arc::new(train.clone()), Arc::new(test.clone()));
+        Evaluator::from_sources(&recipe(sets), train, Some(test), 2, Device::Cpu)
+    }
+
+    fn on_ranks<R: Send>(world: u32, body: impl Fn(&dyn Collectives) -> R + Send + Sync) -> Vec<R> {
+        threads::run(world, Duration::from_secs(60), |rank| body(&rank))
+    }
+
+    fn numbers(tensor: &Tensor) -> Vec<f64> {
+        Vec::try_from(tensor.to_kind(Kind::Double).view([-1])).unwrap()
+    }
+
+    #[test]
+    fn damaged_images_are_left_out_alike_on_any_number_of_ranks() {
+        static TOLD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        let train = Set::new("train", 0..23).damaged(&[0, 7, 12]);
+        let test = Set::new("test", 100..111).damaged(&[10]);
+        let skip = ["data.on_error=skip", "data.max_skipped=3"];
+        let clean = evaluator(&train.clone().repaired(), &test.clone().repaired(), &skip).unwrap();
+        let pixels = clean.raw_pixels(&Single::new()).unwrap();
+        assert!(!clean.images_in_words(&pixels).contains("left out"));
+        let clean_vote = clean.vote(&Single::new(), &pixels).unwrap();
+        let clean_bank = (numbers(&pixels.bank.features), numbers(&pixels.bank.labels));
+        let clean_queries = (numbers(&pixels.queries.features), numbers(&pixels.queries.labels));
+        for world in [1, 2, 3, 8] {
+            let ranks = on_ranks(world, |rank| {
+                let mut own = evaluator(&train, &test, &skip).unwrap();
+                own.warn = |what| TOLD.lock().unwrap().push(what.to_owned());
+                let first = own.raw_pixels(rank).unwrap();
+                let again = own.raw_pixels(rank).unwrap();
+                for pixels in [&first, &again] {
+                    assert_eq!((numbers(&pixels.bank.features), numbers(&pixels.bank.labels)), clean_bank);
+                    assert_eq!(own.vote(rank, pixels).unwrap(), clean_vote);
+                    assert_eq!(pixels.left_out, [3, 1]);
+                }
+                let words = own.images_in_words(&again);
+                assert!(
+                    words.contains(
+                        "bank 20 training images, 10 queries (test images), 4 damaged images left out"
+                    ),
+                    "{words}"
+                );
+                (numbers(&again.queries.features), numbers(&again.queries.labels))
+            });
+            let (features, labels): (Vec<_>, Vec<_>) = ranks.into_iter().unzip();
+            assert_eq!((features.concat(), labels.concat()), clean_queries, "{world} ranks");
+            // Once each, by the rank that met it, however often they are asked for.
+            let mut told = std::mem::take(&mut *TOLD.lock().unwrap());
+            told.sort();
+            let expected = ["test:10", "train:0", "train:12", "train:7"]
+                .map(|key| format!("left a damaged image out of the evaluation: {key}: torn"));
+            assert_eq!(told, expected, "{world} ranks");
+        }
+    }
+
+    #[test]
+    fn too_much_damage_ends_the_evaluation_of_all_ranks_with_one_word() {
+        let refused = |train: &Set, test: &Set, sets: &[&str]| {
+            [1, 2, 5].map(|world| {
+                let errors = on_ranks(world, |rank| {
+                    let own = evaluator(train, test, sets).unwrap();
+                    own.raw_pixels(rank).err().expect("an error")
+                });
+                assert!(errors.iter().all(|error| error.exit_code() == exit_code::DATA), "{errors:?}");
+                let heard: Vec<String> =
+                    errors.iter().filter(|error| !error.is_silent()).map(ToString::to_string).collect();
+                assert_eq!(heard.len(), 1, "{errors:?}");
+                heard[0].clone()
+            })
+        };
+        let (train, test) = (Set::new("train", 0..20), Set::new("test", 100..108));
+        // On two ranks and more, none has met more than the recipe passes over.
+        for line in
+            refused(&train.clone().damaged(&[1, 19]), &test, &["data.on_error=skip", "data.max_skipped=1"])
+        {
+            assert!(line.starts_with("2 damaged samples, data.max_skipped is 1; the last: train:"), "{line}");
+        }
+        let none_left = test.clone().damaged(&[0, 1, 2, 3, 4, 5, 6, 7]);
+        for line in refused(&train, &none_left, &["data.on_error=skip"]) {
+            assert!(
+                line.starts_with("all 8 images to classify are damaged; the last: test:7: torn"),
+                "{line}"
+            );
+        }
+        for line in refused(&train, &test.clone().damaged(&[5]), &["data.on_error=fail"]) {
+            assert!(line.starts_with("bad sample test:5: torn"), "{line}");
+        }
+    }
+
+    #[test]
+    fn every_label_is_looked_at_before_an_image_is() {
+        let (train, test) = (Set::new("train", 0..20), Set::new("test", 100..108));
+        let refused = |train: &Set, test: &Set, sets: &[&str]| {
+            let error = evaluator(train, test, sets).err().expect("a label is missing");
+            assert_eq!(error.exit_code(), exit_code::DATA);
+            error.to_string()
+        };
+        let line = refused(&train.clone().unlabelled(&[0]), &test, &[]);
+        assert!(line.starts_with("sample train:0 has no label"), "{line}");
+        let line = refused(&train.clone().unlabelled(&[13, 19]), &test, &[]);
+        assert!(line.starts_with("sample train:13 has no label"), "{line}");
+        let line = refused(&train, &test.clone().unlabelled(&[7]), &[]);
+        assert!(line.starts_with("sample test:7 has no label"), "{line}");
+        // The bank is every second image.
+        let every_second = ["eval.knn_bank=10"];
+        assert!(evaluator(&train.clone().unlabelled(&[13, 19]), &test, &every_second).is_ok());
+        refused(&train.clone().unlabelled(&[12]), &test, &every_second);
+    }
+
+    #[test]
+    fn a_run_evaluates_on_all_ranks_or_on_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let set = |name: &str| {
+            let image = dir.path().join(name);
+            std::fs::create_dir_all(image.parent().unwrap()).unwrap();
+            std::fs::write(image, "never looked at").unwrap();
+        };
+        for name in ["named/a/x.png", "nameless/x.png", "other/b/x.png"] {
+            set(name);
+        }
+        let train: Arc<dyn Source> =
+            open(&dir.path().join("named"), mentee_config::recipe::DataFormat::Auto).unwrap();
+        // The held-out images of the last rank's machine are these; the other's are good.
+        let on_one = |name: &str| -> Vec<Result<bool, i32>> {
+            on_ranks(2, |rank| {
+                let name = if rank.rank() == 1 { name } else { "named" };
+                let recipe = recipe(&[&format!("eval.path={}", dir.path().join(name).display())]);
+                let own = Evaluator::of_run(rank, &recipe, train.clone(), 1, Device::Cpu);
+                own.map(|own| own.is_some()).map_err(|error| error.exit_code())
+            })
+        };
+        assert_eq!(on_one("named"), [Ok(true); 2]);
+        assert_eq!(on_one("nameless"), [Ok(false); 2]);
+        assert_eq!(on_one("other"), [Ok(false); 2], "a class that the training images do not have");
+        assert_eq!(on_one("nowhere"), [Err(exit_code::DATA); 2], "a wrong path is a mistake");
+    }
 }
