@@ -39,6 +39,7 @@ mod idx;
 mod image;
 mod jpeg;
 mod math;
+mod partial;
 mod pool;
 mod resize;
 mod tar;
