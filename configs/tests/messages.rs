@@ -251,9 +251,8 @@ fn missing_keys_say_what_they_are_for() {
     says("[data]\npath = \"x\"\n", "missing key `method.name` in my.toml: byol, simsiam or mocov3");
     says(
         "[method]\nname = \"byol\"\n",
-        "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/` or `val/`) \
-         means that \
-         split; relative to the current directory",
+        "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/`, `val/`, `valid/` or \
+         `validation/`) means that split; relative to the current directory",
     );
     set_says(
         "optimizer.name=adamw",

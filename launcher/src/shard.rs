@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mentee_config::recipe::DataFormat;
-use mentee_data::shard::{ShardOptions, Store, Written, write_shards_with};
+use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
 use mentee_data::{DataError, Source, Split, open, open_split};
 
 use crate::failure::Failure;
@@ -95,7 +95,7 @@ pub fn human_bytes(bytes: u64) -> String {
 }
 
 /// `mentee shard SRC --out DIR [--shard-bytes N]`. A set that is divided into training and held-out parts stays so:
-/// `DIR/train`, `DIR/test`.
+/// `DIR/train`, `DIR/test`. The same command carries on after a stop: a part that it had finished is left as it is.
 ///
 /// # Errors
 /// [`Failure`] with exit code 3 when the source cannot be read or `DIR` holds something.
@@ -104,25 +104,38 @@ pub fn command(args: &ShardArgs) -> Result<(), Failure> {
     let held_out = open_split(&args.source, args.format, Split::Eval).map_err(named)?;
     let Some(held_out) = held_out else {
         let source = open(&args.source, args.format).map_err(named)?;
-        return write(&*source, &args.out, &args.options());
+        return write(&*source, &args.out, &args.options(), false);
     };
     let train = open_split(&args.source, args.format, Split::Train)
         .map_err(named)?
         .ok_or_else(|| named(DataError::Missing { key: String::new(), path: args.source.clone() }))?;
-    write(&*train, &args.out.join("train"), &args.options())?;
-    write(&*held_out, &args.out.join("test"), &args.options())
+    let parts = ["train", "test"].map(|name| args.out.join(name));
+    for (source, out) in [train, held_out].iter().zip(&parts) {
+        write(&**source, out, &args.options(), true)?;
+    }
+    parts.iter().for_each(|part| forget_part(part));
+    Ok(())
 }
 
-fn write(source: &dyn Source, out: &Path, options: &ShardOptions) -> Result<(), Failure> {
+/// Writes a set, or one part of a divided one, and says so.
+fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool) -> Result<(), Failure> {
     let mut counter = Counter::new("images");
     let started = std::time::Instant::now();
     let mut taken_over = None;
-    let written = write_shards_with(source, out, options, &mut |done, total| {
+    let mut progress = |done, total| {
         taken_over.get_or_insert(done);
         counter.at(done, total);
-    });
+    };
+    let written = if is_part {
+        write_part(source, out, options, &mut progress)
+    } else {
+        write_shards_with(source, out, options, &mut progress).map(Some)
+    };
     counter.finish();
-    let Written { samples, shards, bytes, digest } = written?;
+    let Some(Written { samples, shards, bytes, digest }) = written? else {
+        println!("{}: complete from before, left as it is", out.display());
+        return Ok(());
+    };
     let seconds = started.elapsed().as_secs_f64().max(1e-9);
     let taken_over = taken_over.unwrap_or(0);
     println!(

@@ -132,6 +132,69 @@ fn shard_verify_stats() {
     assert!(err.contains("/nowhere"), "{err}");
 }
 
+/// The training part is complete, the other one was stopped: the same command gives what one go gives.
+#[test]
+fn shard_carries_on_after_the_first_part() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (data, out, whole) =
+        (folder.path().join("data"), folder.path().join("out"), folder.path().join("whole"));
+    let image = |name: &str, seed: usize| {
+        let path = data.join(name);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+        let pixels: Vec<u8> = (0..300).map(|at| ((at + 1) * (seed + 7) * 131 % 251) as u8).collect();
+        fs::write(path, [b"P6\n10 10\n255\n", &pixels[..]].concat()).expect("written");
+    };
+    for index in 0..30 {
+        image(&format!("train/a/{index:02}.ppm"), index);
+        image(&format!("valid/a/{index:02}.ppm"), index + 100);
+    }
+    let shard = |out: &Path, more: &[&str]| {
+        let fixed = ["shard", text(&data), "--out", text(out), "--shard-bytes", "5000"];
+        mentee(&[&fixed, more].concat())
+    };
+    assert_eq!(shard(&whole, &[]).0, Some(0));
+
+    // As long as the whole image, so that the repaired set is the same one by its digest.
+    let damaged = data.join("valid/a/20.ppm");
+    let good = fs::read(&damaged).expect("there");
+    fs::write(&damaged, vec![0; good.len()]).expect("written");
+    let (code, _, err) = shard(&out, &[]);
+    assert_eq!(code, Some(3), "{err}");
+    assert!(out.join("train/index.json").is_file() && !out.join("test").exists());
+    let first = fs::metadata(out.join("train/00000.tar")).expect("there").modified().expect("a time");
+    fs::write(&damaged, good).expect("written");
+    // Another job does not go on with it.
+    let (code, _, err) = shard(&out, &["--raw"]);
+    assert_eq!(code, Some(3), "{err}");
+    assert!(err.contains("train` already exists"), "{err}");
+
+    let (code, said, err) = shard(&out, &[]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(said.contains("train: complete from before, left as it is"), "{said}");
+    assert!(said.contains("of them were there from before"), "{said}");
+    assert_eq!(fs::metadata(out.join("train/00000.tar")).unwrap().modified().unwrap(), first);
+    let files = |root: &Path| {
+        let mut files = Vec::new();
+        let mut folders = vec![root.to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder).expect("a folder") {
+                let path = entry.expect("an entry").path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    let name = path.strip_prefix(root).expect("below").to_owned();
+                    files.push((name, fs::read(path).expect("readable")));
+                }
+            }
+        }
+        files.sort();
+        files
+    };
+    assert!(files(&out) == files(&whole), "other files than in one go");
+    // Once all is there it is as any other set: not written over.
+    assert_eq!(shard(&out, &[]).0, Some(3));
+}
+
 #[test]
 fn the_order_does_not_depend_on_the_world() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -1,6 +1,6 @@
 //! What a data set holds, and what is wrong with it: `mentee data stats` and `mentee data verify`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::decode::{CropBox, PlanarImage, RgbImage, encode_png};
 use crate::error::DataError;
 use crate::resize::{Area, Resizer, TILE};
-use crate::source::{self, Reader, Source};
+use crate::source::{self, Part, Reader, Source, Split};
 use crate::tar::TarShards;
 
 /// What [`stats`] found in one part of a data set.
@@ -58,30 +58,29 @@ pub struct Report {
 /// Images decoded by [`stats`], at most.
 const STATS_SAMPLE: u64 = 2048;
 
-/// The parts of a data set, named: `train` and `test` or `val` when it is divided, else the whole.
-fn parts(path: &Path, format: DataFormat) -> Result<Vec<(String, Part)>, DataError> {
-    let folders = source::parts(path);
-    if folders.is_empty() {
-        let (path, format) = source::resolve(path, format)?;
-        return Ok(vec![(path.display().to_string(), (path, format))]);
+impl Part {
+    /// Its folder, and which of the files in it.
+    fn name(&self) -> String {
+        let path = self.path.display();
+        match self.split {
+            None => path.to_string(),
+            Some(Split::Train) => format!("{path} (train)"),
+            Some(Split::Eval) => format!("{path} (test)"),
+        }
     }
-    folders
-        .into_iter()
-        .map(|folder| Ok((folder.display().to_string(), source::resolve(&folder, format)?)))
-        .collect()
-}
 
-type Part = (PathBuf, DataFormat);
+    fn open(&self) -> Result<Arc<dyn Source>, DataError> {
+        source::open_as(&self.path, self.format, self.split)
+    }
+}
 
 /// Counts what is at `path`, each part by itself. Decodes up to 2,048 images a part for sizes and colours.
 ///
 /// # Errors
 /// [`DataError`]: nothing there, or an image among those decoded is damaged.
 pub fn stats(path: &Path, format: DataFormat, threads: usize) -> Result<Vec<Stats>, DataError> {
-    parts(path, format)?
-        .into_iter()
-        .map(|(name, (path, format))| part_stats(name, &*source::open_as(&path, format, None)?, threads))
-        .collect()
+    let parts = source::parts(path, format)?;
+    parts.iter().map(|part| part_stats(part.name(), &*part.open()?, threads)).collect()
 }
 
 fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats, DataError> {
@@ -140,10 +139,7 @@ const THUMB: u32 = 96;
 /// # Errors
 /// [`DataError`]: nothing there, or an image among them is damaged.
 pub fn contact_sheet(path: &Path, format: DataFormat) -> Result<Vec<u8>, DataError> {
-    let sources = parts(path, format)?
-        .into_iter()
-        .map(|(_, (path, format))| source::open_as(&path, format, None))
-        .collect::<Result<Vec<_>, _>>()?;
+    let sources = source::parts(path, format)?.iter().map(Part::open).collect::<Result<Vec<_>, _>>()?;
     let total: u64 = sources.iter().map(|source| source.len()).sum();
     let count = total.min(u64::from(SHEET * SHEET));
     let columns = (count.isqrt() + u64::from(count.isqrt().pow(2) < count)).max(1) as u32;
@@ -211,13 +207,13 @@ pub fn verify(
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Report, DataError> {
     let mut report = Report { samples: 0, files: 0, bytes: 0, problems: Vec::new() };
-    for (_, (path, format)) in parts(path, format)? {
+    for part in source::parts(path, format)? {
         let mut note = |error: DataError| {
             report.problems.push(error.to_string());
             Ok(())
         };
-        let source: Arc<dyn Source> = if format == DataFormat::Tar {
-            let shards = match TarShards::open_reporting(&path, &mut note) {
+        let source: Arc<dyn Source> = if part.format == DataFormat::Tar {
+            let shards = match TarShards::open_reporting(&part.path, &mut note) {
                 Ok(shards) => shards,
                 // Every shard is unreadable: that is a finding, not a reason to stop.
                 Err(DataError::NoImages { .. }) if !report.problems.is_empty() => continue,
@@ -226,7 +222,7 @@ pub fn verify(
             shards.verify_shards(&mut note)?;
             Arc::new(shards)
         } else {
-            source::open_as(&path, format, None)?
+            part.open()?
         };
         let bad = Mutex::new(Vec::new());
         let done = AtomicU64::new(0);

@@ -56,6 +56,13 @@ pub(crate) fn is_here(dir: &Path) -> bool {
         .any(|name| dir.join(name).is_file())
 }
 
+/// Whether a folder holds files of one split.
+pub(crate) fn has(dir: &Path, split: Split) -> bool {
+    let is_wanted =
+        |entry: fs::DirEntry| entry.file_name().to_str().is_some_and(|name| wanted(name, Some(split)));
+    fs::read_dir(dir).is_ok_and(|mut entries| entries.any(|entry| entry.is_ok_and(is_wanted)))
+}
+
 impl Cifar {
     /// Opens the files of one split, or (`None`) of both: training, then test.
     pub(crate) fn open(dir: &Path, split: Option<Split>) -> Result<Self, DataError> {

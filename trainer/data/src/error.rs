@@ -103,6 +103,29 @@ pub enum DataError {
         /// The folder.
         path: PathBuf,
     },
+    /// Another writer is at work on the same output.
+    #[error(
+        "`{}`: another writer is at work in it: wait for it, stop it, or choose another folder",
+        path.display()
+    )]
+    InUse {
+        /// Where it writes.
+        path: PathBuf,
+    },
+    /// What is written could not be moved to its place.
+    #[error(
+        "cannot move the shards from `{}` to `{}`: {reason}: they stay there; clear the way, then the same command goes \
+         on from them",
+        from.display(), to.display()
+    )]
+    Unmoved {
+        /// Where they are.
+        from: PathBuf,
+        /// Where they should be.
+        to: PathBuf,
+        /// The system's words.
+        reason: String,
+    },
     /// A bug: making a view panicked.
     #[error(
         "making the views of sample {sample} in epoch {epoch} panicked (the message is above): please report it"

@@ -2,7 +2,8 @@
 //!
 //! Labels are the sub-folders of the root, sorted by name (torchvision's `ImageFolder`). A root that holds images of
 //! its own, and no sub-folder with any, is unlabelled. Within a class files are taken in the order of their paths.
-//! Names that start with a dot, and extensions other than jpg, jpeg and png, are passed over.
+//! Names that start with a dot, `__MACOSX`, `lost+found`, and extensions other than jpg, jpeg, png, webp and ppm, are passed
+//! over.
 
 use std::fs;
 use std::io::Read;
@@ -41,7 +42,7 @@ impl ImageFolder {
         let mut own = Vec::new();
         for entry in sorted_entries(root)? {
             let name = utf8_name(&entry)?;
-            if name.starts_with('.') {
+            if is_foreign(&name) {
                 continue;
             }
             if entry.path().is_dir() {
@@ -105,7 +106,7 @@ impl Found {
         }
         for entry in sorted_entries(dir)? {
             let name = utf8_name(&entry)?;
-            if name.starts_with('.') {
+            if is_foreign(&name) {
                 continue;
             }
             let below = format!("{relative}/{name}");
@@ -139,6 +140,23 @@ fn utf8_name(entry: &fs::DirEntry) -> Result<String, DataError> {
 
 fn is_image(name: &str) -> bool {
     name.rsplit_once('.').is_some_and(|(_, extension)| is_image_name(extension))
+}
+
+/// What archives, file systems and programs leave beside images.
+pub(crate) fn is_foreign(name: &str) -> bool {
+    name.starts_with('.') || ["__MACOSX", "lost+found"].contains(&name)
+}
+
+/// One of the images that [`ImageFolder`] would find in `dir`, which lies `depth` folders down; what cannot be listed
+/// holds none.
+pub(crate) fn an_image(dir: &Path, depth: usize) -> Option<PathBuf> {
+    let entries = sorted_entries(dir).ok().filter(|_| depth <= MAX_DEPTH)?;
+    let named = entries.iter().map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()));
+    let (images, others): (Vec<_>, Vec<_>) =
+        named.filter(|(name, _)| !is_foreign(name)).partition(|(name, _)| is_image(name));
+    let below =
+        || others.iter().filter(|(_, path)| path.is_dir()).find_map(|(_, path)| an_image(path, depth + 1));
+    images.into_iter().next().map(|(_, path)| path).or_else(below)
 }
 
 impl Source for ImageFolder {

@@ -41,17 +41,27 @@ fn find(dir: &Path, part: &str, what: &str) -> Option<PathBuf> {
 
 /// Whether a folder holds MNIST-like files.
 pub(crate) fn is_here(dir: &Path) -> bool {
-    ["train", "t10k"].iter().any(|part| find(dir, part, "images").is_some())
+    has(dir, Split::Train) || has(dir, Split::Eval)
+}
+
+/// Whether a folder holds images of one split.
+pub(crate) fn has(dir: &Path, split: Split) -> bool {
+    find(dir, part_name(split), "images").is_some()
+}
+
+fn part_name(split: Split) -> &'static str {
+    match split {
+        Split::Train => "train",
+        Split::Eval => "t10k",
+    }
 }
 
 impl Idx {
     /// Opens one split, or (`None`) whichever is there, training first.
     pub(crate) fn open(dir: &Path, split: Option<Split>) -> Result<Self, DataError> {
-        let parts: &[&str] = match split {
-            None => &["train", "t10k"],
-            Some(Split::Train) => &["train"],
-            Some(Split::Eval) => &["t10k"],
-        };
+        let both = [Split::Train, Split::Eval];
+        let parts: Vec<_> =
+            both.into_iter().filter(|&each| split.is_none_or(|it| it == each)).map(part_name).collect();
         let found = parts.iter().find_map(|part| Some((part, find(dir, part, "images")?)));
         let Some((part, path)) = found else {
             return Err(DataError::NoImages {

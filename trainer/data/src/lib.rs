@@ -40,6 +40,7 @@ mod idx;
 mod image;
 mod jpeg;
 mod math;
+mod partial;
 mod pool;
 mod resize;
 mod tar;

@@ -10,20 +10,22 @@
 //! the shard), `lengths` (bytes) and `labels` (null when there is none); and `changed` when the images are not those that
 //! were given but made from them (null when they are): such a set is another data set, by its digest too.
 //!
-//! Everything is written into a hidden sibling of OUT, synced, and renamed: OUT is there complete or not at all.
-//! Shards that were finished there stay when the writer is killed, and are taken over by the next that does the same.
+//! Everything is written into a hidden folder, synced, and moved: OUT is there complete or not at all (`partial.rs`).
+//! Shards that were finished there stay when the writer is killed or cannot move them, and are taken over by the next that
+//! does the same. One writer at a time: another to the same OUT is refused.
 //! The same samples give the same bytes, however many threads: headers carry no time, owner or host.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::decode::{RgbImage, encode_png};
 use crate::error::DataError;
+use crate::partial::Partial;
 use crate::source::{Encoding, Reader, Source};
-use crate::tar::{BLOCK, numbered_key};
+use crate::tar::{BLOCK, TarShards, numbered_key};
 
 /// Name of the index within a folder of shards.
 pub const INDEX_FILE: &str = "index.json";
@@ -63,6 +65,13 @@ pub struct IndexShard {
 }
 
 impl Index {
+    /// Whether the file at `path` begins like an index of ours: other programs call theirs `index.json` too.
+    pub(crate) fn is_at(path: &Path) -> bool {
+        let mut start = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(4096).read_to_end(&mut start));
+        read.is_ok() && String::from_utf8_lossy(&start).contains(FORMAT)
+    }
+
     /// Reads and checks an index (not the shards).
     ///
     /// # Errors
@@ -210,16 +219,69 @@ const PIECE: u64 = 32;
 /// (done, total), from the start: with what an earlier writer of the same had finished.
 ///
 /// # Errors
-/// [`DataError`]: `out` holds something, a sample cannot be read or is no image, the disk refuses. Nothing is at `out`
-/// then; finished shards are kept beside it, for the next try.
+/// [`DataError`]: `out` holds something, another writer is at work there, a sample cannot be read or is no image, the
+/// disk refuses. No set is at `out` then; finished shards are kept in a hidden folder, for the next try.
 pub fn write_shards_with(
     source: &dyn Source,
     out: &Path,
     options: &ShardOptions,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, DataError> {
-    let job = format!("{} {} {:?}", source.digest(), options.shard_bytes, options.store);
-    let mut writer = ShardWriter::resume(out, options.shard_bytes, source.classes(), &job)?;
+    write(source, out, options, None, progress)
+}
+
+/// Writes one part of a divided set as [`write_shards_with`] does, and notes beside it what it was made of. `None` when
+/// such a note says that `out` is this very part, complete: the other parts remain to be written. [`forget_part`] removes
+/// the note.
+///
+/// # Errors
+/// As [`write_shards_with`].
+pub fn write_part(
+    source: &dyn Source,
+    out: &Path,
+    options: &ShardOptions,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Option<Written>, DataError> {
+    let note = note_of(out);
+    if let Ok(noted) = fs::read_to_string(&note)
+        && let Ok(there) = TarShards::open(out)
+        && noted == note_text(&job(source, options), &there.digest())
+    {
+        return Ok(None);
+    }
+    write(source, out, options, Some(note), progress).map(Some)
+}
+
+/// Removes the note of [`write_part`]: all parts are there.
+pub fn forget_part(out: &Path) {
+    // Best effort: it takes no room, and says nothing false.
+    let _ = fs::remove_file(note_of(out));
+}
+
+/// Where the note on a part is: `.train.done` beside `train`.
+fn note_of(out: &Path) -> PathBuf {
+    out.with_file_name(format!(".{}.done", out.file_name().unwrap_or_default().to_string_lossy()))
+}
+
+fn note_text(job: &str, digest: &str) -> String {
+    format!("{job}\n{digest}\n")
+}
+
+/// Everything that decides what is written.
+fn job(source: &dyn Source, options: &ShardOptions) -> String {
+    format!("{} {} {:?}", source.digest(), options.shard_bytes, options.store)
+}
+
+fn write(
+    source: &dyn Source,
+    out: &Path,
+    options: &ShardOptions,
+    note: Option<PathBuf>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Written, DataError> {
+    let job = job(source, options);
+    let mut writer = ShardWriter::begin(out, options.shard_bytes, source.classes(), Some(job))?;
+    writer.note = note;
     writer.index.changed = options.store.changed();
     let total = source.len();
     let first = writer.samples;
@@ -355,18 +417,16 @@ impl Prepare {
 #[derive(Debug)]
 pub struct ShardWriter {
     out: PathBuf,
-    partial: PathBuf,
+    partial: Partial,
     shard_bytes: u64,
     shard: Option<Open>,
     index: Index,
     samples: u64,
-    finished: bool,
-    /// What is done and what was finished of it, line by line; `None`: nothing is kept when this is dropped.
-    journal: Option<File>,
+    /// What is done; `None`: nothing is kept when this is dropped.
+    job: Option<String>,
+    /// Where it is noted that the set is complete.
+    note: Option<PathBuf>,
 }
-
-/// Name of the journal within the folder of what is being written.
-const JOURNAL: &str = "journal.jsonl";
 
 /// The shard being written.
 #[derive(Debug)]
@@ -400,100 +460,36 @@ impl ShardWriter {
     /// Begins a set of shards of about `shard_bytes` each at `out`, which must be new or an empty folder.
     ///
     /// # Errors
-    /// [`DataError`] when `out` holds something or the disk refuses.
+    /// [`DataError`] when `out` holds something, another writer is at work there, or the disk refuses.
     pub fn create(out: &Path, shard_bytes: u64, classes: &[String]) -> Result<Self, DataError> {
-        match fs::read_dir(out).map(|mut entries| entries.next().is_some()) {
-            Ok(true) => return Err(DataError::OutputExists { path: out.to_owned() }),
-            Ok(false) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) => return Err(DataError::io("list", out, &e)),
-        }
-        let name = out.file_name().ok_or_else(|| {
-            DataError::bad_file(out, "not a name for a new folder: give one like data/shards")
-        })?;
-        let partial = out.with_file_name(format!(".{}.partial", name.to_string_lossy()));
-        // Left by a writer that was killed.
-        Self::clear(&partial)?;
-        fs::create_dir_all(&partial).map_err(|e| DataError::io("create", &partial, &e))?;
+        Self::begin(out, shard_bytes, classes, None)
+    }
+
+    /// As [`Self::create`], taking over the shards that an earlier writer of the same `job` had finished; what this one
+    /// finishes stays for the next.
+    fn begin(
+        out: &Path,
+        shard_bytes: u64,
+        classes: &[String],
+        job: Option<String>,
+    ) -> Result<Self, DataError> {
+        let (partial, done) = Partial::take(out, job.as_deref())?;
         Ok(Self {
             out: out.to_owned(),
             partial,
             shard_bytes,
             shard: None,
+            samples: done.iter().map(|shard| shard.offsets.len() as u64).sum(),
             index: Index {
                 format: FORMAT.to_owned(),
                 version: VERSION,
                 classes: classes.to_vec(),
                 changed: None,
-                shards: Vec::new(),
+                shards: done,
             },
-            samples: 0,
-            finished: false,
-            journal: None,
+            job,
+            note: None,
         })
-    }
-
-    fn clear(partial: &Path) -> Result<(), DataError> {
-        match fs::remove_dir_all(partial) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(DataError::io("remove", partial, &e)),
-            _ => Ok(()),
-        }
-    }
-
-    /// As [`Self::create`], taking over the shards that an earlier writer of the same `job` had finished; what this one
-    /// finishes stays for the next.
-    fn resume(out: &Path, shard_bytes: u64, classes: &[String], job: &str) -> Result<Self, DataError> {
-        let name = out.file_name().unwrap_or_default().to_string_lossy();
-        let partial = out.with_file_name(format!(".{name}.partial"));
-        let done = Self::finished(&partial, job).unwrap_or_default();
-        // Aside, so that the folder is made as any other.
-        let kept = out.with_file_name(format!(".{name}.kept"));
-        Self::clear(&kept)?;
-        if !done.is_empty() {
-            fs::rename(&partial, &kept).map_err(|e| DataError::io("rename", &partial, &e))?;
-        }
-        let mut writer = Self::create(out, shard_bytes, classes)?;
-        for shard in &done {
-            let (from, to) = (kept.join(&shard.file), writer.partial.join(&shard.file));
-            fs::rename(&from, &to).map_err(|e| DataError::io("rename", &from, &e))?;
-            writer.samples += shard.offsets.len() as u64;
-        }
-        Self::clear(&kept)?;
-        let path = writer.partial.join(JOURNAL);
-        let file = File::create(&path).map_err(|e| DataError::io("create", &path, &e))?;
-        writer.journal = Some(file);
-        writer.note(&serde_json::Value::String(job.to_owned()))?;
-        for shard in done {
-            writer.note(&shard)?;
-            writer.index.shards.push(shard);
-        }
-        Ok(writer)
-    }
-
-    /// The shards that a journal in `partial` says are finished, if it is of the same job: up to the first that is not
-    /// as it says.
-    fn finished(partial: &Path, job: &str) -> Option<Vec<IndexShard>> {
-        let text = fs::read_to_string(partial.join(JOURNAL)).ok()?;
-        let mut lines = text.lines();
-        if serde_json::from_str::<String>(lines.next()?).ok()? != job {
-            return None;
-        }
-        let shards = lines.map_while(|line| serde_json::from_str::<IndexShard>(line).ok());
-        let whole = |(i, shard): &(usize, IndexShard)| {
-            let name = format!("{i:05}.tar");
-            let size = fs::metadata(partial.join(&name)).map(|file| file.len());
-            shard.file == name && size.is_ok_and(|size| size == shard.bytes)
-        };
-        Some(shards.enumerate().take_while(whole).map(|(_, shard)| shard).collect())
-    }
-
-    fn note(&mut self, line: &impl Serialize) -> Result<(), DataError> {
-        let Some(journal) = &mut self.journal else { return Ok(()) };
-        let path = self.partial.join(JOURNAL);
-        let io = |e: std::io::Error| DataError::io("write", &path, &e);
-        let mut text = serde_json::to_vec(line).map_err(|e| io(e.into()))?;
-        text.push(b'\n');
-        journal.write_all(&text).and_then(|()| journal.sync_data()).map_err(io)
     }
 
     /// Adds one sample: a JPEG, PNG, WebP or PPM file and its label.
@@ -540,7 +536,7 @@ impl ShardWriter {
 
     fn open_shard(&self) -> Result<Open, DataError> {
         let file_name = format!("{:05}.tar", self.index.shards.len());
-        let path = self.partial.join(&file_name);
+        let path = self.partial.dir().join(&file_name);
         let file = File::create(&path).map_err(|e| DataError::io("create", &path, &e))?;
         Ok(Open {
             path,
@@ -564,7 +560,9 @@ impl ShardWriter {
         let synced = shard.file.flush().and_then(|()| shard.file.get_ref().sync_all());
         synced.map_err(|e| DataError::io("write", &shard.path, &e))?;
         shard.entry.blake3 = shard.hasher.finalize().to_hex().to_string();
-        self.note(&shard.entry)?;
+        if self.job.is_some() {
+            self.partial.note(&shard.entry)?;
+        }
         self.index.shards.push(shard.entry);
         Ok(())
     }
@@ -578,40 +576,38 @@ impl ShardWriter {
         if self.samples == 0 {
             return Err(DataError::bad_file(&self.out, "no samples were given: nothing to write"));
         }
-        let path = self.partial.join(INDEX_FILE);
-        let io = |e: std::io::Error| DataError::io("write", &path, &e);
-        let json = serde_json::to_vec(&self.index).map_err(|e| io(e.into()))?;
-        let mut file = File::create(&path).map_err(io)?;
-        file.write_all(&json).and_then(|()| file.sync_all()).map_err(io)?;
-        if self.journal.take().is_some() {
-            let journal = self.partial.join(JOURNAL);
-            fs::remove_file(&journal).map_err(|e| DataError::io("remove", &journal, &e))?;
+        let path = self.partial.dir().join(INDEX_FILE);
+        let json = serde_json::to_vec(&self.index).map_err(|e| DataError::io("write", &path, &e.into()))?;
+        write_synced(&path, &json)?;
+        let digest = self.index.digest();
+        if let (Some(note), Some(job)) = (&self.note, &self.job) {
+            write_synced(note, note_text(job, &digest).as_bytes())?;
         }
-        sync_dir(&self.partial)?;
-        fs::rename(&self.partial, &self.out).map_err(|e| DataError::io("rename to", &self.out, &e))?;
-        self.finished = true;
-        sync_dir(self.out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new(".")))?;
+        self.partial.publish(&self.index.shards)?;
         Ok(Written {
             samples: self.samples,
             shards: self.index.shards.len() as u64,
             bytes: self.index.shards.iter().map(|shard| shard.bytes).sum(),
-            digest: self.index.digest(),
+            digest,
         })
     }
 }
 
 impl Drop for ShardWriter {
     fn drop(&mut self) {
-        let kept = self.journal.is_some() && !self.index.shards.is_empty();
-        if !self.finished && !kept {
-            // Best effort: the next writer to the same place removes it too.
-            let _ = fs::remove_dir_all(&self.partial);
+        let kept = self.job.is_some() && !self.index.shards.is_empty();
+        if !kept {
+            self.partial.discard();
         }
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<(), DataError> {
-    File::open(dir).and_then(|file| file.sync_all()).map_err(|e| DataError::io("sync", dir, &e))
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<(), DataError> {
+    let written = File::create(path).and_then(|mut file| {
+        file.write_all(bytes)?;
+        file.sync_all()
+    });
+    written.map_err(|e| DataError::io("write", path, &e))
 }
 
 /// A ustar header of a regular file: mode 644, no owner, no time. `name` is at most 100 bytes.

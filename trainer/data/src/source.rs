@@ -188,9 +188,9 @@ pub fn open(path: &Path, format: DataFormat) -> Result<Arc<dyn Source>, DataErro
 
 /// Opens the training or the held-out part of the data set at `path`; `None` when it has no held-out part.
 ///
-/// A folder is divided when it holds `train` and one of `test` and `val`, or `train` alone; its held-out part is
-/// `test`, else `val`. For a path that is itself named `train` the held-out part is looked for beside it. CIFAR and
-/// IDX files are divided by their names. Any other path is all training.
+/// A folder is divided when it holds `train` and one of [`HELD_OUT`], or `train` and no other folder with images; its
+/// held-out part is the first of those that is there. For a path that is itself named `train` the held-out part is
+/// looked for beside it. CIFAR and IDX files are divided by their names. Any other path is all training.
 ///
 /// # Errors
 /// As [`open`].
@@ -215,25 +215,32 @@ pub fn open_split(
     };
     match split {
         Split::Train => open(&train, format).map(Some),
-        Split::Eval => match ["test", "val"].map(|name| base.join(name)).into_iter().find(|dir| dir.is_dir())
-        {
-            Some(dir) => open(&dir, format).map(Some),
-            None => Ok(None),
-        },
+        Split::Eval => held_out(&base).next().map(|dir| open(&dir, format)).transpose(),
     }
+}
+
+/// What the held-out part beside `train` may be called, the first that is there.
+pub const HELD_OUT: [&str; 4] = ["test", "val", "valid", "validation"];
+
+/// The folders of `base` that are held out.
+fn held_out(base: &Path) -> impl Iterator<Item = PathBuf> {
+    HELD_OUT.map(|name| base.join(name)).into_iter().filter(|dir| dir.is_dir())
 }
 
 /// The folder that is divided, and its training part; the latter `None` when nothing is divided.
 fn split_base(path: &Path) -> (PathBuf, Option<PathBuf>) {
     let train = path.join("train");
     if train.is_dir() {
-        let held_out = path.join("test").is_dir() || path.join("val").is_dir();
-        let others = || {
-            fs::read_dir(path).map_or(0, |entries| {
-                entries.flatten().filter(|e| e.file_name() != "train" && e.path().is_dir()).count()
-            })
+        // Else "train" may be a class among others.
+        let is_class = |entry: fs::DirEntry| {
+            let name = entry.file_name();
+            name != "train"
+                && !folder::is_foreign(&name.to_string_lossy())
+                && entry.path().is_dir()
+                && folder::an_image(&entry.path(), 1).is_some()
         };
-        if held_out || others() == 0 {
+        let is_alone = || !fs::read_dir(path).is_ok_and(|mut entries| entries.any(|e| e.is_ok_and(is_class)));
+        if held_out(path).next().is_some() || is_alone() {
             return (path.to_owned(), Some(train));
         }
     }
@@ -246,15 +253,37 @@ fn split_base(path: &Path) -> (PathBuf, Option<PathBuf>) {
     (path.to_owned(), None)
 }
 
-/// The folders a divided set consists of, training first; none when nothing at `path` is divided into folders.
-pub(crate) fn parts(path: &Path) -> Vec<PathBuf> {
-    match split_base(path) {
-        (base, Some(train)) if base == path => {
-            let held_out = ["test", "val"].map(|name| base.join(name));
-            std::iter::once(train).chain(held_out.into_iter().filter(|dir| dir.is_dir())).collect()
+/// One part of a data set.
+#[derive(Debug, Clone)]
+pub(crate) struct Part {
+    pub(crate) path: PathBuf,
+    pub(crate) format: DataFormat,
+    /// Which files in `path`; `None`: all.
+    pub(crate) split: Option<Split>,
+}
+
+/// The parts of the data set at `path` as [`open_split`] sees them, training first; one when nothing is divided.
+pub(crate) fn parts(path: &Path, format: DataFormat) -> Result<Vec<Part>, DataError> {
+    let part = |path: &Path| -> Result<Part, DataError> {
+        let (path, format) = resolve(path, format)?;
+        Ok(Part { path, format, split: None })
+    };
+    let train = match split_base(path) {
+        (base, Some(train)) if base == path => train,
+        // `train` itself, whatever is beside it.
+        (_, Some(train)) => return Ok(vec![part(&train)?]),
+        (_, None) => {
+            let whole = part(path)?;
+            let here = [Split::Train, Split::Eval].into_iter().filter(|&split| match whole.format {
+                DataFormat::Cifar => cifar::has(&whole.path, split),
+                DataFormat::Idx => idx::has(&whole.path, split),
+                _ => false,
+            });
+            let by_name: Vec<_> = here.map(|split| Part { split: Some(split), ..whole.clone() }).collect();
+            return Ok(if by_name.is_empty() { vec![whole] } else { by_name });
         }
-        _ => Vec::new(),
-    }
+    };
+    std::iter::once(train).chain(held_out(path)).map(|folder| part(&folder)).collect()
 }
 
 /// The path that really holds the files, and their format.
@@ -273,7 +302,10 @@ pub(crate) fn resolve(path: &Path, format: DataFormat) -> Result<(PathBuf, DataF
     let nested = ["", "cifar-10-batches-bin", "cifar-100-binary", "raw", "MNIST/raw", "FashionMNIST/raw"];
     for dir in nested.map(|sub| if sub.is_empty() { path.to_owned() } else { path.join(sub) }) {
         let found = match format {
-            DataFormat::Auto if tar::is_here(&dir) => DataFormat::Tar,
+            DataFormat::Auto if tar::is_here(&dir) => {
+                refuse_mixed(&dir)?;
+                DataFormat::Tar
+            }
             DataFormat::Auto | DataFormat::Cifar if cifar::is_here(&dir) => DataFormat::Cifar,
             DataFormat::Auto | DataFormat::Idx if idx::is_here(&dir) => DataFormat::Idx,
             _ => continue,
@@ -281,6 +313,22 @@ pub(crate) fn resolve(path: &Path, format: DataFormat) -> Result<(PathBuf, DataF
         return Ok((dir, found));
     }
     Ok((path.to_owned(), if format == DataFormat::Auto { DataFormat::Folder } else { format }))
+}
+
+/// Refuses tar files that lie beside images: which of them are the data set cannot be told by looking.
+fn refuse_mixed(dir: &Path) -> Result<(), DataError> {
+    let Some(tar) = tar::one_without_index(dir) else { return Ok(()) };
+    let Some(image) = folder::an_image(dir, 0) else { return Ok(()) };
+    let name = |path: &Path| path.strip_prefix(dir).unwrap_or(path).display().to_string();
+    Err(DataError::bad_file(
+        dir,
+        format!(
+            "tar files (`{}`) beside images (`{}`): say which are meant with data.format (--format of a command), \
+             \"tar\" or \"folder\", or move the others away",
+            name(&tar),
+            name(&image)
+        ),
+    ))
 }
 
 pub(crate) fn open_as(

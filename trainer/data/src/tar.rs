@@ -11,12 +11,13 @@
 //! key for messages and never a path that is opened; links, devices and folders are passed over; sizes are checked
 //! against the file.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::DataError;
+use crate::partial::is_unfinished;
 use crate::shard::{INDEX_FILE, Index};
 use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
 
@@ -81,9 +82,15 @@ fn tar_files(dir: &Path) -> Result<Vec<PathBuf>, DataError> {
 
 /// Whether a folder holds tar shards.
 pub(crate) fn is_here(dir: &Path) -> bool {
-    dir.join(INDEX_FILE).is_file()
-        || fs::read_dir(dir)
-            .is_ok_and(|entries| entries.flatten().any(|e| e.path().extension().is_some_and(|e| e == "tar")))
+    Index::is_at(&dir.join(INDEX_FILE)) || tar_files(dir).is_ok_and(|files| !files.is_empty())
+}
+
+/// One of the tar files in a folder without an index of ours, which would say that they are what is meant.
+pub(crate) fn one_without_index(dir: &Path) -> Option<PathBuf> {
+    if Index::is_at(&dir.join(INDEX_FILE)) {
+        return None;
+    }
+    tar_files(dir).ok()?.into_iter().next()
 }
 
 impl TarShards {
@@ -93,6 +100,12 @@ impl TarShards {
 
     /// Opens a folder of shards or one tar file; what is wrong goes to `problem`, which may let it pass.
     pub(crate) fn open_reporting(path: &Path, problem: OnProblem<'_>) -> Result<Self, DataError> {
+        if is_unfinished(path) {
+            return Err(DataError::bad_file(
+                path,
+                "shards are still being moved here, or their writer was stopped: run the same `mentee shard` again",
+            ));
+        }
         let index = path.join(INDEX_FILE);
         let shards = if index.is_file() {
             Self::from_index(path, &Index::load(&index)?, problem)?

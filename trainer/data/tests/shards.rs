@@ -3,12 +3,15 @@
 mod common;
 
 use std::fs;
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::{Memory, jpeg, rgb_png};
 use mentee_config::recipe::DataFormat;
-use mentee_data::shard::{INDEX_FILE, ShardOptions, Store, write_shards, write_shards_with};
+use mentee_data::shard::{
+    INDEX_FILE, ShardOptions, Store, Written, forget_part, write_part, write_shards, write_shards_with,
+};
 use mentee_data::{DataError, Encoding, Source, check, decode, open};
 use tempfile::TempDir;
 
@@ -272,27 +275,42 @@ fn stats_count_and_measure() {
     assert!(matches!(check::stats(root, DataFormat::Auto, 2), Err(DataError::BadSample { .. })));
 }
 
+const OPTIONS: ShardOptions = ShardOptions { shard_bytes: 4000, threads: 3, store: Store::AsIs };
+
+/// Sixty images as [`OPTIONS`] says, without a stop: the set, and what the writer says of it.
+fn in_one_go() -> (TempDir, PathBuf, Written) {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("out");
+    let all = write_shards_with(&*Memory::noise(60), &out, &OPTIONS, &mut quiet()).unwrap();
+    assert!(all.shards > 5);
+    (dir, out, all)
+}
+
+/// The same images, and one that ends the writer.
+fn broken(source: &Memory) -> Memory {
+    let damaged = |(i, file): (usize, &Vec<u8>)| if i == 41 { vec![1] } else { file.clone() };
+    Memory {
+        files: source.files.iter().enumerate().map(damaged).collect(),
+        labels: source.labels.clone(),
+        classes: source.classes.clone(),
+    }
+}
+
+fn same_files(a: &Path, b: &Path) {
+    assert_eq!(names(a), names(b));
+    for name in names(a) {
+        assert_eq!(fs::read(a.join(&name)).unwrap(), fs::read(b.join(&name)).unwrap(), "{name}");
+    }
+}
+
 /// Fails at a sample, as a kill would: what was finished is taken over, and the result is what one go gives.
 #[test]
 fn a_writer_that_was_stopped_is_carried_on() {
-    let whole = TempDir::new().unwrap();
-    let source = Memory::noise(60);
-    let options = ShardOptions { shard_bytes: 4000, threads: 3, store: Store::AsIs };
-    let all = write_shards_with(&*source, &whole.path().join("out"), &options, &mut quiet()).unwrap();
-    assert!(all.shards > 5);
-
+    let (_whole, uninterrupted, all) = in_one_go();
+    let (source, options) = (Memory::noise(60), OPTIONS);
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("out");
-    let broken = Memory {
-        files: source
-            .files
-            .iter()
-            .enumerate()
-            .map(|(i, f)| if i == 41 { vec![1] } else { f.clone() })
-            .collect(),
-        labels: source.labels.clone(),
-        classes: source.classes.clone(),
-    };
+    let broken = broken(&source);
     write_shards_with(&broken, &out, &options, &mut quiet()).unwrap_err();
     assert_eq!(names(dir.path()), [".out.partial"]);
     // A half-written shard, and a finished one that is no longer as the journal says.
@@ -304,19 +322,161 @@ fn a_writer_that_was_stopped_is_carried_on() {
     assert!(heard[0] > 0, "it starts where the other had come to");
     assert_eq!(again, all);
     assert_eq!(names(dir.path()), ["out"]);
-    assert_eq!(names(&out), names(&whole.path().join("out")));
-    for name in names(&out) {
-        assert_eq!(
-            fs::read(out.join(&name)).unwrap(),
-            fs::read(whole.path().join("out").join(&name)).unwrap()
-        );
-    }
+    same_files(&out, &uninterrupted);
     // Another job does not take them over.
     write_shards_with(&broken, &dir.path().join("two"), &options, &mut quiet()).unwrap_err();
     let other = ShardOptions { shard_bytes: 5000, ..options };
     let mut heard = Vec::new();
     write_shards_with(&*source, &dir.path().join("two"), &other, &mut |done, _| heard.push(done)).unwrap();
     assert_eq!(heard[0], 0);
+}
+
+#[test]
+fn a_last_move_that_fails_keeps_all_shards() {
+    let (_whole, uninterrupted, all) = in_one_go();
+    let dir = TempDir::new().unwrap();
+    let (out, source) = (dir.path().join("out"), Memory::noise(60));
+    // Somebody fills the place meanwhile.
+    let mut fill = |done: u64, total: u64| {
+        if done == total {
+            fs::create_dir_all(&out).unwrap();
+            fs::write(out.join("theirs"), b"").unwrap();
+        }
+    };
+    let error = write_shards_with(&*source, &out, &OPTIONS, &mut fill).unwrap_err();
+    let text = error.to_string();
+    assert!(matches!(&error, DataError::Unmoved { from, to, .. }
+        if *from == dir.path().join(".out.partial") && *to == out));
+    assert!(text.contains("they stay there") && !text.contains('\n'), "{text}");
+    assert_eq!(names(dir.path()), [".out.partial", "out"]);
+    // As long as that is so nothing is lost either.
+    let error = write_shards_with(&*source, &out, &OPTIONS, &mut quiet()).unwrap_err();
+    assert!(matches!(error, DataError::OutputExists { .. }), "{error}");
+    fs::remove_dir_all(&out).unwrap();
+    let mut heard = Vec::new();
+    let again = write_shards_with(&*source, &out, &OPTIONS, &mut |done, _| heard.push(done)).unwrap();
+    assert_eq!((again, heard), (all, vec![60]));
+    assert_eq!(names(dir.path()), ["out"]);
+    same_files(&out, &uninterrupted);
+}
+
+/// A disk may be mounted there: renaming another folder over it would fail.
+#[test]
+fn a_folder_that_is_there_is_filled_and_not_replaced() {
+    let (_whole, uninterrupted, all) = in_one_go();
+    let dir = TempDir::new().unwrap();
+    let (out, link, source) = (dir.path().join("out"), dir.path().join("link"), Memory::noise(60));
+    fs::create_dir_all(out.join("lost+found")).unwrap();
+    symlink(&out, &link).unwrap();
+    let before = fs::metadata(&out).unwrap().ino();
+    write_shards_with(&broken(&source), &link, &OPTIONS, &mut quiet()).unwrap_err();
+    assert_eq!(
+        (names(dir.path()), names(&out)),
+        (vec!["link".into(), "out".into()], vec![".partial".into(), "lost+found".into()])
+    );
+    // As a writer leaves it that is killed while it moves its shards: no set, and none is read.
+    for name in ["00000.tar", "00001.tar"] {
+        fs::rename(out.join(".partial").join(name), out.join(name)).unwrap();
+    }
+    let message = open(&out, DataFormat::Auto).err().unwrap().to_string();
+    assert!(message.contains("run the same `mentee shard` again"), "{message}");
+    let mut heard = Vec::new();
+    let again = write_shards_with(&*source, &link, &OPTIONS, &mut |done, _| heard.push(done)).unwrap();
+    assert!(heard[0] > 20, "{heard:?}");
+    assert_eq!(again, all);
+    assert_eq!(fs::metadata(&out).unwrap().ino(), before);
+    assert!(link.is_symlink());
+    assert_eq!(names(dir.path()), ["link", "out"]);
+    fs::remove_dir(out.join("lost+found")).unwrap();
+    same_files(&out, &uninterrupted);
+}
+
+#[test]
+fn what_was_begun_before_the_folder_was_made_goes_on_in_it() {
+    let (_whole, uninterrupted, all) = in_one_go();
+    let dir = TempDir::new().unwrap();
+    let (out, source) = (dir.path().join("out"), Memory::noise(60));
+    write_shards_with(&broken(&source), &out, &OPTIONS, &mut quiet()).unwrap_err();
+    assert_eq!(names(dir.path()), [".out.partial"]);
+    fs::create_dir(&out).unwrap();
+    let before = fs::metadata(&out).unwrap().ino();
+    let mut heard = Vec::new();
+    let again = write_shards_with(&*source, &out, &OPTIONS, &mut |done, _| heard.push(done)).unwrap();
+    assert!(heard[0] > 20, "{heard:?}");
+    assert_eq!((again, names(dir.path())), (all, vec!["out".to_owned()]));
+    assert_eq!(fs::metadata(&out).unwrap().ino(), before);
+    same_files(&out, &uninterrupted);
+}
+
+#[test]
+fn what_cannot_be_a_folder_is_refused_at_once() {
+    let dir = TempDir::new().unwrap();
+    let refuse = |name: &str, expected: &str| {
+        let out = dir.path().join(name);
+        let error = write_shards_with(&*Memory::noise(1), &out, &OPTIONS, &mut |_, _| panic!("it began"));
+        let text = error.unwrap_err().to_string();
+        assert!(text.contains(expected), "{text}");
+    };
+    symlink(dir.path().join("nowhere"), dir.path().join("link")).unwrap();
+    fs::write(dir.path().join("file"), b"").unwrap();
+    refuse("link", "link`: a link to a folder that is not there");
+    refuse("link/", "link`: a link to a folder that is not there");
+    refuse("file", "file`: a file, not a folder");
+    refuse("file/below", "cannot open");
+    refuse("..", "not a name for a new folder");
+    assert_eq!(names(dir.path()), ["file", "link"]);
+}
+
+#[test]
+fn a_second_writer_is_refused() {
+    let (_whole, uninterrupted, all) = in_one_go();
+    let source = Memory::noise(60);
+    for is_there in [false, true] {
+        let dir = TempDir::new().unwrap();
+        let out = dir.path().join("out");
+        if is_there {
+            fs::create_dir(&out).unwrap();
+        }
+        let mut refused = Vec::new();
+        let first = write_shards_with(&*source, &out, &OPTIONS, &mut |_, _| {
+            refused.push(write_shards_with(&*source, &out, &OPTIONS, &mut quiet()).unwrap_err());
+        });
+        assert_eq!(first.unwrap(), all);
+        let place = if is_there { out.join(".partial") } else { dir.path().join(".out.partial") };
+        assert!(refused.len() > 1);
+        for error in refused {
+            assert_eq!(error, DataError::InUse { path: place.clone() });
+        }
+        assert_eq!(names(dir.path()), ["out"]);
+        same_files(&out, &uninterrupted);
+    }
+}
+
+#[test]
+fn a_part_that_is_complete_is_left_as_it_is() {
+    let (_whole, uninterrupted, all) = in_one_go();
+    let dir = TempDir::new().unwrap();
+    let (out, source) = (dir.path().join("train"), Memory::noise(60));
+    let part = |options: &ShardOptions| write_part(&*source, &out, options, &mut quiet());
+    assert_eq!(part(&OPTIONS).unwrap(), Some(all));
+    let threads = ShardOptions { threads: 1, ..OPTIONS };
+    assert_eq!(part(&threads).unwrap(), None, "threads change nothing");
+    same_files(&out, &uninterrupted);
+    // Another job's, and shards that are no longer those, are refused.
+    let refuse = |options: &ShardOptions| {
+        let error = part(options).unwrap_err();
+        assert!(matches!(error, DataError::OutputExists { .. }), "{error}");
+    };
+    refuse(&ShardOptions { shard_bytes: 5000, ..OPTIONS });
+    refuse(&ShardOptions { store: Store::Raw { shorter_side: None }, ..OPTIONS });
+    let shard = fs::read(out.join("00001.tar")).unwrap();
+    fs::write(out.join("00001.tar"), b"cut").unwrap();
+    refuse(&OPTIONS);
+    fs::write(out.join("00001.tar"), shard).unwrap();
+    assert_eq!(part(&OPTIONS).unwrap(), None);
+    forget_part(&out);
+    assert_eq!(names(dir.path()), ["train"]);
+    refuse(&OPTIONS);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use common::{Memory, jpeg, noise, rgb_png};
 use mentee_config::recipe::DataFormat;
 use mentee_data::shard::write_shards;
-use mentee_data::{DataError, Encoding, Source, Split, open, open_split, with_classes_of};
+use mentee_data::{DataError, Encoding, Source, Split, check, open, open_split, with_classes_of};
 use tempfile::TempDir;
 
 fn put(dir: &Path, name: &str, bytes: &[u8]) {
@@ -77,6 +77,46 @@ fn images_without_classes() {
 }
 
 #[test]
+fn tar_files_beside_images_are_refused_until_the_format_is_named() {
+    let mut tar = Vec::new();
+    member(&mut tar, "a.png", &rgb_png(4, 4, 1), b'0');
+    for (image, labelled) in [("cat/deep/z.png", true), ("z.png", false)] {
+        let dir = TempDir::new().unwrap();
+        let root = dir.path();
+        put(root, image, &rgb_png(3, 3, 1));
+        put(root, "notes/readme.txt", b"no image");
+        put(root, ".cache/x.png", b"no image");
+        put(root, "left.tar", &tar);
+        assert_eq!(
+            error(root, DataFormat::Auto),
+            format!(
+                "`DIR`: tar files (`left.tar`) beside images (`{image}`): say which are meant with data.format \
+                 (--format of a command), \"tar\" or \"folder\", or move the others away"
+            )
+        );
+        let folder = open(root, DataFormat::Folder).unwrap();
+        assert_eq!((folder.len(), folder.label(0).is_some()), (1, labelled));
+        assert!(open(root, DataFormat::Tar).unwrap().key(0).ends_with("left.tar:a"));
+        fs::remove_file(root.join(image)).unwrap();
+        assert_eq!(open(root, DataFormat::Auto).unwrap().len(), 1, "tar files alone");
+    }
+}
+
+#[test]
+fn an_index_of_another_program_makes_no_shards() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    put(root, "cat/x.png", &rgb_png(3, 3, 1));
+    for theirs in [&b"{\"version\": 1, \"shards\": []}"[..], b"[1, 2]", b"no JSON"] {
+        put(root, "index.json", theirs);
+        assert_eq!(open(root, DataFormat::Auto).unwrap().classes(), ["cat"]);
+    }
+    // Ours decides, also beside images and without its shards.
+    put(root, "index.json", b"{\"format\":\"mentee-shards\",\"version\":1,\"classes\":[");
+    assert!(error(root, DataFormat::Auto).starts_with("`DIR/index.json`: not an index of shards"));
+}
+
+#[test]
 fn nothing_to_open() {
     let dir = TempDir::new().unwrap();
     let missing = dir.path().join("nowhere");
@@ -113,7 +153,7 @@ fn divided_sets() {
     put(root, "a/train/x.png", &rgb_png(3, 3, 1));
     put(root, "a/plane/x.png", &rgb_png(3, 3, 1));
     assert_eq!((count(&root.join("a"), Split::Train), count(&root.join("a"), Split::Eval)), (Some(2), None));
-    for held_out in ["test", "val"] {
+    for held_out in ["test", "val", "valid", "validation"] {
         let set = root.join(held_out).join("set");
         put(&set, "train/c/x.png", &rgb_png(3, 3, 1));
         assert_eq!((count(&set, Split::Train), count(&set, Split::Eval)), (Some(1), None), "train alone");
@@ -127,6 +167,36 @@ fn divided_sets() {
             "beside it"
         );
     }
+    // One that may stand for both: the first name.
+    let set = root.join("test/set");
+    put(&set, "valid/c/y.png", &rgb_png(3, 3, 1));
+    put(&set, "valid/c/z.png", &rgb_png(3, 3, 1));
+    assert_eq!(count(&set, Split::Eval), Some(1));
+}
+
+#[test]
+fn folders_without_images_beside_train_are_no_classes() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    put(root, "train/cat/x.png", &rgb_png(3, 3, 1));
+    put(root, "train/dog/x.png", &rgb_png(3, 3, 2));
+    put(root, "train/.cache/x.png", b"no image");
+    for foreign in [
+        ".cache/x.png",
+        ".ipynb_checkpoints/x.png",
+        "__MACOSX/train/x.png",
+        "lost+found/x.png",
+        "annotations/deep/boxes.json",
+    ] {
+        put(root, foreign, b"no image");
+        let train = open_split(root, DataFormat::Auto, Split::Train).unwrap().unwrap();
+        assert_eq!(train.classes(), ["cat", "dog"], "{foreign}");
+        assert!(open_split(root, DataFormat::Auto, Split::Eval).unwrap().is_none());
+        assert_eq!(check::stats(root, DataFormat::Auto, 1).unwrap()[0].classes.len(), 2);
+    }
+    // Nor are they in a folder of classes.
+    put(root, "plane/x.png", &rgb_png(3, 3, 3));
+    assert_eq!(open(root, DataFormat::Auto).unwrap().classes(), ["plane", "train"]);
 }
 
 /// A folder with an image of each class.
@@ -487,4 +557,41 @@ fn damaged_idx() {
     cut.truncate(cut.len() - 6);
     put(dir.path(), "train-images-idx3-ubyte.gz", &cut);
     assert!(error(dir.path(), DataFormat::Auto).starts_with("cannot read `DIR/train-images-idx3-ubyte.gz`"));
+}
+
+/// What a run sees of sets that are divided by the names of their files.
+#[test]
+fn stats_and_verify_look_at_both_parts_of_such_files() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let idx = root.join("idx");
+    put(&idx, "train-images-idx3-ubyte", &IMAGES);
+    put(&idx, "train-labels-idx1-ubyte", &LABELS);
+    put(&idx, "t10k-images-idx3-ubyte", &IMAGES);
+    let cifar = root.join("cifar");
+    let one = record(&[6], [59, 43], [62, 46], [63, 45]);
+    put(&cifar, "cifar-10-batches-bin/data_batch_1.bin", &one.repeat(3));
+    put(&cifar, "cifar-10-batches-bin/test_batch.bin", &one);
+    for (set, train, test) in [(&idx, 2, 2), (&cifar, 3, 1)] {
+        let stats = check::stats(set, DataFormat::Auto, 2).unwrap();
+        let [first, second] = &stats[..] else { panic!("{stats:?}") };
+        assert_eq!((first.samples, second.samples), (train, test));
+        assert!(first.part.ends_with(" (train)") && second.part.ends_with(" (test)"), "{stats:?}");
+        for (stats, split) in stats.iter().zip([Split::Train, Split::Eval]) {
+            let source = open_split(set, DataFormat::Auto, split).unwrap().unwrap();
+            assert_eq!((stats.samples, &stats.digest), (source.len(), &source.digest()));
+        }
+        let report = check::verify(set, DataFormat::Auto, 2, &|_, _| {}).unwrap();
+        assert_eq!((report.samples, report.problems), (train + test, vec![]));
+    }
+    // Damage in the test part is found; one part alone is one part.
+    put(&idx, "t10k-images-idx3-ubyte", &IMAGES[..20]);
+    assert!(
+        check::verify(&idx, DataFormat::Auto, 2, &|_, _| {}).unwrap_err().to_string().contains("t10k-images")
+    );
+    fs::remove_file(idx.join("train-images-idx3-ubyte")).unwrap();
+    put(&idx, "t10k-images-idx3-ubyte", &IMAGES);
+    assert_eq!(check::stats(&idx, DataFormat::Idx, 1).unwrap().len(), 1);
+    fs::remove_file(idx.join("t10k-images-idx3-ubyte")).unwrap();
+    assert!(check::stats(&idx, DataFormat::Idx, 1).is_err());
 }
