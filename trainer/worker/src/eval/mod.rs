@@ -33,7 +33,7 @@ const POOLED: i64 = 32;
 pub struct EvalArgs {
     /// A run directory (its newest checkpoint) or a checkpoint directory.
     checkpoint: PathBuf,
-    /// Labelled images: a data set with `train` and `test` (or `val`) parts, or only the images to classify
+    /// Labelled images: a data set with `train` and a held-out part, or only the images to classify
     /// [default: the recipe's].
     #[arg(long)]
     data: Option<PathBuf>,
