@@ -187,6 +187,17 @@ fn from_images_to_a_report() {
 }
 
 #[test]
+fn the_demo_removes_nothing_that_it_did_not_draw() {
+    let dir = temp_dir();
+    let own = dir.path().join("data/train/cat/own.jpg");
+    fs::create_dir_all(own.parent().expect("a folder")).expect("a folder can be made");
+    fs::write(&own, "mine").expect("a file can be written");
+    let refused = run(&[&"demo", &"--out", &dir.path()]).expect(3);
+    assert!(refused.error_line().contains("data/train"), "{}", refused.told());
+    assert_eq!(fs::read_to_string(&own).expect("the file"), "mine");
+}
+
+#[test]
 fn benches_print_one_json_value() {
     let _machine = machine();
     let rows = json(&run(&[&"bench", &"allreduce", &"demo", &"--json", &"--seconds", &"0.001"]).expect(0));

@@ -596,8 +596,8 @@ fn gather(collectives: &dyn Collectives, own: knn::Labelled) -> Result<knn::Labe
 
 /// Evaluates a checkpoint in a world of one.
 pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
-    let named = |name: &str| args.checkpoint.parent().is_some_and(|parent| parent.ends_with(name));
-    let folder = if args.checkpoint.join("manifest.json").exists() || named("checkpoints") {
+    let is_named = args.checkpoint.parent().is_some_and(|parent| parent.ends_with("checkpoints"));
+    let folder = if is_named || args.checkpoint.join("manifest.json").exists() {
         args.checkpoint.clone()
     } else {
         checkpoints::folder(&args.checkpoint)
