@@ -1,14 +1,21 @@
 //! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose
 //! when asked to. `tests/mpi.rs` runs it under mpirun.
 //!
-//! `mpi_check sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | sleep RANK | abort RANK CODE | expect RANK WORLD`
+//! `mpi_check COMMAND [shm]`, the latter through shared memory. COMMAND: `sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | sleep RANK | abort RANK CODE | expect RANK WORLD`
 
-use std::{env, process::ExitCode, sync::mpsc, thread, time::Duration};
+use std::{
+    env,
+    process::ExitCode,
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
+};
 
 use mentee_collectives::{
     Buffer, CollectiveError, Collectives, ErrorKind, StartError,
     checked::Checked,
     mpi::{self, Mpi},
+    shm::Shm,
     threads,
 };
 
@@ -18,23 +25,27 @@ fn main() -> ExitCode {
     let command = args.first().map(String::as_str).unwrap_or("sums");
 
     let expected = (command == "expect").then(|| (number(1), number(2)));
-    let group = match Mpi::initialize(expected) {
-        Ok(group) => group,
+    let mpi = match Mpi::initialize(expected) {
+        Ok(group) => Arc::new(group),
         Err(error) => {
             eprintln!("error: {error}");
             return ExitCode::from(2);
         }
     };
     assert_eq!(Mpi::initialize(None).unwrap_err(), StartError::AlreadyStarted);
-    group.barrier().expect("barrier");
+    mpi.barrier().expect("barrier");
+    let group: Arc<dyn Collectives> = match args.last().map(String::as_str) {
+        Some("shm") => Arc::new(Shm::over(mpi, mpi::patience).expect("MPI").expect("one machine")),
+        _ => mpi,
+    };
 
-    let chosen = args.len() > 1 && number(1) == group.rank();
+    let chosen = args.get(1).is_some_and(|rank| rank.parse() == Ok(group.rank()));
     match command {
         "sums" => {
-            sums(&group);
-            broadcasts(&group);
-            gathers(&group);
-            other_threads(&group);
+            sums(&*group);
+            broadcasts(&*group);
+            gathers(&*group);
+            other_threads(&*group);
             let group = Checked::new(group);
             disagreements(&group);
             group.finish().expect("finish");
@@ -43,9 +54,9 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         "lanes" => {
-            opposite_orders(&group);
-            busy_lanes(&group);
-            an_end_with_a_lane_in_use(&group);
+            opposite_orders(&*group);
+            busy_lanes(&*group);
+            an_end_with_a_lane_in_use(&*group);
             let lane = group.lane("left over").expect("lane");
             assert_eq!(lane.finish().unwrap_err().kind, ErrorKind::OnLane);
             let checked = Checked::new(group);
@@ -99,9 +110,13 @@ fn main() -> ExitCode {
             if chosen {
                 thread::sleep(Duration::from_secs(600));
             }
-            lane.all_reduce_sum((&mut vec![0f32; 100_000]).into())
-                .map(|()| ExitCode::SUCCESS)
-                .unwrap_or(ExitCode::FAILURE)
+            match lane.all_reduce_sum((&mut vec![0f32; 100_000]).into()) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("error: {error}");
+                    ExitCode::FAILURE
+                }
+            }
         }
         "abort" => {
             if chosen {
@@ -125,7 +140,7 @@ fn awkward(rank: u32, index: usize) -> f64 {
     ((bits >> 33) as f64 - 1_073_741_824.0) * 10f64.powi((bits % 13) as i32 - 6)
 }
 
-fn sums(group: &Mpi) {
+fn sums(group: &dyn Collectives) {
     let world = group.world_size();
     let in_order = |i: usize| (1..world).fold(awkward(0, i), |sum, rank| sum + awkward(rank, i));
     let in_order_f32 =
@@ -150,7 +165,7 @@ fn sums(group: &Mpi) {
     assert!(bytes.iter().all(|x| u32::from(*x) == world));
 }
 
-fn broadcasts(group: &Mpi) {
+fn broadcasts(group: &dyn Collectives) {
     for root in 0..group.world_size() {
         let mut values: Vec<f32> = (0..300_000).map(|i| awkward(group.rank(), i) as f32).collect();
         group.broadcast((&mut values).into(), root).expect("broadcast");
@@ -161,7 +176,7 @@ fn broadcasts(group: &Mpi) {
     assert_eq!(error.kind, ErrorKind::NoSuchRoot { root });
 }
 
-fn gathers(group: &Mpi) {
+fn gathers(group: &dyn Collectives) {
     for unit in [0usize, 1, 1000] {
         let own = vec![group.rank() as u8 + 1; unit * group.rank() as usize];
         let all = group.all_gather(&own).expect("all-gather");
@@ -173,7 +188,7 @@ fn gathers(group: &Mpi) {
 }
 
 /// The reducer calls from a thread of its own: the calls of several threads must not mix.
-fn other_threads(group: &Mpi) {
+fn other_threads(group: &dyn Collectives) {
     let mut values = vec![1.0f32; 50_000];
     thread::scope(|scope| {
         scope.spawn(|| group.all_reduce_sum((&mut values).into()).expect("from another thread"));
@@ -184,7 +199,7 @@ fn other_threads(group: &Mpi) {
 }
 
 /// Rank 0 is in a call of the lane when rank 1 is in one of the group; each starts the other call only then.
-fn opposite_orders(group: &Mpi) {
+fn opposite_orders(group: &dyn Collectives) {
     let lane = group.lane("gradients").expect("lane");
     for len in [1, 4000, 200_000] {
         let lane_first = group.rank().is_multiple_of(2);
@@ -226,7 +241,7 @@ fn mixed_calls(line: &dyn Collectives, salt: usize) -> Result<Vec<u64>, Collecti
 }
 
 /// Three lines of calls at once, each from its own thread; the same bits as threads of one process get.
-fn busy_lanes(group: &Mpi) {
+fn busy_lanes(group: &dyn Collectives) {
     let lanes = [group.lane("one").expect("lane"), group.lane("two").expect("lane")];
     let (of_group, of_lanes) = thread::scope(|scope| {
         let others: Vec<_> = lanes
@@ -251,7 +266,7 @@ fn busy_lanes(group: &Mpi) {
 }
 
 /// The end is refused while a lane is at work, and can be asked for again.
-fn an_end_with_a_lane_in_use(group: &Mpi) {
+fn an_end_with_a_lane_in_use(group: &dyn Collectives) {
     if group.world_size() == 1 {
         return;
     }
@@ -276,7 +291,7 @@ fn an_end_with_a_lane_in_use(group: &Mpi) {
     }
 }
 
-fn disagreement_on_a_lane(group: &Checked<Mpi>) {
+fn disagreement_on_a_lane(group: &Checked<Arc<dyn Collectives>>) {
     let lane = group.lane("gradients").expect("lane");
     lane.barrier().expect("the same call");
     let result =
@@ -293,7 +308,7 @@ fn disagreement_on_a_lane(group: &Checked<Mpi>) {
     );
 }
 
-fn disagreements(group: &Checked<Mpi>) {
+fn disagreements(group: &Checked<Arc<dyn Collectives>>) {
     let len = if group.rank() == 1 { 9 } else { 8 };
     let result = group.all_reduce_sum((&mut vec![0f32; len]).into());
     if group.world_size() == 1 {

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use crate::{Buffer, CollectiveError, Collectives, ElementType, ErrorKind, Operation};
+use crate::{Buffer, CollectiveError, Collectives, ElementType, ErrorKind, Operation, SharedMemory};
 
 /// What a rank is about to do: equal on all ranks, or they do not fit together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub(crate) struct Call {
 }
 
 impl Call {
+    pub(crate) const BYTES: usize = 22;
+
     pub(crate) fn all_reduce_sum(buffer: &Buffer<'_>) -> Self {
         let payload = Some((buffer.element_type(), buffer.len() as u64));
         Call { operation: Operation::AllReduceSum, payload, root: None }
@@ -54,8 +56,8 @@ impl Call {
     }
 
     /// Operation, type and root as bytes (255 for none), then the length, little endian.
-    fn to_bytes(self, number: u64) -> [u8; 22] {
-        let mut bytes = [255u8; 22];
+    pub(crate) fn to_bytes(self, number: u64) -> [u8; Call::BYTES] {
+        let mut bytes = [255u8; Call::BYTES];
         bytes[..8].copy_from_slice(&number.to_le_bytes());
         bytes[8] = Operation::ALL.iter().position(|op| *op == self.operation).unwrap_or(255) as u8;
         let (element, len) = match self.payload {
@@ -68,8 +70,8 @@ impl Call {
         bytes
     }
 
-    fn describe(bytes: &[u8]) -> String {
-        let Ok(bytes) = <&[u8; 22]>::try_from(bytes) else {
+    pub(crate) fn describe(bytes: &[u8]) -> String {
+        let Ok(bytes) = <&[u8; Call::BYTES]>::try_from(bytes) else {
             return format!("an unchecked all-gather of {} bytes", bytes.len());
         };
         let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
@@ -172,6 +174,10 @@ impl<C: Collectives> Collectives for Checked<C> {
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         self.compare(Call::plain(Operation::Barrier), || self.inner.barrier())
+    }
+
+    fn memory(&self, bytes: usize) -> Result<Option<SharedMemory>, CollectiveError> {
+        self.inner.memory(bytes)
     }
 
     fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{Buffer, CollectiveError, Collectives, ErrorKind, Operation, buffer::with_slice};
+use crate::{Buffer, CollectiveError, Collectives, ErrorKind, Operation, SharedMemory, buffer::with_slice};
 
 /// How a call goes wrong.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,6 +161,10 @@ impl<C: Collectives> Collectives for Faulty<C> {
     fn barrier(&self) -> Result<(), CollectiveError> {
         self.before(Operation::Barrier)?;
         self.inner.barrier()
+    }
+
+    fn memory(&self, bytes: usize) -> Result<Option<SharedMemory>, CollectiveError> {
+        self.inner.memory(bytes)
     }
 
     fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {

@@ -1,8 +1,9 @@
 //! Collective operations on plain host memory: what the training step needs from a network, and nothing else.
 //!
 //! ```text
-//!   worker ──► dyn Collectives ◄── checked (do all ranks make the same call?)
-//!                   ▲          ◄── faulty  (fail, delay, hang, corrupt at (rank, lane, call))
+//!   worker ──► dyn Collectives ◄── shm     (ranks of one machine: through its memory)
+//!                   ▲          ◄── checked (do all ranks make the same call?)
+//!                   │          ◄── faulty  (fail, delay, hang, corrupt at (rank, lane, call))
 //!       ┌───────────┼───────────┐
 //!    single        mpi       threads
 //!  world of one  processes   ranks as threads of one process, for tests
@@ -13,11 +14,11 @@
 //! # The contract of every implementation
 //!
 //! - All ranks of the world make the same calls in the same order with the same lengths and element types.
-//!   [`checked::Checked`] verifies that; [`threads`] always does; the others rely on it.
+//!   [`checked::Checked`] verifies that; [`threads`] and [`shm`] always do; the others rely on it.
 //! - [`Collectives::all_reduce_sum`] adds **in rank order**, `((x₀ + x₁) + x₂) + …`, element by element, and
 //!   every rank receives the same bits. So the result depends on the values and the world size, not on the
-//!   implementation, the message length, its alignment or the time of day: [`threads`] and [`mpi`] agree bit
-//!   for bit.
+//!   implementation, the message length, its alignment or the time of day: [`threads`], [`mpi`] and [`shm`] agree
+//!   bit for bit.
 //! - An error is final: the group may have ended the operation on some ranks and not on others. Nothing is
 //!   retried in here; the whole gang restarts from a checkpoint.
 //! - Calls are safe from any thread, one at a time per value; a second caller waits for the first. Threads that
@@ -31,6 +32,7 @@ mod error;
 pub mod faulty;
 pub mod mpi;
 pub mod nccl;
+pub mod shm;
 mod single;
 pub mod threads;
 
@@ -40,6 +42,7 @@ pub use device::{
     RecordState, Stream, Ticket,
 };
 pub use error::{CollectiveError, ErrorKind, Operation, StartError};
+pub use shm::SharedMemory;
 pub use single::Single;
 
 use std::sync::Arc;
@@ -76,6 +79,17 @@ pub trait Collectives: Send + Sync {
     /// # Errors
     /// As [`Collectives::all_reduce_sum`].
     fn barrier(&self) -> Result<(), CollectiveError>;
+
+    /// Memory of `bytes` bytes on each rank, of which slices are summed faster than of any other; none where the group has
+    /// nothing of the kind. The sums may run on the group or on any lane, and cover the same part of it on every rank. Every
+    /// rank calls this at the same place among its calls, whatever line they are on, and with the same length.
+    ///
+    /// # Errors
+    /// As [`Collectives::all_reduce_sum`].
+    fn memory(&self, bytes: usize) -> Result<Option<SharedMemory>, CollectiveError> {
+        let _ = bytes;
+        Ok(None)
+    }
 
     /// Opens a second line of calls among the same ranks, for another thread. Every rank calls this, at the same
     /// place among its calls and with the same name.
@@ -126,6 +140,9 @@ macro_rules! forward_collectives {
             }
             fn barrier(&self) -> Result<(), CollectiveError> {
                 (**self).barrier()
+            }
+            fn memory(&self, bytes: usize) -> Result<Option<SharedMemory>, CollectiveError> {
+                (**self).memory(bytes)
             }
             fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
                 (**self).lane(name)

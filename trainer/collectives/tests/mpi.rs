@@ -118,11 +118,14 @@ fn world(ranks: u32, args: &[&str]) -> Option<Outcome> {
     Some(run(Command::new(mpirun).arg("-n").arg(ranks.to_string()).arg(check_program()).args(args)))
 }
 
+/// By messages, and through shared memory.
 fn all_is_well(ranks: u32, command: &str) {
-    let Some(outcome) = world(ranks, &[command]) else { return };
-    assert_eq!(outcome.code, Some(0), "{outcome}");
-    for rank in 0..ranks {
-        assert!(outcome.stdout.contains(&format!("rank {rank} of {ranks}: all well")), "{outcome}");
+    for args in [&[command][..], &[command, "shm"]] {
+        let Some(outcome) = world(ranks, args) else { return };
+        assert_eq!(outcome.code, Some(0), "{args:?}: {outcome}");
+        for rank in 0..ranks {
+            assert!(outcome.stdout.contains(&format!("rank {rank} of {ranks}: all well")), "{outcome}");
+        }
     }
 }
 
@@ -156,8 +159,8 @@ fn lanes_do_not_wait_for_one_another() {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn abort_wakes_all_lanes() {
-    for ranks in [2, 4] {
-        let Some(outcome) = world(ranks, &["wake", "1", "6"]) else { return };
+    for (ranks, how) in [(2, "messages"), (4, "messages"), (4, "shm")] {
+        let Some(outcome) = world(ranks, &["wake", "1", "6", how]) else { return };
         assert_eq!(outcome.code, Some(6), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
     }
@@ -174,8 +177,8 @@ fn one_process_without_mpirun_is_a_world_of_one() {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_panic_on_one_rank_ends_all() {
-    for ranks in [2, 3] {
-        let Some(outcome) = world(ranks, &["panic", "1"]) else { return };
+    for (ranks, how) in [(2, "messages"), (3, "messages"), (3, "shm")] {
+        let Some(outcome) = world(ranks, &["panic", "1", how]) else { return };
         assert_eq!(outcome.code, Some(1), "{outcome}");
         assert!(outcome.stderr.contains("a panic on purpose"), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
@@ -194,9 +197,11 @@ fn a_panic_on_another_thread_ends_all_though_mpi_is_busy() {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_rank_that_leaves_by_an_error_does_not_hang_in_finalize() {
-    let Some(outcome) = world(2, &["leave", "1"]) else { return };
-    assert!(outcome.code.is_some_and(|code| code != 0), "{outcome}");
-    assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
+    for how in ["messages", "shm"] {
+        let Some(outcome) = world(2, &["leave", "1", how]) else { return };
+        assert!(outcome.code.is_some_and(|code| code != 0), "{outcome}");
+        assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
+    }
 }
 
 #[test]
@@ -215,6 +220,12 @@ fn a_rank_that_does_not_come_is_named_and_all_end() {
         assert!(stderr.contains(" s for rank ") && stderr.contains("on lane gradients"), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
     }
+    // Through shared memory it is known who did not come, and the error is the caller's.
+    let Some(outcome) = world(3, &["sleep", "1", "shm"]) else { return };
+    assert_eq!(outcome.code, Some(1), "{outcome}");
+    assert!(outcome.stderr.contains("(call 0 on lane gradients)"), "{outcome}");
+    assert!(outcome.stderr.contains("waited 0.5 s for rank 1;"), "{outcome}");
+    assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
 }
 
 #[test]

@@ -210,14 +210,24 @@ impl Weights {
             let in_compute = range.start < layout.compute_len;
             let buffer = compute.as_ref().filter(|_| in_compute).unwrap_or(&master);
             let trainable = gradients.is_some() && !declaration.frozen;
-            let mut leaf = ext::leaf(buffer, range.start, &declaration.shape, trainable)?;
-            if let Some(gradients) = gradients.filter(|_| trainable) {
-                let buffer = gradients.compute.as_ref().filter(|_| in_compute).unwrap_or(&gradients.flat);
-                ext::set_grad(&mut leaf, &ext::leaf(buffer, range.start, &declaration.shape, false)?)?;
-            }
-            leaves.push(Some(leaf));
+            leaves.push(Some(ext::leaf(buffer, range.start, &declaration.shape, trainable)?));
         }
-        Ok(Self { layout, master, compute, leaves })
+        let mut weights = Self { layout, master, compute, leaves };
+        gradients.map(|gradients| weights.accumulate_into(gradients)).transpose()?;
+        Ok(weights)
+    }
+
+    /// Backward passes add the gradients of what is trained to these buffers.
+    pub fn accumulate_into(&mut self, gradients: &Gradients) -> Result<(), SslError> {
+        for (leaf, place) in self.leaves.iter_mut().zip(&self.layout.places) {
+            let (Some(leaf), Some(Place { declaration, range })) = (leaf, place) else { continue };
+            if leaf.requires_grad() {
+                let in_compute = range.start < self.layout.compute_len;
+                let buffer = gradients.compute.as_ref().filter(|_| in_compute).unwrap_or(&gradients.flat);
+                ext::set_grad(leaf, &ext::leaf(buffer, range.start, &declaration.shape, false)?)?;
+            }
+        }
+        Ok(())
     }
 
     /// Calls `ready` with a parameter's index among the declarations when a backward pass has completed its gradient,

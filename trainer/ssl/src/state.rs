@@ -137,6 +137,16 @@ impl State {
         Ok(loss.f_backward()?)
     }
 
+    /// Keeps gradients in `flat` from here on, a buffer of the same type and length. (Memory that ranks share, for one.)
+    pub fn move_gradients(&mut self, flat: Tensor) -> Result<(), SslError> {
+        debug_assert_eq!(
+            (flat.size(), flat.kind()),
+            (self.gradients.flat.size(), self.gradients.flat.kind())
+        );
+        self.gradients.flat = flat;
+        self.student.weights.accumulate_into(&self.gradients)
+    }
+
     /// Where the state is.
     pub fn device(&self) -> Device {
         self.student.weights.master.device()

@@ -40,6 +40,13 @@ const char* mentee_torch_config() {
   return config.c_str();
 }
 
+int mentee_from_memory(void* data, int64_t len, int is_double, void* context, mentee_drop_fn drop, at::Tensor** out) {
+  return mentee::guarded([&] {
+    const auto options = at::TensorOptions().dtype(is_double ? at::kDouble : at::kFloat);
+    *out = new at::Tensor(at::from_blob(data, {len}, [context, drop](void*) { drop(context); }, options));
+  });
+}
+
 int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
                 at::Tensor** out) {
   return mentee::guarded([&] {

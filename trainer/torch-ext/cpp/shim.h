@@ -22,6 +22,8 @@ typedef void (*mentee_profiled_fn)(void* context, const char* name, uint64_t sta
 int mentee_profile_begin(int on_device);
 int mentee_profile_end(int on_device, mentee_profiled_fn each, void* context);
 
+// A tensor of f32 (or f64) of one dimension over memory of somebody else's; `drop` is called when the last tensor over it is gone.
+int mentee_from_memory(void* data, int64_t len, int is_double, void* context, mentee_drop_fn drop, at::Tensor** out);
 // A view of `flat` at `offset` with `shape`; 4-d shapes lie in memory as channels-last (O, H, W, I).
 int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
                 at::Tensor** out);

@@ -7,7 +7,33 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use crate::hook::drop_boxed;
 use crate::{TorchError, check, sys};
+
+/// A flat buffer of `len` elements at `at`, which lies in memory that `owner` keeps: it is dropped when the last tensor over
+/// that memory is.
+///
+/// # Panics
+/// When `kind` is neither f32 nor f64.
+///
+/// # Safety
+/// While `owner` lives there are `len` elements of type `kind` at `at`, aligned, which nobody else uses but by agreement
+/// with those who use the tensor.
+pub unsafe fn over_memory<T: Send + 'static>(
+    at: *mut u8,
+    len: i64,
+    kind: Kind,
+    owner: T,
+) -> Result<Tensor, TorchError> {
+    assert!(matches!(kind, Kind::Float | Kind::Double), "neither f32 nor f64");
+    let is_double = (kind == Kind::Double).into();
+    let (mut out, owner) = (std::ptr::null_mut(), Box::into_raw(Box::new(owner)).cast());
+    // SAFETY: by this function's contract; the shim owns the box from here on, and `out` receives a tensor that we own.
+    unsafe {
+        check(sys::mentee_from_memory(at.cast(), len, is_double, owner, drop_boxed::<T>, &mut out))?;
+        Ok(Tensor::from_ptr(out))
+    }
+}
 
 /// The elements `offset..` of `flat` as a tensor of `shape`. Four-dimensional shapes [O, I, H, W] lie in memory as
 /// [O, H, W, I] (channels-last).

@@ -15,6 +15,14 @@ unsafe extern "C" {
     pub fn mentee_torch_config() -> *const c_char;
     pub fn mentee_profile_begin(on_device: c_int) -> c_int;
     pub fn mentee_profile_end(on_device: c_int, each: ProfiledFn, context: *mut c_void) -> c_int;
+    pub fn mentee_from_memory(
+        data: *mut c_void,
+        len: i64,
+        is_double: c_int,
+        context: *mut c_void,
+        drop: DropFn,
+        out: *mut *mut C_tensor,
+    ) -> c_int;
     pub fn mentee_leaf(
         flat: *const C_tensor,
         offset: i64,

@@ -38,7 +38,7 @@ pub struct Reporter {
 impl Reporter {
     /// Connects, or hosts the coordinator that the other ranks connect to.
     pub fn connect(place: &Place, plan_hash: &str, data_digest: &str) -> Result<Self, WorkerError> {
-        let Place { identity, collectives, waits } = place;
+        let Place { identity, collectives, waits, .. } = place;
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let supervisor = supervisor();
         let mut hosted = None;

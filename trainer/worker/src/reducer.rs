@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 use mentee_collectives::{Buffer, CollectiveError, Collectives};
 use mentee_ssl::params::{Gradients, Layout};
 use mentee_ssl::{SslError, State};
-use mentee_torch_ext::{FlatSlice, SharedFlat};
+use mentee_torch_ext::{FlatSlice, SharedFlat, over_memory};
 use tch::Device;
 
 use crate::device::DeviceGroup;
@@ -212,6 +212,7 @@ impl GradientReducer {
             let collectives = collectives
                 .lane("gradients")
                 .map_err(|source| WorkerError::Collective { step: 0, source })?;
+            share_memory(&*collectives, state)?;
             let flat = SharedFlat::new(&state.gradients.flat);
             let thread = std::thread::Builder::new()
                 .name("gradients".into())
@@ -331,6 +332,21 @@ impl Drop for GradientReducer {
 
 fn lock(round: &Mutex<Round>) -> std::sync::MutexGuard<'_, Round> {
     round.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Moves the gradients to memory that the group sums faster, where it has any.
+fn share_memory(collectives: &dyn Collectives, state: &mut State) -> Result<(), WorkerError> {
+    let flat = &state.gradients.flat;
+    let (len, kind) = (flat.numel(), flat.kind());
+    let memory = collectives
+        .memory(len * kind.elt_size_in_bytes())
+        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let Some(memory) = memory else { return Ok(()) };
+    // SAFETY: it is that long, aligned to a line, and lives as long as `memory`. Other ranks write to a bucket of it in
+    // sums only, which this rank joins when it is done with the bucket, and leaves when they are.
+    let flat = unsafe { over_memory(memory.as_ptr(), len as i64, kind, memory) };
+    let moved = flat.map_err(SslError::from).and_then(|flat| state.move_gradients(flat));
+    moved.map_err(|source| WorkerError::Step { step: 0, source })
 }
 
 /// The communication thread: sums every range that comes, until the queue ends or a sum fails.

@@ -10,7 +10,8 @@ use mentee_checkpoint::LocalDisk;
 use mentee_cluster::{Identity, Phase, Shares, identity};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::{self, Mpi};
-use mentee_collectives::{Buffer, Collectives, Single};
+use mentee_collectives::shm::Shm;
+use mentee_collectives::{Buffer, CollectiveError, Collectives, Single};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
 use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, order};
@@ -72,19 +73,37 @@ pub struct Place {
     pub collectives: Arc<dyn Collectives>,
     /// Of the calls made through `collectives`.
     pub waits: Arc<Waits>,
+    /// By what ranks exchange host memory.
+    pub exchange: String,
 }
+
+/// `0` keeps ranks of one machine from exchanging data through its memory.
+const SHARED_MEMORY: &str = "MENTEE_SHARED_MEMORY";
 
 /// Finds this rank's place. Starts MPI only when there is more than one rank.
 pub fn place() -> Result<Place, WorkerError> {
     let identity = identity::discover(&|name| std::env::var(name).ok())?;
     let waits = Arc::new(Waits::default());
-    let collectives: Arc<dyn Collectives> = if identity.world_size > 1 {
-        let mpi = Mpi::initialize(Some((identity.rank, identity.world_size)))?;
-        Arc::new(Watched::new(Arc::new(mpi), waits.clone()))
-    } else {
-        Arc::new(Single::new())
-    };
-    Ok(Place { identity, collectives, waits })
+    if identity.world_size == 1 {
+        let exchange = "nothing: one rank".into();
+        return Ok(Place { identity, collectives: Arc::new(Single::new()), waits, exchange });
+    }
+    let mpi = Mpi::initialize(Some((identity.rank, identity.world_size)))?;
+    let (group, exchange) =
+        exchange(Arc::new(mpi)).map_err(|source| WorkerError::Collective { step: 0, source })?;
+    Ok(Place { identity, collectives: Arc::new(Watched::new(group, waits.clone())), waits, exchange })
+}
+
+/// Through the machine's memory where all ranks are on one, else by MPI; and its name.
+fn exchange(mpi: Arc<Mpi>) -> Result<(Arc<dyn Collectives>, String), CollectiveError> {
+    let wanted = std::env::var(SHARED_MEMORY).map_or(true, |value| value != "0");
+    if mpi.all_gather(&[u8::from(wanted)])?.concat().contains(&0) {
+        return Ok((mpi, format!("MPI ({SHARED_MEMORY}=0)")));
+    }
+    Ok(match Shm::over(mpi.clone(), mpi::patience)? {
+        Ok(shm) => (Arc::new(shm), "shared memory".into()),
+        Err(reason) => (mpi, format!("MPI ({reason})")),
+    })
 }
 
 /// Sets the compute threads and says how many decode threads there are to be.
@@ -198,6 +217,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
         world_size = identity.world_size,
         launcher = identity.source,
         device = ?device,
+        exchange = place.exchange,
         compute_threads = tch::get_num_threads(),
         decode_threads,
         plan_hash,

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::Vitals;
-use mentee_collectives::{Buffer, CollectiveError, Collectives};
+use mentee_collectives::{Buffer, CollectiveError, Collectives, SharedMemory};
 
 use crate::error::WorkerError;
 
@@ -86,6 +86,10 @@ impl Collectives for Watched {
 
     fn barrier(&self) -> Result<(), CollectiveError> {
         self.waits.call(|| self.inner.barrier())
+    }
+
+    fn memory(&self, bytes: usize) -> Result<Option<SharedMemory>, CollectiveError> {
+        self.inner.memory(bytes)
     }
 
     fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
