@@ -149,6 +149,45 @@ fn the_size_of_buckets_changes_nothing() {
 }
 
 #[test]
+fn messages_and_shared_memory_give_the_same_bits() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images")).write(dir.path().join("tiny.toml"));
+    let run = |shared: &str| {
+        let run_dir = dir.path().join(format!("shared-{shared}"));
+        let mut command = mentee();
+        command.env("MENTEE_SHARED_MEMORY", shared);
+        command.arg("run").arg(&recipe).arg("--run-dir").arg(&run_dir).args(["--workers", "3"]);
+        finish(command).expect(0);
+        let logs = std::fs::read_to_string(run_dir.join("logs/rank-00001.jsonl")).unwrap();
+        let expected = if shared == "0" { "\"exchange\":\"MPI (" } else { "\"exchange\":\"shared memory\"" };
+        assert!(logs.contains(expected), "{logs}");
+        (losses(&run_dir), final_state(&run_dir))
+    };
+    assert_eq!(run("0"), run("1"));
+}
+
+#[test]
+fn norms_of_each_rank_by_itself_still_make_one_run() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = |check: &str| {
+        TinyRecipe::new(&dir.path().join("images"))
+            .set("parallel.sync_batch_norm", "false")
+            .set("parallel.check_every_steps", check)
+            .write(dir.path().join(format!("every-{check}.toml")))
+    };
+    // The ranks' weights and running statistics are compared after every step, and in the last checkpoint alone.
+    let often = train(&recipe("1"), &dir.path().join("often"), 2);
+    let once = train(&recipe("0"), &dir.path().join("once"), 2);
+    assert_eq!(often, once);
+    let alone = train(&recipe("0"), &dir.path().join("alone"), 1);
+    assert_ne!(alone, once, "each rank's own norms are not those of the batch");
+}
+
+#[test]
 fn the_order_of_samples_and_every_byte_of_a_view_do_not_depend_on_the_world() {
     let dir = temp_dir();
     write_images(&dir.path().join("images"));

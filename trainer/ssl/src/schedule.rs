@@ -60,7 +60,10 @@ impl Schedule {
                     cosine_decay((step - plan.warmup_steps) as f64, (span - plan.warmup_steps) as f64)
                 }
                 Decay::CosinePerEpoch => {
-                    cosine_decay((step / plan.steps_per_epoch) as f64, schedule.epochs as f64)
+                    // SimSiam's, which has no warm-up; behind one, of the epochs that are left.
+                    let (done, left) = (step - plan.warmup_steps, span - plan.warmup_steps);
+                    let epoch = plan.steps_per_epoch;
+                    cosine_decay((done / epoch) as f64, left as f64 / epoch as f64)
                 }
             }
     }

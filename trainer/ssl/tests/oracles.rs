@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use mentee_config::recipe::NormStatistics;
+use mentee_config::recipe::{Decay, NormStatistics};
 use mentee_config::{Plan, Recipe};
 use mentee_ssl::layers::{Gather, Pass};
 use mentee_ssl::loss::{cosine, swap_views};
@@ -109,7 +109,7 @@ fn schedules_are_deepminds() {
     sets.push("method.tau_base=0.99");
     let mut recipe = recipe(&sets);
     recipe.schedule.warmup_epochs = 10.0;
-    let plan = Plan::new(recipe, 2560, 1).unwrap();
+    let plan = Plan::new(recipe.clone(), 2560, 1).unwrap();
     let schedule = Schedule::new(&plan);
     let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} is not {b}");
     close(schedule.at(0).lr, 0.0);
@@ -120,6 +120,20 @@ fn schedules_are_deepminds() {
     close(schedule.at(0).tau, 0.99);
     close(schedule.at(500).tau, 0.995);
     close(schedule.at(1000).tau, 1.0);
+
+    // SimSiam's, from the peak that a warm-up ends at: epoch by epoch over those that are left.
+    recipe.schedule.decay = Decay::CosinePerEpoch;
+    let schedule = Schedule::new(&Plan::new(recipe.clone(), 2560, 1).unwrap());
+    for (step, lr) in [(99, 0.396), (100, 0.4), (109, 0.4), (550, 0.2), (559, 0.2)] {
+        close(schedule.at(step).lr, lr);
+    }
+    assert!(schedule.at(549).lr > schedule.at(550).lr);
+    // Without one, over all of them (main_simsiam.py, adjust_learning_rate).
+    recipe.schedule.warmup_epochs = 0.0;
+    let schedule = Schedule::new(&Plan::new(recipe, 2560, 1).unwrap());
+    for (step, epoch) in [(0, 0.0), (9, 0.0), (10, 1.0), (999, 99.0)] {
+        close(schedule.at(step).lr, 0.4 * 0.5 * (1.0 + (std::f64::consts::PI * epoch / 100.0).cos()));
+    }
 }
 
 /// Gradients of one loss in the flat buffer.

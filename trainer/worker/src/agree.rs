@@ -1,9 +1,11 @@
 //! What all ranks must agree on: before the first step that they are about to do the same, and at every step whether
 //! to go on.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mentee_collectives::{Buffer, Collectives};
+use mentee_config::Recipe;
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
 use tch::{Kind, Tensor};
@@ -194,6 +196,39 @@ pub fn on_gradient(
 
 fn numbers(ranks: impl Iterator<Item = usize>) -> String {
     ranks.map(|rank| rank.to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// Running statistics become the mean over ranks, where norms are not synchronised and each rank has its own. As they are
+/// moving averages, it makes no difference how often that is done.
+pub fn on_statistics(
+    collectives: &dyn Collectives,
+    step: u64,
+    recipe: &Recipe,
+    state: &mut State,
+) -> Result<(), WorkerError> {
+    if collectives.world_size() == 1 || recipe.parallel.sync_batch_norm {
+        return Ok(());
+    }
+    let at_step = |source| WorkerError::Step { step, source };
+    for network in std::iter::once(&mut state.student).chain(&mut state.teacher) {
+        let layers = network.stats.layers().map_err(at_step)?;
+        let mut all: Vec<f64> =
+            layers.iter().flat_map(|layer| [&layer.mean[..], &layer.variance].concat()).collect();
+        collectives
+            .all_reduce_sum((&mut all).into())
+            .map_err(|source| WorkerError::Collective { step, source })?;
+        all.iter_mut().for_each(|sum| *sum /= f64::from(collectives.world_size()));
+        let mut means = BTreeMap::new();
+        let mut rest = &all[..];
+        for layer in &layers {
+            let (mean, after) = rest.split_at(layer.mean.len());
+            let (variance, after) = after.split_at(layer.variance.len());
+            means.insert(layer.name.as_str(), (mean.to_vec(), variance.to_vec()));
+            rest = after;
+        }
+        network.stats.load(|name| Ok(means[name].clone())).map_err(at_step)?;
+    }
+    Ok(())
 }
 
 /// Compares student, teacher, momentum and running statistics across ranks. An error names the first tensor that

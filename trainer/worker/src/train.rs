@@ -98,6 +98,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         if run.checkpoints.is_due(run.next_step, is_last)
             || is_multiple(run.next_step, recipe.parallel.check_every_steps)
         {
+            agree::on_statistics(&*run.collectives, step, &recipe, &mut run.state)?;
             agree::on_weights(&*run.collectives, step, &run.state)?;
         }
         collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
@@ -193,6 +194,7 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerE
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     reporter.phase(Phase::Eval);
     run.checkpoints.finish(&mut run.metrics, reporter)?;
+    agree::on_statistics(&*run.collectives, run.next_step, &run.plan.recipe, &mut run.state)?;
     let line = evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
     run.metrics.write(&line)?;
     if run.identity.rank != 0 {

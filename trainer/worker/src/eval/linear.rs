@@ -28,6 +28,8 @@ const MAX_ITERATIONS: usize = 1000;
 const DOUBLE_UP_TO: i64 = 1 << 26;
 /// Rows classified at a time.
 const CHUNK: i64 = 4096;
+/// Rows that an objective looks at at a time.
+const ROWS: i64 = 1 << 16;
 
 /// An official protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,22 +73,29 @@ pub fn logistic(bank: &Labelled, num_classes: i64) -> Result<Linear, WorkerError
     let std = variance.f_sqrt()?;
     let std = std.f_where_self(&std.f_gt(0.0)?, &std.f_ones_like()?)?;
     let x = (x - &mean) / &std;
-    let onehot = bank.labels.f_one_hot(num_classes)?.f_to_kind(Kind::Double)?; // [N, C]
 
     // θ: the weights row by row, then the biases.
     let len = num_classes * dim;
     let objective = |theta: &Tensor| -> Result<(f64, Tensor), WorkerError> {
         let weight = theta.f_narrow(0, 0, len)?.f_view([num_classes, dim])?;
         let bias = theta.f_narrow(0, len, num_classes)?;
-        let logits = x.f_matmul(&weight.f_to_kind(kind)?.f_tr()?)?.f_to_kind(Kind::Double)?.f_add(&bias)?;
-        let log_p = logits.f_log_softmax(1, Kind::Double)?;
-        let penalty = weight.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])? / (2.0 * n as f64);
-        let entropy = -log_p.f_mul(&onehot)?.f_sum(Kind::Double)?.f_double_value(&[])? / n as f64;
-        let error = (log_p.f_exp()? - &onehot) / n as f64; // [N, C]
-        let of_weight = error.f_to_kind(kind)?.f_tr()?.f_matmul(&x)?.f_to_kind(Kind::Double)?;
-        let of_weight = of_weight + weight / n as f64;
-        let of_bias = error.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
-        Ok((entropy + penalty, Tensor::f_cat(&[of_weight.f_view([-1])?, of_bias], 0)?))
+        let columns = weight.f_to_kind(kind)?.f_tr()?;
+        let mut value = weight.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])? / (2.0 * n as f64);
+        let (mut of_weight, mut of_bias) = (&weight / n as f64, bias.f_zeros_like()?);
+        // Scores in f64 of all images at once would be larger than the features.
+        for begin in (0..n).step_by(ROWS as usize) {
+            let rows = ROWS.min(n - begin);
+            let x = x.f_narrow(0, begin, rows)?;
+            let onehot =
+                bank.labels.f_narrow(0, begin, rows)?.f_one_hot(num_classes)?.f_to_kind(Kind::Double)?; // [R, C]
+            let log_p =
+                (x.f_matmul(&columns)?.f_to_kind(Kind::Double)? + &bias).f_log_softmax(1, Kind::Double)?;
+            value -= log_p.f_mul(&onehot)?.f_sum(Kind::Double)?.f_double_value(&[])? / n as f64;
+            let error = (log_p.f_exp()? - onehot) / n as f64;
+            of_weight += error.f_to_kind(kind)?.f_tr()?.f_matmul(&x)?.f_to_kind(Kind::Double)?;
+            of_bias += error.f_sum_dim_intlist([0i64].as_slice(), false, Kind::Double)?;
+        }
+        Ok((value, Tensor::f_cat(&[of_weight.f_view([-1])?, of_bias], 0)?))
     };
     let start = Tensor::f_zeros([len + num_classes], (Kind::Double, Device::Cpu))?;
     let (theta, arrived) = lbfgs(start, objective)?;

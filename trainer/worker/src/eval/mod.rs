@@ -14,7 +14,7 @@ use mentee_collectives::{Collectives, Single};
 use mentee_config::recipe::MethodName;
 use mentee_config::{Recipe, exit_code};
 use mentee_data::eval::{EvalOptions, all_labelled, eval_images, training_images};
-use mentee_data::{Damaged, DataError, OnError, Source, Split, open, open_split, with_classes_of};
+use mentee_data::{Damaged, DataError, OnError, Order, Source, Split, open, open_split, with_classes_of};
 use mentee_ssl::{Method, State};
 use tch::{Device, Kind, Tensor};
 
@@ -22,6 +22,8 @@ use crate::error::WorkerError;
 use crate::metrics::{self, EvalLine, GridPoint};
 use crate::{affinity, agree, checkpoints, device, snapshot, trace};
 
+/// The seed by which images are chosen, whatever that of the run: evaluations of different runs are of the same images.
+const CHOICE: u64 = 0;
 /// Images in a forward pass.
 const BATCH: usize = 250;
 /// Raw pixels of views from this side on are averaged to [`POOLED`] x [`POOLED`] first: their floor would not fit into memory.
@@ -33,7 +35,7 @@ const POOLED: i64 = 32;
 pub struct EvalArgs {
     /// A run directory (its newest checkpoint) or a checkpoint directory.
     checkpoint: PathBuf,
-    /// Labelled images: a data set with `train` and a held-out part, or only the images to classify
+    /// Labelled images: a data set with `train` and a held-out part; of one without, a tenth is classified by the rest
     /// [default: the recipe's].
     #[arg(long)]
     data: Option<PathBuf>,
@@ -108,9 +110,13 @@ pub struct Evaluator {
     warn: fn(&str),
 }
 
-/// Features of the bank, of all ranks, and of this rank's queries.
+/// Features of the images.
 struct Features {
+    /// This rank's part of the bank.
     bank: knn::Labelled,
+    /// Images of the bank on all ranks.
+    bank_len: u64,
+    /// All queries, on every rank.
     queries: knn::Labelled,
     /// Damaged images of all ranks that are not among them: of the bank, of the queries.
     left_out: [u64; 2],
@@ -133,11 +139,11 @@ impl Part {
         Self::new(source, indices, on_error)
     }
 
-    /// At most `limit` images, evenly spread; 0 = all.
+    /// At most `limit` images; 0 = all.
     fn at_most(mut self, limit: u64) -> Self {
         let len = self.indices.len() as u64;
         if limit > 0 && limit < len {
-            self.indices = (0..limit).map(|i| self.indices[(i * len / limit) as usize]).collect();
+            self.indices = chosen(len, limit).into_iter().map(|place| self.indices[place as usize]).collect();
         }
         self
     }
@@ -155,6 +161,14 @@ impl Part {
             damaged: self.damaged.clone(),
         }
     }
+}
+
+/// `count` of `len` places, in rising order: the same ones every time, and otherwise at random, so that no order of classes
+/// meets them in step.
+fn chosen(len: u64, count: u64) -> Vec<u64> {
+    let (_, mut places) = Order::new(CHOICE, len, len).share(0, 0..count);
+    places.sort_unstable();
+    places
 }
 
 impl Evaluator {
@@ -187,7 +201,7 @@ impl Evaluator {
         Ok(own)
     }
 
-    /// Chooses bank and queries: `eval.path`, else the held-out part of `data.path`, else every tenth training image.
+    /// Chooses bank and queries: `eval.path`, else the held-out part of `data.path`, else a tenth of the training images.
     /// An error when one of them has no label, or is of a class that the training images do not have.
     pub fn new(
         recipe: &Recipe,
@@ -228,11 +242,12 @@ impl Evaluator {
                 (Part::all(train, on_error), Part::all(source, on_error), "test images")
             }
             None => {
-                let (queries, bank) = (0..train.len()).partition(|i| i % 10 == 0);
+                let queries = chosen(train.len(), train.len().div_ceil(10));
+                let bank = (0..train.len()).filter(|index| queries.binary_search(index).is_err()).collect();
                 (
                     Part::new(train.clone(), bank, on_error),
                     Part::new(train, queries, on_error),
-                    "every tenth training image, left out of the bank",
+                    "a tenth of the training images, left out of the bank",
                 )
             }
         };
@@ -302,8 +317,7 @@ impl Evaluator {
                 })
                 .collect();
         }
-        if collectives.rank() == 0 {
-            let spectrum = spectrum::of(&trained.bank.features)?;
+        if let Some(spectrum) = spectrum::of_ranks(collectives, &trained.bank.features)? {
             line.spectrum = spectrum.values;
             line.effective_rank = Some(spectrum.effective_rank);
         }
@@ -315,7 +329,7 @@ impl Evaluator {
     fn knn_protocol(&self, trained: &Features) -> String {
         format!(
             "weighted kNN, k={}, T={}, cosine, {}",
-            self.k[0].min(trained.bank.len() as u64),
+            self.k[0].min(trained.bank_len),
             self.temperature[0],
             self.images_in_words(trained),
         )
@@ -325,15 +339,15 @@ impl Evaluator {
         let size = self.recipe.views.size;
         let pooled =
             if size < POOL_FROM { String::new() } else { format!(" (raw pixels averaged to {POOLED})") };
-        let [of_bank, of_queries] = trained.left_out;
-        let left_out = match of_bank + of_queries {
+        let [_, of_queries] = trained.left_out;
+        let left_out = match trained.left_out.iter().sum() {
             0 => String::new(),
             1 => ", 1 damaged image left out".to_owned(),
             n => format!(", {n} damaged images left out"),
         };
         format!(
             "frozen backbone features, {size} px{pooled}; bank {} training images, {} queries ({}){left_out}",
-            self.bank.indices.len() as u64 - of_bank,
+            trained.bank_len,
             self.queries.indices.len() as u64 - of_queries,
             self.split,
         )
@@ -372,7 +386,8 @@ impl Evaluator {
         let bank = agree::together(collectives, self.embed(&self.bank.share(collectives), features))?;
         let queries = agree::together(collectives, self.embed(&self.queries.share(collectives), features))?;
         let left_out = self.left_out(collectives)?;
-        Ok(Features { bank: gather(collectives, bank)?, queries, left_out })
+        let bank_len = self.bank.indices.len() as u64 - left_out[0];
+        Ok(Features { bank, bank_len, queries: gather(collectives, queries)?, left_out })
     }
 
     /// How many damaged images all ranks have met so far, of the bank and of the queries; an error when that is too many.
@@ -398,20 +413,20 @@ impl Evaluator {
     /// Top-1 in percent of kNN on `features`, by setting.
     fn vote(&self, collectives: &dyn Collectives, features: &Features) -> Result<Vec<f64>, WorkerError> {
         let Features { bank, queries, .. } = features;
-        let num_classes = self.num_classes_of(features)?;
+        let num_classes = self.num_classes_of(collectives, features)?;
         let grid = knn::Grid { k: &self.k, temperature: &self.temperature, num_classes };
-        let mut counts: Vec<f64> =
-            knn::correct(bank, queries, grid, self.device)?.into_iter().map(|count| count as f64).collect();
-        counts.push(queries.len() as f64);
-        collectives
-            .all_reduce_sum(mentee_collectives::Buffer::F64(&mut counts))
-            .map_err(|source| WorkerError::Collective { step: 0, source })?;
-        let all = counts.pop().unwrap_or(0.0).max(1.0);
+        let counts = knn::correct(collectives, bank, queries, grid, self.device)?;
+        let mut counts: Vec<f64> = counts.into_iter().map(|count| count as f64).collect();
+        collectives.all_reduce_sum((&mut counts).into())?;
+        let all = queries.len().max(1) as f64;
         Ok(counts.into_iter().map(|count| 100.0 * count / all).collect())
     }
 
-    fn num_classes_of(&self, features: &Features) -> Result<i64, WorkerError> {
-        Ok(self.num_classes.max(features.bank.max_label()? + 1).max(features.queries.max_label()? + 1))
+    fn num_classes_of(&self, collectives: &dyn Collectives, features: &Features) -> Result<i64, WorkerError> {
+        let own = features.bank.max_label()?.max(features.queries.max_label()?) + 1;
+        let of_ranks = collectives.all_gather(&own.to_le_bytes())?;
+        let of_ranks = of_ranks.iter().filter_map(|n| n.as_slice().try_into().ok()).map(i64::from_le_bytes);
+        Ok(of_ranks.fold(self.num_classes, i64::max))
     }
 
     /// Trains a linear classifier on `trained` and on what it has to beat, in a world of one.
@@ -423,7 +438,7 @@ impl Evaluator {
         how: Linear,
         line: &mut EvalLine,
     ) -> Result<(), WorkerError> {
-        let num_classes = self.num_classes_of(trained)?;
+        let num_classes = self.num_classes_of(&Single::new(), trained)?;
         let top1 = |layer: &linear::Linear, queries: &knn::Labelled| -> Result<f64, WorkerError> {
             Ok(100.0 * layer.correct(queries)? as f64 / queries.len().max(1) as f64)
         };
@@ -500,20 +515,27 @@ impl Evaluator {
         let options = EvalOptions { batch: BATCH, threads: self.threads };
         let known = part.damaged.found();
         let (source, indices, damaged) = (part.source.clone(), part.indices.clone(), part.damaged.clone());
-        let (mut rows, mut labels) = (Vec::new(), Vec::new());
+        // In place from the first row on: of a large bank there is no room for a second copy.
+        let (mut rows, mut labels) = (None, Vec::new());
         for batch in eval_images(source, indices, &self.recipe.views, options, damaged)? {
             let batch = batch?;
             let images = self.images(&batch.images, batch.ids.len())?;
-            rows.push(features(&images)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?);
+            let features = features(&images)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
+            let (n, dim) = features.size2()?;
+            let rows: &mut Tensor = match &mut rows {
+                Some(rows) => rows,
+                None => rows
+                    .insert(Tensor::f_empty([part.indices.len() as i64, dim], (Kind::Float, Device::Cpu))?),
+            };
+            rows.f_narrow(0, labels.len() as i64, n)?.f_copy_(&features)?;
             labels.extend(batch.labels.iter().map(|&label| i64::from(label)));
         }
         for (_, what) in part.damaged.found().iter().filter(|(index, _)| !known.contains_key(index)) {
             (self.warn)(&format!("left a damaged image out of the evaluation: {what}"));
         }
-        let features = if rows.is_empty() {
-            Tensor::f_zeros([0, 0], (Kind::Float, Device::Cpu))?
-        } else {
-            Tensor::f_cat(&rows, 0)?
+        let features = match rows {
+            Some(rows) => rows.f_narrow(0, 0, labels.len() as i64)?,
+            None => Tensor::f_zeros([0, 0], (Kind::Float, Device::Cpu))?,
         };
         Ok(knn::Labelled { features, labels: Tensor::f_from_slice(&labels)? })
     }
@@ -849,7 +871,8 @@ mod tests {
                 let first = own.raw_pixels(rank).unwrap();
                 let again = own.raw_pixels(rank).unwrap();
                 for pixels in [&first, &again] {
-                    assert_eq!((numbers(&pixels.bank.features), numbers(&pixels.bank.labels)), clean_bank);
+                    let queries = (numbers(&pixels.queries.features), numbers(&pixels.queries.labels));
+                    assert_eq!(queries, clean_queries);
                     assert_eq!(own.vote(rank, pixels).unwrap(), clean_vote);
                     assert_eq!(pixels.left_out, [3, 1]);
                 }
@@ -860,10 +883,10 @@ mod tests {
                     ),
                     "{words}"
                 );
-                (numbers(&again.queries.features), numbers(&again.queries.labels))
+                (numbers(&again.bank.features), numbers(&again.bank.labels))
             });
             let (features, labels): (Vec<_>, Vec<_>) = ranks.into_iter().unzip();
-            assert_eq!((features.concat(), labels.concat()), clean_queries, "{world} ranks");
+            assert_eq!((features.concat(), labels.concat()), clean_bank, "{world} ranks");
             // Once each, by the rank that met it, however often they are asked for.
             let mut told = std::mem::take(&mut *TOLD.lock().unwrap());
             told.sort();
@@ -921,10 +944,31 @@ mod tests {
         assert!(line.starts_with("sample train:13 has no label"), "{line}");
         let line = refused(&train, &test.clone().unlabelled(&[7]), &[]);
         assert!(line.starts_with("sample test:7 has no label"), "{line}");
-        // The bank is every second image.
-        let every_second = ["eval.knn_bank=10"];
-        assert!(evaluator(&train.clone().unlabelled(&[13, 19]), &test, &every_second).is_ok());
-        refused(&train.clone().unlabelled(&[12]), &test, &every_second);
+        // The bank is half of the images.
+        let half = ["eval.knn_bank=10"];
+        let bank: Vec<usize> = chosen(20, 10).into_iter().map(|index| index as usize).collect();
+        let others: Vec<usize> = (0..20).filter(|index| !bank.contains(index)).collect();
+        assert!(evaluator(&train.clone().unlabelled(&others), &test, &half).is_ok());
+        refused(&train.clone().unlabelled(&bank[3..4]), &test, &half);
+    }
+
+    #[test]
+    fn images_are_chosen_whatever_the_order_of_classes() {
+        for (len, count) in [(1, 1), (20, 0), (20, 20), (1000, 100)] {
+            let places = chosen(len, count);
+            assert_eq!(places, chosen(len, count), "the same ones every time");
+            assert_eq!(places.len() as u64, count);
+            assert!(places.is_sorted_by(|a, b| a < b) && places.iter().all(|&place| place < len));
+        }
+        // Ten classes that come in turn: each is asked for, and each is in the bank.
+        let train: Arc<dyn Source> = Arc::new(Set::new("train", 0..1000));
+        let evaluator = Evaluator::from_sources(&recipe(&[]), train, None, 2, Device::Cpu).unwrap();
+        let Evaluator { bank, queries, .. } = evaluator;
+        assert_eq!((bank.indices.len(), queries.indices.len()), (900, 100));
+        assert!(queries.indices.iter().all(|index| !bank.indices.contains(index)));
+        for class in 0..10 {
+            assert!([&bank, &queries].map(|part| part.indices.iter().any(|i| i % 10 == class)) == [true; 2]);
+        }
     }
 
     #[test]
