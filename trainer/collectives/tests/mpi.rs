@@ -222,7 +222,7 @@ fn a_rank_that_does_not_come_is_named_and_all_end() {
     }
     // Through shared memory it is known who did not come, and the error is the caller's.
     let Some(outcome) = world(3, &["sleep", "1", "shm"]) else { return };
-    assert_eq!(outcome.code, Some(1), "{outcome}");
+    assert!(outcome.code.is_some_and(|code| code != 0), "{outcome}"); // whose code it is depends on who ended first
     assert!(outcome.stderr.contains("(call 0 on lane gradients)"), "{outcome}");
     assert!(outcome.stderr.contains("waited 0.5 s for rank 1;"), "{outcome}");
     assert!(outcome.elapsed < LIMIT / 4, "{outcome}");

@@ -1,7 +1,7 @@
 //! Where the ranks of one line of calls meet: what each calls, short data, and whose turn it is.
 //!
 //! ```text
-//!   | bell, sleepers | chunks taken | chunks done |  calls posted by rank 0, 1, …  |  slots of rank 0, 1, … |
+//!   | bell, sleepers | chunks done | posts of rank 0, 1, … | slots of rank 0, 1, … |
 //! ```
 //!
 //! Everything a rank writes for its call n lies in place n mod 2. So one meeting a call is enough: a rank that writes
@@ -13,7 +13,11 @@ use std::{
 };
 
 use super::segment::Segment;
-use crate::{ErrorKind, buffer::Element, checked::Call};
+use crate::{
+    ErrorKind,
+    buffer::{Element, block_start},
+    checked::Call,
+};
 
 /// Bytes that a rank can hand over in a meeting. Statistics of a batch norm over 2048 channels and two views are 64 KiB.
 pub(super) const SLOT: usize = 128 << 10;
@@ -21,11 +25,10 @@ pub(super) const SLOT: usize = 128 << 10;
 const LINE: usize = 128;
 const BELL: usize = 0;
 const SLEEPERS: usize = 4;
-const TAKEN: usize = LINE;
-const DONE: usize = 2 * LINE;
-const POSTS: usize = 3 * LINE;
-/// Of a rank's post: the number of its calls, then two notes of [`NOTE`] words, a line each.
-const POST: usize = 3 * LINE;
+const DONE: usize = LINE;
+const POSTS: usize = 2 * LINE;
+/// Of a rank's post: the number of its calls, two notes of [`NOTE`] words, how many of its chunks are taken; a line each.
+const POST: usize = 4 * LINE;
 const NOTE: usize = 5;
 /// What a thread that sleeps wakes up for by itself, to look at the clock.
 const LONGEST_SLEEP: Duration = Duration::from_millis(200);
@@ -80,8 +83,8 @@ pub(super) struct Board {
 pub(super) struct Turn {
     /// Calls made.
     pub(super) calls: u64,
-    /// Chunks that were to be summed in those.
-    chunks: u64,
+    /// Chunks of each rank that were to be summed in those.
+    chunks: Vec<u64>,
 }
 
 impl Board {
@@ -108,6 +111,10 @@ impl Board {
 
     fn posted(&self, rank: usize) -> &AtomicU64 {
         self.atomic(POSTS + rank * POST)
+    }
+
+    fn taken(&self, rank: usize) -> &AtomicU64 {
+        self.atomic(POSTS + rank * POST + 3 * LINE)
     }
 
     fn note_words(&self, rank: usize, call: u64) -> [&AtomicU64; NOTE] {
@@ -167,32 +174,38 @@ impl Board {
         }
     }
 
-    /// Has every one of `chunks` pieces of work done once, by whichever rank comes to it; returns when all are done. Every
-    /// rank calls it, after a meeting.
+    /// Has every one of `chunks` pieces of work done once; returns when all are done. Every rank has an equal share of them,
+    /// and helps with those of the others when it is through. All ranks call it, after a meeting.
     pub(super) fn share(
         &self,
         turn: &mut Turn,
-        chunks: u64,
+        chunks: usize,
         patience: Duration,
-        mut work: impl FnMut(u64),
+        mut work: impl FnMut(usize),
     ) -> Result<(), ErrorKind> {
-        let (first, end) = (turn.chunks, turn.chunks + chunks);
-        turn.chunks = end;
-        let (taken, done) = (self.atomic(TAKEN), self.atomic(DONE));
-        let mut next = taken.load(Ordering::Relaxed);
-        while next < end {
-            match taken.compare_exchange_weak(next, next + 1, Ordering::Relaxed, Ordering::Relaxed) {
-                Ok(chunk) => {
-                    work(chunk - first);
-                    if done.fetch_add(1, Ordering::AcqRel) + 1 == end {
-                        self.ring();
+        turn.chunks.resize(self.world_size, 0);
+        let done = self.atomic(DONE);
+        let all: u64 = turn.chunks.iter().sum::<u64>() + chunks as u64;
+        for owner in (0..self.world_size).map(|next| (self.rank + next) % self.world_size) {
+            let begin = block_start(chunks, self.world_size, owner);
+            let (before, taken) = (turn.chunks[owner], self.taken(owner));
+            let end = before + (block_start(chunks, self.world_size, owner + 1) - begin) as u64;
+            turn.chunks[owner] = end;
+            let mut next = taken.load(Ordering::Relaxed);
+            while next < end {
+                match taken.compare_exchange_weak(next, next + 1, Ordering::Relaxed, Ordering::Relaxed) {
+                    Ok(chunk) => {
+                        work(begin + (chunk - before) as usize);
+                        if done.fetch_add(1, Ordering::AcqRel) + 1 == all {
+                            self.ring();
+                        }
+                        next = taken.load(Ordering::Relaxed);
                     }
-                    next = taken.load(Ordering::Relaxed);
+                    Err(now) => next = now,
                 }
-                Err(now) => next = now,
             }
         }
-        self.wait(|| done.load(Ordering::Acquire) >= end, patience)
+        self.wait(|| done.load(Ordering::Acquire) >= all, patience)
             .map_err(|waited| ErrorKind::Timeout { waited, missing: Vec::new() })
     }
 

@@ -5,8 +5,8 @@
 //! - **Short data** (up to 128 KiB a rank): each rank copies its own where all can read it, and adds up what it reads.
 //!   One meeting a call.
 //! - **Sums of [memory](Collectives::memory) that the group gave out**: every rank sees that of all others, so that a sum is
-//!   read, added and written where it is needed, with no copy between. The work is cut into chunks which ranks take as
-//!   they come to it: one that the machine gives no time to does not hold up the others.
+//!   read, added and written where it is needed, with no copy between. Each rank adds up its share, in chunks, then helps
+//!   with what is left: one that the machine gives no time to does not hold up the others.
 //! - **Everything else** is left to the group it decorates, which also sets it up, ends and aborts it.
 //!
 //! Sums are the same bits as everywhere: each element is added in rank order.
@@ -246,14 +246,13 @@ impl Shm {
             // SAFETY: the offset is inside each rank's part, as all have said of their own.
             .map(|rank| unsafe { piece.part(rank).cast::<T>().add(offset) })
             .collect();
-        let work = |chunk: u64| {
-            let begin = chunk as usize * per_chunk;
+        let work = |chunk: usize| {
+            let begin = chunk * per_chunk;
             // SAFETY: all ranks have met, so that their data are complete, and wait until all chunks are done; each chunk is
             // given to one of them, once.
             unsafe { sum_to_all(&parts, begin, per_chunk.min(len - begin)) }
         };
-        let chunks = len.div_ceil(per_chunk) as u64;
-        Ok(self.board.share(turn, chunks, (self.group.patience)(), work)?)
+        Ok(self.board.share(turn, len.div_ceil(per_chunk), (self.group.patience)(), work)?)
     }
 }
 
