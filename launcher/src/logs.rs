@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use mentee_config::complain;
 use serde_json::Value;
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::prelude::*;
@@ -37,7 +38,9 @@ pub fn write_here(run: &RunDir) {
         let wanted = move |event: &tracing::Metadata<'_>| {
             *event.level() <= tracing::Level::INFO && (event.target() == COORDINATOR) == coordinator
         };
-        let layer = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
+        // Its own complaint of a full disk would go to stderr by `eprintln!`, which panics when that is full too.
+        let layer =
+            tracing_subscriber::fmt::layer().json().log_internal_errors(false).with_writer(Mutex::new(file));
         Some(layer.with_filter(filter_fn(wanted)).boxed())
     };
     let layers: Vec<_> =
@@ -376,7 +379,7 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
         // Not among the lines, which others may read on.
         let job = slurm::query(&record.job);
         let known = job.map_or("no longer known to Slurm".to_owned(), |job| job.to_string());
-        eprintln!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
+        complain!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
     }
     if !args.follow && files(&run, args.rank)?.is_empty() {
         let whose = args.rank.map_or(String::new(), |rank| format!(" of rank {rank}"));

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::Phase;
+use mentee_config::show;
 use ratatui::buffer::Buffer;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -54,7 +55,7 @@ pub fn command(args: &MonitorArgs) -> Result<(), Failure> {
     let mut watch = Watch::new(RunDir::existing(&args.run)?);
     if args.once || !std::io::stdout().is_terminal() {
         let width = ratatui::crossterm::terminal::size().ok().filter(|_| std::io::stdout().is_terminal());
-        print!("{}", plain(watch.look()?, width.map_or(PLAIN_WIDTH, |(width, _)| width)));
+        show!("{}", plain(watch.look()?, width.map_or(PLAIN_WIDTH, |(width, _)| width)).trim_end());
         return Ok(());
     }
     let cannot = |error: std::io::Error| Failure::failed(format!("cannot use the terminal: {error}"));

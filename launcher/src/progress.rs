@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mentee_cluster::{Progress, WorkerEvent};
+use mentee_config::say;
 
 /// Shows rank 0's progress.
 #[derive(Debug)]
@@ -47,7 +48,7 @@ impl Display {
         if progress.step > 0 && self.last_step != Some(progress.step) && (due || last) {
             self.last_line = Some(now);
             self.last_step = Some(progress.step);
-            println!("step {}/{}  {}", progress.step, progress.total_steps, self.describe(progress));
+            say!("step {}/{}  {}", progress.step, progress.total_steps, self.describe(progress));
         }
     }
 
@@ -69,7 +70,7 @@ impl Display {
     pub fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => println!("{line}"),
+            None => say!("{line}"),
         }
     }
 

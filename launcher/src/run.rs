@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use mentee_checkpoint as checkpoint;
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Output, WorkerEvent, server};
-use mentee_config::{Plan, Recipe, exit_code};
+use mentee_config::{Plan, Recipe, complain, exit_code, say};
 use mentee_data::{DataError, Split, open_split};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -135,7 +135,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         .iter()
         .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
     if at_end && is_evaluated(&dir, &plan)? {
-        println!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
+        say!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
     }
     let text = plan.recipe.to_toml();
@@ -593,7 +593,7 @@ impl Shell<'_> {
             exit_code::PREEMPTED => {
                 if let Some(culprit) = culprit {
                     tracing::warn!("{culprit}");
-                    eprintln!("warning: {culprit}");
+                    complain!("warning: {culprit}");
                 }
                 None
             }
@@ -617,7 +617,7 @@ impl Shell<'_> {
             _ => report::write(dir),
         };
         if let Err(error) = report {
-            eprintln!("warning: no report: {error}");
+            complain!("warning: no report: {error}");
         }
         if let Some(line) = failure {
             tracing::error!("{line}");
@@ -626,11 +626,11 @@ impl Shell<'_> {
         let last = Metrics::read(&dir.metrics())?;
         let step = last.last_train().map_or(0, |line| line.step);
         if exit_code == exit_code::PREEMPTED {
-            println!("{}", how_stopped(step, dir.newest_step()));
+            say!("{}", how_stopped(step, dir.newest_step()));
         } else {
             let loss = last.last_train().and_then(|line| line.number("loss"));
             let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
-            println!("done: {step} steps{loss}; curves: {}", dir.report().display());
+            say!("done: {step} steps{loss}; curves: {}", dir.report().display());
         }
         Ok(exit_code)
     }
@@ -640,16 +640,16 @@ impl Shell<'_> {
             let path = self.job.dir.rank_log(rank);
             let lines = logs::tail(&path, 10);
             if !lines.is_empty() {
-                eprintln!("last lines of rank {rank} ({}):", path.display());
+                complain!("last lines of rank {rank} ({}):", path.display());
                 for line in lines {
-                    eprintln!("  {line}");
+                    complain!("  {line}");
                 }
             }
         }
         if !self.tail.is_empty() {
-            eprintln!("last lines of the workers' output ({}):", self.job.dir.worker_output().display());
+            complain!("last lines of the workers' output ({}):", self.job.dir.worker_output().display());
             for line in &self.tail {
-                eprintln!("  {line}");
+                complain!("  {line}");
             }
         }
     }
@@ -738,7 +738,7 @@ fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
             return Ok(());
         }
         if !told {
-            println!("waiting for {} worker(s) of an earlier run in {}", left.len(), dir.path().display());
+            say!("waiting for {} worker(s) of an earlier run in {}", left.len(), dir.path().display());
             told = true;
         }
         if started.elapsed() > 2 * LEFTOVER_GRACE {

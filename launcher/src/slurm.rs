@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
+use mentee_config::say;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::STEP_NAME;
@@ -185,7 +186,7 @@ pub fn put_back(
     let signal = stopped_by.first().map_or("a signal to the workers", |signal| signal.name());
     record.requeues.push(Requeue { time: unix_time(), step, signal: signal.to_owned() });
     record.write(run)?;
-    println!("{signal}: checkpoint at step {step}; job {job} goes back into the queue");
+    say!("{signal}: checkpoint at step {step}; job {job} goes back into the queue");
     ask("scontrol", &["requeue", job])
         .map(drop)
         .map_err(|why| preempted(format!("job {job} cannot be requeued ({why}): {again}")))

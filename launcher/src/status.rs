@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use mentee_checkpoint as checkpoint;
 use mentee_cluster::{Hello, Phase, Progress, StepTimes};
+use mentee_config::show;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -226,20 +227,20 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
             "restarts": metrics.restarts().len(),
             "checkpoints": checkpoints,
         });
-        println!("{value:#}");
+        show!("{value:#}");
         return Ok(());
     }
-    println!("{}", run.path().display());
+    show!("{}", run.path().display());
     if let Some((record, job)) = &slurm {
-        println!("  {}", describe(record, job.as_ref()));
+        show!("  {}", describe(record, job.as_ref()));
     }
     match &status {
-        None if slurm.is_some() => println!("  has not started yet"),
-        None => println!("  started without a supervisor (no status.json); from its metrics:"),
+        None if slurm.is_some() => show!("  has not started yet"),
+        None => show!("  started without a supervisor (no status.json); from its metrics:"),
         Some(status) => {
-            println!("  {}: {}", status.name, status.state);
+            show!("  {}: {}", status.name, status.state);
             if let Some(error) = &status.error {
-                println!("  error: {error}");
+                show!("  error: {error}");
             }
         }
     }
@@ -247,36 +248,33 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         let number = |key: &str| train.number(key).map_or("?".into(), |value| format!("{value:.4}"));
         let total = status.as_ref().map(|status| status.progress.total_steps).filter(|&total| total > 0);
         let total = total.map_or(String::new(), |total| format!("/{total}"));
-        println!("  step {}{total}, loss {}, z_std {}", train.step, number("loss"), number("z_std"));
+        show!("  step {}{total}, loss {}, z_std {}", train.step, number("loss"), number("z_std"));
     }
     if let Some(status) = status.as_ref().filter(|status| status.state == State::Running) {
         if let Some(rate) = status.progress.images_per_s {
-            println!("  {rate:.0} images/s");
+            show!("  {rate:.0} images/s");
         }
         if let Some(left) = status.eta_s.and_then(|left| Duration::try_from_secs_f64(left).ok()) {
-            println!("  {} to go", clock(left));
+            show!("  {} to go", clock(left));
         }
         for (rank, at) in &status.ranks {
             let slow = at.times_slower.map_or(String::new(), |times| {
                 format!(", holds up the others: {times:.1} times the median's own work")
             });
-            println!(
-                "  rank {rank} on {} (process {}): step {}, {}{slow}",
-                at.host, at.pid, at.step, at.phase
-            );
+            show!("  rank {rank} on {} (process {}): step {}, {}{slow}", at.host, at.pid, at.step, at.phase);
         }
     }
     if let Some(eval) = metrics.last_eval() {
         for line in eval.table() {
-            println!("  {line}");
+            show!("  {line}");
         }
     }
     match checkpoints.last() {
-        Some(step) => println!("  {} checkpoints, the newest at step {step}", checkpoints.len()),
-        None => println!("  no checkpoint yet"),
+        Some(step) => show!("  {} checkpoints, the newest at step {step}", checkpoints.len()),
+        None => show!("  no checkpoint yet"),
     }
     if !metrics.restarts().is_empty() {
-        println!("  {} restarts", metrics.restarts().len());
+        show!("  {} restarts", metrics.restarts().len());
     }
     Ok(())
 }
@@ -320,16 +318,16 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         rows.push([index.to_string(), name, state, step, loss, sets.join(" ")]);
     }
     if json {
-        println!("{:#}", serde_json::Value::Array(values));
+        show!("{:#}", serde_json::Value::Array(values));
         return Ok(());
     }
-    println!("{}: {} runs", folder.display(), sweep.variants.len());
+    show!("{}: {} runs", folder.display(), sweep.variants.len());
     let widths: [usize; 6] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     for row in rows {
         let cells: Vec<String> =
             row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("  {}", cells.join("  ").trim_end());
+        show!("  {}", cells.join("  ").trim_end());
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use mentee_config::{Plan, Recipe};
+use mentee_config::{Plan, Recipe, complain, say, show};
 use mentee_data::{Split, open_split};
 use serde::{Deserialize, Serialize};
 
@@ -400,9 +400,9 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         variants,
     };
     if args.dry_run {
-        print!("{}", script.text());
+        show!("{}", script.text().trim_end());
         if let Some(from) = from {
-            eprintln!("site defaults: {}", from.display());
+            complain!("site defaults: {}", from.display());
         }
         return Ok(());
     }
@@ -454,7 +454,7 @@ fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathB
     let status = format!("mentee status {}", dir.path().display());
     if script.variants.is_empty() {
         Record::new(job.clone(), path).write(dir)?;
-        println!("job {job}: {} on {} nodes; `{status}` follows it", script.name, script.nodes);
+        say!("job {job}: {} on {} nodes; `{status}` follows it", script.name, script.nodes);
         return Ok(());
     }
     let sweep = Sweep { job: job.clone(), variants: script.variants.clone() };
@@ -464,7 +464,7 @@ fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathB
     for (index, (run, _)) in runs.iter().enumerate() {
         Record::new(format!("{job}_{index}"), path.clone()).write(run)?;
     }
-    println!(
+    say!(
         "job {job}: {} runs of {} on {} nodes each; `{status}` follows them",
         runs.len(),
         script.name,

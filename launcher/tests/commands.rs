@@ -132,6 +132,26 @@ fn shard_verify_stats() {
     assert!(err.contains("/nowhere"), "{err}");
 }
 
+/// `mentee … | head`, and a full disk under what was asked for.
+#[test]
+fn results_that_nobody_reads_or_that_are_lost() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = SyntheticConfig { train: 8, test: 4, ..SyntheticConfig::default() };
+    write_synthetic(folder.path(), &config, &mut |_, _| ()).expect("written");
+    let stats = |stdout: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mentee"));
+        run(command.args(["data", "stats", text(folder.path())]).stdout(stdout))
+    };
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    assert_eq!(stats(writer.into()), (Some(0), String::new(), String::new()));
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("linux");
+    let (code, _, err) = stats(full.into());
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.starts_with("error: cannot write to standard output: "), "{err}");
+    assert_eq!(err.lines().count(), 1, "{err}");
+}
+
 /// The training part is complete, the other one was stopped: the same command gives what one go gives.
 #[test]
 fn shard_carries_on_after_the_first_part() {

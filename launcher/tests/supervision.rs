@@ -273,6 +273,34 @@ fn a_stop_is_a_checkpoint_and_75_and_the_same_command_goes_on() {
     }
 }
 
+/// `mentee run | tee log` and Ctrl-C: tee is gone first.
+#[test]
+fn a_reader_that_is_gone_ends_no_run() {
+    let place = Place::new();
+    let mut child = place.start("steps=100000 step_ms=2 warn", 1);
+    (child.stdout, child.stderr) = (None, None);
+    becomes("steps are made", || place.steps() > 5);
+    // Longer than between two lines of progress.
+    std::thread::sleep(Duration::from_millis(2500));
+    signal(child.id(), libc::SIGINT);
+    assert_eq!(child.wait().expect("waited").code(), Some(75));
+    assert_eq!(place.status()["state"], "preempted");
+}
+
+#[test]
+fn a_full_disk_under_the_output_ends_no_run() {
+    let place = Place::new();
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").expect("linux");
+    let run = |script: &str| {
+        let mut command = place.command(script, 1, &["--max-restarts", "1"]);
+        command.stdout(full()).stderr(full()).status().expect("mentee starts").code()
+    };
+    // Every kind of line: progress, a warning, a restart, last words.
+    assert_eq!(run("steps=5 kill_always=0@3 warn"), Some(5));
+    assert_eq!(run("steps=10 warn"), Some(0));
+    assert_eq!(place.status()["state"], "done");
+}
+
 #[test]
 fn a_second_signal_kills() {
     for workers in worlds() {

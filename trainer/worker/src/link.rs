@@ -9,6 +9,7 @@ use mentee_cluster::{
     Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, Shares, StepTimes,
     WorkerEvent, coordinator::STALL, server,
 };
+use mentee_config::say;
 
 use crate::error::WorkerError;
 use crate::setup::Place;
@@ -169,7 +170,7 @@ impl Reporter {
             (self.printed, &event)
         {
             let floor = |value: &Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.1} %"));
-            println!(
+            say!(
                 "kNN {knn_top1:.1} % · random init {} · raw pixels {} · {protocol}",
                 floor(knn_random_init),
                 floor(knn_raw_pixels)
@@ -244,7 +245,7 @@ impl Reporter {
         *printed = Instant::now();
         let per_step = self.start.elapsed().as_secs_f64() / (done - first).max(1) as f64;
         let left = (progress.total_steps - done) as f64 * per_step;
-        println!(
+        say!(
             "epoch {}/{} · step {done}/{} · loss {:.4} · {:.0} images/s · {} left",
             (progress.epoch + 1).min(progress.epochs),
             progress.epochs,
