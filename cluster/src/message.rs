@@ -147,21 +147,24 @@ impl StepTimes {
 pub struct Progress {
     /// Steps completed.
     pub step: u64,
+    /// The step that what follows is of, the last logged one: filled in where it is sent.
+    #[serde(default)]
+    pub logged: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
-    /// Epoch of the last step, from 0.
+    /// Epoch of that step, from 0.
     pub epoch: u64,
     /// Epochs of the whole run.
     pub epochs: u64,
     /// What the rank is doing.
     pub phase: Phase,
-    /// Loss of the last step, mean over the global batch.
+    /// Loss of that step, mean over the global batch.
     pub loss: Option<f64>,
     /// See `z_std` of metrics.jsonl: about 1 when healthy, 0 when collapsed.
     pub z_std: Option<f64>,
     /// Images a second, over all ranks.
     pub images_per_s: Option<f64>,
-    /// Milliseconds of the last step.
+    /// Milliseconds of that step.
     pub step_ms: Option<f64>,
     /// In a call to the other ranks just now.
     #[serde(default)]
