@@ -460,6 +460,7 @@ impl Shell<'_> {
         match output {
             Output::Go { ranks, .. } => {
                 shm::note(self.job.dir);
+                self.status.going_since = unix_time();
                 if self.status.state == State::Starting {
                     self.status.state = State::Running;
                 }

@@ -79,6 +79,9 @@ pub struct Status {
     pub workers: u32,
     /// Which start of the gang this is, from 0.
     pub generation: u32,
+    /// Seconds since 1970 when the ranks of this start were told to go; 0 before.
+    #[serde(default)]
+    pub going_since: f64,
     /// How often this supervisor has started the gang again.
     #[serde(default)]
     pub restarts: u32,
@@ -149,6 +152,7 @@ impl Status {
             pid: std::process::id(),
             workers,
             generation: 0,
+            going_since: 0.0,
             restarts: 0,
             knn_top1: None,
             progress: Progress::default(),
