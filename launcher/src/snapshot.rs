@@ -282,17 +282,28 @@ fn times_of(entry: &Entry) -> Option<StepTimes> {
 /// When a log cannot be read.
 pub fn times_by_rank(run: &RunDir) -> Result<BTreeMap<u32, StepTimes>, Failure> {
     let mut sums: BTreeMap<u32, (f64, StepTimes)> = BTreeMap::new();
-    for entry in Reader::new(None).more(run, true)?.iter().filter(|entry| entry.target == TIMES) {
-        let Some((rank, ..)) = row_of(entry) else { continue };
-        let (Some(steps), Some(times)) = (entry.number("steps"), times_of(entry)) else { continue };
-        let (all, sum) = sums.entry(rank).or_default();
-        *all += steps;
-        sum.data_wait_ms += steps * times.data_wait_ms;
-        sum.forward_ms += steps * times.forward_ms;
-        sum.backward_ms += steps * times.backward_ms;
-        sum.comm_ms += steps * times.comm_ms;
-        sum.update_ms += steps * times.update_ms;
-    }
+    logs::each(
+        run,
+        TIMES,
+        |file| file.rank.is_some(),
+        |entry| {
+            let (Some((rank, ..)), Some(steps), Some(times)) =
+                (row_of(&entry), entry.number("steps"), times_of(&entry))
+            else {
+                return;
+            };
+            if entry.target != TIMES {
+                return;
+            }
+            let (all, sum) = sums.entry(rank).or_default();
+            *all += steps;
+            sum.data_wait_ms += steps * times.data_wait_ms;
+            sum.forward_ms += steps * times.forward_ms;
+            sum.backward_ms += steps * times.backward_ms;
+            sum.comm_ms += steps * times.comm_ms;
+            sum.update_ms += steps * times.update_ms;
+        },
+    )?;
     let mean = |(steps, sum): (f64, StepTimes)| StepTimes {
         data_wait_ms: sum.data_wait_ms / steps.max(1.0),
         forward_ms: sum.forward_ms / steps.max(1.0),
