@@ -47,6 +47,7 @@ pub fn write_here(run: &RunDir) {
         // Its own complaint of a full disk would go to stderr by `eprintln!`, which panics when that is full too.
         let layer = tracing_subscriber::fmt::layer()
             .json()
+            .flatten_event(true)
             .log_internal_errors(false)
             .with_writer(Mutex::new(file));
         Some(layer.with_filter(filter_fn(wanted)).boxed())

@@ -419,6 +419,11 @@ fn a_run_can_be_looked_at() {
     let json: Value = serde_json::from_str(&mentee(&["status", "--json"]).stdout).expect("JSON");
     assert_eq!(json["last_train"]["step"], 20);
     assert_eq!(json["status"]["state"], "done");
+    for name in ["launcher", "coordinator"] {
+        let log = fs::read_to_string(place.run_dir().join(format!("logs/{name}.jsonl"))).expect("a log");
+        let event: Value = serde_json::from_str(log.lines().next().expect("a line")).expect("JSON");
+        assert!(event["message"].is_string() && event["level"].is_string(), "{event}");
+    }
     let logs = mentee(&["logs"]);
     assert!(logs.stdout.contains("launcher") && logs.stdout.contains("coordinator"), "{logs:?}");
     assert!(mentee(&["logs", "--level", "warn"]).stdout.contains("restart 1 of 3"));
