@@ -601,8 +601,7 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     if let Some(record) = Record::read(&run) {
         // Not among the lines, which others may read on.
-        let job = slurm::query(&record.job);
-        let known = job.map_or("no longer known to Slurm".to_owned(), |job| job.to_string());
+        let known = slurm::describe(&slurm::query(&record.job));
         complain!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
     }
     if !args.follow && files(&run, args.rank)?.is_empty() {

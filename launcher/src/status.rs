@@ -13,7 +13,7 @@ use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::clock;
 use crate::rundir::{RunDir, unix_time, write_atomically};
-use crate::slurm::{self, Job, Record};
+use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
 
 /// What a run is doing.
@@ -188,15 +188,24 @@ impl Status {
 }
 
 /// A submitted run's job and what Slurm says of it.
-fn slurm_job(run: &RunDir) -> Option<(Record, Option<Job>)> {
+fn slurm_job(run: &RunDir, ask: impl FnOnce(&str) -> Known) -> Option<(Record, Known)> {
     let record = Record::read(run)?;
-    let job = slurm::query(&record.job);
+    let job = ask(&record.job);
     Some((record, job))
 }
 
+/// The same for programs.
+fn slurm_json(slurm: Option<&(Record, Known)>) -> serde_json::Value {
+    match slurm {
+        None => serde_json::json!({ "record": null, "job": null }),
+        Some((record, Ok(job))) => serde_json::json!({ "record": record, "job": job }),
+        Some((record, Err(why))) => serde_json::json!({ "record": record, "job": null, "error": why }),
+    }
+}
+
 /// The job in words.
-fn describe(record: &Record, job: Option<&Job>) -> String {
-    let known = job.map_or("no longer known to Slurm".to_owned(), Job::to_string);
+fn describe(record: &Record, job: &Known) -> String {
+    let known = slurm::describe(job);
     let returns = record
         .requeues
         .last()
@@ -213,7 +222,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         return table(path, &sweep, json);
     }
     let run = RunDir::existing(path)?;
-    let slurm = slurm_job(&run);
+    let slurm = slurm_job(&run, slurm::query);
     let status = Status::read(&run);
     let metrics = Metrics::read(&run.metrics())?;
     let checkpoints: Vec<u64> = checkpoint::list(&run.checkpoints())?
@@ -224,7 +233,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
     if json {
         let value = serde_json::json!({
             "run_dir": run.path(),
-            "slurm": slurm.as_ref().map(|(record, job)| serde_json::json!({ "record": record, "job": job })),
+            "slurm": slurm.as_ref().map(|slurm| slurm_json(Some(slurm))),
             "status": status,
             "last_train": metrics.last_train(),
             "last_eval": metrics.last_eval(),
@@ -236,7 +245,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
     }
     show!("{}", run.path().display());
     if let Some((record, job)) = &slurm {
-        show!("  {}", describe(record, job.as_ref()));
+        show!("  {}", describe(record, job));
     }
     match &status {
         None if slurm.is_some() => show!("  has not started yet"),
@@ -287,12 +296,13 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
 fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
     let mut rows = vec![["run", "job", "state", "step", "loss", "set"].map(str::to_owned)];
     let mut values = Vec::new();
+    let mut jobs = Jobs::default();
     for (index, sets) in sweep.variants.iter().enumerate() {
         let run = RunDir::at(&folder.join(index.to_string()))?;
-        let (status, slurm) = (Status::read(&run), slurm_job(&run));
+        let (status, slurm) = (Status::read(&run), slurm_job(&run, |job| jobs.query(job)));
         let metrics = Metrics::read(&run.metrics())?;
-        let (record, job) = slurm.map_or((None, None), |(record, job)| (Some(record), job));
-        let state = match (&status, &job) {
+        let job = slurm.as_ref().and_then(|(_, job)| job.as_ref().ok()?.as_ref());
+        let state = match (&status, job) {
             // A job that waits says more than what the run was doing when it last stopped.
             (_, Some(job)) if job.state == "PENDING" => job.to_string(),
             (Some(status), _) => {
@@ -310,11 +320,11 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         });
         let loss = train.and_then(|line| line.number("loss"));
         let loss = loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
-        let name = record.as_ref().map_or("-".to_owned(), |record| record.job.clone());
+        let name = slurm.as_ref().map_or("-".to_owned(), |(record, _)| record.job.clone());
         values.push(serde_json::json!({
             "run_dir": run.path(),
             "sets": sets,
-            "slurm": { "record": record, "job": job },
+            "slurm": slurm_json(slurm.as_ref()),
             "status": status,
             "last_train": train,
             "last_eval": metrics.last_eval(),
@@ -332,6 +342,9 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         let cells: Vec<String> =
             row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
         show!("  {}", cells.join("  ").trim_end());
+    }
+    if let Some(why) = jobs.failed() {
+        show!("  Slurm could not be asked ({why})");
     }
     Ok(())
 }

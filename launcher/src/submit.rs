@@ -406,8 +406,9 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         }
         return Ok(());
     }
+    let mut jobs = slurm::Jobs::default();
     for (run, _) in &runs {
-        refuse_second(run)?;
+        refuse_second(run, &mut jobs)?;
     }
     let new: Vec<PathBuf> = runs.iter().map(|(run, _)| run.plan()).filter(|plan| !plan.exists()).collect();
     for (run, recipe) in &runs {
@@ -421,9 +422,10 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
 }
 
 /// One job a run directory.
-fn refuse_second(run: &RunDir) -> Result<(), Failure> {
+fn refuse_second(run: &RunDir, jobs: &mut slurm::Jobs) -> Result<(), Failure> {
     if let Some(record) = Record::read(run)
-        && let Some(job) = slurm::query(&record.job).filter(slurm::Job::is_active)
+        && let Ok(Some(job)) = jobs.query(&record.job)
+        && job.is_active()
     {
         return Err(Failure::usage(format!(
             "job {} already works in {} ({job}): `scancel {}` ends it, or give another --run-dir",
