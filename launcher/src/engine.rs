@@ -14,8 +14,11 @@ use mentee_cluster::identity::{self, Allocation, COORDINATOR, GENERATION, TOKEN}
 
 use crate::failure::Failure;
 
-/// What our steps are called in a Slurm job.
-pub const STEP_NAME: &str = "mentee-workers";
+/// What a start's step is called in a Slurm job; what is left of one start is not taken for the next.
+pub fn step_name(generation: u32) -> String {
+    format!("mentee-workers-{generation}")
+}
+
 /// The worker's executable.
 pub const WORKER: &str = "mentee-worker";
 
@@ -172,7 +175,7 @@ pub fn command_line(
             let nodes = layout.nodes;
             let mut all = vec![
                 "--job-name".into(),
-                STEP_NAME.into(),
+                step_name(address.map_or(0, |address| address.generation)).into(),
                 format!("--nodes={nodes}").into(),
                 format!("--ntasks={workers}").into(),
             ];
@@ -317,12 +320,12 @@ mod tests {
             ),
             (
                 (Engine::Srun, 8, Flavour::Hydra, false),
-                "srun --job-name mentee-workers --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                "srun --job-name mentee-workers-2 --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
                  --overlap --mpi=pmi2 /bin/w p.toml --run-dir r",
             ),
             (
                 (Engine::Srun, 8, Flavour::OpenMpi, false),
-                "srun --job-name mentee-workers --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                "srun --job-name mentee-workers-2 --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
                  --overlap --mpi=pmix /bin/w p.toml --run-dir r",
             ),
         ];
@@ -339,7 +342,7 @@ mod tests {
         let more = ["--mpi=pmix_v4", "--cpus-per-task=2"];
         assert_eq!(
             line_of(Engine::Srun, workers, Flavour::Hydra, false, &layout, &more),
-            "srun --job-name mentee-workers --nodes=2 --ntasks=4 --ntasks-per-node=2 --exclude=n2 \
+            "srun --job-name mentee-workers-2 --nodes=2 --ntasks=4 --ntasks-per-node=2 --exclude=n2 \
              --kill-on-bad-exit=1 --overlap --mpi=pmix_v4 --cpus-per-task=2 /bin/w p.toml --run-dir r"
         );
         // Uneven: 3, 2, 2 workers; without a node there are at least as many as fit the others.

@@ -43,6 +43,8 @@ const TAIL: usize = 20;
 const MAX_LINE: usize = 16 * 1024;
 /// How often `status.json` is written.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// How long the step of an srun that has ended gets to be gone from all machines before the next start.
+const STEP_GRACE: Duration = Duration::from_secs(30);
 /// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
 const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 
@@ -218,6 +220,8 @@ struct Shell<'a> {
     /// The first `error: …` line of this start.
     said: Option<String>,
     timer: Option<(Timer, tokio::time::Instant)>,
+    /// Done when nothing is left of the last start's step.
+    step_over: Option<tokio::sync::oneshot::Receiver<()>>,
     display: Display,
     flood: Flood,
     status: Status,
@@ -276,6 +280,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         tail: VecDeque::new(),
         said: None,
         timer: None,
+        step_over: None,
         display,
         flood: Flood::default(),
         status,
@@ -329,7 +334,7 @@ impl Shell<'_> {
     /// Does what was decided; an outcome ends the run.
     async fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
         match action {
-            Action::Start { generation } => self.start(generation)?,
+            Action::Start { generation } => self.start(generation).await?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
             Action::Terminate => {
                 shm::note(self.job.dir);
@@ -337,7 +342,10 @@ impl Shell<'_> {
             }
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
-            Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
+            Action::RecordRestart { generation, culprit } => {
+                self.end_step();
+                self.record_restart(generation, &culprit);
+            }
             Action::LeaveOut { host } => self.leave_out(&host).await?,
             Action::Say(line) => {
                 tracing::warn!("{line}");
@@ -348,7 +356,10 @@ impl Shell<'_> {
         Ok(None)
     }
 
-    fn start(&mut self, generation: u32) -> Result<(), Failure> {
+    async fn start(&mut self, generation: u32) -> Result<(), Failure> {
+        if let Some(over) = self.step_over.take() {
+            let _ = over.await; // bounded by the thread that ends it
+        }
         let address = if generation == 0 {
             self.coordinator.address.clone()
         } else {
@@ -418,11 +429,35 @@ impl Shell<'_> {
         }
     }
 
+    /// The job and the name of this start's step, where there is one.
+    fn step(&self) -> Option<(String, String)> {
+        let allocation = self.job.allocation.filter(|_| self.job.engine == Engine::Srun)?;
+        Some((allocation.job().to_owned(), engine::step_name(self.status.generation)))
+    }
+
     /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
-    fn kill_steps(&self) {
-        if let (Engine::Srun, Some(allocation)) = (self.job.engine, self.job.allocation) {
-            let job = allocation.job().to_owned();
-            std::thread::spawn(move || slurm::kill_steps(&job));
+    fn kill_step(&self) {
+        if let Some((job, name)) = self.step() {
+            std::thread::spawn(move || {
+                if let Err(why) = slurm::kill_step(&job, &name) {
+                    tracing::warn!("cannot list the job's steps: {why}");
+                }
+            });
+        }
+    }
+
+    /// An srun that has ended may have left tasks on other machines, which hold devices and memory: the next start waits
+    /// until they are gone.
+    fn end_step(&mut self) {
+        if let Some((job, name)) = self.step() {
+            let (over, is_over) = tokio::sync::oneshot::channel();
+            self.step_over = Some(is_over);
+            std::thread::spawn(move || {
+                if let Err(why) = slurm::end_step(&job, &name, STEP_GRACE) {
+                    tracing::warn!("what is left of the last start may overlap with the next: {why}");
+                }
+                let _ = over.send(());
+            });
         }
     }
 
@@ -430,7 +465,7 @@ impl Shell<'_> {
     /// would leave its temporary files, and ranks that it cannot end any more.
     fn kill(&mut self) {
         shm::note(self.job.dir);
-        self.kill_steps();
+        self.kill_step();
         let first = !std::mem::replace(&mut self.killed, true);
         if first && self.job.engine == Engine::Mpirun && kill_all(&self.job.dir.leftovers()) {
             return;

@@ -11,7 +11,6 @@ use mentee_cluster::identity::Allocation;
 use mentee_config::say;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::STEP_NAME;
 use crate::failure::Failure;
 use crate::rundir::{RunDir, unix_time, write_atomically};
 use crate::supervise::StopSignal;
@@ -262,22 +261,39 @@ pub fn put_back(
         .map_err(|why| preempted(format!("job {job} cannot be requeued ({why}): {again}")))
 }
 
-/// SIGKILL to our steps of a job, on all of its nodes; its batch script lives on.
-pub fn kill_steps(job: &str) {
+/// SIGKILL to the steps of a job that have this name, on all of its nodes; its batch script lives on. Returns how many there
+/// were.
+///
+/// # Errors
+/// Why Slurm could not be asked.
+pub fn kill_step(job: &str, name: &str) -> Result<usize, String> {
     let jobs = format!("--jobs={job}");
-    match ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"]) {
-        Ok(steps) => {
-            for line in steps.lines() {
-                if let Some((step, STEP_NAME)) = line.trim().split_once(' ') {
-                    match ask("scancel", &["--signal=KILL", step]) {
-                        Ok(_) => tracing::info!("killed step {step}"),
-                        Err(why) => tracing::warn!("cannot kill step {step}: {why}"),
-                    }
-                }
-            }
+    let steps = ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"])?;
+    let steps = steps.lines().filter_map(|line| line.trim().split_once(' ').filter(|step| step.1 == name));
+    let mut there = 0;
+    for (step, _) in steps {
+        there += 1;
+        match ask("scancel", &["--signal=KILL", step]) {
+            Ok(_) => tracing::info!("killed step {step}"),
+            Err(why) => tracing::warn!("cannot kill step {step}: {why}"),
         }
-        Err(why) => tracing::warn!("cannot list the job's steps: {why}"),
     }
+    Ok(there)
+}
+
+/// The same until Slurm lists none any more, at most for `patience`.
+///
+/// # Errors
+/// Why it is not known to be gone.
+pub fn end_step(job: &str, name: &str, patience: Duration) -> Result<(), String> {
+    let since = Instant::now();
+    while kill_step(job, name)? > 0 {
+        if since.elapsed() > patience {
+            return Err(format!("{name} is still there after {} s", patience.as_secs()));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
 }
 
 /// Runs one of Slurm's commands; its standard output, or in one line why there is none.

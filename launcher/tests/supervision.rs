@@ -301,6 +301,42 @@ fn a_full_disk_under_the_output_ends_no_run() {
     assert_eq!(place.status()["state"], "done");
 }
 
+/// With programs that stand in for Slurm's: an srun that dies leaves its step behind, which is ended before the next start
+/// and not after it.
+#[test]
+fn what_an_srun_leaves_is_ended_before_the_next_start() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    let bin = place.folder.path().join("bin");
+    let steps = place.folder.path().join("steps");
+    fs::create_dir_all(&bin).expect("made");
+    fs::create_dir_all(&steps).expect("made");
+    let said = place.folder.path().join("said");
+    let srun = "name=$2; shift 2
+        while [ \"${1#--}\" != \"$1\" ]; do shift; done
+        echo \"start $name\" >> SAID; touch STEPS/$name
+        SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LOCALID=0 exec \"$@\"";
+    let squeue = "for step in $(ls STEPS); do echo \"7.$step $step\"; done";
+    // As Slurm: not gone at once.
+    let scancel = "echo \"scancel $2\" >> SAID; (sleep 1; rm -f STEPS/${2#7.}) > /dev/null 2>&1 &";
+    for (name, script) in [("srun", srun), ("squeue", squeue), ("scancel", scancel)] {
+        let script = script.replace("SAID", &said.display().to_string());
+        let script = script.replace("STEPS", &steps.display().to_string());
+        fs::write(bin.join(name), format!("#!/bin/sh\n{script}\n")).expect("written");
+        fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).expect("set");
+    }
+    let mut command = place.command("kill=0@3", 1, &["--engine", "srun", "--interface", "127.0.0.1"]);
+    command.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
+    command.env("SLURM_JOB_ID", "7").env("SLURM_JOB_NODELIST", "n1");
+    let ended = Ended::of(command.output().expect("mentee starts"));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(place.restarts().len(), 1);
+    let said = fs::read_to_string(&said).expect("srun was called");
+    let mut said: Vec<&str> = said.lines().collect();
+    said.dedup();
+    assert_eq!(said, ["start mentee-workers-0", "scancel 7.mentee-workers-0", "start mentee-workers-1"]);
+}
+
 #[test]
 fn a_second_signal_kills() {
     for workers in worlds() {
