@@ -13,6 +13,7 @@
 
 pub mod coordinator;
 pub mod identity;
+pub mod limits;
 pub mod link;
 pub mod message;
 pub mod server;

@@ -25,7 +25,6 @@ use crate::engine::{self, Engine, Layout, Tools};
 use crate::failure::Failure;
 use crate::flood::Flood;
 use crate::interface;
-use crate::limits;
 use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
@@ -127,8 +126,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     drop(source);
     let tools = engine::find_tools(engine, &args.engine_args)?;
 
-    // A connection for each worker, and what the process needs besides.
-    limits::allow_open_files(2 * u64::from(args.workers) + 256)?;
+    server::allow_open_files(args.workers).map_err(|error| Failure::failed(error.to_string()))?;
     let _lock = dir.lock()?;
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;

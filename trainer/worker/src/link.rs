@@ -57,6 +57,7 @@ impl Reporter {
                         version: version.clone(),
                         stall: STALL,
                     };
+                    server::allow_open_files(identity.world_size).map_err(io)?;
                     let one_machine = identity.local_size == identity.world_size;
                     let interface = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
                     let handle = server::start_thread(IpAddr::V4(interface), agreement).map_err(io)?;
