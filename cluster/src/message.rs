@@ -338,6 +338,11 @@ pub enum ToCoordinator {
     },
 }
 
+/// Of a refusal without a code.
+fn failed() -> i32 {
+    mentee_config::exit_code::FAILED
+}
+
 /// Coordinator → worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -351,6 +356,9 @@ pub enum ToWorker {
     Refused {
         /// Why, as one line.
         reason: String,
+        /// What the worker is to exit with.
+        #[serde(default = "failed")]
+        exit_code: i32,
     },
     /// To rank 0: the checkpoint of this step is complete but for its manifest.
     Commit {

@@ -81,7 +81,7 @@ fn strangers_fill_neither_the_log_nor_the_table_of_open_files() {
     let connect = || TcpStream::connect(&handle.address.host_port).expect("listening");
     let refused = || {
         for _ in 0..50 {
-            let refused = ToWorker::Refused { reason: "wrong token".into() };
+            let refused = ToWorker::Refused { reason: "wrong token".into(), exit_code: 1 };
             assert_eq!(answer(&mut connect(), "guess"), Some(refused));
         }
     };

@@ -209,7 +209,10 @@ fn refusals_and_deadlines_are_errors_with_a_reason() {
     let handle = coordinator(2);
     let wrong = CoordinatorAddress { token: "guess".into(), ..handle.address.clone() };
     let error = Link::connect(&wrong, hello(0, 2), PATIENCE).expect_err("wrong token");
-    assert!(matches!(&error, LinkError::Refused { reason, .. } if reason == "wrong token"), "{error}");
+    assert!(
+        matches!(&error, LinkError::Refused { reason, exit_code: 1, .. } if reason == "wrong token"),
+        "{error}"
+    );
 
     let error = Link::connect(&handle.address, hello(0, 5), PATIENCE).expect_err("wrong world");
     assert!(error.to_string().contains("in a world of 5, the job has 2"), "{error}");
@@ -296,7 +299,10 @@ fn hostile_peers_do_not_disturb_the_job() {
         assert!(is_closed(&mut stream), "{bytes:?}");
     }
     let mut stranger = raw(&address, "guess", 0, 1);
-    assert_eq!(read_message(&mut stranger), Some(ToWorker::Refused { reason: "wrong token".into() }));
+    assert_eq!(
+        read_message(&mut stranger),
+        Some(ToWorker::Refused { reason: "wrong token".into(), exit_code: 1 })
+    );
     assert!(is_closed(&mut stranger));
 
     let links = gang(&address, 1);

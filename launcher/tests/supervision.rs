@@ -251,6 +251,18 @@ fn what_a_restart_cannot_help_ends_at_once_with_its_own_code() {
 }
 
 #[test]
+fn a_rank_that_sees_other_data_ends_the_run_with_3() {
+    if !mpirun() {
+        return;
+    }
+    let place = Place::new();
+    let ended = place.run("other_data=1", 2, &[]);
+    assert_eq!(ended.code, Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("data.path must hold the same files on every machine"), "{ended:?}");
+    assert!(place.restarts().is_empty());
+}
+
+#[test]
 fn a_stop_is_a_checkpoint_and_75_and_the_same_command_goes_on() {
     for workers in worlds() {
         for asked in [libc::SIGINT, libc::SIGTERM] {
