@@ -7,13 +7,14 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 
@@ -129,12 +130,15 @@ pub fn fresh_token() -> io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Starts a coordinator on the current tokio runtime, on a free port of `interface`.
+/// Starts a coordinator on the current tokio runtime, on a free port of `interface`, or of every one this machine has.
 ///
 /// # Errors
 /// When no port can be bound there.
-pub async fn start(interface: IpAddr, agreement: Agreement) -> io::Result<CoordinatorHandle> {
-    let listener = TcpListener::bind((interface, 0)).await?;
+pub async fn start(
+    interface: impl Into<Option<IpAddr>>,
+    agreement: Agreement,
+) -> io::Result<CoordinatorHandle> {
+    let listener = listen(interface.into()).await?;
     let address = address(&listener, &agreement)?;
     let (commands, command_queue) = mpsc::unbounded_channel();
     let (tell, events) = mpsc::channel(EVENTS + agreement.world_size as usize);
@@ -146,9 +150,12 @@ pub async fn start(interface: IpAddr, agreement: Agreement) -> io::Result<Coordi
 ///
 /// # Errors
 /// When no port can be bound there, or no thread started.
-pub fn start_thread(interface: IpAddr, agreement: Agreement) -> io::Result<CoordinatorHandle> {
+pub fn start_thread(
+    interface: impl Into<Option<IpAddr>>,
+    agreement: Agreement,
+) -> io::Result<CoordinatorHandle> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let listener = runtime.block_on(TcpListener::bind((interface, 0)))?;
+    let listener = runtime.block_on(listen(interface.into()))?;
     let address = address(&listener, &agreement)?;
     let (commands, command_queue) = mpsc::unbounded_channel();
     let (tell, events) = mpsc::channel(EVENTS + agreement.world_size as usize);
@@ -156,6 +163,38 @@ pub fn start_thread(interface: IpAddr, agreement: Agreement) -> io::Result<Coord
         .name("coordinator".into())
         .spawn(move || runtime.block_on(core(listener, agreement, command_queue, tell)))?;
     Ok(CoordinatorHandle { address, events: Events(events), commands, thread: Some(thread) })
+}
+
+async fn listen(interface: Option<IpAddr>) -> io::Result<TcpListener> {
+    match interface {
+        Some(interface) => TcpListener::bind((interface, 0)).await,
+        // Without IPv6 in the kernel, IPv4 alone.
+        None => match dual_stack() {
+            Ok(listener) => Ok(listener),
+            Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await,
+        },
+    }
+}
+
+/// One port for IPv6 and IPv4: this machine's name may mean either to those who connect.
+fn dual_stack() -> io::Result<TcpListener> {
+    let socket = TcpSocket::new_v6()?;
+    let off: libc::c_int = 0;
+    // SAFETY: the descriptor is open as long as `socket`, and the option is read from a valid place of the size given.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_V6ONLY,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if set != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    socket.bind((Ipv6Addr::UNSPECIFIED, 0).into())?;
+    socket.listen(1024)
 }
 
 fn address(listener: &TcpListener, agreement: &Agreement) -> io::Result<CoordinatorAddress> {

@@ -312,6 +312,34 @@ fn hostile_peers_do_not_disturb_the_job() {
     });
 }
 
+/// On every interface: by IPv6 and by IPv4, whichever this machine's name means to those who connect.
+#[test]
+fn a_coordinator_on_every_interface_is_reached_both_ways() {
+    let agreement = Agreement {
+        token: "token".into(),
+        world_size: 2,
+        plan_hash: None,
+        version: "0.1.0".into(),
+        stall: Duration::from_secs(60),
+    };
+    let handle = server::start_thread(None, agreement).expect("a port is free");
+    let (name, port) = handle.address.host_port.rsplit_once(':').expect("a port");
+    assert_eq!(name, server::hostname());
+    let has_v6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+    let hosts = ["127.0.0.1", if has_v6 { "[::1]" } else { "127.0.0.1" }];
+    let joins: Vec<_> = (0..2u32)
+        .zip(hosts)
+        .map(|(rank, host)| {
+            let host_port = format!("{host}:{port}");
+            let address = CoordinatorAddress { host_port, ..handle.address.clone() };
+            std::thread::spawn(move || Link::connect(&address, hello(rank, 2), PATIENCE))
+        })
+        .collect();
+    for join in joins {
+        join.join().expect("no panic").expect("go");
+    }
+}
+
 /// More silent connections than the bound: those that were first make room at once, the others hold their place only
 /// until the hello deadline, and a worker is let in beside them.
 #[test]

@@ -106,9 +106,9 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let allocation = Allocation::from_env(&|name| std::env::var(name).ok());
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
     let interface = match &args.interface {
-        Some(interface) => interface::address(interface)?,
-        None if engine == Engine::Srun => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        None => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        Some(interface) => Some(interface::address(interface)?),
+        None if engine == Engine::Srun => None,
+        None => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
     };
     let metrics_address = args.metrics_address.as_deref().map(prometheus::address).transpose()?;
     if args.requeue && allocation.is_none() {
@@ -182,8 +182,8 @@ struct Job<'a> {
     plan: &'a Plan,
     tools: Tools,
     engine: Engine,
-    /// Where the coordinator listens.
-    interface: IpAddr,
+    /// Where the coordinator listens; none: everywhere.
+    interface: Option<IpAddr>,
     /// Where Prometheus may ask.
     metrics_address: Option<SocketAddr>,
     allocation: Option<&'a Allocation>,

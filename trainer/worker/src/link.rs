@@ -59,8 +59,8 @@ impl Reporter {
                     };
                     server::allow_open_files(identity.world_size).map_err(io)?;
                     let one_machine = identity.local_size == identity.world_size;
-                    let interface = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-                    let handle = server::start_thread(IpAddr::V4(interface), agreement).map_err(io)?;
+                    let interface = one_machine.then_some(IpAddr::V4(Ipv4Addr::LOCALHOST));
+                    let handle = server::start_thread(interface, agreement).map_err(io)?;
                     message = serde_json::to_vec(&handle.address)
                         .map_err(|error| WorkerError::Failed(error.to_string()))?;
                     hosted = Some(handle);
