@@ -18,6 +18,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use mentee_config::exit_code::{DATA, FAILED, USAGE};
+
 use crate::message::{Hello, PROTOCOL, Phase, Progress, Share, ToCoordinator, ToWorker, WorkerEvent, clip};
 use crate::watch::{Pace, Stall, Watch};
 
@@ -158,6 +160,8 @@ pub enum Output {
         reason: String,
         /// It belongs to this start of the gang: the gang cannot become complete.
         ours: bool,
+        /// What it, and the run with it, is to end with.
+        exit_code: i32,
     },
     /// Ranks that have not come within [`GATHER_DEADLINE`]; said once a generation.
     Missing {
@@ -260,15 +264,17 @@ impl Coordinator {
     ) -> (Vec<Effect>, Reason) {
         if !same_secret(token, &self.agreement.token) {
             // Says nothing of the job, not even to the owner: anyone on the network can do this any number of times.
-            let refusal = ToWorker::Refused { reason: "wrong token".into() };
+            let refusal = ToWorker::Refused { reason: "wrong token".into(), exit_code: FAILED };
             return (vec![Effect::Send(peer, refusal), Effect::Close(peer)], "wrong token".into());
         }
         clip(&mut hello.host);
-        if let Some((ours, reason)) = self.objection(peer, protocol, generation, &hello) {
+        if let Some((blame, reason)) = self.objection(peer, protocol, generation, &hello) {
+            let exit_code = blame.unwrap_or(FAILED);
+            let (rank, ours) = (hello.rank, blame.is_some());
             let effects = vec![
-                Effect::Send(peer, ToWorker::Refused { reason: reason.clone() }),
+                Effect::Send(peer, ToWorker::Refused { reason: reason.clone(), exit_code }),
                 Effect::Close(peer),
-                Effect::Tell(Output::Refused { rank: hello.rank, reason: reason.clone(), ours }),
+                Effect::Tell(Output::Refused { rank, reason: reason.clone(), ours, exit_code }),
             ];
             return (effects, reason);
         }
@@ -302,14 +308,21 @@ impl Coordinator {
         (effects, format!("rank {rank} is here, all {world} are: go"))
     }
 
-    /// Why a rank with the right token cannot take part, and whether that leaves this gang incomplete.
-    fn objection(&self, peer: Peer, protocol: u32, generation: u32, hello: &Hello) -> Option<(bool, String)> {
+    /// Why a rank with the right token cannot take part; where that leaves this gang incomplete, with the exit code of what
+    /// is wrong.
+    fn objection(
+        &self,
+        peer: Peer,
+        protocol: u32,
+        generation: u32,
+        hello: &Hello,
+    ) -> Option<(Option<i32>, String)> {
         let Hello { rank, world_size, version, plan_hash, data_digest, .. } = hello;
         let agreed = &self.agreement;
         if generation != self.generation {
             let reason =
                 format!("rank {rank} belongs to start {generation} of the run, this is {}", self.generation);
-            return Some((false, reason));
+            return Some((None, reason));
         }
         if protocol != PROTOCOL || *version != agreed.version {
             let reason = format!(
@@ -317,21 +330,24 @@ impl Coordinator {
                  version on all machines",
                 agreed.version
             );
-            return Some((true, reason));
+            return Some((Some(USAGE), reason));
         }
         if *world_size != agreed.world_size {
             let reason = format!(
                 "rank {rank} was started in a world of {world_size}, the job has {}: start all ranks with one launcher",
                 agreed.world_size
             );
-            return Some((true, reason));
+            return Some((Some(USAGE), reason));
         }
         if *rank >= agreed.world_size {
-            return Some((true, format!("rank {rank} does not exist in a world of {}", agreed.world_size)));
+            return Some((
+                Some(USAGE),
+                format!("rank {rank} does not exist in a world of {}", agreed.world_size),
+            ));
         }
         if !matches!(self.state, State::Gathering { .. }) {
             return Some((
-                false,
+                None,
                 format!("rank {rank} comes too late: start {generation} of the run is under way"),
             ));
         }
@@ -339,7 +355,7 @@ impl Coordinator {
             let Hello { host, pid, .. } = &member.hello;
             let same = if member.peer == peer { " (the same connection)" } else { "" };
             return Some((
-                true,
+                Some(USAGE),
                 format!("rank {rank} is taken by process {pid} on {host}{same}: ranks must differ"),
             ));
         }
@@ -347,14 +363,14 @@ impl Coordinator {
             let reason = format!(
                 "rank {rank} has plan {plan_hash}, the job {expected}: give every rank the same recipe and --set"
             );
-            return Some((true, reason));
+            return Some((Some(USAGE), reason));
         }
         if let Some(expected) = self.data_digest.as_ref().filter(|expected| *expected != data_digest) {
             let reason = format!(
                 "rank {rank} sees data set {data_digest}, the others {expected}: data.path must hold the same files on \
                  every machine"
             );
-            return Some((true, reason));
+            return Some((Some(DATA), reason));
         }
         None
     }

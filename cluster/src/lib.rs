@@ -8,8 +8,12 @@
 //!
 //! Nothing here knows torch, MPI or files. Every decision is in `coordinator.rs` and tested without a socket.
 
+// Words for people are their owners' business, and `println!` panics when nobody reads them.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 pub mod coordinator;
 pub mod identity;
+pub mod limits;
 pub mod link;
 pub mod message;
 pub mod server;

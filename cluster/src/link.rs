@@ -57,6 +57,8 @@ pub enum LinkError {
         address: String,
         /// What it said.
         reason: String,
+        /// What this rank is to exit with, as it said.
+        exit_code: i32,
     },
     /// Not all ranks have come.
     #[error("rank {rank} waited {} s for the other ranks at {address}: did all {world_size} start?", waited.as_secs())]
@@ -169,8 +171,8 @@ impl Link {
                 return Ok((Link { shared, events, shares, thread: Some(thread) }, go));
             }
             Answer::Unreachable(reason) => unreachable(reason),
-            Answer::Refused(reason) => {
-                LinkError::Refused { rank, address: address.host_port.clone(), reason }
+            Answer::Refused { reason, exit_code } => {
+                LinkError::Refused { rank, address: address.host_port.clone(), reason, exit_code }
             }
             Answer::TimedOut => {
                 LinkError::TimedOut { rank, address: address.host_port.clone(), world_size, waited: deadline }
@@ -301,7 +303,7 @@ impl Drop for Link {
 
 enum Answer {
     Go(Go),
-    Refused(String),
+    Refused { reason: String, exit_code: i32 },
     Unreachable(String),
     TimedOut,
 }
@@ -353,7 +355,9 @@ async fn join(address: &CoordinatorAddress, hello: Hello) -> Result<(TcpStream, 
     loop {
         match decoder.next::<ToWorker>().map_err(|error| Answer::Unreachable(error.to_string()))? {
             Some(ToWorker::Go { generation }) => return Ok((stream, decoder, Go { generation })),
-            Some(ToWorker::Refused { reason }) => return Err(Answer::Refused(reason)),
+            Some(ToWorker::Refused { reason, exit_code }) => {
+                return Err(Answer::Refused { reason, exit_code });
+            }
             // Nothing was asked of it yet, but a stop, which is said again.
             Some(ToWorker::Stop { .. } | ToWorker::Commit { .. } | ToWorker::Abandon { .. }) => {}
             None => read_into(&mut stream, &mut decoder).await.map_err(Answer::Unreachable)?,
@@ -448,7 +452,7 @@ async fn listen(
             Some(ToWorker::Commit { step, files }) => decided(step, Ok(files)),
             Some(ToWorker::Abandon { step, reason }) => decided(step, Err(NoCommit::ShareFailed(reason))),
             Some(ToWorker::Stop { reason }) => shared.stop(StopReason::Requested(reason)),
-            Some(ToWorker::Refused { reason }) => return Err(reason),
+            Some(ToWorker::Refused { reason, .. }) => return Err(reason),
             Some(ToWorker::Go { .. }) => {}
             None => read_into(reader, decoder).await?,
         }

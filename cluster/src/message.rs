@@ -147,21 +147,24 @@ impl StepTimes {
 pub struct Progress {
     /// Steps completed.
     pub step: u64,
+    /// The step that what follows is of, the last logged one: filled in where it is sent.
+    #[serde(default)]
+    pub logged: u64,
     /// Steps of the whole run.
     pub total_steps: u64,
-    /// Epoch of the last step, from 0.
+    /// Epoch of that step, from 0.
     pub epoch: u64,
     /// Epochs of the whole run.
     pub epochs: u64,
     /// What the rank is doing.
     pub phase: Phase,
-    /// Loss of the last step, mean over the global batch.
+    /// Loss of that step, mean over the global batch.
     pub loss: Option<f64>,
     /// See `z_std` of metrics.jsonl: about 1 when healthy, 0 when collapsed.
     pub z_std: Option<f64>,
     /// Images a second, over all ranks.
     pub images_per_s: Option<f64>,
-    /// Milliseconds of the last step.
+    /// Milliseconds of that step.
     pub step_ms: Option<f64>,
     /// In a call to the other ranks just now.
     #[serde(default)]
@@ -335,6 +338,11 @@ pub enum ToCoordinator {
     },
 }
 
+/// Of a refusal without a code.
+fn failed() -> i32 {
+    mentee_config::exit_code::FAILED
+}
+
 /// Coordinator → worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
@@ -348,6 +356,9 @@ pub enum ToWorker {
     Refused {
         /// Why, as one line.
         reason: String,
+        /// What the worker is to exit with.
+        #[serde(default = "failed")]
+        exit_code: i32,
     },
     /// To rank 0: the checkpoint of this step is complete but for its manifest.
     Commit {

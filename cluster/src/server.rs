@@ -7,17 +7,19 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 
 use crate::coordinator::{Agreement, Coordinator, Effect, Event, Output, Peer};
+use crate::limits;
 use crate::message::{CoordinatorAddress, ToCoordinator, ToWorker};
 use crate::wire::{self, Decoder, MAX_FRAME, MAX_HELLO, MAX_TO_WORKER};
 
@@ -41,6 +43,10 @@ const RESERVED: usize = 1024;
 const SPARE_CONNECTIONS: usize = 64;
 /// Connections that are being closed, beyond those.
 const CLOSING: usize = 256;
+/// Files that the process has open besides.
+const OTHER_FILES: u64 = 128;
+/// Of strangers the log has a line so often, however many they are.
+const STRANGERS_EVERY: Duration = Duration::from_secs(60);
 
 /// A running coordinator. Dropping it ends the coordinator and closes every connection.
 #[derive(Debug)]
@@ -103,6 +109,17 @@ impl Drop for CoordinatorHandle {
     }
 }
 
+/// Allows this process as many open files as a coordinator of this world may hold connections, and it needs besides.
+///
+/// # Errors
+/// When the system does not allow those of the workers.
+pub fn allow_open_files(world_size: u32) -> io::Result<()> {
+    let ranks = 2 * u64::from(world_size);
+    let wanted = ranks + (SPARE_CONNECTIONS + CLOSING) as u64 + OTHER_FILES;
+    // With fewer, strangers make room.
+    limits::allow_open_files(wanted, ranks + SPARE_CONNECTIONS as u64 + OTHER_FILES)
+}
+
 /// A token nobody can guess: 128 bits of the system's randomness, hex.
 ///
 /// # Errors
@@ -113,12 +130,15 @@ pub fn fresh_token() -> io::Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Starts a coordinator on the current tokio runtime, on a free port of `interface`.
+/// Starts a coordinator on the current tokio runtime, on a free port of `interface`, or of every one this machine has.
 ///
 /// # Errors
 /// When no port can be bound there.
-pub async fn start(interface: IpAddr, agreement: Agreement) -> io::Result<CoordinatorHandle> {
-    let listener = TcpListener::bind((interface, 0)).await?;
+pub async fn start(
+    interface: impl Into<Option<IpAddr>>,
+    agreement: Agreement,
+) -> io::Result<CoordinatorHandle> {
+    let listener = listen(interface.into()).await?;
     let address = address(&listener, &agreement)?;
     let (commands, command_queue) = mpsc::unbounded_channel();
     let (tell, events) = mpsc::channel(EVENTS + agreement.world_size as usize);
@@ -130,9 +150,12 @@ pub async fn start(interface: IpAddr, agreement: Agreement) -> io::Result<Coordi
 ///
 /// # Errors
 /// When no port can be bound there, or no thread started.
-pub fn start_thread(interface: IpAddr, agreement: Agreement) -> io::Result<CoordinatorHandle> {
+pub fn start_thread(
+    interface: impl Into<Option<IpAddr>>,
+    agreement: Agreement,
+) -> io::Result<CoordinatorHandle> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let listener = runtime.block_on(TcpListener::bind((interface, 0)))?;
+    let listener = runtime.block_on(listen(interface.into()))?;
     let address = address(&listener, &agreement)?;
     let (commands, command_queue) = mpsc::unbounded_channel();
     let (tell, events) = mpsc::channel(EVENTS + agreement.world_size as usize);
@@ -140,6 +163,38 @@ pub fn start_thread(interface: IpAddr, agreement: Agreement) -> io::Result<Coord
         .name("coordinator".into())
         .spawn(move || runtime.block_on(core(listener, agreement, command_queue, tell)))?;
     Ok(CoordinatorHandle { address, events: Events(events), commands, thread: Some(thread) })
+}
+
+async fn listen(interface: Option<IpAddr>) -> io::Result<TcpListener> {
+    match interface {
+        Some(interface) => TcpListener::bind((interface, 0)).await,
+        // Without IPv6 in the kernel, IPv4 alone.
+        None => match dual_stack() {
+            Ok(listener) => Ok(listener),
+            Err(_) => TcpListener::bind((Ipv4Addr::UNSPECIFIED, 0)).await,
+        },
+    }
+}
+
+/// One port for IPv6 and IPv4: this machine's name may mean either to those who connect.
+fn dual_stack() -> io::Result<TcpListener> {
+    let socket = TcpSocket::new_v6()?;
+    let off: libc::c_int = 0;
+    // SAFETY: the descriptor is open as long as `socket`, and the option is read from a valid place of the size given.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_V6ONLY,
+            (&raw const off).cast(),
+            size_of::<libc::c_int>() as libc::socklen_t,
+        )
+    };
+    if set != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    socket.bind((Ipv6Addr::UNSPECIFIED, 0).into())?;
+    socket.listen(1024)
 }
 
 fn address(listener: &TcpListener, agreement: &Agreement) -> io::Result<CoordinatorAddress> {
@@ -164,6 +219,52 @@ struct Connection {
     admitted: Arc<AtomicBool>,
 }
 
+impl Connection {
+    fn is_admitted(&self) -> bool {
+        self.admitted.load(Ordering::Acquire)
+    }
+}
+
+/// The oldest stranger makes room; whether there was one.
+fn evict(strangers: &mut VecDeque<Peer>, connections: &mut HashMap<Peer, Connection>) -> bool {
+    while let Some(oldest) = strangers.pop_front() {
+        if connections.get(&oldest).is_some_and(|it| !it.is_admitted()) {
+            connections.remove(&oldest);
+            return true;
+        }
+    }
+    false
+}
+
+/// Strangers in the log: anyone on the network can be one any number of times, so that they are counted.
+struct Strangers {
+    count: u64,
+    one: String,
+    told: Option<Instant>,
+}
+
+impl Strangers {
+    /// Something of one; `over`: its end, which says less than what it did.
+    fn note(&mut self, over: bool, what: String) {
+        self.count += u64::from(over);
+        if self.one.is_empty() || !over {
+            self.one = what;
+        }
+    }
+
+    fn tell(&mut self) {
+        if self.count > 0 && self.told.is_none_or(|told| told.elapsed() >= STRANGERS_EVERY) {
+            tracing::info!(
+                target: "mentee::coordinator",
+                "{} connections without a place in this job have ended, one of them: {}",
+                self.count,
+                self.one
+            );
+            *self = Strangers { count: 0, one: String::new(), told: Some(Instant::now()) };
+        }
+    }
+}
+
 /// The one task that owns the state machine.
 async fn core(
     listener: TcpListener,
@@ -177,7 +278,8 @@ async fn core(
     let mut strangers: VecDeque<Peer> = VecDeque::new();
     let mut coordinator = Coordinator::new(agreement, 0);
     let mut connections: HashMap<Peer, Connection> = HashMap::new();
-    let (inbound, mut arrivals) = mpsc::channel::<Event>(INBOUND);
+    // Each with whether it is of one that has shown the token.
+    let (inbound, mut arrivals) = mpsc::channel::<(Event, bool)>(INBOUND);
     let mut next_peer: Peer = 0;
     let mut batch = Vec::with_capacity(BATCH);
     let mut ticks = tokio::time::interval(Duration::from_secs(1));
@@ -185,26 +287,22 @@ async fn core(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let started = Instant::now();
     let mut last_reason = String::new();
+    let mut unknown = Strangers { count: 0, one: String::new(), told: None };
     loop {
         tokio::select! {
             command = commands.recv() => match command {
-                Some(command) => batch.push(command),
+                Some(command) => batch.push((command, true)),
                 None => return,
             },
             _ = arrivals.recv_many(&mut batch, BATCH) => {}
             accepted = listener.accept() => {
                 let Ok((stream, _)) = accepted else {
-                    // Out of file descriptors, most likely: give some the time to close.
-                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    // Out of file descriptors, most likely: a stranger gives up its own, and some get the time to close.
+                    let wait = if evict(&mut strangers, &mut connections) { 5 } else { 50 };
+                    tokio::time::sleep(Duration::from_millis(wait)).await;
                     continue;
                 };
-                while connections.len() >= room
-                    && let Some(oldest) = strangers.pop_front()
-                {
-                    if connections.get(&oldest).is_some_and(|it| !it.admitted.load(Ordering::Acquire)) {
-                        connections.remove(&oldest);
-                    }
-                }
+                while connections.len() >= room && evict(&mut strangers, &mut connections) {}
                 // Above the bound the stream is dropped, that is closed.
                 if let Ok(slot) = slots.clone().try_acquire_owned() {
                     let peer = next_peer;
@@ -214,32 +312,41 @@ async fn core(
                     strangers.push_back(peer);
                     if strangers.len() > 2 * room {
                         strangers.retain(|peer| {
-                            connections.get(peer).is_some_and(|it| !it.admitted.load(Ordering::Acquire))
+                            connections.get(peer).is_some_and(|it| !it.is_admitted())
                         });
                     }
                     connections.insert(peer, Connection { outbound, admitted: admitted.clone() });
                     let inbound = inbound.clone();
                     tokio::spawn(async move {
                         let why = connection(peer, stream, &inbound, queue, &admitted).await;
-                        let _ = inbound.send(Event::Gone { peer, why }).await;
+                        let known = admitted.load(Ordering::Acquire);
+                        let _ = inbound.send((Event::Gone { peer, why }, known)).await;
                         drop(slot);
                     });
                 }
                 continue;
             }
-            _ = ticks.tick() => batch.push(Event::Tick),
+            _ = ticks.tick() => {
+                unknown.tell();
+                batch.push((Event::Tick, true));
+            }
         }
         // In order of their coming; what follows from one comes before the next.
-        let mut events: VecDeque<Event> = batch.drain(..).collect();
-        while let Some(event) = events.pop_front() {
+        let mut events: VecDeque<(Event, bool)> = batch.drain(..).collect();
+        while let Some((event, known)) = events.pop_front() {
             if let Event::Gone { peer, .. } = &event {
                 connections.remove(peer);
             }
+            let over = matches!(event, Event::Gone { .. });
             let routine = matches!(event, Event::Tick)
                 || matches!(event, Event::Message { message: ToCoordinator::Progress { .. }, .. });
             let (effects, reason) = coordinator.handle(started.elapsed(), event);
             let news = |effect: &Effect| matches!(effect, Effect::Tell(output) if !matches!(output, Output::Progress { .. }));
-            if (!routine || effects.iter().any(news)) && reason != last_reason {
+            let known =
+                known || effects.iter().any(|effect| matches!(effect, Effect::Admit(_) | Effect::Tell(_)));
+            if !known {
+                unknown.note(over, reason);
+            } else if (!routine || effects.iter().any(news)) && reason != last_reason {
                 tracing::info!(target: "mentee::coordinator", "{reason}");
                 last_reason = reason;
             }
@@ -252,10 +359,8 @@ async fn core(
                     }
                     Effect::Send(peer, message) => {
                         if !send(&connections, peer, &message) && connections.remove(&peer).is_some() {
-                            events.push_front(Event::Gone {
-                                peer,
-                                why: "it does not read what it is sent".into(),
-                            });
+                            let why = "it does not read what it is sent".into();
+                            events.push_front((Event::Gone { peer, why }, known));
                         }
                     }
                     // Dropping the queue lets the connection send what is in it, then close.
@@ -292,7 +397,7 @@ fn pass_on(tell: &mpsc::Sender<Output>, output: Output) {
 async fn connection(
     peer: Peer,
     stream: TcpStream,
-    inbound: &mpsc::Sender<Event>,
+    inbound: &mpsc::Sender<(Event, bool)>,
     mut outbound: mpsc::Receiver<Vec<u8>>,
     admitted: &AtomicBool,
 ) -> String {
@@ -310,7 +415,8 @@ async fn connection(
             loop {
                 match decoder.next::<ToCoordinator>() {
                     Ok(Some(message)) => {
-                        if inbound.send(Event::Message { peer, message }).await.is_err() {
+                        let known = admitted.load(Ordering::Acquire);
+                        if inbound.send((Event::Message { peer, message }, known)).await.is_err() {
                             return "the coordinator has ended".to_owned();
                         }
                     }

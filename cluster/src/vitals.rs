@@ -48,11 +48,25 @@ impl Vitals {
         let ms = |micros: &AtomicU64| micros.load(Ordering::Relaxed) as f64 / 1e3;
         Progress {
             step: self.steps(),
+            logged: report.step,
             phase: Phase::from_u8(self.phase.load(Ordering::Relaxed)),
             waiting: self.waiting.load(Ordering::Relaxed),
             own_ms: ms(&self.own_micros),
             data_ms: ms(&self.data_micros),
             ..report
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_says_which_step_its_numbers_are_of() {
+        let vitals = Vitals::default();
+        vitals.step(6);
+        let filled = vitals.fill(Progress { step: 5, loss: Some(3.5), ..Progress::default() });
+        assert_eq!((filled.step, filled.logged, filled.loss), (6, 5, Some(3.5)));
     }
 }

@@ -209,7 +209,10 @@ fn refusals_and_deadlines_are_errors_with_a_reason() {
     let handle = coordinator(2);
     let wrong = CoordinatorAddress { token: "guess".into(), ..handle.address.clone() };
     let error = Link::connect(&wrong, hello(0, 2), PATIENCE).expect_err("wrong token");
-    assert!(matches!(&error, LinkError::Refused { reason, .. } if reason == "wrong token"), "{error}");
+    assert!(
+        matches!(&error, LinkError::Refused { reason, exit_code: 1, .. } if reason == "wrong token"),
+        "{error}"
+    );
 
     let error = Link::connect(&handle.address, hello(0, 5), PATIENCE).expect_err("wrong world");
     assert!(error.to_string().contains("in a world of 5, the job has 2"), "{error}");
@@ -296,7 +299,10 @@ fn hostile_peers_do_not_disturb_the_job() {
         assert!(is_closed(&mut stream), "{bytes:?}");
     }
     let mut stranger = raw(&address, "guess", 0, 1);
-    assert_eq!(read_message(&mut stranger), Some(ToWorker::Refused { reason: "wrong token".into() }));
+    assert_eq!(
+        read_message(&mut stranger),
+        Some(ToWorker::Refused { reason: "wrong token".into(), exit_code: 1 })
+    );
     assert!(is_closed(&mut stranger));
 
     let links = gang(&address, 1);
@@ -304,6 +310,34 @@ fn hostile_peers_do_not_disturb_the_job() {
     until(&mut handle, |output| {
         matches!(output, Output::Progress { progress, .. } if progress.step == 5).then_some(())
     });
+}
+
+/// On every interface: by IPv6 and by IPv4, whichever this machine's name means to those who connect.
+#[test]
+fn a_coordinator_on_every_interface_is_reached_both_ways() {
+    let agreement = Agreement {
+        token: "token".into(),
+        world_size: 2,
+        plan_hash: None,
+        version: "0.1.0".into(),
+        stall: Duration::from_secs(60),
+    };
+    let handle = server::start_thread(None, agreement).expect("a port is free");
+    let (name, port) = handle.address.host_port.rsplit_once(':').expect("a port");
+    assert_eq!(name, server::hostname());
+    let has_v6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+    let hosts = ["127.0.0.1", if has_v6 { "[::1]" } else { "127.0.0.1" }];
+    let joins: Vec<_> = (0..2u32)
+        .zip(hosts)
+        .map(|(rank, host)| {
+            let host_port = format!("{host}:{port}");
+            let address = CoordinatorAddress { host_port, ..handle.address.clone() };
+            std::thread::spawn(move || Link::connect(&address, hello(rank, 2), PATIENCE))
+        })
+        .collect();
+    for join in joins {
+        join.join().expect("no panic").expect("go");
+    }
 }
 
 /// More silent connections than the bound: those that were first make room at once, the others hold their place only

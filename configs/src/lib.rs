@@ -10,6 +10,9 @@
 //! Every mistake is a [`ConfigError`]: one line with the key, the file and line (or the `--set`) it stands
 //! in, and what would be right. The command ends with [`exit_code::USAGE`].
 
+// A closed pipe or a full disk ends no program that says its words by [`say`].
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod defaults;
 mod difference;
 mod error;
@@ -19,6 +22,7 @@ mod load;
 pub mod plan;
 pub mod recipe;
 pub mod reference;
+pub mod say;
 mod schema;
 pub mod usage;
 mod validate;

@@ -3,7 +3,7 @@
 //!
 //! `FAKE_WORKER` holds words: `steps=N` (20), `step_ms=N` (5), `kill=RANK@STEP` (SIGKILL to itself, once a run
 //! directory), `kill_always=RANK@STEP`, `fail=RANK@STEP:CODE` (says why, then exits), `exit=CODE` (before hello, with
-//! an `error:` line), `deaf` (ignores requests to stop), `warn` (a warning
+//! an `error:` line), `other_data=RANK` (sees other data), `deaf` (ignores requests to stop), `warn` (a warning
 //! that every rank gives).
 
 use std::fs::{self, OpenOptions};
@@ -11,7 +11,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mentee_cluster::{CoordinatorAddress, Hello, Link, Phase, Progress, WorkerEvent, discover, server};
+use mentee_cluster::{
+    CoordinatorAddress, Hello, Link, LinkError, Phase, Progress, WorkerEvent, discover, server,
+};
 use mentee_config::Recipe;
 
 struct Script(String);
@@ -57,14 +59,16 @@ fn main() {
         host: server::hostname(),
         pid: std::process::id(),
         plan_hash: recipe.hash(),
-        data_digest: "fake".into(),
+        data_digest: if script.word("other_data") == Some(&rank.to_string()) { "other" } else { "fake" }
+            .into(),
         version: env!("CARGO_PKG_VERSION").into(),
     };
     let (link, go) = match Link::connect(&address, hello, Duration::from_secs(60)) {
         Ok(joined) => joined,
         Err(error) => {
             eprintln!("error: {error}");
-            std::process::exit(1);
+            let LinkError::Refused { exit_code, .. } = error else { std::process::exit(1) };
+            std::process::exit(exit_code);
         }
     };
     if script.0.contains("warn") {

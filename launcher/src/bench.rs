@@ -7,8 +7,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Parser;
-use mentee_config::Recipe;
 use mentee_config::recipe::DataFormat;
+use mentee_config::{Recipe, show};
 use mentee_data::bench::{LoaderBench, LoaderReport, loader};
 use mentee_data::{DataError, Split, open_split};
 
@@ -110,22 +110,30 @@ pub fn command(arguments: &[OsString]) -> Result<Option<i32>, Failure> {
 
 fn print(report: &LoaderReport, json: bool) {
     if json {
-        println!("{}", serde_json::json!(report));
+        show!("{}", serde_json::json!(report));
         return;
     }
-    println!(
+    show!(
         "{:.0} images per CPU-second, {:.0} images per second (both views of {} images, medians of {})",
-        report.images_per_cpu_s, report.images_per_s, report.images, report.n
+        report.images_per_cpu_s,
+        report.images_per_s,
+        report.images,
+        report.n
     );
     let stages = &report.stages_us;
-    println!(
+    show!(
         "microseconds of CPU per image: read {:.1}, decode {:.1}, resize {:.1}, colour and blur {:.1}",
-        stages.read, stages.decode, stages.resize, stages.colour
+        stages.read,
+        stages.decode,
+        stages.resize,
+        stages.colour
     );
     for line in &report.threads {
-        println!(
+        show!(
             "{} decode threads: {:.0} images/s, {:.0} per CPU-second",
-            line.threads, line.images_per_s, line.images_per_cpu_s
+            line.threads,
+            line.images_per_s,
+            line.images_per_cpu_s
         );
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mentee_checkpoint as checkpoint;
-use mentee_config::exit_code;
+use mentee_config::{exit_code, say, show};
 use serde_json::json;
 
 use crate::failure::Failure;
@@ -20,6 +20,8 @@ pub fn command(path: &Path, verify: bool, as_json: bool) -> Result<(), Failure> 
     entries.sort_by_key(|entry| entry.step);
     let mut unusable = 0;
     let mut objects = Vec::new();
+    // Who asks whether they are sound gets the answer in the exit code, whoever reads the lines.
+    let tell = |line: String| if verify { say!("{line}") } else { show!("{line}") };
     for entry in &entries {
         let checked = match &entry.state {
             Err(error) => Err(error.to_string()),
@@ -50,7 +52,7 @@ pub fn command(path: &Path, verify: bool, as_json: bool) -> Result<(), Failure> 
                 "usable": false,
                 "error": error,
             })),
-            Ok(manifest) => println!(
+            Ok(manifest) => tell(format!(
                 "step {:>8}  epoch {:>4}  world size {:>3}  {:>10}  digest {}{}",
                 entry.step,
                 manifest.meta.epoch,
@@ -58,14 +60,14 @@ pub fn command(path: &Path, verify: bool, as_json: bool) -> Result<(), Failure> 
                 human_bytes(manifest.files.iter().map(|file| file.bytes).sum()),
                 manifest.state_digest,
                 if verify { "  verified" } else { "" }
-            ),
-            Err(error) => println!("step {:>8}  unusable: {error}", entry.step),
+            )),
+            Err(error) => tell(format!("step {:>8}  unusable: {error}", entry.step)),
         }
     }
     if as_json {
-        println!("{:#}", json!(objects));
+        tell(format!("{:#}", json!(objects)));
     } else if entries.is_empty() {
-        println!("no checkpoint in {}", run.checkpoints().display());
+        tell(format!("no checkpoint in {}", run.checkpoints().display()));
     }
     if unusable > 0 {
         return Err(Failure {

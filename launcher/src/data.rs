@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use mentee_config::recipe::DataFormat;
-use mentee_config::{Plan, Recipe, exit_code, plan};
+use mentee_config::{Plan, Recipe, exit_code, plan, say, show};
 use mentee_data::digest::{OrderDigest, Running};
 use mentee_data::{DataError, OnError, Split, check, open_split, order as order_of};
 
@@ -104,13 +104,13 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
     counter.lock().unwrap_or_else(std::sync::PoisonError::into_inner).finish();
     let report = report.map_err(|error| error.with_key("DIR"))?;
     for problem in &report.problems {
-        println!("{problem}");
+        say!("{problem}");
     }
     let looked_at =
         format!("{} images in {} files, {}", report.samples, report.files, human_bytes(report.bytes));
     match report.problems.len() {
         0 => {
-            println!("{}: all well: {looked_at}", path.display());
+            say!("{}: all well: {looked_at}", path.display());
             Ok(())
         }
         problems => Err(Failure {
@@ -126,38 +126,33 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
 fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
     let parts = check::stats(path, format, threads()).map_err(|error| error.with_key("DIR"))?;
     if json {
-        println!("{:#}", serde_json::json!(parts));
+        show!("{:#}", serde_json::json!(parts));
         return Ok(());
     }
     for part in parts {
-        println!("{}", part.part);
-        println!("  {} images in {} files, {}", part.samples, part.files, human_bytes(part.bytes));
+        show!("{}", part.part);
+        show!("  {} images in {} files, {}", part.samples, part.files, human_bytes(part.bytes));
         let sides = |[small, median, large]: [u32; 3]| format!("{small} to {large}, median {median}");
-        println!(
-            "  width {}; height {} (of {} decoded)",
-            sides(part.width),
-            sides(part.height),
-            part.decoded
-        );
+        show!("  width {}; height {} (of {} decoded)", sides(part.width), sides(part.height), part.decoded);
         let three = |values: [f64; 3]| values.map(|value| format!("{value:.4}")).join(", ");
-        println!("  mean [{}]  std [{}]  (RGB in [0, 1])", three(part.mean), three(part.std));
+        show!("  mean [{}]  std [{}]  (RGB in [0, 1])", three(part.mean), three(part.std));
         if part.classes.is_empty() {
-            println!("  no labels");
+            show!("  no labels");
         } else {
-            println!("  {} classes:", part.classes.len());
+            show!("  {} classes:", part.classes.len());
             // More than a screenful says less than its ends.
             let shown = if part.classes.len() > 40 { 20 } else { part.classes.len() };
             for (name, count) in &part.classes[..shown] {
-                println!("    {count:>8}  {name}");
+                show!("    {count:>8}  {name}");
             }
             if shown < part.classes.len() {
-                println!("    … {} more (--json lists all)", part.classes.len() - shown);
+                show!("    … {} more (--json lists all)", part.classes.len() - shown);
             }
         }
         if part.unlabelled > 0 {
-            println!("  {} images without a label", part.unlabelled);
+            show!("  {} images without a label", part.unlabelled);
         }
-        println!("  digest {}", part.digest);
+        show!("  digest {}", part.digest);
     }
     Ok(())
 }
@@ -206,7 +201,7 @@ fn order(args: &OrderArgs) -> Result<(), Failure> {
             (from, world) = (until, next_world);
         }
         counter.finish();
-        println!("{}", running.finish());
+        show!("{}", running.finish());
         return Ok(());
     }
     use std::io::Write;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mentee_config::exit_code;
+use mentee_config::{exit_code, say};
 use mentee_data::shard::INDEX_FILE;
 use mentee_data::synthetic::{CLASSES, SyntheticConfig, write_synthetic};
 
@@ -71,7 +71,7 @@ fn draw(data: &std::path::Path) -> Result<(), Failure> {
     let written = write_synthetic(data, &config, &mut |done, total| counter.at(done, total));
     counter.finish();
     let [train, test] = written?;
-    println!(
+    say!(
         "drew {} training and {} test images of patterns in {}; colour, place, scale and ground say nothing of the class",
         train.samples,
         test.samples,
@@ -97,16 +97,16 @@ fn toml_string(path: &std::path::Path) -> Result<String, Failure> {
 
 fn conclude(dir: &RunDir) -> Result<(), Failure> {
     let metrics = Metrics::read(&dir.metrics())?;
-    println!();
+    say!("");
     if let Some(eval) = metrics.last_eval() {
         for line in eval.table() {
-            println!("{line}");
+            say!("{line}");
         }
     }
     if let Some(z_std) = metrics.last_train().and_then(|train| train.number("z_std")) {
-        println!("z_std {z_std:.2} (about 1 when healthy, 0 when collapsed)");
+        say!("z_std {z_std:.2} (about 1 when healthy, 0 when collapsed)");
     }
     report::write(dir)?;
-    println!("report: {}", dir.report().display());
+    say!("report: {}", dir.report().display());
     Ok(())
 }

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::server::hostname;
-use mentee_config::{Recipe, exit_code};
+use mentee_config::{Recipe, exit_code, say};
 use mentee_data::{DataError, Split, open_split};
 use serde::{Deserialize, Serialize};
 
@@ -144,7 +144,7 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
     let mut say = |new: Vec<Finding>| {
         for finding in new {
             if !args.json {
-                println!("{}", finding.line());
+                say!("{}", finding.line());
             }
             findings.push(finding);
         }
@@ -181,7 +181,7 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
     if args.json {
         let text = serde_json::to_string_pretty(&findings)
             .map_err(|error| Failure::failed(format!("cannot write JSON: {error}")))?;
-        println!("{text}");
+        say!("{text}");
     }
     Ok(verdict(&findings))
 }

@@ -14,8 +14,12 @@ use mentee_cluster::identity::{self, Allocation, COORDINATOR, GENERATION, TOKEN}
 
 use crate::failure::Failure;
 
-/// What our steps are called in a Slurm job.
-pub const STEP_NAME: &str = "mentee-workers";
+/// What a start's step is called in a Slurm job: neither another start's nor that of another run in the same allocation is
+/// taken for it.
+pub fn step_name(generation: u32) -> String {
+    format!("mentee-workers-{}-{generation}", std::process::id())
+}
+
 /// The worker's executable.
 pub const WORKER: &str = "mentee-worker";
 
@@ -172,7 +176,7 @@ pub fn command_line(
             let nodes = layout.nodes;
             let mut all = vec![
                 "--job-name".into(),
-                STEP_NAME.into(),
+                step_name(address.map_or(0, |address| address.generation)).into(),
                 format!("--nodes={nodes}").into(),
                 format!("--ntasks={workers}").into(),
             ];
@@ -297,7 +301,8 @@ mod tests {
         assert!(command.clear.contains(&"PMI_RANK") && command.clear.contains(&"OMPI_COMM_WORLD_SIZE"));
         assert_eq!(command.set.iter().any(|(name, _)| *name == "MENTEE_RANK"), engine == Engine::Direct);
         let words = std::iter::once(command.program.into_os_string()).chain(command.arguments);
-        words.map(|word| word.into_string().expect("UTF-8")).collect::<Vec<_>>().join(" ")
+        let line = words.map(|word| word.into_string().expect("UTF-8")).collect::<Vec<_>>().join(" ");
+        line.replace(&step_name(2), "STEP")
     }
 
     #[test]
@@ -317,12 +322,12 @@ mod tests {
             ),
             (
                 (Engine::Srun, 8, Flavour::Hydra, false),
-                "srun --job-name mentee-workers --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                "srun --job-name STEP --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
                  --overlap --mpi=pmi2 /bin/w p.toml --run-dir r",
             ),
             (
                 (Engine::Srun, 8, Flavour::OpenMpi, false),
-                "srun --job-name mentee-workers --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                "srun --job-name STEP --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
                  --overlap --mpi=pmix /bin/w p.toml --run-dir r",
             ),
         ];
@@ -339,7 +344,7 @@ mod tests {
         let more = ["--mpi=pmix_v4", "--cpus-per-task=2"];
         assert_eq!(
             line_of(Engine::Srun, workers, Flavour::Hydra, false, &layout, &more),
-            "srun --job-name mentee-workers --nodes=2 --ntasks=4 --ntasks-per-node=2 --exclude=n2 \
+            "srun --job-name STEP --nodes=2 --ntasks=4 --ntasks-per-node=2 --exclude=n2 \
              --kill-on-bad-exit=1 --overlap --mpi=pmix_v4 --cpus-per-task=2 /bin/w p.toml --run-dir r"
         );
         // Uneven: 3, 2, 2 workers; without a node there are at least as many as fit the others.

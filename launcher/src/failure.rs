@@ -1,6 +1,6 @@
 //! How a command fails: one line (what, where, what to do) and the exit code that scripts rely on.
 
-use mentee_config::{ConfigError, exit_code};
+use mentee_config::{ConfigError, complain, exit_code};
 use mentee_data::DataError;
 
 /// A command's failure.
@@ -34,7 +34,7 @@ impl Failure {
 pub fn parser_said(error: &clap::Error) -> i32 {
     // Nothing to do about a closed terminal.
     match mentee_config::usage::one_line(&error.to_string()) {
-        Some(line) => eprintln!("{line}"),
+        Some(line) => complain!("{line}"),
         None => drop(error.print()),
     }
     if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE }

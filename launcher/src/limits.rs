@@ -9,25 +9,7 @@ use crate::failure::Failure;
 /// # Errors
 /// [`Failure`] when the hard limit is lower.
 pub fn allow_open_files(count: u64) -> Result<(), Failure> {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: `limit` is a valid place for the answer.
-    if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) } != 0 || limit.rlim_cur >= count {
-        return Ok(());
-    }
-    if limit.rlim_max < count {
-        return Err(Failure::failed(format!(
-            "{count} open files are needed, one for each worker's connection, and {} are allowed: raise `ulimit -Hn`, or \
-             use fewer workers",
-            limit.rlim_max
-        )));
-    }
-    limit.rlim_cur = count;
-    // SAFETY: `limit` is valid and only read.
-    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) } != 0 {
-        let error = std::io::Error::last_os_error();
-        return Err(Failure::failed(format!("cannot raise the limit of open files to {count}: {error}")));
-    }
-    Ok(())
+    mentee_cluster::limits::allow_open_files(count, count).map_err(|error| Failure::failed(error.to_string()))
 }
 
 /// Processor time of all threads of this process so far.

@@ -3,20 +3,25 @@
 //! Every process writes `RUN/logs/<who>.jsonl`, one JSON object an event, as tracing-subscriber's JSON format has it:
 //! `timestamp` (RFC 3339, UTC), `level`, `target`, `message` and the other fields, in `fields` or beside them.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{IsTerminal, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
-use serde_json::Value;
+use mentee_config::complain;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::prelude::*;
 
 use crate::failure::Failure;
+use crate::limits;
 use crate::metrics::Metrics;
 use crate::rundir::RunDir;
 use crate::slurm::{self, Record};
@@ -26,6 +31,8 @@ use crate::status::{State, Status};
 const COORDINATOR: &str = "mentee::coordinator";
 /// Where an event comes from: in the file, but not worth a person's line.
 const PLACE: &[&str] = &["span", "spans", "filename", "line_number", "threadName", "threadId"];
+/// Of a log's end, for the last words of a rank.
+const TAIL_BYTES: u64 = 64 << 10;
 /// How often `--follow` looks for more.
 const FOLLOW_EVERY: Duration = Duration::from_millis(300);
 
@@ -37,7 +44,12 @@ pub fn write_here(run: &RunDir) {
         let wanted = move |event: &tracing::Metadata<'_>| {
             *event.level() <= tracing::Level::INFO && (event.target() == COORDINATOR) == coordinator
         };
-        let layer = tracing_subscriber::fmt::layer().json().with_writer(Mutex::new(file));
+        // Its own complaint of a full disk would go to stderr by `eprintln!`, which panics when that is full too.
+        let layer = tracing_subscriber::fmt::layer()
+            .json()
+            .flatten_event(true)
+            .log_internal_errors(false)
+            .with_writer(Mutex::new(file));
         Some(layer.with_filter(filter_fn(wanted)).boxed())
     };
     let layers: Vec<_> =
@@ -99,14 +111,12 @@ pub struct LogsArgs {
 }
 
 impl LogsArgs {
-    fn shows(&self, entry: &Entry) -> bool {
-        let within = |target: &String| {
-            entry
-                .target
-                .strip_prefix(target.as_str())
-                .is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
+    fn shows(&self, level: Option<Level>, target: &str) -> bool {
+        let within = |wanted: &String| {
+            let rest = target.strip_prefix(wanted.as_str());
+            rest.is_some_and(|rest| rest.is_empty() || rest.starts_with("::"))
         };
-        entry.level.is_none_or(|level| level >= self.level) && self.target.as_ref().is_none_or(within)
+        level.is_none_or(|level| level >= self.level) && self.target.as_ref().is_none_or(within)
     }
 }
 
@@ -123,8 +133,8 @@ pub struct Entry {
     pub target: String,
     /// Its message.
     pub message: String,
-    /// Everything else, ` name=value` each.
-    pub details: String,
+    /// Everything else.
+    fields: Map<String, Value>,
     /// The line.
     raw: String,
 }
@@ -138,7 +148,7 @@ impl Entry {
             who: who.into(),
             target: String::new(),
             message: line.trim_end().into(),
-            details: String::new(),
+            fields: Map::new(),
             raw: line.trim_end().into(),
         };
         let Ok(Value::Object(mut object)) = serde_json::from_str::<Value>(line) else { return entry };
@@ -159,21 +169,30 @@ impl Entry {
             Some(Value::String(message)) => message,
             _ => String::new(),
         };
-        for (name, value) in fields {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            let _ = write!(entry.details, " {name}={value}");
-        }
+        entry.fields = fields;
         entry
+    }
+
+    /// Everything but the message, ` name=value` each.
+    fn details(&self) -> String {
+        let mut details = String::new();
+        for (name, value) in &self.fields {
+            let _ = match value {
+                Value::String(text) => write!(details, " {name}={text}"),
+                value => write!(details, " {name}={value}"),
+            };
+        }
+        details
     }
 
     /// Message and details.
     pub fn text(&self) -> String {
-        format!("{}{}", self.message, self.details).trim_start().to_owned()
+        format!("{}{}", self.message, self.details()).trim_start().to_owned()
     }
 
     /// One of its numbers.
     pub fn number(&self, key: &str) -> Option<f64> {
-        serde_json::from_str::<Value>(&self.raw).ok()?.get(key)?.as_f64()
+        self.fields.get(key)?.as_f64()
     }
 
     /// Its time of day, to the millisecond; the date is in the file.
@@ -198,7 +217,7 @@ impl Entry {
             self.clock(),
             self.who,
             self.message,
-            self.details
+            self.details()
         )
     }
 
@@ -213,19 +232,40 @@ impl Entry {
     }
 }
 
+/// What decides whether a line is shown, read without the rest of it.
+#[derive(Deserialize)]
+#[serde(default)]
+struct Head<'a> {
+    #[serde(borrow)]
+    timestamp: Cow<'a, str>,
+    #[serde(borrow)]
+    level: Cow<'a, str>,
+    #[serde(borrow)]
+    target: Cow<'a, str>,
+}
+
+impl Default for Head<'_> {
+    fn default() -> Self {
+        Head { timestamp: "".into(), level: "".into(), target: "".into() }
+    }
+}
+
 /// A log file that is read as it grows.
 #[derive(Debug, Default)]
 struct Tailed {
     offset: u64,
     partial: Vec<u8>,
     last_time: String,
+    /// It begins in the middle of a line, which is passed over.
+    torn: bool,
 }
 
 impl Tailed {
     /// One whose first read leaves out all but about the last `bytes`.
     fn from_end(path: &Path, bytes: u64) -> Tailed {
         let length = fs::metadata(path).map_or(0, |data| data.len());
-        Tailed { offset: length.saturating_sub(bytes), ..Tailed::default() }
+        let offset = length.saturating_sub(bytes);
+        Tailed { offset, torn: offset > 0, ..Tailed::default() }
     }
 
     /// The whole lines that are new since the last call; with `all` also an unfinished last one.
@@ -242,7 +282,12 @@ impl Tailed {
             Some(last) => last + 1,
             None => 0,
         };
-        let bytes: Vec<u8> = self.partial.drain(..whole).collect();
+        let mut bytes: Vec<u8> = self.partial.drain(..whole).collect();
+        if self.torn && whole > 0 {
+            let end = bytes.iter().position(|&byte| byte == b'\n').map_or(bytes.len(), |end| end + 1);
+            bytes.drain(..end);
+            self.torn = false;
+        }
         let mut entries = Vec::new();
         for line in String::from_utf8_lossy(&bytes).lines().filter(|line| !line.trim().is_empty()) {
             let entry = Entry::parse(who, line, &self.last_time);
@@ -255,9 +300,11 @@ impl Tailed {
 
 /// One log file and whose it is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct LogFile {
-    rank: Option<u32>,
-    who: String,
+pub struct LogFile {
+    /// None of what is no rank's.
+    pub rank: Option<u32>,
+    /// As [`Entry::who`].
+    pub who: String,
     path: PathBuf,
     /// How often it was put aside; 0 for the one that is being written.
     aside: u32,
@@ -306,11 +353,6 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Of all processes or of one rank, from the beginning.
-    pub fn new(rank: Option<u32>) -> Reader {
-        Reader { rank, ..Reader::default() }
-    }
-
     /// Of all processes, from about so many bytes before the end of each log.
     pub fn of_the_end(bytes: u64) -> Reader {
         Reader { last_bytes: Some(bytes), ..Reader::default() }
@@ -341,10 +383,178 @@ impl Reader {
     }
 }
 
+/// The log of one process from its beginning, through the files that were put aside, a line at a time.
+struct Stream {
+    run: RunDir,
+    /// Still to be read, the oldest last.
+    files: Vec<(LogFile, Option<(u64, u64)>)>,
+    who: String,
+    open: Option<BufReader<File>>,
+    identity: Option<(u64, u64)>,
+    /// Also an unfinished last line.
+    all: bool,
+    line: Vec<u8>,
+    offset: u64,
+    last_time: String,
+    /// How far each file was read.
+    read: Vec<((u64, u64), Tailed)>,
+}
+
+impl Stream {
+    /// One for each process of which `wanted` holds.
+    fn of(run: &RunDir, all: bool, wanted: impl Fn(&LogFile) -> bool) -> Result<Vec<Stream>, Failure> {
+        let mut streams: Vec<Stream> = Vec::new();
+        for file in files(run, None)?.into_iter().filter(wanted) {
+            let identity = file.identity();
+            match streams.last_mut().filter(|stream| stream.who == file.who) {
+                Some(stream) => stream.files.insert(0, (file, identity)),
+                None => streams.push(Stream {
+                    run: run.clone(),
+                    who: file.who.clone(),
+                    files: vec![(file, identity)],
+                    open: None,
+                    identity: None,
+                    all,
+                    line: Vec::new(),
+                    offset: 0,
+                    last_time: String::new(),
+                    read: Vec::new(),
+                }),
+            }
+        }
+        Ok(streams)
+    }
+
+    /// The next line for which `wanted` holds, as an event.
+    fn next(&mut self, wanted: impl Fn(&str) -> Wanted) -> Result<Option<Entry>, Failure> {
+        while self.next_line()? {
+            let line = String::from_utf8_lossy(&self.line);
+            if line.trim().is_empty() {
+                continue;
+            }
+            match wanted(&line) {
+                Wanted::No { time: Some(time) } => self.last_time = time,
+                Wanted::No { time: None } => {}
+                Wanted::Yes => {
+                    let entry = Entry::parse(&self.who, &line, &self.last_time);
+                    self.last_time.clone_from(&entry.time);
+                    return Ok(Some(entry));
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn next_line(&mut self) -> Result<bool, Failure> {
+        loop {
+            let Some(open) = &mut self.open else {
+                let Some((file, identity)) = self.files.pop() else { return Ok(false) };
+                self.open_file(&file, identity)?;
+                continue;
+            };
+            self.line.clear();
+            let read = open.read_until(b'\n', &mut self.line);
+            let read = read.map_err(|error| Failure::io("read", &self.run.logs(), &error))? as u64;
+            if read > 0 && (self.all || self.line.ends_with(b"\n")) {
+                self.offset += read;
+                return Ok(true);
+            }
+            self.open = None;
+            let left = Tailed { offset: self.offset, last_time: self.last_time.clone(), ..Tailed::default() };
+            self.read.extend(self.identity.map(|identity| (identity, left)));
+        }
+    }
+
+    /// One that was put aside since it was listed is found under its new name; one that is gone is passed over.
+    fn open_file(&mut self, file: &LogFile, identity: Option<(u64, u64)>) -> Result<(), Failure> {
+        let path = if identity.is_none() || file.identity() == identity {
+            file.path.clone()
+        } else {
+            let moved = files(&self.run, file.rank)?.into_iter().find(|other| other.identity() == identity);
+            let Some(moved) = moved else { return Ok(()) };
+            moved.path
+        };
+        match File::open(&path) {
+            Ok(opened) => self.open = Some(BufReader::with_capacity(64 << 10, opened)),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(Failure::io("read", &path, &error)),
+        }
+        (self.identity, self.offset) = (identity, 0);
+        Ok(())
+    }
+}
+
+/// Whether a line is worth its parsing.
+enum Wanted {
+    Yes,
+    No { time: Option<String> },
+}
+
+/// Takes every event whose line holds `part`, process by process, in logs of which `wanted` holds. One line is in memory at
+/// a time: the logs of many ranks are gigabytes.
+///
+/// # Errors
+/// When a log cannot be read.
+pub fn each(
+    run: &RunDir,
+    part: &str,
+    wanted: impl Fn(&LogFile) -> bool,
+    mut take: impl FnMut(Entry),
+) -> Result<(), Failure> {
+    for mut stream in Stream::of(run, true, wanted)? {
+        while let Some(entry) =
+            stream.next(|line| if line.contains(part) { Wanted::Yes } else { Wanted::No { time: None } })?
+        {
+            take(entry);
+        }
+    }
+    Ok(())
+}
+
+/// Gives `show` what `args` want of the logs as they stand, merged by time, until it says that it is enough; returns how far
+/// each file was read.
+fn merged(
+    run: &RunDir,
+    args: &LogsArgs,
+    mut show: impl FnMut(Entry) -> bool,
+) -> Result<BTreeMap<(u64, u64), Tailed>, Failure> {
+    let mut streams = Stream::of(run, !args.follow, |file| args.rank.is_none() || args.rank == file.rank)?;
+    // One file of each process is open; where that many are not allowed, opening says so.
+    let _ = limits::allow_open_files(streams.len() as u64 + 64);
+    let wanted = |line: &str| match serde_json::from_str::<Head<'_>>(line) {
+        Ok(head) if !args.shows(Level::parse(&head.level), &head.target) => {
+            Wanted::No { time: Some(head.timestamp.into_owned()).filter(|time| !time.is_empty()) }
+        }
+        Err(_) if !args.shows(None, "") => Wanted::No { time: None },
+        _ => Wanted::Yes,
+    };
+    // The next event of each stream; of the same time, that of the first.
+    let mut next: Vec<Option<Entry>> = Vec::new();
+    let mut order = BinaryHeap::new();
+    for (index, stream) in streams.iter_mut().enumerate() {
+        let entry = stream.next(wanted)?;
+        order.extend(entry.as_ref().map(|entry| Reverse((entry.time.clone(), index))));
+        next.push(entry);
+    }
+    while let Some(Reverse((_, index))) = order.pop() {
+        let following = streams[index].next(wanted)?;
+        order.extend(following.as_ref().map(|entry| Reverse((entry.time.clone(), index))));
+        let Some(entry) = std::mem::replace(&mut next[index], following) else { continue };
+        // Parsed whole, a line may turn out to be another.
+        if args.shows(entry.level, &entry.target) && !show(entry) {
+            break;
+        }
+    }
+    Ok(streams.into_iter().flat_map(|stream| stream.read).collect())
+}
+
 /// Why a run failed, cause before consequences: what made each restart necessary, what ended it, and the ranks' first
 /// error after the last start. Empty for a run that did not fail.
-pub fn causes(status: Option<&Status>, metrics: &Metrics, entries: &[Entry]) -> Vec<String> {
-    let Some(status) = status.filter(|status| status.state == State::Failed) else { return Vec::new() };
+///
+/// # Errors
+/// When a log cannot be read.
+pub fn causes(run: &RunDir, status: Option<&Status>, metrics: &Metrics) -> Result<Vec<String>, Failure> {
+    let Some(status) = status.filter(|status| status.state == State::Failed) else { return Ok(Vec::new()) };
     let mut lines = Vec::new();
     for restart in metrics.restarts() {
         let reason = restart.text("reason").unwrap_or("unknown");
@@ -352,17 +562,34 @@ pub fn causes(status: Option<&Status>, metrics: &Metrics, entries: &[Entry]) -> 
     }
     let code = status.exit_code.map_or(String::new(), |code| format!(" with exit code {code}"));
     lines.push(format!("failed{code}: {}", status.error.as_deref().unwrap_or("no reason is known")));
-    let of_rank = |entry: &&Entry| entry.who.starts_with("rank ");
-    let mut last_start =
-        entries.iter().filter(|entry| entry.who == "launcher" && entry.message.starts_with("started "));
-    let last_start = last_start.next_back().map_or("", |entry| entry.time.as_str());
-    let first = entries.iter().filter(of_rank).filter(|entry| entry.time.as_str() >= last_start);
-    if let Some(first) =
-        first.filter(|entry| entry.level == Some(Level::Error)).min_by_key(|entry| &entry.time)
-    {
+    // Of all processes, whatever is shown of the rest: another rank's error may be the cause.
+    let mut last_start = String::new();
+    each(
+        run,
+        "started ",
+        |file| file.who == "launcher",
+        |entry| {
+            if entry.message.starts_with("started ") && entry.time > last_start {
+                last_start = entry.time;
+            }
+        },
+    )?;
+    let mut first: Option<Entry> = None;
+    each(
+        run,
+        "ERROR",
+        |file| file.rank.is_some(),
+        |entry| {
+            let earlier = first.as_ref().is_none_or(|first| entry.time < first.time);
+            if entry.level == Some(Level::Error) && entry.time >= last_start && earlier {
+                first = Some(entry);
+            }
+        },
+    )?;
+    if let Some(first) = first {
         lines.push(format!("first error of a rank: {} {}: {}", first.clock(), first.who, first.text()));
     }
-    lines
+    Ok(lines)
 }
 
 /// `mentee logs RUN [--rank R] [--level L] [--target T] [--lines N] [--follow] [--json]`.
@@ -374,51 +601,65 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     if let Some(record) = Record::read(&run) {
         // Not among the lines, which others may read on.
-        let job = slurm::query(&record.job);
-        let known = job.map_or("no longer known to Slurm".to_owned(), |job| job.to_string());
-        eprintln!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
+        let known = slurm::describe(&slurm::query(&record.job));
+        complain!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
     }
     if !args.follow && files(&run, args.rank)?.is_empty() {
         let whose = args.rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
         return Err(Failure::failed(format!("no log{whose} in {}", run.logs().display())));
     }
-    let mut reader = Reader::new(args.rank);
-    let mut first = true;
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    // False when the reader has seen enough (`| head`).
+    let mut write = |line: &str| writeln!(out, "{line}").is_ok();
+    let shown = |entry: &Entry| if args.json { entry.json() } else { entry.show(colour) };
+    if !args.json {
+        let causes = causes(&run, Status::read(&run).as_ref(), &Metrics::read(&run.metrics())?)?;
+        let (on, off) = if colour { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
+        for line in &causes {
+            write(&format!("{on}{line}{off}"));
+        }
+        if !causes.is_empty() {
+            write("");
+        }
+    }
+    let mut last = VecDeque::new();
+    let mut enough = false;
+    let tailed = merged(&run, args, |entry| {
+        let Some(count) = args.lines else {
+            enough = !write(&shown(&entry));
+            return !enough;
+        };
+        if last.len() == count {
+            last.pop_front();
+        }
+        if count > 0 {
+            last.push_back(entry);
+        }
+        true
+    })?;
+    for entry in &last {
+        enough = enough || !write(&shown(entry));
+    }
+    if enough || out.flush().is_err() || !args.follow {
+        return Ok(());
+    }
+    let mut reader = Reader { tailed, rank: args.rank, last_bytes: None };
     loop {
-        let entries = reader.more(&run, !args.follow)?;
-        let mut lines = Vec::new();
-        if first && !args.json {
-            let causes = causes(Status::read(&run).as_ref(), &Metrics::read(&run.metrics())?, &entries);
-            let (on, off) = if colour { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
-            lines.extend(causes.iter().map(|line| format!("{on}{line}{off}")));
-            if !causes.is_empty() {
-                lines.push(String::new());
+        std::thread::sleep(FOLLOW_EVERY);
+        for entry in reader.more(&run, false)? {
+            if args.shows(entry.level, &entry.target) && writeln!(out, "{}", shown(&entry)).is_err() {
+                return Ok(());
             }
         }
-        let shown: Vec<&Entry> = entries.iter().filter(|entry| args.shows(entry)).collect();
-        let skipped = args.lines.filter(|_| first).map_or(0, |last| shown.len().saturating_sub(last));
-        lines.extend(
-            shown[skipped..].iter().map(|entry| if args.json { entry.json() } else { entry.show(colour) }),
-        );
-        first = false;
-        let mut out = std::io::stdout().lock();
-        for line in lines {
-            if writeln!(out, "{line}").is_err() {
-                return Ok(()); // the reader has seen enough (`| head`)
-            }
-        }
-        if !args.follow {
+        if out.flush().is_err() {
             return Ok(());
         }
-        let _ = out.flush();
-        drop(out);
-        std::thread::sleep(FOLLOW_EVERY);
     }
 }
 
 /// The last lines of one log, for people; empty when there is none.
 pub fn tail(path: &Path, lines: usize) -> Vec<String> {
-    let entries = Tailed::default().more(path, "", true).unwrap_or_default();
+    let entries = Tailed::from_end(path, TAIL_BYTES).more(path, "", true).unwrap_or_default();
     let entries: Vec<Entry> =
         entries.into_iter().filter(|entry| entry.level.is_none_or(|level| level >= Level::Info)).collect();
     entries[entries.len().saturating_sub(lines)..].iter().map(|entry| entry.show(false)).collect()
@@ -501,27 +742,90 @@ mod tests {
         let seen = |entries: Vec<Entry>| entries.into_iter().map(|entry| entry.message).collect::<Vec<_>>();
         let log = run.rank_log(3);
         fs::write(&log, line(1)).expect("written");
-        let mut reader = Reader::new(Some(3));
+        let mut reader = Reader { rank: Some(3), ..Reader::default() };
         assert_eq!(seen(reader.more(&run, false).expect("read")), ["1"]);
         fs::write(&log, line(1) + &line(2)).expect("written");
         fs::rename(&log, log.with_extension("1.jsonl")).expect("renamed");
         fs::write(&log, line(3)).expect("written");
         fs::write(run.rank_log(4), line(4)).expect("written");
         assert_eq!(seen(reader.more(&run, false).expect("read")), ["2", "3"]);
-        assert_eq!(seen(Reader::new(None).more(&run, false).expect("read")), ["1", "2", "3", "4"]);
+        assert_eq!(seen(Reader::default().more(&run, false).expect("read")), ["1", "2", "3", "4"]);
+
+        // The same from the beginning, a line at a time, and on from there.
+        fs::write(run.logs().join("launcher.jsonl"), line(2) + "half a li").expect("written");
+        let mut args = args(None, None);
+        args.follow = true;
+        let mut all = Vec::new();
+        let tailed = merged(&run, &args, |entry| {
+            all.push(format!("{}: {}", entry.who, entry.message));
+            true
+        });
+        assert_eq!(all, ["rank 3: 1", "launcher: 2", "rank 3: 2", "rank 3: 3", "rank 4: 4"]);
+        let mut reader = Reader { tailed: tailed.expect("read"), ..Reader::default() };
+        fs::write(&log, line(3) + &line(5)).expect("written");
+        fs::write(run.logs().join("launcher.jsonl"), line(2) + "half a line\n").expect("written");
+        assert_eq!(seen(reader.more(&run, false).expect("read")), ["half a line", "5"]);
+        args.rank = Some(4);
+        let mut of_four = Vec::new();
+        merged(&run, &args, |entry| {
+            of_four.push(entry.message);
+            true
+        })
+        .expect("read");
+        assert_eq!(of_four, ["4"]);
+    }
+
+    fn args(level: Option<Level>, target: Option<&str>) -> LogsArgs {
+        LogsArgs {
+            run: PathBuf::new(),
+            rank: None,
+            level: level.unwrap_or(Level::Info),
+            target: target.map(str::to_owned),
+            lines: None,
+            follow: false,
+            json: false,
+        }
+    }
+
+    #[test]
+    fn the_first_error_is_looked_for_in_all_logs_after_the_last_start() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = RunDir::at(folder.path()).expect("a path");
+        fs::create_dir(run.logs()).expect("made");
+        let line = |second: u32, level: &str, message: &str| {
+            format!(
+                "{{\"timestamp\":\"2026-01-02T03:04:{second:02}Z\",\"level\":\"{level}\",\"message\":\"{message}\"}}\n"
+            )
+        };
+        // As older versions wrote it: fields in `fields`.
+        let started = |second: u32| {
+            format!(
+                "{{\"timestamp\":\"2026-01-02T03:04:{second:02}Z\",\"level\":\"INFO\",\
+                 \"fields\":{{\"message\":\"started /bin/w\",\"generation\":1}},\"target\":\"x\"}}\n"
+            )
+        };
+        fs::write(run.logs().join("launcher.jsonl"), started(0) + &started(20)).expect("written");
+        fs::write(run.rank_log(0), line(5, "ERROR", "of the last start") + &line(30, "ERROR", "follows"))
+            .expect("written");
+        fs::write(run.rank_log(1), line(1, "INFO", "no ERROR") + &line(25, "ERROR", "the cause"))
+            .expect("written");
+        let mut status = Status::new("run", 2);
+        (status.state, status.exit_code, status.error) = (State::Failed, Some(1), Some("why".into()));
+        let causes = causes(&run, Some(&status), &Metrics::default()).expect("read");
+        assert_eq!(
+            causes,
+            ["failed with exit code 1: why", "first error of a rank: 2026-01-02T03:04:25Z rank 1: the cause"]
+        );
+        let entry = Entry::parse("launcher", &started(0), "");
+        assert_eq!(
+            (entry.number("generation"), entry.text().as_str()),
+            (Some(1.0), "started /bin/w generation=1")
+        );
     }
 
     #[test]
     fn filters_by_level_and_target() {
-        let args = LogsArgs {
-            run: PathBuf::new(),
-            rank: None,
-            level: Level::Warn,
-            target: Some("mentee_worker::eval".into()),
-            lines: None,
-            follow: false,
-            json: false,
-        };
+        let args = args(Some(Level::Warn), Some("mentee_worker::eval"));
         let table = [
             ("WARN", "mentee_worker::eval", true),
             ("ERROR", "mentee_worker::eval::knn", true),
@@ -531,7 +835,8 @@ mod tests {
         ];
         for (level, target, shown) in table {
             let line = format!("{{\"level\":\"{level}\",\"target\":\"{target}\",\"message\":\"x\"}}");
-            assert_eq!(args.shows(&Entry::parse("rank 0", &line, "")), shown, "{line}");
+            let entry = Entry::parse("rank 0", &line, "");
+            assert_eq!(args.shows(entry.level, &entry.target), shown, "{line}");
         }
     }
 }

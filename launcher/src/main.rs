@@ -1,6 +1,9 @@
 //! `mentee`: the light binary. It prepares, supervises and reads runs; training itself is in `mentee-worker`, which
 //! alone links libtorch and MPI.
 
+// A closed pipe or a full disk ends no program that says its words by `mentee_config::say`.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod bench;
 mod checkpoints;
 mod curve;
@@ -8,6 +11,7 @@ mod data;
 mod demo;
 mod doctor;
 mod engine;
+#[allow(clippy::print_stdout, clippy::print_stderr, reason = "one line at the end of a command")]
 mod export;
 mod failure;
 mod flood;
@@ -19,6 +23,7 @@ mod monitor;
 mod place;
 mod progress;
 mod prometheus;
+#[allow(clippy::print_stdout, reason = "one line at the end of a command")]
 mod report;
 mod run;
 mod rundir;
@@ -37,7 +42,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use mentee_config::exit_code;
+use mentee_config::{complain, exit_code};
 
 use crate::engine::{Engine, Layout};
 use crate::failure::Failure;
@@ -188,7 +193,7 @@ fn main() -> ExitCode {
         Ok(exit_code) => code(exit_code),
         Err(failure) => {
             if !failure.line.is_empty() {
-                eprintln!("error: {}", failure.line);
+                complain!("error: {}", failure.line);
             }
             code(failure.exit_code)
         }

@@ -11,6 +11,11 @@ use serde_json::{Map, Value};
 
 use crate::failure::Failure;
 
+/// A gap between two lines that is longer than so much of what its steps take, and than [`IDLE_S`], is no training.
+const IDLE: f64 = 10.0;
+/// See [`IDLE`]; seconds.
+const IDLE_S: f64 = 30.0;
+
 /// One line, whole.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Line {
@@ -183,6 +188,28 @@ impl Metrics {
         self.eval.values().next_back()
     }
 
+    /// Seconds of training from the first to the last logged step: of a gap far longer than its steps (a stop, a wait in
+    /// a queue, a long evaluation) these alone count.
+    pub fn training_s(&self) -> Option<f64> {
+        let mut lines = self.train().filter_map(|line| Some((line.step, line.time?, line.step_ms)));
+        let (mut step, mut time, _) = lines.next()?;
+        let mut sum = 0.0;
+        for (next, at, step_ms) in lines {
+            let gap = (at - time).max(0.0);
+            let steps = step_ms.map_or(f64::INFINITY, |ms| (next - step) as f64 * ms / 1e3);
+            sum += if gap > IDLE_S && gap > IDLE * steps { steps } else { gap };
+            (step, time) = (next, at);
+        }
+        Some(sum)
+    }
+
+    /// When it last wrote that something was done: a step, an evaluation, a checkpoint.
+    pub fn last_time(&self) -> Option<f64> {
+        let others = [self.last_eval(), self.checkpoints().next_back()].map(|line| line?.number("time"));
+        let train = self.train().next_back().and_then(|line| line.time);
+        others.into_iter().chain([train]).flatten().reduce(f64::max)
+    }
+
     /// Where the number of ranks changed: the first step with another number, the number before, the number from there.
     pub fn world_changes(&self) -> Vec<(u64, u32, u32)> {
         let sizes: Vec<(u64, u32)> =
@@ -232,6 +259,24 @@ mod tests {
             eval.table(),
             ["kNN top-1, trained        51.2 %", "kNN top-1, raw pixels     20.0 %", "protocol: k = 200"]
         );
+    }
+
+    #[test]
+    fn time_in_which_nothing_ran_is_no_training() {
+        let line = |step: u32, time: f64| {
+            format!("{{\"kind\":\"train\",\"step\":{step},\"time\":{time},\"step_ms\":2000}}\n")
+        };
+        let day = 86_400.0;
+        let text: String = [(1, 0.0), (2, 2.0), (12, 25.0), (13, day), (14, day + 3.0)]
+            .map(|(step, at)| line(step, at))
+            .concat();
+        let metrics = parse(&text);
+        assert_eq!(metrics.training_s(), Some(2.0 + 23.0 + 2.0 + 3.0));
+        assert_eq!(metrics.last_time(), Some(day + 3.0));
+        assert_eq!(parse(&line(1, 5.0)).training_s(), Some(0.0));
+        assert_eq!(parse("").training_s(), None);
+        let text = line(1, 5.0) + "{\"kind\":\"eval\",\"step\":1,\"time\":70}\n";
+        assert_eq!(parse(&text).last_time(), Some(70.0));
     }
 
     #[test]

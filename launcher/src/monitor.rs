@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::Phase;
+use mentee_config::show;
 use ratatui::buffer::Buffer;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -54,7 +55,7 @@ pub fn command(args: &MonitorArgs) -> Result<(), Failure> {
     let mut watch = Watch::new(RunDir::existing(&args.run)?);
     if args.once || !std::io::stdout().is_terminal() {
         let width = ratatui::crossterm::terminal::size().ok().filter(|_| std::io::stdout().is_terminal());
-        print!("{}", plain(watch.look()?, width.map_or(PLAIN_WIDTH, |(width, _)| width)));
+        show!("{}", plain(watch.look()?, width.map_or(PLAIN_WIDTH, |(width, _)| width)).trim_end());
         return Ok(());
     }
     let cannot = |error: std::io::Error| Failure::failed(format!("cannot use the terminal: {error}"));
@@ -213,11 +214,15 @@ fn draw_head(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
 
 /// How long a run that should go on has made no step, when that is too long.
 fn still_for(snapshot: &Snapshot) -> Option<f64> {
-    if snapshot.status.as_ref()?.state != State::Running {
+    let status = snapshot.status.as_ref().filter(|status| status.state == State::Running)?;
+    // These take as long as they take; a rank that hangs in one is the coordinator's to notice.
+    let busy = |row: &RankRow| matches!(row.phase, Some(Phase::Eval | Phase::Checkpoint));
+    if snapshot.ranks.values().any(busy) {
         return None;
     }
     let last = snapshot.metrics.train().next_back()?;
-    let since = snapshot.now - last.time?;
+    // What was written before this start says nothing of it.
+    let since = snapshot.now - snapshot.metrics.last_time()?.max(status.going_since);
     // With sparse logging, what the supervisor hears counts.
     let every =
         snapshot.metrics.train().rev().take(2).map(|line| line.step).reduce(|a, b| a - b).unwrap_or(1) as f64;
@@ -235,7 +240,7 @@ fn progress(snapshot: &Snapshot, width: u16) -> Line<'static> {
         text.push_str(&format!("  epoch {epoch}/{epochs}"));
     }
     let duration = |seconds: f64| Duration::try_from_secs_f64(seconds).ok().map(clock);
-    if let Some(elapsed) = snapshot.elapsed_s().and_then(duration) {
+    if let Some(elapsed) = snapshot.metrics.training_s().and_then(duration) {
         text.push_str(&format!("  {elapsed} so far"));
     }
     let left = snapshot.status.as_ref().filter(|_| snapshot.is_alive()).and_then(|status| status.eta_s);
@@ -647,5 +652,15 @@ mod tests {
         assert_eq!(still_for(&still), None);
         still.now += 100.0;
         assert!(screen(&still, View::default(), 80, 24).contains("no step for 1:40"));
+        // One rank evaluates, the others wait for it.
+        still.ranks.entry(0).or_default().phase = Some(Phase::Eval);
+        assert_eq!(still_for(&still), None);
+        still.ranks.entry(0).or_default().phase = Some(Phase::DataWait);
+        // Resumed after a day.
+        still.now += 86_400.0;
+        still.status.as_mut().expect("one").going_since = still.now - 10.0;
+        assert_eq!(still_for(&still), None);
+        still.now += 50.0;
+        assert_eq!(still_for(&still), Some(60.0));
     }
 }

@@ -3,6 +3,7 @@
 
 use mentee_cluster::identity::{affinity_advice, discover, visible_devices};
 use mentee_cluster::server::hostname;
+use mentee_config::show;
 
 use crate::failure::Failure;
 
@@ -44,7 +45,7 @@ pub fn command(args: &PlaceArgs) -> Result<(), Failure> {
             "device": device,
             "advice": advice,
         });
-        println!("{place}");
+        show!("{place}");
         return Ok(());
     }
     let device = match (visible, device) {
@@ -61,7 +62,7 @@ pub fn command(args: &PlaceArgs) -> Result<(), Failure> {
     };
     // One write, so that the lines of several ranks do not mix.
     let mut line = format!(
-        "rank {} of {} on {}: local rank {} of {}, {allowed} of {online} cores, {device} ({launcher})\n",
+        "rank {} of {} on {}: local rank {} of {}, {allowed} of {online} cores, {device} ({launcher})",
         identity.rank,
         identity.world_size,
         hostname(),
@@ -69,8 +70,8 @@ pub fn command(args: &PlaceArgs) -> Result<(), Failure> {
         identity.local_size
     );
     if let Some(advice) = advice {
-        line.push_str(&format!("warning: {advice}\n"));
+        line.push_str(&format!("\nwarning: {advice}"));
     }
-    print!("{line}");
+    show!("{line}");
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mentee_cluster::{Progress, WorkerEvent};
+use mentee_config::say;
 
 /// Shows rank 0's progress.
 #[derive(Debug)]
@@ -42,13 +43,21 @@ impl Display {
             bar.set_message(self.describe(progress));
             return;
         }
-        let last = progress.step == progress.total_steps;
-        let due = self.last_line.is_none_or(|line| now - line >= pause(now - self.started));
-        if progress.step > 0 && self.last_step != Some(progress.step) && (due || last) {
-            self.last_line = Some(now);
-            self.last_step = Some(progress.step);
-            println!("step {}/{}  {}", progress.step, progress.total_steps, self.describe(progress));
+        if let Some(line) = self.line(now, progress) {
+            say!("{line}");
         }
+    }
+
+    /// The line that is due: of the step whose loss is known, which is not always the newest.
+    fn line(&mut self, now: Instant, progress: &Progress) -> Option<String> {
+        let Progress { logged, total_steps, .. } = *progress;
+        let due = self.last_line.is_none_or(|line| now - line >= pause(now - self.started));
+        if logged == 0 || self.last_step == Some(logged) || !(due || logged == total_steps) {
+            return None;
+        }
+        self.last_line = Some(now);
+        self.last_step = Some(logged);
+        Some(format!("step {logged}/{total_steps}  {}", self.describe(progress)))
     }
 
     /// Takes an event worth a line.
@@ -69,7 +78,7 @@ impl Display {
     pub fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.println(line),
-            None => println!("{line}"),
+            None => say!("{line}"),
         }
     }
 
@@ -218,6 +227,29 @@ mod tests {
         eta.note(start + Duration::from_secs(10), &at(60));
         assert_eq!(eta.left(&at(60)), Some(Duration::from_secs(20)));
         assert_eq!(eta.left(&at(200)), Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn a_line_is_of_the_step_whose_loss_it_gives() {
+        let start = Instant::now();
+        let mut display =
+            Display { bar: None, started: start, last_line: None, last_step: None, eta: Eta::default() };
+        let at = |step, logged| Progress {
+            step,
+            logged,
+            total_steps: 6,
+            epochs: 1,
+            loss: (logged > 0).then_some(logged as f64),
+            ..Progress::default()
+        };
+        assert_eq!(display.line(start, &at(1, 0)), None, "nothing is logged yet");
+        let mut line = |ms, progress| display.line(start + Duration::from_millis(ms), &progress);
+        assert_eq!(line(10, at(1, 1)).as_deref(), Some("step 1/6  epoch 1/1  loss 1.0000"));
+        assert_eq!(line(4000, at(5, 4)).as_deref(), Some("step 4/6  epoch 1/1  loss 4.0000"));
+        // The last step is done, its loss not known yet; then it is, at once.
+        assert_eq!(line(4010, at(6, 5)), None);
+        assert_eq!(line(4020, at(6, 6)).as_deref(), Some("step 6/6  epoch 1/1  loss 6.0000"));
+        assert_eq!(line(9000, at(6, 6)), None, "once");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use mentee_checkpoint as checkpoint;
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Output, WorkerEvent, server};
-use mentee_config::{Plan, Recipe, exit_code};
+use mentee_config::{Plan, Recipe, complain, exit_code, say};
 use mentee_data::{DataError, Split, open_split};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -25,7 +25,6 @@ use crate::engine::{self, Engine, Layout, Tools};
 use crate::failure::Failure;
 use crate::flood::Flood;
 use crate::interface;
-use crate::limits;
 use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
@@ -43,6 +42,8 @@ const TAIL: usize = 20;
 const MAX_LINE: usize = 16 * 1024;
 /// How often `status.json` is written.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// How long the step of an srun that has ended gets to be gone from all machines before the next start.
+const STEP_GRACE: Duration = Duration::from_secs(30);
 /// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
 const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 
@@ -105,9 +106,9 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let allocation = Allocation::from_env(&|name| std::env::var(name).ok());
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
     let interface = match &args.interface {
-        Some(interface) => interface::address(interface)?,
-        None if engine == Engine::Srun => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        None => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        Some(interface) => Some(interface::address(interface)?),
+        None if engine == Engine::Srun => None,
+        None => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
     };
     let metrics_address = args.metrics_address.as_deref().map(prometheus::address).transpose()?;
     if args.requeue && allocation.is_none() {
@@ -125,8 +126,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     drop(source);
     let tools = engine::find_tools(engine, &args.engine_args)?;
 
-    // A connection for each worker, and what the process needs besides.
-    limits::allow_open_files(2 * u64::from(args.workers) + 256)?;
+    server::allow_open_files(args.workers).map_err(|error| Failure::failed(error.to_string()))?;
     let _lock = dir.lock()?;
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
@@ -135,7 +135,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         .iter()
         .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
     if at_end && is_evaluated(&dir, &plan)? {
-        println!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
+        say!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
     }
     let text = plan.recipe.to_toml();
@@ -182,8 +182,8 @@ struct Job<'a> {
     plan: &'a Plan,
     tools: Tools,
     engine: Engine,
-    /// Where the coordinator listens.
-    interface: IpAddr,
+    /// Where the coordinator listens; none: everywhere.
+    interface: Option<IpAddr>,
     /// Where Prometheus may ask.
     metrics_address: Option<SocketAddr>,
     allocation: Option<&'a Allocation>,
@@ -218,6 +218,8 @@ struct Shell<'a> {
     /// The first `error: …` line of this start.
     said: Option<String>,
     timer: Option<(Timer, tokio::time::Instant)>,
+    /// Done when nothing is left of the last start's step.
+    step_over: Option<tokio::sync::oneshot::Receiver<()>>,
     display: Display,
     flood: Flood,
     status: Status,
@@ -276,6 +278,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         tail: VecDeque::new(),
         said: None,
         timer: None,
+        step_over: None,
         display,
         flood: Flood::default(),
         status,
@@ -329,7 +332,7 @@ impl Shell<'_> {
     /// Does what was decided; an outcome ends the run.
     async fn perform(&mut self, action: Action) -> Result<Option<Outcome>, Failure> {
         match action {
-            Action::Start { generation } => self.start(generation)?,
+            Action::Start { generation } => self.start(generation).await?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
             Action::Terminate => {
                 shm::note(self.job.dir);
@@ -337,7 +340,10 @@ impl Shell<'_> {
             }
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
-            Action::RecordRestart { generation, culprit } => self.record_restart(generation, &culprit),
+            Action::RecordRestart { generation, culprit } => {
+                self.end_step();
+                self.record_restart(generation, &culprit);
+            }
             Action::LeaveOut { host } => self.leave_out(&host).await?,
             Action::Say(line) => {
                 tracing::warn!("{line}");
@@ -348,7 +354,10 @@ impl Shell<'_> {
         Ok(None)
     }
 
-    fn start(&mut self, generation: u32) -> Result<(), Failure> {
+    async fn start(&mut self, generation: u32) -> Result<(), Failure> {
+        if let Some(over) = self.step_over.take() {
+            let _ = over.await; // bounded by the thread that ends it
+        }
         let address = if generation == 0 {
             self.coordinator.address.clone()
         } else {
@@ -418,11 +427,35 @@ impl Shell<'_> {
         }
     }
 
+    /// The job and the name of this start's step, where there is one.
+    fn step(&self) -> Option<(String, String)> {
+        let allocation = self.job.allocation.filter(|_| self.job.engine == Engine::Srun)?;
+        Some((allocation.job().to_owned(), engine::step_name(self.status.generation)))
+    }
+
     /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
-    fn kill_steps(&self) {
-        if let (Engine::Srun, Some(allocation)) = (self.job.engine, self.job.allocation) {
-            let job = allocation.job().to_owned();
-            std::thread::spawn(move || slurm::kill_steps(&job));
+    fn kill_step(&self) {
+        if let Some((job, name)) = self.step() {
+            std::thread::spawn(move || {
+                if let Err(why) = slurm::kill_step(&job, &name) {
+                    tracing::warn!("cannot list the job's steps: {why}");
+                }
+            });
+        }
+    }
+
+    /// An srun that has ended may have left tasks on other machines, which hold devices and memory: the next start waits
+    /// until they are gone.
+    fn end_step(&mut self) {
+        if let Some((job, name)) = self.step() {
+            let (over, is_over) = tokio::sync::oneshot::channel();
+            self.step_over = Some(is_over);
+            std::thread::spawn(move || {
+                if let Err(why) = slurm::end_step(&job, &name, STEP_GRACE) {
+                    tracing::warn!("what is left of the last start may overlap with the next: {why}");
+                }
+                let _ = over.send(());
+            });
         }
     }
 
@@ -430,7 +463,7 @@ impl Shell<'_> {
     /// would leave its temporary files, and ranks that it cannot end any more.
     fn kill(&mut self) {
         shm::note(self.job.dir);
-        self.kill_steps();
+        self.kill_step();
         let first = !std::mem::replace(&mut self.killed, true);
         if first && self.job.engine == Engine::Mpirun && kill_all(&self.job.dir.leftovers()) {
             return;
@@ -460,6 +493,7 @@ impl Shell<'_> {
         match output {
             Output::Go { ranks, .. } => {
                 shm::note(self.job.dir);
+                self.status.going_since = unix_time();
                 if self.status.state == State::Starting {
                     self.status.state = State::Running;
                 }
@@ -593,7 +627,7 @@ impl Shell<'_> {
             exit_code::PREEMPTED => {
                 if let Some(culprit) = culprit {
                     tracing::warn!("{culprit}");
-                    eprintln!("warning: {culprit}");
+                    complain!("warning: {culprit}");
                 }
                 None
             }
@@ -617,7 +651,7 @@ impl Shell<'_> {
             _ => report::write(dir),
         };
         if let Err(error) = report {
-            eprintln!("warning: no report: {error}");
+            complain!("warning: no report: {error}");
         }
         if let Some(line) = failure {
             tracing::error!("{line}");
@@ -626,11 +660,11 @@ impl Shell<'_> {
         let last = Metrics::read(&dir.metrics())?;
         let step = last.last_train().map_or(0, |line| line.step);
         if exit_code == exit_code::PREEMPTED {
-            println!("{}", how_stopped(step, dir.newest_step()));
+            say!("{}", how_stopped(step, dir.newest_step()));
         } else {
             let loss = last.last_train().and_then(|line| line.number("loss"));
             let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
-            println!("done: {step} steps{loss}; curves: {}", dir.report().display());
+            say!("done: {step} steps{loss}; curves: {}", dir.report().display());
         }
         Ok(exit_code)
     }
@@ -640,16 +674,16 @@ impl Shell<'_> {
             let path = self.job.dir.rank_log(rank);
             let lines = logs::tail(&path, 10);
             if !lines.is_empty() {
-                eprintln!("last lines of rank {rank} ({}):", path.display());
+                complain!("last lines of rank {rank} ({}):", path.display());
                 for line in lines {
-                    eprintln!("  {line}");
+                    complain!("  {line}");
                 }
             }
         }
         if !self.tail.is_empty() {
-            eprintln!("last lines of the workers' output ({}):", self.job.dir.worker_output().display());
+            complain!("last lines of the workers' output ({}):", self.job.dir.worker_output().display());
             for line in &self.tail {
-                eprintln!("  {line}");
+                complain!("  {line}");
             }
         }
     }
@@ -738,7 +772,7 @@ fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
             return Ok(());
         }
         if !told {
-            println!("waiting for {} worker(s) of an earlier run in {}", left.len(), dir.path().display());
+            say!("waiting for {} worker(s) of an earlier run in {}", left.len(), dir.path().display());
             told = true;
         }
         if started.elapsed() > 2 * LEFTOVER_GRACE {

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use mentee_config::recipe::DataFormat;
+use mentee_config::{recipe::DataFormat, say};
 use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
 use mentee_data::{DataError, Source, Split, open, open_split};
 
@@ -133,12 +133,12 @@ fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool)
     };
     counter.finish();
     let Some(Written { samples, shards, bytes, digest }) = written? else {
-        println!("{}: complete from before, left as it is", out.display());
+        say!("{}: complete from before, left as it is", out.display());
         return Ok(());
     };
     let seconds = started.elapsed().as_secs_f64().max(1e-9);
     let taken_over = taken_over.unwrap_or(0);
-    println!(
+    say!(
         "{}: {samples} images of {} classes in {shards} shards, {}, digest {}{}",
         out.display(),
         source.classes().len(),
@@ -147,10 +147,10 @@ fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool)
         options.store.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))
     );
     if taken_over > 0 {
-        println!("  {taken_over} of them were there from before");
+        say!("  {taken_over} of them were there from before");
     }
     let share = (samples - taken_over) as f64 / samples.max(1) as f64;
-    println!(
+    say!(
         "  {:.0} images/s, {:.0} MB/s",
         (samples - taken_over) as f64 / seconds,
         bytes as f64 * share / seconds / 1e6

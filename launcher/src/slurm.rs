@@ -8,9 +8,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
+use mentee_config::say;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::STEP_NAME;
 use crate::failure::Failure;
 use crate::rundir::{RunDir, unix_time, write_atomically};
 use crate::supervise::StopSignal;
@@ -148,10 +148,80 @@ impl std::fmt::Display for Job {
     }
 }
 
-/// What Slurm knows of a job; `None` when it has forgotten it, or there is no Slurm here.
-pub fn query(job: &str) -> Option<Job> {
-    let said = ask("scontrol", &["show", "job", "--oneliner", job]).ok()?;
-    Job::parse(said.lines().next()?)
+/// What Slurm knows of a job, `None` when it has forgotten it; or why it could not be asked.
+pub type Known = Result<Option<Job>, String>;
+
+/// Asks for one job.
+pub fn query(job: &str) -> Known {
+    Ok(list(job)?.into_iter().next().map(|(_, job)| job))
+}
+
+/// In words.
+pub fn describe(known: &Known) -> String {
+    match known {
+        Ok(Some(job)) => job.to_string(),
+        Ok(None) => "no longer known to Slurm".to_owned(),
+        Err(why) => format!("Slurm could not be asked ({why})"),
+    }
+}
+
+/// Asks for many jobs, of which most are tasks of one array: once for each array, and no more after the first question
+/// without an answer.
+#[derive(Debug, Default)]
+pub struct Jobs {
+    lists: BTreeMap<String, Vec<(Option<String>, Job)>>,
+    failed: Option<String>,
+}
+
+impl Jobs {
+    /// Why there was no answer, where there was none.
+    pub fn failed(&self) -> Option<&str> {
+        self.failed.as_deref()
+    }
+
+    /// What is known of one of them.
+    pub fn query(&mut self, job: &str) -> Known {
+        let (array, task) = job.split_once('_').map_or((job, None), |(array, task)| (array, Some(task)));
+        if !self.lists.contains_key(array) {
+            if let Some(why) = &self.failed {
+                return Err(why.clone());
+            }
+            let list = list(array).inspect_err(|why| self.failed = Some(why.clone()))?;
+            self.lists.insert(array.to_owned(), list);
+        }
+        let list = self.lists.get(array).into_iter().flatten();
+        let mut fitting = list.filter(|(tasks, _)| match (tasks, task) {
+            (Some(tasks), Some(task)) => task.parse().is_ok_and(|task| is_among(tasks, task)),
+            (None, None) => true,
+            _ => false,
+        });
+        Ok(fitting.next().map(|(_, job)| job.clone()))
+    }
+}
+
+/// Every line that Slurm has of a job: which tasks of an array it is of, and what it says of them.
+fn list(job: &str) -> Result<Vec<(Option<String>, Job)>, String> {
+    let said = match ask("scontrol", &["show", "job", "--oneliner", job]) {
+        Err(why) if why.contains("Invalid job id") => String::new(),
+        said => said?,
+    };
+    let tasks = |line: &str| {
+        line.split_whitespace().find_map(|word| word.strip_prefix("ArrayTaskId=")).map(str::to_owned)
+    };
+    Ok(said.lines().filter_map(|line| Some((tasks(line), Job::parse(line)?))).collect())
+}
+
+/// Whether a task is among `3`, `0-7`, `1,4-6`, `0-8:2`, `0-7%2`, as Slurm writes the tasks that still wait together.
+fn is_among(tasks: &str, task: u32) -> bool {
+    let tasks = tasks.split_once('%').map_or(tasks, |(tasks, _)| tasks);
+    tasks.split(',').any(|part| {
+        let (range, step) = part.split_once(':').unwrap_or((part, "1"));
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let (Ok(first), Ok(last), Ok(step)) = (first.parse(), last.parse(), step.parse()) else {
+            return false;
+        };
+        (first..=last).contains(&task) && (task - first).checked_rem(step) == Some(0)
+    })
 }
 
 /// Whether a run that has ended goes back into the queue: when the scheduler only warned, or stopped the tasks alone.
@@ -185,28 +255,45 @@ pub fn put_back(
     let signal = stopped_by.first().map_or("a signal to the workers", |signal| signal.name());
     record.requeues.push(Requeue { time: unix_time(), step, signal: signal.to_owned() });
     record.write(run)?;
-    println!("{signal}: checkpoint at step {step}; job {job} goes back into the queue");
+    say!("{signal}: checkpoint at step {step}; job {job} goes back into the queue");
     ask("scontrol", &["requeue", job])
         .map(drop)
         .map_err(|why| preempted(format!("job {job} cannot be requeued ({why}): {again}")))
 }
 
-/// SIGKILL to our steps of a job, on all of its nodes; its batch script lives on.
-pub fn kill_steps(job: &str) {
+/// SIGKILL to the steps of a job that have this name, on all of its nodes; its batch script lives on. Returns how many there
+/// were.
+///
+/// # Errors
+/// Why Slurm could not be asked.
+pub fn kill_step(job: &str, name: &str) -> Result<usize, String> {
     let jobs = format!("--jobs={job}");
-    match ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"]) {
-        Ok(steps) => {
-            for line in steps.lines() {
-                if let Some((step, STEP_NAME)) = line.trim().split_once(' ') {
-                    match ask("scancel", &["--signal=KILL", step]) {
-                        Ok(_) => tracing::info!("killed step {step}"),
-                        Err(why) => tracing::warn!("cannot kill step {step}: {why}"),
-                    }
-                }
-            }
+    let steps = ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"])?;
+    let steps = steps.lines().filter_map(|line| line.trim().split_once(' ').filter(|step| step.1 == name));
+    let mut there = 0;
+    for (step, _) in steps {
+        there += 1;
+        match ask("scancel", &["--signal=KILL", step]) {
+            Ok(_) => tracing::info!("killed step {step}"),
+            Err(why) => tracing::warn!("cannot kill step {step}: {why}"),
         }
-        Err(why) => tracing::warn!("cannot list the job's steps: {why}"),
     }
+    Ok(there)
+}
+
+/// The same until Slurm lists none any more, at most for `patience`.
+///
+/// # Errors
+/// Why it is not known to be gone.
+pub fn end_step(job: &str, name: &str, patience: Duration) -> Result<(), String> {
+    let since = Instant::now();
+    while kill_step(job, name)? > 0 {
+        if since.elapsed() > patience {
+            return Err(format!("{name} is still there after {} s", patience.as_secs()));
+        }
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    Ok(())
 }
 
 /// Runs one of Slurm's commands; its standard output, or in one line why there is none.
@@ -294,6 +381,16 @@ mod tests {
         assert_eq!(over.to_string(), "failed on n[1-2] (NonZeroExitCode)");
         assert!(!over.is_active());
         assert_eq!(Job::parse("slurm_load_jobs error: Invalid job id specified"), None);
+    }
+
+    #[test]
+    fn tasks_of_an_array_are_found_in_its_lists() {
+        for (tasks, inside, outside) in
+            [("3", 3, 30), ("0-7", 7, 8), ("1,4-6%2", 5, 2), ("0-8:2", 4, 3), ("0-8:0", 9, 0), ("x", 9, 0)]
+        {
+            assert_eq!(is_among(tasks, inside), inside != 9, "{tasks}");
+            assert!(!is_among(tasks, outside), "{tasks}");
+        }
     }
 
     #[test]

@@ -90,13 +90,6 @@ impl Snapshot {
         if reported > 0 { reported } else { logged }
     }
 
-    /// Seconds between the first and the last logged step.
-    pub fn elapsed_s(&self) -> Option<f64> {
-        let mut times = self.metrics.train().filter_map(|line| line.time);
-        let first = times.next()?;
-        Some(times.next_back().unwrap_or(first) - first)
-    }
-
     /// Ranks that the others wait for, worst first.
     pub fn stragglers(&self) -> Vec<Straggler> {
         stragglers(&self.ranks)
@@ -213,7 +206,8 @@ impl Watch {
                 let row = snapshot.ranks.entry(rank).or_default();
                 row.host = Some(at.host.clone());
                 row.phase = Some(at.phase);
-                row.step = row.step.max(at.step);
+                // Not the greater one: after a restart the logs still speak of steps that are made again.
+                row.step = at.step;
                 // What the logs say last is the newest when the run is over, and what there is when it has just begun.
                 if at.times.is_some() {
                     (row.step_ms, row.times, row.rss_mb) = (at.step_ms, at.times, at.rss_mb);
@@ -288,17 +282,28 @@ fn times_of(entry: &Entry) -> Option<StepTimes> {
 /// When a log cannot be read.
 pub fn times_by_rank(run: &RunDir) -> Result<BTreeMap<u32, StepTimes>, Failure> {
     let mut sums: BTreeMap<u32, (f64, StepTimes)> = BTreeMap::new();
-    for entry in Reader::new(None).more(run, true)?.iter().filter(|entry| entry.target == TIMES) {
-        let Some((rank, ..)) = row_of(entry) else { continue };
-        let (Some(steps), Some(times)) = (entry.number("steps"), times_of(entry)) else { continue };
-        let (all, sum) = sums.entry(rank).or_default();
-        *all += steps;
-        sum.data_wait_ms += steps * times.data_wait_ms;
-        sum.forward_ms += steps * times.forward_ms;
-        sum.backward_ms += steps * times.backward_ms;
-        sum.comm_ms += steps * times.comm_ms;
-        sum.update_ms += steps * times.update_ms;
-    }
+    logs::each(
+        run,
+        TIMES,
+        |file| file.rank.is_some(),
+        |entry| {
+            let (Some((rank, ..)), Some(steps), Some(times)) =
+                (row_of(&entry), entry.number("steps"), times_of(&entry))
+            else {
+                return;
+            };
+            if entry.target != TIMES {
+                return;
+            }
+            let (all, sum) = sums.entry(rank).or_default();
+            *all += steps;
+            sum.data_wait_ms += steps * times.data_wait_ms;
+            sum.forward_ms += steps * times.forward_ms;
+            sum.backward_ms += steps * times.backward_ms;
+            sum.comm_ms += steps * times.comm_ms;
+            sum.update_ms += steps * times.update_ms;
+        },
+    )?;
     let mean = |(steps, sum): (f64, StepTimes)| StepTimes {
         data_wait_ms: sum.data_wait_ms / steps.max(1.0),
         forward_ms: sum.forward_ms / steps.max(1.0),
@@ -311,7 +316,10 @@ pub fn times_by_rank(run: &RunDir) -> Result<BTreeMap<u32, StepTimes>, Failure> 
 
 #[cfg(test)]
 mod tests {
+    use mentee_cluster::Hello;
+
     use super::*;
+    use crate::status::Rank;
 
     fn row(data_wait_ms: f64, forward_ms: f64, comm_ms: f64) -> RankRow {
         let times = StepTimes { data_wait_ms, forward_ms, comm_ms, ..StepTimes::default() };
@@ -363,6 +371,21 @@ mod tests {
             seen.notes.iter().map(|note| note.text.as_str()).collect::<Vec<_>>(),
             ["rank 0: hot", "rank 1: hot"]
         );
+        // A supervisor that has started it again from an older checkpoint knows better than the logs.
+        let mut status = Status::new("run", 2);
+        let hello = Hello {
+            rank: 1,
+            world_size: 2,
+            host: "here".into(),
+            pid: 1,
+            plan_hash: "p".into(),
+            data_digest: "d".into(),
+            version: "0".into(),
+        };
+        status.ranks.insert(1, Rank { step: 12, ..Rank::new(hello) });
+        status.write(&run);
+        let seen = watch.look().expect("a snapshot");
+        assert_eq!((seen.ranks[&0].step, seen.ranks[&1].step), (30, 12));
         let by_rank = times_by_rank(&run).expect("times");
         assert_eq!(by_rank[&0].comm_ms, 20.0, "ten steps of 10 ms and ten of 30 ms");
     }

@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use mentee_checkpoint as checkpoint;
 use mentee_cluster::{Hello, Phase, Progress, StepTimes};
+use mentee_config::show;
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::clock;
 use crate::rundir::{RunDir, unix_time, write_atomically};
-use crate::slurm::{self, Job, Record};
+use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
 
 /// What a run is doing.
@@ -78,6 +79,9 @@ pub struct Status {
     pub workers: u32,
     /// Which start of the gang this is, from 0.
     pub generation: u32,
+    /// Seconds since 1970 when the ranks of this start were told to go; 0 before.
+    #[serde(default)]
+    pub going_since: f64,
     /// How often this supervisor has started the gang again.
     #[serde(default)]
     pub restarts: u32,
@@ -148,6 +152,7 @@ impl Status {
             pid: std::process::id(),
             workers,
             generation: 0,
+            going_since: 0.0,
             restarts: 0,
             knn_top1: None,
             progress: Progress::default(),
@@ -183,15 +188,24 @@ impl Status {
 }
 
 /// A submitted run's job and what Slurm says of it.
-fn slurm_job(run: &RunDir) -> Option<(Record, Option<Job>)> {
+fn slurm_job(run: &RunDir, ask: impl FnOnce(&str) -> Known) -> Option<(Record, Known)> {
     let record = Record::read(run)?;
-    let job = slurm::query(&record.job);
+    let job = ask(&record.job);
     Some((record, job))
 }
 
+/// The same for programs.
+fn slurm_json(slurm: Option<&(Record, Known)>) -> serde_json::Value {
+    match slurm {
+        None => serde_json::json!({ "record": null, "job": null }),
+        Some((record, Ok(job))) => serde_json::json!({ "record": record, "job": job }),
+        Some((record, Err(why))) => serde_json::json!({ "record": record, "job": null, "error": why }),
+    }
+}
+
 /// The job in words.
-fn describe(record: &Record, job: Option<&Job>) -> String {
-    let known = job.map_or("no longer known to Slurm".to_owned(), Job::to_string);
+fn describe(record: &Record, job: &Known) -> String {
+    let known = slurm::describe(job);
     let returns = record
         .requeues
         .last()
@@ -208,7 +222,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         return table(path, &sweep, json);
     }
     let run = RunDir::existing(path)?;
-    let slurm = slurm_job(&run);
+    let slurm = slurm_job(&run, slurm::query);
     let status = Status::read(&run);
     let metrics = Metrics::read(&run.metrics())?;
     let checkpoints: Vec<u64> = checkpoint::list(&run.checkpoints())?
@@ -219,27 +233,27 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
     if json {
         let value = serde_json::json!({
             "run_dir": run.path(),
-            "slurm": slurm.as_ref().map(|(record, job)| serde_json::json!({ "record": record, "job": job })),
+            "slurm": slurm.as_ref().map(|slurm| slurm_json(Some(slurm))),
             "status": status,
             "last_train": metrics.last_train(),
             "last_eval": metrics.last_eval(),
             "restarts": metrics.restarts().len(),
             "checkpoints": checkpoints,
         });
-        println!("{value:#}");
+        show!("{value:#}");
         return Ok(());
     }
-    println!("{}", run.path().display());
+    show!("{}", run.path().display());
     if let Some((record, job)) = &slurm {
-        println!("  {}", describe(record, job.as_ref()));
+        show!("  {}", describe(record, job));
     }
     match &status {
-        None if slurm.is_some() => println!("  has not started yet"),
-        None => println!("  started without a supervisor (no status.json); from its metrics:"),
+        None if slurm.is_some() => show!("  has not started yet"),
+        None => show!("  started without a supervisor (no status.json); from its metrics:"),
         Some(status) => {
-            println!("  {}: {}", status.name, status.state);
+            show!("  {}: {}", status.name, status.state);
             if let Some(error) = &status.error {
-                println!("  error: {error}");
+                show!("  error: {error}");
             }
         }
     }
@@ -247,36 +261,33 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         let number = |key: &str| train.number(key).map_or("?".into(), |value| format!("{value:.4}"));
         let total = status.as_ref().map(|status| status.progress.total_steps).filter(|&total| total > 0);
         let total = total.map_or(String::new(), |total| format!("/{total}"));
-        println!("  step {}{total}, loss {}, z_std {}", train.step, number("loss"), number("z_std"));
+        show!("  step {}{total}, loss {}, z_std {}", train.step, number("loss"), number("z_std"));
     }
     if let Some(status) = status.as_ref().filter(|status| status.state == State::Running) {
         if let Some(rate) = status.progress.images_per_s {
-            println!("  {rate:.0} images/s");
+            show!("  {rate:.0} images/s");
         }
         if let Some(left) = status.eta_s.and_then(|left| Duration::try_from_secs_f64(left).ok()) {
-            println!("  {} to go", clock(left));
+            show!("  {} to go", clock(left));
         }
         for (rank, at) in &status.ranks {
             let slow = at.times_slower.map_or(String::new(), |times| {
                 format!(", holds up the others: {times:.1} times the median's own work")
             });
-            println!(
-                "  rank {rank} on {} (process {}): step {}, {}{slow}",
-                at.host, at.pid, at.step, at.phase
-            );
+            show!("  rank {rank} on {} (process {}): step {}, {}{slow}", at.host, at.pid, at.step, at.phase);
         }
     }
     if let Some(eval) = metrics.last_eval() {
         for line in eval.table() {
-            println!("  {line}");
+            show!("  {line}");
         }
     }
     match checkpoints.last() {
-        Some(step) => println!("  {} checkpoints, the newest at step {step}", checkpoints.len()),
-        None => println!("  no checkpoint yet"),
+        Some(step) => show!("  {} checkpoints, the newest at step {step}", checkpoints.len()),
+        None => show!("  no checkpoint yet"),
     }
     if !metrics.restarts().is_empty() {
-        println!("  {} restarts", metrics.restarts().len());
+        show!("  {} restarts", metrics.restarts().len());
     }
     Ok(())
 }
@@ -285,12 +296,13 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
 fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
     let mut rows = vec![["run", "job", "state", "step", "loss", "set"].map(str::to_owned)];
     let mut values = Vec::new();
+    let mut jobs = Jobs::default();
     for (index, sets) in sweep.variants.iter().enumerate() {
         let run = RunDir::at(&folder.join(index.to_string()))?;
-        let (status, slurm) = (Status::read(&run), slurm_job(&run));
+        let (status, slurm) = (Status::read(&run), slurm_job(&run, |job| jobs.query(job)));
         let metrics = Metrics::read(&run.metrics())?;
-        let (record, job) = slurm.map_or((None, None), |(record, job)| (Some(record), job));
-        let state = match (&status, &job) {
+        let job = slurm.as_ref().and_then(|(_, job)| job.as_ref().ok()?.as_ref());
+        let state = match (&status, job) {
             // A job that waits says more than what the run was doing when it last stopped.
             (_, Some(job)) if job.state == "PENDING" => job.to_string(),
             (Some(status), _) => {
@@ -308,11 +320,11 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         });
         let loss = train.and_then(|line| line.number("loss"));
         let loss = loss.map_or("-".to_owned(), |loss| format!("{loss:.4}"));
-        let name = record.as_ref().map_or("-".to_owned(), |record| record.job.clone());
+        let name = slurm.as_ref().map_or("-".to_owned(), |(record, _)| record.job.clone());
         values.push(serde_json::json!({
             "run_dir": run.path(),
             "sets": sets,
-            "slurm": { "record": record, "job": job },
+            "slurm": slurm_json(slurm.as_ref()),
             "status": status,
             "last_train": train,
             "last_eval": metrics.last_eval(),
@@ -320,16 +332,19 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         rows.push([index.to_string(), name, state, step, loss, sets.join(" ")]);
     }
     if json {
-        println!("{:#}", serde_json::Value::Array(values));
+        show!("{:#}", serde_json::Value::Array(values));
         return Ok(());
     }
-    println!("{}: {} runs", folder.display(), sweep.variants.len());
+    show!("{}: {} runs", folder.display(), sweep.variants.len());
     let widths: [usize; 6] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     for row in rows {
         let cells: Vec<String> =
             row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}")).collect();
-        println!("  {}", cells.join("  ").trim_end());
+        show!("  {}", cells.join("  ").trim_end());
+    }
+    if let Some(why) = jobs.failed() {
+        show!("  Slurm could not be asked ({why})");
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use mentee_config::{Plan, Recipe};
+use mentee_config::{Plan, Recipe, complain, say, show};
 use mentee_data::{Split, open_split};
 use serde::{Deserialize, Serialize};
 
@@ -400,14 +400,15 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         variants,
     };
     if args.dry_run {
-        print!("{}", script.text());
+        show!("{}", script.text().trim_end());
         if let Some(from) = from {
-            eprintln!("site defaults: {}", from.display());
+            complain!("site defaults: {}", from.display());
         }
         return Ok(());
     }
+    let mut jobs = slurm::Jobs::default();
     for (run, _) in &runs {
-        refuse_second(run)?;
+        refuse_second(run, &mut jobs)?;
     }
     let new: Vec<PathBuf> = runs.iter().map(|(run, _)| run.plan()).filter(|plan| !plan.exists()).collect();
     for (run, recipe) in &runs {
@@ -421,9 +422,10 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
 }
 
 /// One job a run directory.
-fn refuse_second(run: &RunDir) -> Result<(), Failure> {
+fn refuse_second(run: &RunDir, jobs: &mut slurm::Jobs) -> Result<(), Failure> {
     if let Some(record) = Record::read(run)
-        && let Some(job) = slurm::query(&record.job).filter(slurm::Job::is_active)
+        && let Ok(Some(job)) = jobs.query(&record.job)
+        && job.is_active()
     {
         return Err(Failure::usage(format!(
             "job {} already works in {} ({job}): `scancel {}` ends it, or give another --run-dir",
@@ -454,7 +456,7 @@ fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathB
     let status = format!("mentee status {}", dir.path().display());
     if script.variants.is_empty() {
         Record::new(job.clone(), path).write(dir)?;
-        println!("job {job}: {} on {} nodes; `{status}` follows it", script.name, script.nodes);
+        say!("job {job}: {} on {} nodes; `{status}` follows it", script.name, script.nodes);
         return Ok(());
     }
     let sweep = Sweep { job: job.clone(), variants: script.variants.clone() };
@@ -464,7 +466,7 @@ fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathB
     for (index, (run, _)) in runs.iter().enumerate() {
         Record::new(format!("{job}_{index}"), path.clone()).write(run)?;
     }
-    println!(
+    say!(
         "job {job}: {} runs of {} on {} nodes each; `{status}` follows them",
         runs.len(),
         script.name,

@@ -356,9 +356,13 @@ impl Supervisor {
             }
             Output::Stalled { stall, host } => self.stalled(&stall, host),
             Output::Pace { pace, host } => vec![Action::Say(describe_pace(&pace, &host))],
-            Output::Refused { rank, reason, ours: true } => {
-                let culprit =
-                    Culprit { rank: Some(rank), cause: reason, exit_code: Some(USAGE), ..Culprit::default() };
+            Output::Refused { rank, reason, ours: true, exit_code } => {
+                let culprit = Culprit {
+                    rank: Some(rank),
+                    cause: reason,
+                    exit_code: Some(exit_code),
+                    ..Culprit::default()
+                };
                 self.blame(culprit, Duration::ZERO)
             }
             Output::Missing { ranks } => {
@@ -642,6 +646,10 @@ mod tests {
         Event::Coordinator(Output::Lost { rank, host, step: 7, phase: Phase::Backward, why: "x".into() })
     }
 
+    fn refused(exit_code: i32) -> Event {
+        Event::Coordinator(Output::Refused { rank: 1, reason: "no".into(), ours: true, exit_code })
+    }
+
     fn finished(exit_code: i32) -> Event {
         Event::Coordinator(Output::AllFinished { exit_code })
     }
@@ -698,15 +706,8 @@ mod tests {
             ("a crash whose mpirun says 2", vec![go(), lost(1), exited(2), SETTLED], 5),
             ("a failure of its own", vec![go(), failed(1, 1), exited(1), SETTLED], 5),
             ("exit 0 of mpirun although a rank was lost", vec![go(), lost(1), exited(0), SETTLED], 5),
-            (
-                "refused",
-                vec![
-                    Event::Coordinator(Output::Refused { rank: 1, reason: "other plan".into(), ours: true }),
-                    exited(1),
-                    SETTLED,
-                ],
-                2,
-            ),
+            ("refused", vec![refused(2), exited(1), SETTLED], 2),
+            ("refused: it sees other data", vec![refused(3), exited(1), SETTLED], 3),
             ("preempted by someone else", vec![go(), finished(75), exited(75), SETTLED], 75),
             ("stopped", vec![go(), interrupt.clone(), finished(75), exited(75), SETTLED], 75),
             (

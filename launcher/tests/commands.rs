@@ -132,6 +132,73 @@ fn shard_verify_stats() {
     assert!(err.contains("/nowhere"), "{err}");
 }
 
+/// Of an array Slurm is asked once, and not again where it does not answer; a job it has forgotten is another matter.
+#[test]
+fn what_slurm_cannot_say_is_told_from_what_it_has_forgotten() {
+    use std::os::unix::fs::PermissionsExt;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (bin, sweep) = (folder.path().join("bin"), folder.path().join("sweep"));
+    fs::create_dir(&bin).expect("made");
+    let record = |job: &str| {
+        serde_json::json!({ "job": job, "submitted": 0.0, "script": "submit.sbatch" }).to_string()
+    };
+    for run in ["0", "1", "2"] {
+        let run_dir = sweep.join(run);
+        fs::create_dir_all(&run_dir).expect("made");
+        fs::write(run_dir.join("plan.toml"), "").expect("written");
+        fs::write(run_dir.join("slurm.json"), record(&format!("7_{run}"))).expect("written");
+    }
+    fs::write(sweep.join("sweep.json"), "{\"job\":\"7\",\"variants\":[[\"a=1\"],[\"a=2\"],[\"a=3\"]]}")
+        .expect("written");
+    let asked = folder.path().join("asked");
+    let status = |scontrol: &str, run: &Path| {
+        let script = format!("#!/bin/sh\necho \"$@\" >> {}\n{scontrol}\n", asked.display());
+        fs::write(bin.join("scontrol"), script).expect("written");
+        fs::set_permissions(bin.join("scontrol"), fs::Permissions::from_mode(0o755)).expect("set");
+        let _ = fs::remove_file(&asked);
+        let path = format!("{}:/usr/bin:/bin", bin.display());
+        let (code, out, err) =
+            self::run(Command::new(env!("CARGO_BIN_EXE_mentee")).arg("status").arg(run).env("PATH", path));
+        assert_eq!(code, Some(0), "{err}");
+        (out, fs::read_to_string(&asked).expect("asked").lines().count())
+    };
+    let down = "echo slurm_load_jobs error: Unable to contact slurm controller >&2; exit 1";
+    let (out, _) = status(down, &sweep.join("1"));
+    assert!(
+        out.contains("job 7_1: Slurm could not be asked (scontrol: slurm_load_jobs error: Unable"),
+        "{out}"
+    );
+    let (out, times) = status(down, &sweep);
+    assert_eq!((times, out.matches("could not be asked").count()), (1, 1), "{out}");
+    let forgotten = "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1";
+    assert!(status(forgotten, &sweep.join("1")).0.contains("job 7_1: no longer known to Slurm"));
+    let known = "echo JobId=9 ArrayJobId=7 ArrayTaskId=1 JobState=RUNNING NodeList=n1 RunTime=1 TimeLimit=2\n\
+                 echo JobId=7 ArrayJobId=7 ArrayTaskId=0,2%1 JobState=PENDING Reason=Resources";
+    let (out, times) = status(known, &sweep);
+    assert_eq!((times, out.matches("queued (Resources)").count()), (1, 2), "{out}");
+    assert!(out.contains("running on n1"), "{out}");
+}
+
+/// `mentee … | head`, and a full disk under what was asked for.
+#[test]
+fn results_that_nobody_reads_or_that_are_lost() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = SyntheticConfig { train: 8, test: 4, ..SyntheticConfig::default() };
+    write_synthetic(folder.path(), &config, &mut |_, _| ()).expect("written");
+    let stats = |stdout: Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mentee"));
+        run(command.args(["data", "stats", text(folder.path())]).stdout(stdout))
+    };
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    assert_eq!(stats(writer.into()), (Some(0), String::new(), String::new()));
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("linux");
+    let (code, _, err) = stats(full.into());
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.starts_with("error: cannot write to standard output: "), "{err}");
+    assert_eq!(err.lines().count(), 1, "{err}");
+}
+
 /// The training part is complete, the other one was stopped: the same command gives what one go gives.
 #[test]
 fn shard_carries_on_after_the_first_part() {

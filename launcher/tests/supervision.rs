@@ -251,6 +251,18 @@ fn what_a_restart_cannot_help_ends_at_once_with_its_own_code() {
 }
 
 #[test]
+fn a_rank_that_sees_other_data_ends_the_run_with_3() {
+    if !mpirun() {
+        return;
+    }
+    let place = Place::new();
+    let ended = place.run("other_data=1", 2, &[]);
+    assert_eq!(ended.code, Some(3), "{ended:?}");
+    assert!(ended.stderr.contains("data.path must hold the same files on every machine"), "{ended:?}");
+    assert!(place.restarts().is_empty());
+}
+
+#[test]
 fn a_stop_is_a_checkpoint_and_75_and_the_same_command_goes_on() {
     for workers in worlds() {
         for asked in [libc::SIGINT, libc::SIGTERM] {
@@ -271,6 +283,72 @@ fn a_stop_is_a_checkpoint_and_75_and_the_same_command_goes_on() {
             assert_eq!(repeated, 1, "it went on where it was");
         }
     }
+}
+
+/// `mentee run | tee log` and Ctrl-C: tee is gone first.
+#[test]
+fn a_reader_that_is_gone_ends_no_run() {
+    let place = Place::new();
+    let mut child = place.start("steps=100000 step_ms=2 warn", 1);
+    (child.stdout, child.stderr) = (None, None);
+    becomes("steps are made", || place.steps() > 5);
+    // Longer than between two lines of progress.
+    std::thread::sleep(Duration::from_millis(2500));
+    signal(child.id(), libc::SIGINT);
+    assert_eq!(child.wait().expect("waited").code(), Some(75));
+    assert_eq!(place.status()["state"], "preempted");
+}
+
+#[test]
+fn a_full_disk_under_the_output_ends_no_run() {
+    let place = Place::new();
+    let full = || fs::OpenOptions::new().write(true).open("/dev/full").expect("linux");
+    let run = |script: &str| {
+        let mut command = place.command(script, 1, &["--max-restarts", "1"]);
+        command.stdout(full()).stderr(full()).status().expect("mentee starts").code()
+    };
+    // Every kind of line: progress, a warning, a restart, last words.
+    assert_eq!(run("steps=5 kill_always=0@3 warn"), Some(5));
+    assert_eq!(run("steps=10 warn"), Some(0));
+    assert_eq!(place.status()["state"], "done");
+}
+
+/// With programs that stand in for Slurm's: an srun that dies leaves its step behind, which is ended before the next start
+/// and not after it.
+#[test]
+fn what_an_srun_leaves_is_ended_before_the_next_start() {
+    use std::os::unix::fs::PermissionsExt;
+    let place = Place::new();
+    let bin = place.folder.path().join("bin");
+    let steps = place.folder.path().join("steps");
+    fs::create_dir_all(&bin).expect("made");
+    fs::create_dir_all(&steps).expect("made");
+    let said = place.folder.path().join("said");
+    let srun = "name=$2; shift 2
+        while [ \"${1#--}\" != \"$1\" ]; do shift; done
+        echo \"start $name\" >> SAID; touch STEPS/$name
+        SLURM_STEP_ID=0 SLURM_PROCID=0 SLURM_STEP_NUM_TASKS=1 SLURM_LOCALID=0 exec \"$@\"";
+    let squeue = "for step in $(ls STEPS); do echo \"7.$step $step\"; done";
+    // As Slurm: not gone at once.
+    let scancel = "echo \"scancel $2\" >> SAID; (sleep 1; rm -f STEPS/${2#7.}) > /dev/null 2>&1 &";
+    for (name, script) in [("srun", srun), ("squeue", squeue), ("scancel", scancel)] {
+        let script = script.replace("SAID", &said.display().to_string());
+        let script = script.replace("STEPS", &steps.display().to_string());
+        fs::write(bin.join(name), format!("#!/bin/sh\n{script}\n")).expect("written");
+        fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).expect("set");
+    }
+    let mut command = place.command("kill=0@3", 1, &["--engine", "srun", "--interface", "127.0.0.1"]);
+    command.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
+    command.env("SLURM_JOB_ID", "7").env("SLURM_JOB_NODELIST", "n1");
+    let child = command.spawn().expect("mentee starts");
+    let name = format!("mentee-workers-{}-", child.id());
+    let ended = Ended::of(child.wait_with_output().expect("waited"));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert_eq!(place.restarts().len(), 1);
+    let said = fs::read_to_string(&said).expect("srun was called").replace(&name, "step ");
+    let mut said: Vec<&str> = said.lines().collect();
+    said.dedup();
+    assert_eq!(said, ["start step 0", "scancel 7.step 0", "start step 1"]);
 }
 
 #[test]
@@ -391,6 +469,11 @@ fn a_run_can_be_looked_at() {
     let json: Value = serde_json::from_str(&mentee(&["status", "--json"]).stdout).expect("JSON");
     assert_eq!(json["last_train"]["step"], 20);
     assert_eq!(json["status"]["state"], "done");
+    for name in ["launcher", "coordinator"] {
+        let log = fs::read_to_string(place.run_dir().join(format!("logs/{name}.jsonl"))).expect("a log");
+        let event: Value = serde_json::from_str(log.lines().next().expect("a line")).expect("JSON");
+        assert!(event["message"].is_string() && event["level"].is_string(), "{event}");
+    }
     let logs = mentee(&["logs"]);
     assert!(logs.stdout.contains("launcher") && logs.stdout.contains("coordinator"), "{logs:?}");
     assert!(mentee(&["logs", "--level", "warn"]).stdout.contains("restart 1 of 3"));

@@ -15,7 +15,7 @@ use mentee_cluster::link::report_every;
 use mentee_cluster::message::{PROTOCOL, ToCoordinator, ToWorker};
 use mentee_cluster::wire::{self, Decoder, MAX_TO_WORKER};
 use mentee_cluster::{Agreement, Hello, Output, Phase, Progress, Share, ShareFile, WorkerEvent, server};
-use mentee_config::{Recipe, exit_code};
+use mentee_config::{Recipe, exit_code, show};
 use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -112,7 +112,7 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
     }
     let plan_hash = Recipe::load(&args.recipe, &args.sets)?.hash();
     if !args.json {
-        println!(
+        show!(
             "workers  messages/s   p50 ms   p99 ms   max ms     MiB  CPU share  commit ms  gather s  stop ms"
         );
     }
@@ -122,10 +122,10 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
             .collect::<Result<Vec<Report>, Failure>>()?;
         let report = medians(&rounds);
         if args.json {
-            println!("{}", serde_json::json!(report));
+            show!("{}", serde_json::json!(report));
         } else {
             let Report { workers, p50_ms, p99_ms, max_ms, rss_mb, cpu_share, .. } = report;
-            println!(
+            show!(
                 "{workers:>7}  {:>10.0}  {p50_ms:>7.2}  {p99_ms:>7.2}  {max_ms:>7.1}  {rss_mb:>6.1}  {:>8.1} %  {:>9.1}  \
                  {:>8.2}  {:>7.0}",
                 report.messages_per_s,

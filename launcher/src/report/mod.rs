@@ -212,7 +212,7 @@ fn summary(page: &mut String, run: &Run) {
         chips.push((format!("{rate:.0} images/s (median)"), ""));
     }
     if let Some(time) = elapsed(metrics) {
-        chips.push((format!("{} from first to last step", clock(time)), ""));
+        chips.push((format!("{} of training", clock(time)), ""));
     }
     if !metrics.restarts().is_empty() {
         let count = metrics.restarts().len();
@@ -229,9 +229,7 @@ fn summary(page: &mut String, run: &Run) {
 }
 
 fn elapsed(metrics: &Metrics) -> Option<Duration> {
-    let mut times = metrics.train().filter_map(|line| line.time);
-    let first = times.next()?;
-    Duration::try_from_secs_f64(times.next_back()? - first).ok()
+    Duration::try_from_secs_f64(metrics.training_s()?).ok()
 }
 
 /// Columns of the table of evaluations that a run has: those every run knows, then whatever else is an accuracy.

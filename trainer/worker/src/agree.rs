@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use mentee_collectives::{Buffer, Collectives};
-use mentee_config::Recipe;
+use mentee_config::{Recipe, complain};
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
 use tch::{Kind, Tensor};
@@ -102,7 +102,7 @@ const CAUSE_FIRST: Duration = Duration::from_millis(300);
 /// ends the others, which would wait for it.
 pub fn leave(collectives: &dyn Collectives, error: WorkerError) -> WorkerError {
     if collectives.world_size() > 1 && !matches!(error, WorkerError::Known { .. }) {
-        eprintln!("error: rank {}: {error}", collectives.rank());
+        complain!("error: rank {}: {error}", collectives.rank());
         if error.peers().is_some() {
             // Another rank is the cause: time for its own word, or for the end of its connection, to be heard before
             // the end of everyone.

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use mentee_collectives::{Collectives, bench};
 use mentee_config::plan::share;
-use mentee_config::{Plan, Recipe, exit_code};
+use mentee_config::{Plan, Recipe, exit_code, show};
 use mentee_ssl::layers::Reduce;
 use mentee_ssl::state::VIEWS;
 use mentee_ssl::{Method, Schedule, State};
@@ -207,12 +207,12 @@ fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerEr
     }
     if args.json {
         let rows: Vec<String> = rows.iter().map(bench::Row::to_json).collect();
-        println!("[{}]", rows.join(",\n "));
+        show!("[{}]", rows.join(",\n "));
         return Ok(());
     }
-    println!("{}", bench::HEADER);
+    show!("{}", bench::HEADER);
     for row in &rows {
-        println!("{row}");
+        show!("{row}");
     }
     Ok(())
 }
@@ -418,13 +418,10 @@ fn checkpoint(args: &CheckpointArgs, place: &setup::Place) -> Result<(), WorkerE
         return Ok(());
     }
     if args.json {
-        println!(
-            "{}",
-            serde_json::to_string(&report).map_err(|error| WorkerError::Failed(error.to_string()))?
-        );
+        show!("{}", serde_json::to_string(&report).map_err(|error| WorkerError::Failed(error.to_string()))?);
     } else {
         let CheckpointReport { state_mb, step_ms, longest_stall_ms, slowed_ms, write_ms, .. } = &report;
-        println!(
+        show!(
             "{:.2} % of the time · longest stall {longest_stall_ms:.0} ms · steps of {step_ms:.0} ms slower by {slowed_ms:.0} ms \
              in all · {state_mb:.0} MB written in {:.1} s beside training · {} checkpoints, one every {} steps · {} ranks of \
              {} threads",
@@ -557,10 +554,10 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
     }
     if args.json {
         let text = serde_json::to_string(&report).map_err(|error| WorkerError::Failed(error.to_string()))?;
-        println!("{text}");
+        show!("{text}");
     } else {
         let Breakdown { forward, backward, reduce, update } = report.breakdown_ms;
-        println!(
+        show!(
             "{:.1} images/s · step {step_ms:.1} ms (forward {forward:.1}, backward {backward:.1}, reduce \
              {reduce:.1} of {:.1}, update {update:.1}) · peak {:.0} MiB · {} ranks of {} threads · n = {}",
             report.images_per_s,
@@ -571,10 +568,10 @@ fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
             report.n
         );
         if let Some(Kernels { busy_ms, span_ms, idle_percent, each }) = &report.kernels {
-            println!("busy {busy_ms:.2} of {span_ms:.2} ms a step, idle {idle_percent:.1} %");
-            println!("{:>9} {:>7}", "ms", "calls");
+            show!("busy {busy_ms:.2} of {span_ms:.2} ms a step, idle {idle_percent:.1} %");
+            show!("{:>9} {:>7}", "ms", "calls");
             for Kernel { name, ms, calls } in each {
-                println!("{ms:9.3} {calls:7.1}  {name}");
+                show!("{ms:9.3} {calls:7.1}  {name}");
             }
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use mentee_cluster::server::hostname;
 use mentee_collectives::nccl::{Found, Library};
 use mentee_collectives::{Buffer, Collectives, mpi};
-use mentee_config::{Recipe, exit_code};
+use mentee_config::{Recipe, exit_code, show};
 use mentee_torch_ext::{cuda, file_of_libtorch, version_of_libtorch};
 use serde::{Deserialize, Serialize};
 
@@ -135,7 +135,7 @@ fn examine(args: &DoctorArgs, place: &Place) -> Result<i32, WorkerError> {
             ranks: ranks.map_err(json_failed)?,
             all_reduce,
         };
-        println!("{}", serde_json::to_string(&facts).map_err(json_failed)?);
+        show!("{}", serde_json::to_string(&facts).map_err(json_failed)?);
     }
     collectives.finish().map_err(failed)?;
     Ok(exit_code::DONE)

@@ -101,7 +101,9 @@ impl WorkerError {
             Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } | Self::Collapsed { .. } => {
                 exit_code::DIVERGED
             }
-            Self::Known { exit_code, .. } => *exit_code,
+            Self::Disagreement { what: "version" | "plan hash", .. } => exit_code::USAGE,
+            Self::Disagreement { what: "data digest", .. } => exit_code::DATA,
+            Self::Link(LinkError::Refused { exit_code, .. }) | Self::Known { exit_code, .. } => *exit_code,
             _ => exit_code::FAILED,
         }
     }
@@ -166,5 +168,27 @@ impl From<tch::TchError> for WorkerError {
 impl From<mentee_torch_ext::TorchError> for WorkerError {
     fn from(error: mentee_torch_ext::TorchError) -> Self {
         Self::Ssl(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_that_differ_end_with_the_code_of_what_differs() {
+        let refused = |exit_code| LinkError::Refused {
+            rank: 1,
+            address: "here:1".into(),
+            reason: "no".into(),
+            exit_code,
+        };
+        assert_eq!(WorkerError::from(refused(3)).exit_code(), exit_code::DATA);
+        assert_eq!(WorkerError::from(refused(2)).exit_code(), exit_code::USAGE);
+        let table = [("version", 2), ("plan hash", 2), ("data digest", 3), ("next step", 1)];
+        for (what, code) in table {
+            let error = WorkerError::Disagreement { rank: 1, what, found: "a".into(), expected: "b".into() };
+            assert_eq!(error.known(true).exit_code(), code, "{what}");
+        }
     }
 }

@@ -9,6 +9,7 @@ use mentee_cluster::{
     Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, Shares, StepTimes,
     WorkerEvent, coordinator::STALL, server,
 };
+use mentee_config::say;
 
 use crate::error::WorkerError;
 use crate::setup::Place;
@@ -56,9 +57,10 @@ impl Reporter {
                         version: version.clone(),
                         stall: STALL,
                     };
+                    server::allow_open_files(identity.world_size).map_err(io)?;
                     let one_machine = identity.local_size == identity.world_size;
-                    let interface = if one_machine { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
-                    let handle = server::start_thread(IpAddr::V4(interface), agreement).map_err(io)?;
+                    let interface = one_machine.then_some(IpAddr::V4(Ipv4Addr::LOCALHOST));
+                    let handle = server::start_thread(interface, agreement).map_err(io)?;
                     message = serde_json::to_vec(&handle.address)
                         .map_err(|error| WorkerError::Failed(error.to_string()))?;
                     hosted = Some(handle);
@@ -169,7 +171,7 @@ impl Reporter {
             (self.printed, &event)
         {
             let floor = |value: &Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.1} %"));
-            println!(
+            say!(
                 "kNN {knn_top1:.1} % · random init {} · raw pixels {} · {protocol}",
                 floor(knn_random_init),
                 floor(knn_raw_pixels)
@@ -244,7 +246,7 @@ impl Reporter {
         *printed = Instant::now();
         let per_step = self.start.elapsed().as_secs_f64() / (done - first).max(1) as f64;
         let left = (progress.total_steps - done) as f64 * per_step;
-        println!(
+        say!(
             "epoch {}/{} · step {done}/{} · loss {:.4} · {:.0} images/s · {} left",
             (progress.epoch + 1).min(progress.epochs),
             progress.epochs,

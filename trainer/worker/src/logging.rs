@@ -41,9 +41,11 @@ pub fn start(run_dir: &Path, rank: u32, supervised: bool, hosts: bool) -> Result
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     // What `mentee monitor` and `mentee report` read is always there.
     let times = format!("{}=debug", times::TARGET).parse().expect("a constant directive");
+    // A layer's own complaint of a full disk would go to stderr by `eprintln!`, which panics when that is full too.
     let to_file = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)
+        .log_internal_errors(false)
         .with_writer(open(&format!("rank-{rank:05}.jsonl"))?)
         .with_filter(filter.add_directive(times))
         .with_filter(filter_fn(move |event| !hosts || event.target() != COORDINATOR));
@@ -52,6 +54,7 @@ pub fn start(run_dir: &Path, rank: u32, supervised: bool, hosts: bool) -> Result
         tracing_subscriber::fmt::layer()
             .json()
             .flatten_event(true)
+            .log_internal_errors(false)
             .with_writer(file)
             .with_filter(filter_fn(wanted))
     });
@@ -59,6 +62,7 @@ pub fn start(run_dir: &Path, rank: u32, supervised: bool, hosts: bool) -> Result
     // What ends the process is said by `main`, on one line that starts with `error: `.
     let to_terminal = tracing_subscriber::fmt::layer()
         .event_format(Terse { rank })
+        .log_internal_errors(false)
         .with_writer(std::io::stderr)
         .with_filter(filter_fn(move |event| told && *event.level() == Level::WARN));
     // Fails only when logging was started before in this process.

@@ -1,5 +1,8 @@
 //! One rank of a training run, and the commands that need libtorch. Read `train.rs` first.
 
+// A closed pipe or a full disk ends no program that says its words by `mentee_config::say`.
+#![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
+
 mod affinity;
 mod agree;
 mod append;
@@ -9,6 +12,7 @@ mod collapse;
 mod device;
 mod doctor;
 mod error;
+#[allow(clippy::print_stdout, clippy::print_stderr, reason = "the lines of a command of its own")]
 mod eval;
 mod faults;
 mod feed;
@@ -36,7 +40,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use mentee_config::exit_code;
+use mentee_config::{complain, exit_code};
 
 use crate::error::WorkerError;
 
@@ -84,7 +88,7 @@ fn main() -> ExitCode {
         Err(error) => {
             // Nothing to do about a closed terminal.
             match mentee_config::usage::one_line(&error.to_string()) {
-                Some(line) => eprintln!("{line}"),
+                Some(line) => complain!("{line}"),
                 None => drop(error.print()),
             }
             return code(if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE });
@@ -103,7 +107,7 @@ fn main() -> ExitCode {
         Ok(exit) => code(exit),
         Err(error) => {
             if !error.is_silent() {
-                eprintln!("error: {error}");
+                complain!("error: {error}");
             }
             code(error.exit_code())
         }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
-use mentee_config::{Plan, Recipe, exit_code};
+use mentee_config::{Plan, Recipe, exit_code, say};
 use mentee_data::{Loader, LoaderConfig, OnError, Split, open_split, order};
 use mentee_ssl::params::view;
 use mentee_ssl::{Rates, Schedule};
@@ -163,7 +163,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     let text =
         serde_json::to_string_pretty(&trace).map_err(|error| WorkerError::Failed(error.to_string()))?;
     std::fs::write(&path, text).map_err(WorkerError::io("write", &path))?;
-    println!(
+    say!(
         "{}: {} steps; `tests/replay.py {}` repeats them in PyTorch",
         path.display(),
         steps,

@@ -1,0 +1,41 @@
+//! What programs say to people. `println!` ends a program whose reader is gone (`mentee run | tee log`, Ctrl-C) or whose disk is
+//! full; what is said must not end what is done.
+
+use std::io::{ErrorKind, Write};
+
+/// A line on standard output, for what goes on whether it is read or not.
+#[macro_export]
+macro_rules! say {
+    ($($words:tt)*) => { $crate::say::line(&mut ::std::io::stdout(), ::std::format_args!($($words)*)) };
+}
+
+/// A line on standard error.
+#[macro_export]
+macro_rules! complain {
+    ($($words:tt)*) => { $crate::say::line(&mut ::std::io::stderr(), ::std::format_args!($($words)*)) };
+}
+
+/// A line on standard output that is what the command is there for: a reader who has seen enough ends it quietly, output
+/// that is lost (a full disk) with an error.
+#[macro_export]
+macro_rules! show {
+    ($($words:tt)*) => { $crate::say::result(::std::format_args!($($words)*)) };
+}
+
+/// For [`say!`] and [`complain!`]: one write, so that lines of several threads do not mix; whether it succeeds or not.
+pub fn line(to: &mut impl Write, words: std::fmt::Arguments<'_>) {
+    let _ = to.write_all(format!("{words}\n").as_bytes());
+}
+
+/// For [`show!`].
+pub fn result(words: std::fmt::Arguments<'_>) {
+    let mut out = std::io::stdout();
+    match out.write_all(format!("{words}\n").as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(crate::exit_code::DONE),
+        Err(error) => {
+            complain!("error: cannot write to standard output: {error}");
+            std::process::exit(crate::exit_code::FAILED);
+        }
+    }
+}
