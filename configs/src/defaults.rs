@@ -38,6 +38,10 @@ pub(crate) fn fill(entries: &mut Entries, path: &Path, name: &str) -> Result<(),
     if entries.0.get("method.predictor").is_some_and(|entry| entry.value == Value::Boolean(false)) {
         default(&mut of_method, "method.fixed_predictor_lr", Value::Boolean(false));
     }
+    // What a method changes in views it changes in its own preset: another one is taken as it is.
+    if entries.text("views.preset").is_some_and(|preset| Some(preset) != of_method.text("views.preset")) {
+        of_method.0.retain(|key, _| !key.starts_with("views."));
+    }
     add(entries, of_method);
 
     let preset = entries.text("views.preset").unwrap_or_default().to_owned();
