@@ -216,6 +216,21 @@ fn the_asymmetries_can_all_be_switched() {
     ] {
         short(name, sets);
     }
+    // As README has it, with any of the built-in recipes.
+    for name in Recipe::built_in_names() {
+        for sets in [
+            &["method.predictor=false"][..],
+            &["method.teacher=shared"],
+            &["method.stop_gradient=false", "method.teacher=shared"],
+        ] {
+            let loaded = load(name, sets);
+            assert!(
+                loaded.is_ok() || (name.starts_with("mocov3") && sets.len() == 2),
+                "{name} {sets:?}: {:?}",
+                loaded.err()
+            );
+        }
+    }
 }
 
 #[test]
