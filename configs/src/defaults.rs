@@ -34,9 +34,18 @@ pub(crate) fn fill(entries: &mut Entries, path: &Path, name: &str) -> Result<(),
     if entries.text("optimizer.name").is_some_and(|name| Some(name) != own_optimizer.as_deref()) {
         of_method.0.retain(|key, _| !OF_THE_METHODS_OPTIMIZER.contains(key));
     }
-    // A rate for a predictor that is not there is a contradiction only where the user wrote it.
-    if entries.0.get("method.predictor").is_some_and(|entry| entry.value == Value::Boolean(false)) {
+    // A rate for a predictor that is not there is a contradiction only where the user wrote it, and not in a file whose
+    // predictor a --set takes away.
+    if let Some(entry) = entries.0.get("method.predictor").filter(|it| it.value == Value::Boolean(false)) {
+        let by_set = matches!(entry.place, Place::Set(_));
+        if by_set && !matches!(entries.place("method.fixed_predictor_lr"), Some(Place::Set(_))) {
+            default(entries, "method.fixed_predictor_lr", Value::Boolean(false));
+        }
         default(&mut of_method, "method.fixed_predictor_lr", Value::Boolean(false));
+    }
+    // What a method changes in views it changes in its own preset: another one is taken as it is.
+    if entries.text("views.preset").is_some_and(|preset| Some(preset) != of_method.text("views.preset")) {
+        of_method.0.retain(|key, _| !key.starts_with("views."));
     }
     add(entries, of_method);
 

@@ -98,9 +98,14 @@ impl Entries {
         self.0.get(path)?.value.as_str()
     }
 
-    /// Where a key's value comes from.
-    pub fn place(&self, path: &str) -> Place {
-        self.0.get(path).map_or(Place::Recipe, |entry| entry.place.clone())
+    /// Where a key's value comes from, if it has one.
+    pub fn place(&self, path: &str) -> Option<&Place> {
+        self.0.get(path).map(|entry| &entry.place)
+    }
+
+    /// Where each key's value comes from.
+    pub fn places(&self) -> BTreeMap<&'static str, Place> {
+        self.0.iter().map(|(path, entry)| (*path, entry.place.clone())).collect()
     }
 
     /// As the two levels of tables that a recipe is.

@@ -132,11 +132,16 @@ impl Recipe {
 
 fn resolve(text: &str, path: &Path, name: &str, sets: &[String]) -> Result<Recipe, ConfigError> {
     let mut entries = Entries::parse(text, path)?;
+    // A plan holds every key, also those that nobody asked for.
+    let is_plan = schema::KEYS.iter().all(|key| entries.0.contains_key(key.path));
     for argument in sets {
         entries.set(argument)?;
     }
     defaults::fill(&mut entries, path, name)?;
-    Recipe::from_entries(entries)
+    let places = entries.places();
+    let recipe = Recipe::from_entries(entries)?;
+    recipe.refuse_idle(is_plan, &places)?;
+    Ok(recipe)
 }
 
 fn not_found(asked: &str, stem: &str) -> ConfigError {

@@ -14,7 +14,8 @@ const HEAD: &str = "\
 
 A recipe is a TOML file. What it leaves out is filled in from the method's defaults, from the preset of the
 views and from what holds for all (`configs/defaults/`); what it writes wins over those, and
-`--set section.key=value` wins over the file. A value after `--set` is read as TOML; what is not TOML is a
+`--set section.key=value` wins over the file. What a method's defaults say of views (MoCo v3's do) goes with its own preset: a
+recipe that names another `views.preset` has that one as it is. A value after `--set` is read as TOML; what is not TOML is a
 string as it stands, so quotes can be left out. Unknown keys, wrong types and values out of range are refused
 with exit code 2.
 
@@ -60,6 +61,11 @@ pub fn markdown() -> Result<String, ConfigError> {
         "\n## Rules between keys\n\n\
          - `method.stop_gradient` = false needs `method.teacher` = \"shared\", and another method than \"mocov3\".\n\
          - `method.fixed_predictor_lr` = true needs `method.predictor` = true.\n\
+         - Keys that do nothing are refused where they are written: `method.tau_base` and `method.tau_schedule` under another\n  \
+           teacher than \"ema\", `method.temperature` under another method than \"mocov3\", `method.predictor_hidden` without a\n  \
+           predictor, `method.projector_hidden` with one layer, `optimizer.betas`, `momentum` and `lars_eta` under an optimizer\n  \
+           that has none, `parallel.sync_batch_norm` = true with `parallel.norm_statistics` = \"running\". A `--set` that makes a key\n  \
+           of the recipe's file idle is no such case.\n\
          - `schedule.warmup_epochs` is less than `schedule.epochs`.\n\
          - `model.backbone` = \"resnet20\" needs `model.stem` = \"cifar\".\n\
          - `model.stem` = \"imagenet\" needs `views.size` of 32 or more.\n\

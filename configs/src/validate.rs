@@ -1,10 +1,12 @@
 //! Ranges of single values, from the table of keys, and every rule between values, as one list.
 
+use std::collections::BTreeMap;
+
 use toml::Value;
 
 use crate::error::{ConfigError, Place};
 use crate::file::Entries;
-use crate::recipe::{Backbone, MethodName, Recipe, Stem, Teacher};
+use crate::recipe::{Backbone, MethodName, NormStatistics, OptimizerName, Recipe, Stem, Teacher};
 use crate::schema;
 
 impl Recipe {
@@ -29,12 +31,58 @@ impl Recipe {
                 in_range(key, &entry.value, || entry.place.clone())?;
             }
         }
-        let places: Vec<_> = schema::KEYS.iter().map(|key| (key.path, entries.place(key.path))).collect();
+        let places = entries.places();
         let recipe = Recipe::from_table(entries.into_table())?;
-        recipe.conflicts(|path| {
-            places.iter().find(|(known, _)| *known == path).map_or(Place::Recipe, |(_, place)| place.clone())
-        })?;
+        recipe.conflicts(|path| places.get(path).cloned().unwrap_or(Place::Recipe))?;
         Ok(recipe)
+    }
+
+    /// Refuses a key that was written and that another one makes idle: who wrote it expects something of it. What a file
+    /// holds beside a `--set` that makes it idle stays, so that one argument switches a part of a recipe off; so does what a
+    /// plan holds.
+    pub(crate) fn refuse_idle(
+        &self,
+        is_plan: bool,
+        places: &BTreeMap<&'static str, Place>,
+    ) -> Result<(), ConfigError> {
+        let (method, optimizer) = (&self.method, self.optimizer.name);
+        let idle: &[(bool, &[&str], &str)] = &[
+            (method.teacher != Teacher::Ema, &["method.tau_base", "method.tau_schedule"], "method.teacher"),
+            (method.name != MethodName::Mocov3, &["method.temperature"], "method.name"),
+            (!method.predictor, &["method.predictor_hidden"], "method.predictor"),
+            (method.projector_layers == 1, &["method.projector_hidden"], "method.projector_layers"),
+            (optimizer != OptimizerName::Adamw, &["optimizer.betas"], "optimizer.name"),
+            (optimizer == OptimizerName::Adamw, &["optimizer.momentum"], "optimizer.name"),
+            (optimizer != OptimizerName::Lars, &["optimizer.lars_eta"], "optimizer.name"),
+            (
+                self.parallel.norm_statistics == NormStatistics::Running && self.parallel.sync_batch_norm,
+                &["parallel.sync_batch_norm"],
+                "parallel.norm_statistics",
+            ),
+        ];
+        let table = self.to_table()?;
+        let value = |path: &str| {
+            let key = schema::find(path)?;
+            Some(schema::one_line(table.get(key.section())?.get(key.name())?))
+        };
+        let by_set = |path: &str| matches!(places.get(path), Some(Place::Set(_)));
+        let written = |path: &str| by_set(path) || matches!(places.get(path), Some(Place::File { .. }));
+        for &(_, keys, because) in idle.iter().filter(|(is_idle, ..)| *is_idle) {
+            for key in keys.iter().filter(|key| written(key)) {
+                if by_set(key) || !(is_plan || by_set(because)) {
+                    return Err(ConfigError::Conflict {
+                        key: (*key).to_owned(),
+                        value: value(key).unwrap_or_default(),
+                        place: places.get(key).cloned().unwrap_or(Place::Recipe),
+                        why: format!(
+                            "it does nothing with `{because}` = {}; leave it out",
+                            value(because).unwrap_or_default()
+                        ),
+                    });
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The rules between keys. Each names the key to change, its value, and the value that forbids it.

@@ -304,6 +304,71 @@ fn rules_between_keys_name_both() {
 }
 
 #[test]
+fn keys_that_do_nothing_are_refused_where_they_are_written() {
+    for (sets, key, because) in [
+        (
+            &["method.teacher=shared", "method.tau_base=0.9"][..],
+            "method.tau_base",
+            "`method.teacher` = \"shared\"",
+        ),
+        (
+            &["method.teacher=copy-each-epoch", "method.tau_schedule=constant"],
+            "method.tau_schedule",
+            "`method.teacher` = \"copy-each-epoch\"",
+        ),
+        (&["method.temperature=0.2"], "method.temperature", "`method.name` = \"byol\""),
+        (
+            &["method.predictor=false", "method.predictor_hidden=8"],
+            "method.predictor_hidden",
+            "`method.predictor` = false",
+        ),
+        (
+            &["method.projector_layers=1", "method.projector_hidden=8"],
+            "method.projector_hidden",
+            "`method.projector_layers` = 1",
+        ),
+        (&["optimizer.betas=[0.9, 0.95]"], "optimizer.betas", "`optimizer.name` = \"lars\""),
+        (
+            &[
+                "optimizer.name=adamw",
+                "optimizer.base_lr=1",
+                "optimizer.weight_decay=0",
+                "optimizer.momentum=0.8",
+            ],
+            "optimizer.momentum",
+            "`optimizer.name` = \"adamw\"",
+        ),
+        (
+            &[
+                "optimizer.name=sgd",
+                "optimizer.base_lr=1",
+                "optimizer.weight_decay=0",
+                "optimizer.lars_eta=1",
+            ],
+            "optimizer.lars_eta",
+            "`optimizer.name` = \"sgd\"",
+        ),
+        (
+            &["parallel.norm_statistics=running", "parallel.sync_batch_norm=true"],
+            "parallel.sync_batch_norm",
+            "`parallel.norm_statistics` = \"running\"",
+        ),
+    ] {
+        let line = message(SMALL, sets);
+        assert!(
+            line.starts_with(&format!("`{key}` = "))
+                && line.contains(" in --set ")
+                && line.ends_with(&format!("it does nothing with {because}; leave it out")),
+            "{line}"
+        );
+    }
+    says(
+        "[data]\npath = \"images\"\n[method]\nname = \"byol\"\ntemperature = 0.2\n",
+        "`method.temperature` = 0.2 in my.toml (line 5): it does nothing with `method.name` = \"byol\"; leave it out",
+    );
+}
+
+#[test]
 fn set_names_the_key() {
     set_says(
         "optimizer.base_lrr=2",

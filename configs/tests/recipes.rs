@@ -177,6 +177,34 @@ fn defaults_follow_what_is_given() {
 }
 
 #[test]
+fn a_preset_that_is_not_the_methods_is_taken_as_it_is() {
+    let byol = load("byol-cifar10-small", &[]).unwrap();
+    let mocov3 = load("byol-cifar10-small", &["method.name=mocov3"]).unwrap();
+    assert_eq!(mocov3.views, byol.views);
+    let named = short("mocov3", &["views.preset=byol"]);
+    assert_eq!(named.views, short("mocov3", &[]).views);
+    assert_eq!((named.views.resize, named.views.crop_area), (Interpolation::Bilinear, [0.2, 1.0]));
+}
+
+#[test]
+fn a_key_that_a_set_makes_idle_stays_and_a_plan_may_hold_idle_keys() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("plan.toml");
+    for set in
+        ["method.teacher=shared", "method.predictor=false", "method.projector_layers=1", "optimizer.name=sgd"]
+    {
+        // This recipe's file writes tau, both widths, momentum and LARS's coefficient.
+        let recipe =
+            load("byol-imagenet-resnet50-100ep", &[set, "optimizer.base_lr=1", "optimizer.weight_decay=0"]);
+        let recipe = recipe.unwrap();
+        std::fs::write(&path, recipe.to_toml()).unwrap();
+        let plan = Recipe::from_plan(&path).unwrap();
+        let as_recipe = load(path.to_str().unwrap(), &["run.log_every_steps=5"]).unwrap();
+        assert_eq!((plan.hash(), as_recipe.hash()), (recipe.hash(), recipe.hash()), "{set}");
+    }
+}
+
+#[test]
 fn the_asymmetries_can_all_be_switched() {
     for (name, sets) in [
         ("byol", &["method.predictor=false"][..]),
@@ -187,6 +215,21 @@ fn the_asymmetries_can_all_be_switched() {
         ("simsiam", &["method.teacher=ema"]),
     ] {
         short(name, sets);
+    }
+    // As README has it, with any of the built-in recipes.
+    for name in Recipe::built_in_names() {
+        for sets in [
+            &["method.predictor=false"][..],
+            &["method.teacher=shared"],
+            &["method.stop_gradient=false", "method.teacher=shared"],
+        ] {
+            let loaded = load(name, sets);
+            assert!(
+                loaded.is_ok() || (name.starts_with("mocov3") && sets.len() == 2),
+                "{name} {sets:?}: {:?}",
+                loaded.err()
+            );
+        }
     }
 }
 
@@ -224,8 +267,8 @@ fn a_recipe_comes_back_from_its_plan_exactly() {
     let awkward = [
         "optimizer.base_lr=0.1234567890123456789",
         "optimizer.weight_decay=5e-324",
-        "optimizer.lars_eta=1e300",
-        "method.tau_base=0.30000000000000004",
+        "optimizer.momentum=0.30000000000000004",
+        "run.collapse_z_std=1e300",
         "run.seed=9223372036854775807",
         "data.path=C:\\images \"of\" 'é'\t#1",
     ];

@@ -22,7 +22,8 @@ use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::server::hostname;
-use mentee_config::{Recipe, exit_code, say};
+use mentee_config::recipe::Device;
+use mentee_config::{Plan, Recipe, exit_code, say};
 use mentee_data::{DataError, Split, open_split};
 use serde::{Deserialize, Serialize};
 
@@ -132,7 +133,10 @@ impl Finding {
 pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
     let allocation = Allocation::from_env(&|name| std::env::var(name).ok());
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
-    let recipe = args.recipe.as_ref().map(|name| Recipe::load(name, &args.sets)).transpose()?;
+    let mut recipe = args.recipe.as_ref().map(|name| Recipe::load(name, &args.sets)).transpose()?;
+    if let Some(recipe) = &mut recipe {
+        recipe.make_paths_absolute()?; // as in the plan that a run of it has written
+    }
     if recipe.is_none() && !args.sets.is_empty() {
         return Err(Failure::usage("--set changes a recipe: name one"));
     }
@@ -149,8 +153,11 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
             findings.push(finding);
         }
     };
+    let mut images = None;
     if let Some(recipe) = &recipe {
-        say(vec![data(recipe)]);
+        let (finding, found) = data(recipe);
+        images = found;
+        say(vec![finding]);
     }
     let run_dir = RunDir::at(&run_dir)?;
     say(vec![run(&run_dir, recipe.as_ref())]);
@@ -160,10 +167,10 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
 
     let alone = facts(args, Engine::Direct, 1, &Layout { nodes: 1, left_out: Vec::new() });
     if let Ok(facts) = &alone {
-        say(judge::libraries(facts));
-        let kept = recipe.as_ref().map(|recipe| recipe.checkpoint.keep);
-        if let (Some(keep), Some(free)) = (kept, probe.free_bytes) {
-            say(vec![judge::space(free, facts.checkpoint_bytes, keep)]);
+        say(judge::libraries(facts, recipe.as_ref().map_or(Device::Auto, |recipe| recipe.parallel.device)));
+        if let (Some(recipe), Some(free)) = (&recipe, probe.free_bytes) {
+            let due = images.and_then(|images| checkpoints_due(recipe, images, run_dir.newest_step()));
+            say(vec![judge::space(free, facts.checkpoint_bytes, recipe.checkpoint.keep, due)]);
         }
     }
     match alone {
@@ -192,11 +199,29 @@ fn verdict(findings: &[Finding]) -> i32 {
     fault.map_or(exit_code::DONE, |finding| finding.exit_code)
 }
 
-fn data(recipe: &Recipe) -> Finding {
+/// How many checkpoints a run writes after step `from`: those at their steps, and the last one.
+fn checkpoints_due(recipe: &Recipe, images: u64, from: u64) -> Option<u64> {
+    let plan = Plan::new(recipe.clone(), images, 1).ok()?;
+    let (end, by_step) = (plan.end_step(), recipe.checkpoint.every_steps);
+    let by_epoch = recipe.checkpoint.every_epochs.saturating_mul(plan.steps_per_epoch);
+    let (mut both, mut rest) = (by_step, by_epoch);
+    while rest > 0 {
+        (both, rest) = (rest, both % rest);
+    }
+    let both = by_step.checked_div(both).map_or(0, |parts| parts.saturating_mul(by_epoch));
+    let up_to = |step: u64, of: u64| step.checked_div(of).unwrap_or(0);
+    let due = |step: u64| up_to(step, by_step) + up_to(step, by_epoch) - up_to(step, both);
+    let last = u64::from(from < end && due(end) == due(end.saturating_sub(1)));
+    Some(due(end).saturating_sub(due(from)) + last)
+}
+
+/// What there is to train on, and how many images when they can be read.
+fn data(recipe: &Recipe) -> (Finding, Option<u64>) {
     let path = &recipe.data.path;
     let missing = || DataError::Missing { key: "data.path".into(), path: path.clone() };
     let source = open_split(path, recipe.data.format, Split::Train).and_then(|it| it.ok_or_else(missing));
-    match source {
+    let images = source.as_ref().ok().map(|source| source.len());
+    let finding = match source {
         Ok(source) if source.len() < recipe.schedule.global_batch => Finding {
             exit_code: exit_code::USAGE,
             ..Finding::fault(
@@ -210,7 +235,8 @@ fn data(recipe: &Recipe) -> Finding {
             format!("{} images at {} ({})", source.len(), path.display(), files::kind_of(path)),
         ),
         Err(error) => Finding::of("data", &Failure::from(error)),
-    }
+    };
+    (finding, images)
 }
 
 fn run(dir: &RunDir, recipe: Option<&Recipe>) -> Finding {
@@ -397,9 +423,12 @@ fn end_group(child: &Child) {
 
 /// What the workers' facts mean.
 mod judge {
+    use mentee_config::exit_code;
+    use mentee_config::recipe::Device;
+
     use super::{Facts, Finding, SKEW_SECONDS};
 
-    pub fn libraries(facts: &Facts) -> Vec<Finding> {
+    pub fn libraries(facts: &Facts, wanted: Device) -> Vec<Finding> {
         let libraries = &facts.libraries;
         let file =
             libraries.libtorch_file.as_ref().map_or(String::new(), |file| format!(", {}", file.display()));
@@ -417,23 +446,35 @@ mod judge {
             true => Finding::ok("MPI", "built in"),
             false => Finding::note("MPI", "not built in", "for several workers build with the feature mpi"),
         };
-        vec![torch, mpi, devices(facts), nccl(facts)]
+        vec![torch, mpi, devices(facts, wanted), nccl(facts, wanted)]
     }
 
-    fn devices(facts: &Facts) -> Finding {
+    /// As ranks choose one (`device.rs` of the worker).
+    fn devices(facts: &Facts, wanted: Device) -> Finding {
         let devices = &facts.devices;
         let problem = devices.problem.clone().unwrap_or_else(|| "no device".to_owned());
-        match (devices.count, devices.driver) {
-            (0, false) => Finding::note("devices", format!("{problem}; trains on processors"), ""),
-            (0, true) => Finding::fault("devices", problem, "see nvidia-smi and CUDA_VISIBLE_DEVICES"),
-            (n, _) => Finding::ok("devices", format!("{n} that libtorch can use")),
+        let look = if devices.driver { "see nvidia-smi and CUDA_VISIBLE_DEVICES" } else { "" };
+        match (wanted, devices.count) {
+            (Device::Cpu, _) => {
+                Finding::ok("devices", "trains on processors, as parallel.device = \"cpu\" says")
+            }
+            (Device::Cuda, 0) => Finding {
+                exit_code: exit_code::USAGE,
+                ..Finding::fault(
+                    "devices",
+                    format!("{problem}, but parallel.device = \"cuda\""),
+                    if devices.driver { look } else { "set it to \"auto\" or \"cpu\"" },
+                )
+            },
+            (Device::Auto, 0) => Finding::note("devices", format!("{problem}; trains on processors"), look),
+            (_, n) => Finding::ok("devices", format!("{n} that libtorch can use")),
         }
     }
 
-    fn nccl(facts: &Facts) -> Finding {
+    fn nccl(facts: &Facts, wanted: Device) -> Finding {
         let nccl = &facts.nccl;
         let file = nccl.file.as_ref().map_or(String::new(), |file| file.display().to_string());
-        let needed = facts.devices.count > 0;
+        let needed = facts.devices.count > 0 && wanted != Device::Cpu;
         match (&nccl.version, &nccl.problem) {
             (Some(version), _) => {
                 let found = nccl.found.as_deref().unwrap_or("found");
@@ -447,20 +488,29 @@ mod judge {
                 }
             }
             (None, Some(problem)) if needed => Finding::note("NCCL", problem.clone(), ""),
-            (None, _) => Finding::note("NCCL", "none, and no device that needs one", ""),
+            (None, _) => Finding::note("NCCL", "none, and nothing here that needs it", ""),
         }
     }
 
-    /// A new checkpoint is complete before the oldest goes.
-    pub fn space(free: u64, checkpoint: u64, keep: u64) -> Finding {
-        let wanted = checkpoint.saturating_mul(keep.saturating_add(1));
-        let says = format!("{} free, a checkpoint has {}, {keep} stay", readable(free), readable(checkpoint));
+    /// A new checkpoint is complete before the oldest goes; of `keep` = 0 none goes, and `due` come, where that is known.
+    pub fn space(free: u64, checkpoint: u64, keep: u64, due: Option<u64>) -> Finding {
+        let (count, stay) = match (keep, due) {
+            (0, Some(due)) => (due, format!("all {due} to come stay")),
+            (0, None) => (2, "all stay".to_owned()),
+            (keep, _) => (keep.saturating_add(1), format!("{keep} stay")),
+        };
+        let wanted = checkpoint.saturating_mul(count);
+        let says = format!("{} free, a checkpoint has {}, {stay}", readable(free), readable(checkpoint));
         if free < checkpoint.saturating_mul(2) {
             let remedy = "free some, or give another --run-dir";
             return Finding::fault("space", says, remedy);
         }
         if free < wanted {
-            return Finding::note("space", says, "free some, or lower checkpoint.keep");
+            let remedy = match keep {
+                0 => "free some, or let checkpoint.keep say how many stay",
+                _ => "free some, or lower checkpoint.keep",
+            };
+            return Finding::note("space", says, remedy);
         }
         Finding::ok("space", says)
     }
@@ -554,12 +604,12 @@ mod tests {
     #[test]
     fn what_is_well_says_ok() {
         assert_eq!(
-            lines(&judge::libraries(&facts())),
+            lines(&judge::libraries(&facts(), Device::Auto)),
             [
                 "ok    libtorch    2.11.0",
                 "ok    MPI         built in",
                 "note  devices     no NVIDIA driver; trains on processors",
-                "note  NCCL        none, and no device that needs one",
+                "note  NCCL        none, and nothing here that needs it",
             ]
         );
         assert_eq!(
@@ -582,7 +632,8 @@ mod tests {
         other.ranks[1].host = "b".into();
         other.ranks[1].clock = 131.5;
         other.ranks[0].advice = Some("rank 0 is bound to 1 core".into());
-        let levels: Vec<Level> = judge::libraries(&other).iter().map(|finding| finding.level).collect();
+        let found = judge::libraries(&other, Device::Cuda);
+        let levels: Vec<Level> = found.iter().map(|finding| finding.level).collect();
         assert_eq!(levels, [Level::Fault, Level::Ok, Level::Fault, Level::Note]);
         let said = lines(&judge::ranks(&other, true));
         assert_eq!(said[0], "note  cores       rank 0 is bound to 1 core");
@@ -593,16 +644,59 @@ mod tests {
     }
 
     #[test]
+    fn only_a_recipe_that_wants_a_device_has_none_as_a_fault() {
+        let devices = |wanted, devices| {
+            let found = judge::libraries(&Facts { devices, ..facts() }, wanted);
+            found.into_iter().find(|finding| finding.part == "devices").expect("a line")
+        };
+        let none = |driver| Devices { count: 0, driver, problem: None };
+        for driver in [false, true] {
+            let fault = devices(Device::Cuda, none(driver));
+            assert_eq!((fault.level, fault.exit_code), (Level::Fault, exit_code::USAGE));
+            assert!(!fault.remedy.is_empty(), "{}", fault.line());
+            assert_eq!(devices(Device::Auto, none(driver)).level, Level::Note);
+            assert_eq!(devices(Device::Cpu, none(driver)).level, Level::Ok);
+        }
+        let two = || Devices { count: 2, driver: true, problem: None };
+        assert_eq!(devices(Device::Auto, two()).line(), "ok    devices     2 that libtorch can use");
+        assert_eq!(devices(Device::Cuda, two()).level, Level::Ok);
+        assert!(devices(Device::Cpu, two()).line().contains("trains on processors"));
+    }
+
+    #[test]
+    fn checkpoints_that_are_due_are_counted() {
+        let due = |sets: &[&str], from| {
+            let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+            let recipe = Recipe::load("byol-cifar10-small", &sets).expect("a recipe");
+            checkpoints_due(&recipe, 1280, from).expect("a plan")
+        };
+        // 5 epochs of 10 steps.
+        assert_eq!(due(&[], 0), 5);
+        assert_eq!(due(&[], 20), 3);
+        assert_eq!(due(&["checkpoint.every_epochs=2"], 0), 3);
+        assert_eq!(due(&["checkpoint.every_epochs=0"], 0), 1);
+        assert_eq!(due(&["checkpoint.every_steps=4"], 0), 15);
+    }
+
+    #[test]
     fn space_counts_one_checkpoint_more_than_stay() {
-        let level = |free| judge::space(free, 100, 3).level;
+        let level = |free| judge::space(free, 100, 3, Some(50)).level;
         assert_eq!(
             [level(400), level(399), level(200), level(199)],
             [Level::Ok, Level::Note, Level::Note, Level::Fault]
         );
         assert_eq!(
-            judge::space(10 << 30, 140 << 20, 3).line(),
+            judge::space(10 << 30, 140 << 20, 3, None).line(),
             "ok    space       10.0 GiB free, a checkpoint has 140 MiB, 3 stay"
         );
+        // All stay.
+        assert_eq!(
+            judge::space(10 << 30, 140 << 20, 0, Some(100)).line(),
+            "note  space       10.0 GiB free, a checkpoint has 140 MiB, all 100 to come stay: free some, or let \
+             checkpoint.keep say how many stay"
+        );
+        assert_eq!(judge::space(14 << 30, 140 << 20, 0, Some(100)).level, Level::Ok);
+        assert!(judge::space(10 << 30, 140 << 20, 0, None).line().ends_with("140 MiB, all stay"));
     }
 
     #[test]

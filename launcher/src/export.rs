@@ -1,5 +1,5 @@
-//! `mentee export`: the backbone of a checkpoint as a file that torchvision or timm load, with what one has to know to
-//! use it.
+//! `mentee export`: the backbone of a checkpoint as a file that torchvision's or timm's networks load, with what one has to
+//! know to use it. CIFAR's ResNet-20 is in neither library: its model card brings the class, of torchvision's blocks.
 //!
 //! ```text
 //! FILE.safetensors   conv1.weight, bn1.weight, bn1.running_mean, …; no metadata, f32
@@ -12,16 +12,44 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use mentee_checkpoint::{self as checkpoint, Checkpoint, Dtype, OwnedTensor};
-use mentee_config::recipe::Stem;
+use mentee_config::recipe::{Backbone, Stem};
 use mentee_config::{Recipe, exit_code};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
-use crate::rundir::RunDir;
+use crate::rundir::{RunDir, write_atomically};
 
-/// Whose names the tensors get.
+/// ResNet-20 (trainer/ssl/src/encoder/resnet.rs) under the names that both libraries give a ResNet.
+const RESNET20: &str = r#"import torch
+from safetensors.torch import load_file
+from torchvision.models.resnet import BasicBlock
+
+class ResNet20(torch.nn.Module):
+    """Three stages of three blocks, 16, 32 and 64 channels wide (arXiv:1512.03385, section 4.2); 1x1 convolutions as shortcuts."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(16)
+        self.layer1 = torch.nn.Sequential(*(BasicBlock(16, 16) for _ in range(3)))
+        self.layer2 = self.narrowed(16, 32)
+        self.layer3 = self.narrowed(32, 64)
+
+    @staticmethod
+    def narrowed(before, width):
+        shortcut = torch.nn.Sequential(torch.nn.Conv2d(before, width, 1, 2, bias=False), torch.nn.BatchNorm2d(width))
+        return torch.nn.Sequential(BasicBlock(before, width, 2, shortcut), BasicBlock(width, width), BasicBlock(width, width))
+
+    def forward(self, x):
+        x = torch.relu(self.bn1(self.conv1(x)))
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+model = ResNet20()
+"#;
+
+/// Whose names the tensors get; those of ResNet-20, which neither library has, are the same in both.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Layout {
     /// torchvision.models
@@ -44,7 +72,8 @@ pub enum Network {
 pub struct ExportArgs {
     /// A run directory (its newest checkpoint) or a checkpoint directory
     checkpoint: PathBuf,
-    /// The library whose names the tensors get
+    /// The library whose names the tensors get, and in which the model card loads them. Neither has a resnet20: its card
+    /// brings the class
     #[arg(long, value_enum, default_value = "timm")]
     layout: Layout,
     /// Whose backbone
@@ -78,8 +107,16 @@ fn find(path: &Path) -> Result<(Checkpoint, Option<RunDir>), Failure> {
 /// `mentee export …`.
 ///
 /// # Errors
-/// [`Failure`] with exit code 2 for a path that is no run, 4 where no checkpoint is usable.
+/// [`Failure`] with exit code 2 for a path that is no run and an `--out` that its own description would overwrite, 4 where no
+/// checkpoint is usable.
 pub fn command(args: &ExportArgs) -> Result<(), Failure> {
+    let ending = args.out.extension().unwrap_or_default().to_ascii_lowercase();
+    if ending == "json" || ending == "md" {
+        return Err(Failure::usage(format!(
+            "--out {}: the weights' description is written to that name; give FILE.safetensors",
+            args.out.display()
+        )));
+    }
     let (found, run) = find(&args.checkpoint)?;
     let meta = &found.manifest.meta;
     let recipe = Recipe::from_plan_text(&meta.plan_toml, &found.folder.join(checkpoint::MANIFEST_NAME))?;
@@ -120,13 +157,13 @@ pub fn command(args: &ExportArgs) -> Result<(), Failure> {
         .map(|(name, view)| Ok((name, view?)))
         .collect::<Result<Vec<_>, _>>()
         .map_err(failed)?;
-    safetensors::serialize_to_file(views, None, &args.out).map_err(failed)?;
+    put(&args.out, &safetensors::serialize(views, None).map_err(failed)?)?;
 
     let description = describe(args, &recipe, &found, run.as_ref())?;
     let text =
         serde_json::to_string_pretty(&description).map_err(|error| Failure::failed(error.to_string()))?;
-    put(&args.out.with_extension("json"), &(text + "\n"))?;
-    put(&args.out.with_extension("md"), &card(args, &recipe, &description))?;
+    put(&args.out.with_extension("json"), (text + "\n").as_bytes())?;
+    put(&args.out.with_extension("md"), card(args, &recipe, &description).as_bytes())?;
     println!(
         "{}: {} tensors of {} at step {}; how to load it stands in {}",
         args.out.display(),
@@ -138,8 +175,8 @@ pub fn command(args: &ExportArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-fn put(path: &Path, text: &str) -> Result<(), Failure> {
-    std::fs::write(path, text).map_err(|error| Failure::io("write", path, &error))
+fn put(path: &Path, bytes: &[u8]) -> Result<(), Failure> {
+    write_atomically(path, bytes).map_err(|error| Failure::io("write", path, &error))
 }
 
 fn f32_bytes(tensor: &OwnedTensor) -> Vec<u8> {
@@ -163,15 +200,23 @@ fn describe(
     run: Option<&RunDir>,
 ) -> Result<Value, Failure> {
     let (meta, views) = (&found.manifest.meta, &recipe.views);
-    let scores = match run {
-        Some(run) => {
-            Metrics::read(&run.metrics())?.eval().filter(|line| line.step <= meta.step).last().map(|line| {
-                let mut object = line.object.clone();
-                object.retain(|key, _| !["kind", "time"].contains(&key.as_str()));
-                Value::Object(object)
-            })
+    let measured = |run: &RunDir| -> Result<Option<Value>, Failure> {
+        let metrics = Metrics::read(&run.metrics())?;
+        Ok(metrics.eval().filter(|line| line.step <= meta.step).last().map(|line| {
+            let mut object = line.object.clone();
+            object.retain(|key, _| !["kind", "time"].contains(&key.as_str()));
+            Value::Object(object)
+        }))
+    };
+    let (scores, why_no_scores) = match (args.network, run) {
+        (Network::Teacher, _) => (None, Some("evaluations measure the student; this is its teacher")),
+        (Network::Student, None) => {
+            (None, Some("the checkpoint lies in no run directory, which would hold them"))
         }
-        None => None,
+        (Network::Student, Some(run)) => match measured(run)? {
+            None => (None, Some("none were measured up to this step")),
+            scores => (scores, None),
+        },
     };
     Ok(json!({
         "architecture": recipe.model.backbone,
@@ -190,6 +235,7 @@ fn describe(
             "padding": "zeros, kernel / 2",
         },
         "scores": scores,
+        "why_no_scores": why_no_scores,
         "training": {
             "run": recipe.run.name,
             "method": recipe.method.name,
@@ -209,23 +255,32 @@ fn card(args: &ExportArgs, recipe: &Recipe, description: &Value) -> String {
     let (name, input) = (description["architecture"].as_str().unwrap_or_default(), &description["input"]);
     let file = args.out.file_name().unwrap_or_default().to_string_lossy();
     let mut text = format!(
-        "# {name}, pretrained without labels\n\n{} by mentee {}, run `{}`, step {} (epoch {}).\n\n## Loading\n\n```python\n",
+        "# {name}, pretrained without labels\n\nThe {}'s backbone: {} by mentee {}, run `{}`, step {} (epoch {}).\n\n## Loading\n\n",
+        description["network"].as_str().unwrap_or_default(),
         description["training"]["method"].as_str().unwrap_or_default(),
         description["training"]["mentee_version"].as_str().unwrap_or_default(),
         recipe.run.name,
         description["training"]["step"],
         description["training"]["epoch"],
     );
-    let create = match args.layout {
-        Layout::Timm => format!(
+    let create = match (recipe.model.backbone, args.layout) {
+        (Backbone::Resnet20, layout) => {
+            text.push_str(match layout {
+                Layout::Timm => "timm has no ResNet-20 for small images: this class, of the blocks of torchvision, which timm brings, holds it.\n\n",
+                Layout::Torchvision => "torchvision has no ResNet-20 for small images: this class, of its blocks, holds it.\n\n",
+            });
+            RESNET20.to_owned()
+        }
+        (_, Layout::Timm) => format!(
             "import timm, torch\nfrom safetensors.torch import load_file\n\nmodel = timm.create_model(\"{name}\", num_classes=0)\n"
         ),
-        Layout::Torchvision => format!(
+        (_, Layout::Torchvision) => format!(
             "import torch, torchvision\nfrom safetensors.torch import load_file\n\nmodel = torchvision.models.{name}()\nmodel.fc = torch.nn.Identity()\n"
         ),
     };
+    text.push_str("```python\n");
     text.push_str(&create);
-    if recipe.model.stem == Stem::Cifar {
+    if recipe.model.stem == Stem::Cifar && recipe.model.backbone != Backbone::Resnet20 {
         text.push_str(
             "# The stem for small images: 3x3, stride 1, no pooling.\n\
              model.conv1 = torch.nn.Conv2d(3, model.conv1.out_channels, 3, 1, 1, bias=False)\n\
@@ -234,7 +289,7 @@ fn card(args: &ExportArgs, recipe: &Recipe, description: &Value) -> String {
     }
     let _ = write!(
         text,
-        "model.load_state_dict(load_file(\"{file}\"))\nmodel.eval()\n```\n\n## Input\n\nRGB in [0, 1], the shorter side resized to {} ({}, \
+        "model.load_state_dict(load_file(\"{file}\"), strict=True)\nmodel.eval()\n```\n\n## Input\n\nRGB in [0, 1], the shorter side resized to {} ({}, \
          antialiased), the centre {} x {} cut out, then minus mean {} over standard deviation {}.\n\n## Scores\n\n",
         input["resize_shorter_side"],
         input["interpolation"].as_str().unwrap_or_default(),
@@ -244,7 +299,9 @@ fn card(args: &ExportArgs, recipe: &Recipe, description: &Value) -> String {
         input["std"],
     );
     match &description["scores"] {
-        Value::Null => text.push_str("None were measured.\n"),
+        Value::Null => {
+            let _ = writeln!(text, "None: {}.", description["why_no_scores"].as_str().unwrap_or_default());
+        }
         scores => {
             text.push_str("| measure | percent |\n|---|---|\n");
             for (name, key) in [

@@ -226,17 +226,66 @@ pub struct Lock {
     _file: File,
 }
 
-/// Writes a file so that a reader sees the old or the new one, never half of it.
+/// Writes a file so that a reader, and a machine that loses its power, sees the old or the new one, never half of it.
 ///
 /// # Errors
 /// The system's.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let aside = path.with_extension("tmp");
-    fs::write(&aside, bytes)?;
-    fs::rename(&aside, path)
+    let Some(name) = path.file_name() else { return Err(io::ErrorKind::InvalidInput.into()) };
+    // The whole name and this process: a file of the user's, or of another command at work here, has another name.
+    let mut aside = name.to_owned();
+    aside.push(format!(".{}.tmp", std::process::id()));
+    let aside = path.with_file_name(aside);
+    // status.json is written every second while ranks report: nothing waits there for a disk, and the next one replaces it.
+    let lasts = name != "status.json";
+    let written = (|| {
+        let mut file = File::create(&aside)?;
+        file.write_all(bytes)?;
+        if lasts {
+            file.sync_all()?;
+        }
+        fs::rename(&aside, path)
+    })();
+    if written.is_err() {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&aside);
+    }
+    written?;
+    if lasts {
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+        match File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()) {
+            // There are file systems that cannot, and need not be asked.
+            Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {}
+            synced => synced?,
+        }
+    }
+    Ok(())
 }
 
 /// Seconds since 1970.
 pub fn unix_time() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_written_beside_whatever_else_lies_there() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (page, own) = (folder.path().join("keep.html"), folder.path().join("keep.tmp"));
+        fs::write(&own, "the user's").expect("written");
+        write_atomically(&page, b"old").expect("written");
+        write_atomically(&page, b"new").expect("written");
+        assert_eq!(
+            (fs::read(&page).unwrap(), fs::read(&own).unwrap()),
+            (b"new".to_vec(), b"the user's".to_vec())
+        );
+        // A folder is in the way: the error is told, and nothing is left behind.
+        let taken = folder.path().join("taken");
+        fs::create_dir_all(taken.join("full")).expect("made");
+        write_atomically(&taken, b"x").expect_err("a folder");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
+    }
 }

@@ -400,6 +400,16 @@ fn doctor_says_what_is_wrong_and_ends_with_the_code_a_run_would() {
     assert_eq!(parts, ["run", "files", "port", "worker"]);
     assert_eq!(findings[3]["level"], "fault");
 
+    // A run that was started with a relative path is a run of the same recipe.
+    let own = folder.path().join("runs/one");
+    fs::create_dir_all(&own).expect("made");
+    let sets = ["model.init=weights.safetensors".to_owned()];
+    let mut recipe = mentee_config::Recipe::load("byol-cifar10-small", &sets).expect("a recipe");
+    recipe.make_paths_absolute().expect("a current directory");
+    fs::write(own.join("plan.toml"), recipe.to_toml()).expect("written");
+    let (_, out, _) = doctor(&["byol-cifar10-small", "--set", &sets[0]]);
+    assert!(out.lines().any(|line| line.starts_with("ok    run ") && line.contains("is resumed")), "{out}");
+
     assert_eq!(doctor(&["no-such-recipe"]).0, Some(2));
     assert_eq!(doctor(&["--set", "run.seed=1"]).0, Some(2));
 }

@@ -140,13 +140,14 @@ impl Chart {
             );
             value += step;
         }
-        for mark in marks.iter().filter(|mark| (first..=last).contains(&mark.at)) {
+        // What happened before the first logged step, as a restart from step 0, lies on the left edge.
+        for mark in marks.iter().filter(|mark| mark.at <= last) {
             let (class, top) = match mark.kind {
                 MarkKind::Restart => ("restart", TOP),
                 MarkKind::World => ("world", TOP),
                 MarkKind::Checkpoint => ("saved", HEIGHT - BOTTOM - 6.0),
             };
-            let at = x(mark.at);
+            let at = x(mark.at.max(first));
             let _ = writeln!(
                 page,
                 "<line class=\"mark {class}\" x1=\"{at:.1}\" x2=\"{at:.1}\" y1=\"{top}\" y2=\"{}\"><title>{}</title></line>",
@@ -249,18 +250,16 @@ mod tests {
     }
 
     #[test]
-    fn marks_outside_of_the_curve_are_left_out() {
+    fn marks_before_the_curve_lie_on_its_edge_and_those_behind_it_are_left_out() {
         let chart = Chart::new("x", vec![Series::new("x", vec![(10.0, 1.0), (20.0, 2.0)])]);
         let mark = |at, kind| Mark { at, kind, title: "<t>".into() };
         let mut page = String::new();
         chart.draw(
             &mut page,
-            &[mark(5.0, MarkKind::Restart), mark(15.0, MarkKind::World), mark(20.0, MarkKind::Checkpoint)],
+            &[mark(0.0, MarkKind::Restart), mark(15.0, MarkKind::World), mark(25.0, MarkKind::Checkpoint)],
         );
-        assert!(
-            !page.contains("restart") && page.contains("mark world") && page.contains("mark saved"),
-            "{page}"
-        );
+        assert!(page.contains("mark restart\" x1=\"58.0\"") && page.contains("mark world"), "{page}");
+        assert!(!page.contains("mark saved"), "{page}");
         assert!(page.contains("&lt;t&gt;"));
     }
 

@@ -6,7 +6,7 @@ mod chart;
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mentee_checkpoint::{self as checkpoint, Manifest};
@@ -26,6 +26,10 @@ const STYLE: &str = include_str!("style.css");
 const MARKED_CHECKPOINTS: usize = 40;
 /// Ranks whose time is drawn; of more, the slowest.
 const DRAWN_RANKS: usize = 16;
+/// Steps of one protocol that are listed; of more, the first and the last.
+const LISTED_STEPS: usize = 6;
+/// So many singular values stand in an eval line, of however many features (`eval/spectrum.rs` of the worker).
+const MOST_VALUES: usize = 128;
 
 /// `mentee report`.
 #[derive(Debug, clap::Args)]
@@ -134,19 +138,38 @@ fn folder_name(dir: &RunDir) -> String {
     dir.path().file_name().map_or("run".into(), |name| name.to_string_lossy().into_owned())
 }
 
+/// Runs' names, or, where several have the same, as much of the end of their paths as tells them apart.
+fn labels(names: &[String], paths: &[&Path]) -> Vec<String> {
+    let end = |path: &Path, parts: usize| -> PathBuf {
+        let all = path.components().count();
+        path.components().skip(all.saturating_sub(parts)).collect()
+    };
+    let is_taken = |at: usize, label: &Path, parts: usize| {
+        let others = (0..names.len()).filter(|other| *other != at);
+        others.into_iter().any(|other| Path::new(&names[other]) == label || end(paths[other], parts) == label)
+    };
+    let label = |at: usize| {
+        if names.iter().filter(|name| **name == names[at]).count() == 1 {
+            return names[at].clone();
+        }
+        let all = paths[at].components().count();
+        let parts = (1..all).find(|&parts| !is_taken(at, &end(paths[at], parts), parts)).unwrap_or(all);
+        end(paths[at], parts).display().to_string()
+    };
+    (0..names.len()).map(label).collect()
+}
+
 /// The page of one run or several.
 ///
 /// # Errors
 /// When a run cannot be read.
 pub fn render(dirs: &[RunDir]) -> Result<String, Failure> {
     let mut runs: Vec<Run> = dirs.iter().map(Run::read).collect::<Result<_, _>>()?;
-    // Runs of one recipe are told apart by their folders.
     let names: Vec<String> = runs.iter().map(|run| run.label.clone()).collect();
-    for (index, (run, dir)) in runs.iter_mut().zip(dirs).enumerate() {
+    let paths: Vec<&Path> = dirs.iter().map(RunDir::path).collect();
+    for (index, (run, label)) in runs.iter_mut().zip(labels(&names, &paths)).enumerate() {
         run.colour = index % COLOURS;
-        if names.iter().filter(|name| **name == run.label).count() > 1 {
-            run.label = folder_name(dir);
-        }
+        run.label = label;
     }
     let title = match &runs[..] {
         [run] => run.label.clone(),
@@ -238,7 +261,9 @@ fn accuracies(metrics: &Metrics) -> Vec<(String, String)> {
         ("knn_top1", "kNN, trained"),
         ("knn_random_init", "kNN, random init"),
         ("knn_raw_pixels", "kNN, raw pixels"),
-        ("linear_top1", "linear"),
+        ("linear_top1", "linear, trained"),
+        ("linear_random_init", "linear, random init"),
+        ("linear_raw_pixels", "linear, raw pixels"),
     ];
     let mut columns: Vec<(String, String)> =
         known.iter().map(|(key, name)| ((*key).to_owned(), (*name).to_owned())).collect();
@@ -254,7 +279,9 @@ fn accuracies(metrics: &Metrics) -> Vec<(String, String)> {
 }
 
 fn evaluation(page: &mut String, run: &Run) {
-    let Some(last) = run.metrics.last_eval() else { return };
+    if run.metrics.last_eval().is_none() {
+        return;
+    }
     let columns = accuracies(&run.metrics);
     let _ = write!(page, "<h2>Evaluation</h2>\n<table>\n<tr><th>step</th>");
     for (_, name) in &columns {
@@ -269,15 +296,50 @@ fn evaluation(page: &mut String, run: &Run) {
         let _ = writeln!(page, "</tr>");
     }
     let _ = writeln!(page, "</table>");
-    let protocols = last.object.iter().filter(|(key, _)| key.contains("protocol"));
-    for (key, text) in protocols.filter_map(|(key, value)| Some((key, value.as_str()?))) {
-        let _ = writeln!(page, "<p class=\"note\">{}: {}</p>", escape(&key.replace('_', " ")), escape(text));
+    for (key, text, steps) in protocols(&run.metrics) {
+        let _ = writeln!(
+            page,
+            "<p class=\"note\">{}, {}: {}</p>",
+            escape(&key.replace('_', " ")),
+            in_words(&steps),
+            escape(&text)
+        );
     }
     let _ = writeln!(
         page,
-        "<p class=\"note\">Top-1 accuracy in percent. Random init and raw pixels are the floors: what the same vote gets \
-         right without any training.</p>"
+        "<p class=\"note\">Top-1 accuracy in percent. Random init and raw pixels are the floors: what the same measure gets \
+         right without any training (beside a linear classifier always by logistic regression).</p>"
     );
+}
+
+/// Every protocol that accuracies of the run were measured by, with its key and its steps.
+fn protocols(metrics: &Metrics) -> Vec<(String, String, Vec<u64>)> {
+    let mut found: Vec<(String, String, Vec<u64>)> = Vec::new();
+    for line in metrics.eval() {
+        for (key, value) in line.object.iter().filter(|(key, _)| key.contains("protocol")) {
+            let Some(text) = value.as_str() else { continue };
+            match found.iter_mut().find(|(known, protocol, _)| known == key && protocol == text) {
+                Some((.., steps)) => steps.push(line.step),
+                None => found.push((key.clone(), text.to_owned(), vec![line.step])),
+            }
+        }
+    }
+    found
+}
+
+/// `step 5`, `steps 5 and 10`, `7 evaluations of steps 5 to 35`.
+fn in_words(steps: &[u64]) -> String {
+    match steps {
+        [step] => format!("step {step}"),
+        [first, .., last] if steps.len() > LISTED_STEPS => {
+            format!("{} evaluations of steps {first} to {last}", steps.len())
+        }
+        [before @ .., last] => {
+            let before: Vec<String> = before.iter().map(u64::to_string).collect();
+            format!("steps {} and {last}", before.join(", "))
+        }
+        [] => String::new(),
+    }
 }
 
 fn percent(line: &Line, key: &str) -> String {
@@ -289,7 +351,7 @@ fn comparison(page: &mut String, runs: &[Run]) {
     let _ = writeln!(
         page,
         "<table>\n<tr><th>run</th><th>state</th><th>steps</th><th>loss</th><th>z_std</th><th>kNN</th><th>random init</th>\
-         <th>linear</th><th>images/s</th><th>workers</th><th>time</th><th>restarts</th></tr>"
+         <th>linear</th><th>linear, random init</th><th>images/s</th><th>workers</th><th>time</th><th>restarts</th></tr>"
     );
     for run in runs {
         let (metrics, status) = (&run.metrics, run.status.as_ref());
@@ -306,6 +368,7 @@ fn comparison(page: &mut String, runs: &[Run]) {
             eval("knn_top1"),
             eval("knn_random_init"),
             eval("linear_top1"),
+            eval("linear_random_init"),
             metrics.median(|line| line.images_per_s).map_or("–".into(), |rate| format!("{rate:.0}")),
             last("world_size", 0),
             elapsed(metrics).map_or("–".into(), clock),
@@ -326,12 +389,14 @@ fn curves(page: &mut String, runs: &[Run]) {
     let alone = runs.len() == 1;
     let each =
         |number: fn(&Step) -> Option<f64>| runs.iter().map(|run| run.series(number)).collect::<Vec<_>>();
-    let knn: Vec<Series> = match runs {
+    let accuracies: Vec<Series> = match runs {
         [run] => vec![
-            Series::new("trained", run.evals("knn_top1")),
-            Series::new("random init", run.evals("knn_random_init")).coloured(1).dashed(),
-            Series::new("raw pixels", run.evals("knn_raw_pixels")).coloured(2).dashed(),
+            Series::new("kNN", run.evals("knn_top1")),
+            Series::new("kNN, random init", run.evals("knn_random_init")).coloured(1).dashed(),
+            Series::new("kNN, raw pixels", run.evals("knn_raw_pixels")).coloured(2).dashed(),
             Series::new("linear", run.evals("linear_top1")).coloured(3),
+            Series::new("linear, random init", run.evals("linear_random_init")).coloured(4).dashed(),
+            Series::new("linear, raw pixels", run.evals("linear_raw_pixels")).coloured(5).dashed(),
         ],
         _ => runs
             .iter()
@@ -341,7 +406,10 @@ fn curves(page: &mut String, runs: &[Run]) {
     let chart = |title: &str, series: Vec<Series>| Chart { legend: false, ..Chart::new(title, series) };
     let all = [
         Chart { smooth: true, ..chart("Loss", each(|line| line.loss)) },
-        Chart { legend: alone, ..chart("kNN top-1, percent", knn) },
+        Chart {
+            legend: alone,
+            ..chart(if alone { "Top-1, percent" } else { "kNN top-1, percent" }, accuracies)
+        },
         Chart {
             include: Some([0.0, 1.0]),
             ..chart("z_std: 1 healthy, 0 collapsed", each(|line| line.z_std))
@@ -406,8 +474,9 @@ fn spectra(runs: &[Run]) -> Chart {
             if first.step != last.step {
                 lines.push(series(&format!("at step {}", first.step), first).coloured(2).dashed());
             }
-            let values = last.numbers("spectrum");
-            let _ = write!(title, "; effective rank {:.0} of {}", effective_rank(&values), values.len());
+            if let Some(rank) = last.number("effective_rank") {
+                let _ = write!(title, "; effective rank {rank:.1}");
+            }
         }
     } else {
         for run in runs {
@@ -415,19 +484,11 @@ fn spectra(runs: &[Run]) -> Chart {
             lines.extend(evals.last().map(|last| series(&run.label, last).coloured(run.colour)));
         }
     }
+    let is_cut = |line: &Line| line.numbers("spectrum").len() >= MOST_VALUES;
+    if runs.iter().any(|run| with_spectrum(run).iter().any(is_cut)) {
+        title = title.replacen("Singular values", &format!("The first {MOST_VALUES} singular values"), 1);
+    }
     Chart { log: true, legend: runs.len() == 1, ..Chart::new(&title, lines) }
-}
-
-/// The exponential of the entropy of the singular values, taken as shares of their sum (Roy and Vetterli, 2007).
-fn effective_rank(values: &[f64]) -> f64 {
-    let sum: f64 = values.iter().sum();
-    let entropy: f64 = values
-        .iter()
-        .map(|value| value / sum)
-        .filter(|share| *share > 0.0)
-        .map(|share| -share * share.ln())
-        .sum();
-    entropy.exp()
 }
 
 /// Where a step's time goes: names and classes.
@@ -693,7 +754,7 @@ mod tests {
         std::fs::create_dir(run.logs()).expect("made");
         std::fs::write(
             run.metrics(),
-            "{\"kind\":\"eval\",\"step\":5,\"linear_top1\":61.5,\"probe_top5\":90,\"spectrum\":[1.0,0.5,0.25,0.0]}\n",
+            "{\"kind\":\"eval\",\"step\":5,\"linear_top1\":61.5,\"probe_top5\":90,\"spectrum\":[1.0,0.5,0.25,0.0],\"effective_rank\":2.6}\n",
         )
         .expect("written");
         std::fs::write(
@@ -704,10 +765,64 @@ mod tests {
         .expect("written");
         let page = render_one(&run).expect("a page");
         assert!(
-            page.contains("effective rank 3 of 4") && page.contains("61.5 %") && page.contains("probe top5"),
+            page.contains(">Singular values of the features, by place; effective rank 2.6<")
+                && page.contains("61.5 %")
+                && page.contains("probe top5"),
             "{page}"
         );
         assert!(page.contains("<td>rank 1</td><td>1.0</td>") && page.contains("<td>5.2</td>"), "{page}");
-        assert_eq!(effective_rank(&[1.0, 1.0, 1.0, 1.0]).round(), 4.0);
+    }
+
+    #[test]
+    fn a_spectrum_that_is_cut_says_so_and_the_rank_is_the_lines_own() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = RunDir::at(folder.path()).expect("a path");
+        let values = vec!["1.0"; 128].join(",");
+        let line = format!(
+            "{{\"kind\":\"eval\",\"step\":5,\"knn_top1\":50,\"spectrum\":[{values}],\"effective_rank\":403.26}}\n"
+        );
+        std::fs::write(run.metrics(), line).expect("written");
+        let page = render_one(&run).expect("a page");
+        let title = ">The first 128 singular values of the features, by place; effective rank 403.3<";
+        assert!(page.contains(title), "{page}");
+    }
+
+    #[test]
+    fn accuracies_have_their_floors_and_every_protocol_its_steps() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = RunDir::at(folder.path()).expect("a path");
+        std::fs::write(
+            run.metrics(),
+            "{\"kind\":\"eval\",\"step\":5,\"knn_top1\":50,\"protocol\":\"k = 20\"}\n\
+             {\"kind\":\"eval\",\"step\":7,\"knn_top1\":51,\"protocol\":\"k = 20\"}\n\
+             {\"kind\":\"eval\",\"step\":9,\"linear_top1\":61.5,\"linear_random_init\":41.5,\"linear_raw_pixels\":31.5,\
+             \"protocol\":\"logistic\"}\n",
+        )
+        .expect("written");
+        let page = render_one(&run).expect("a page");
+        for part in [
+            "<th>linear, random init</th><th>linear, raw pixels</th>",
+            "<td>61.5 %</td><td>41.5 %</td><td>31.5 %</td>",
+            "protocol, steps 5 and 7: k = 20<",
+            "protocol, step 9: logistic<",
+        ] {
+            assert!(page.contains(part), "{part}: {page}");
+        }
+        assert_eq!(in_words(&[1, 2, 3, 4, 5, 6, 8]), "7 evaluations of steps 1 to 8");
+        assert_eq!(in_words(&[1, 2, 3]), "steps 1, 2 and 3");
+    }
+
+    #[test]
+    fn runs_of_one_name_are_told_apart_by_their_paths() {
+        let of = |names: &[&str], paths: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            let paths: Vec<&Path> = paths.iter().map(Path::new).collect();
+            labels(&names, &paths)
+        };
+        assert_eq!(of(&["x", "y"], &["/r/a/run", "/r/b/run"]), ["x", "y"]);
+        assert_eq!(of(&["x", "x"], &["/r/1", "/r/2"]), ["1", "2"]);
+        assert_eq!(of(&["x", "x", "x"], &["/r/a/run", "/r/b/run", "/r/c"]), ["a/run", "b/run", "c"]);
+        assert_eq!(of(&["x", "x", "2"], &["/r/1", "/r/2", "/r/3"]), ["1", "r/2", "2"]);
+        assert_eq!(of(&["x", "x"], &["/r/1", "/r/1"]), ["/r/1", "/r/1"]);
     }
 }

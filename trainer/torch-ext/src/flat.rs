@@ -288,20 +288,6 @@ pub fn norm(flat: &Tensor) -> Result<f64, TorchError> {
     Ok(norm)
 }
 
-/// The elements of a flat f32 buffer on the CPU.
-pub fn slice_f32(flat: &mut Tensor) -> &mut [f32] {
-    assert_eq!((flat.kind(), flat.is_contiguous()), (Kind::Float, true), "not a contiguous f32 buffer");
-    // SAFETY: contiguous f32 memory of numel elements, borrowed mutably for as long as the slice lives.
-    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast(), flat.numel()) }
-}
-
-/// The elements of a flat f64 buffer on the CPU.
-pub fn slice_f64(flat: &mut Tensor) -> &mut [f64] {
-    assert_eq!((flat.kind(), flat.is_contiguous()), (Kind::Double, true), "not a contiguous f64 buffer");
-    // SAFETY: contiguous f64 memory of numel elements, borrowed mutably for as long as the slice lives.
-    unsafe { std::slice::from_raw_parts_mut(flat.data_ptr().cast(), flat.numel()) }
-}
-
 /// A range of a flat buffer.
 #[derive(Debug)]
 pub enum FlatSlice<'a> {

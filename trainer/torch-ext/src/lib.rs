@@ -19,7 +19,7 @@ pub use batch_norm::{
 };
 pub use flat::{
     FlatSlice, SharedFlat, UpdateRange, UpdateRates, UpdateTable, adamw, ema, lars, leaf, norm, over_memory,
-    set_grad, sgd, slice_f32, slice_f64,
+    set_grad, sgd,
 };
 pub use hook::on_gradient;
 pub use layers::{conv2d, conv2d_padded, linear};

@@ -24,7 +24,7 @@ use crate::append::Appended;
 use crate::error::WorkerError;
 
 /// What a train line says of training; everything else it says is about speed.
-const OF_TRAINING: [&str; 6] = ["loss", "lr", "tau", "grad_norm", "z_std", "epoch"];
+const OF_TRAINING: [&str; 7] = ["loss", "lr", "tau", "grad_norm", "z_std", "epoch", "online_top1"];
 /// What places a line on the axes.
 const PLACE: [&str; 3] = ["kind", "step", "time"];
 
@@ -156,6 +156,13 @@ mod tests {
     }
 
     const EXPECTED: &str = "3700000000000000e7e8ca5909000000000000f83f10ac022a290a110a0a747261696e2f6c6f7373150000803e0a140a0d73706565642f737465705f6d731500004040bee75956";
+
+    #[test]
+    fn the_probes_accuracy_is_no_speed() {
+        let line = serde_json::json!({ "kind": "train", "step": 3, "time": 1.0, "online_top1": 12.5 });
+        let event = event(line.as_object().unwrap()).unwrap();
+        assert!(String::from_utf8_lossy(&event).contains("train/online_top1"));
+    }
 
     #[test]
     fn a_line_without_numbers_is_no_event() {
