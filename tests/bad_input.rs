@@ -216,6 +216,24 @@ fn a_run_directory_of_another_recipe() {
 }
 
 #[test]
+fn ranks_that_read_different_recipes() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = TinyRecipe::new(&images(dir.path())).write(dir.path().join("tiny.toml"));
+    let run_dir = dir.path().join("run");
+    // As from a file on one node that was not brought up to date. The key decides no number, but when all ranks save.
+    let mut command = mpirun(1);
+    for (n, set) in ["checkpoint.every_steps=3", "checkpoint.every_steps=2"].iter().enumerate() {
+        if n > 0 {
+            command.args([":", "-n", "1"]);
+        }
+        command.arg(binary("mentee-worker")).arg(&recipe).arg("--run-dir").arg(&run_dir).args(["--set", set]);
+    }
+    assert_refused(finish(command), 1, &["rank 1", "checkpoint.every_steps = 2 there, 3 on rank 0"]);
+    assert!(!run_dir.exists(), "refused before anything is written");
+}
+
+#[test]
 fn a_world_that_disagrees_with_the_environment() {
     let _machine = machine();
     let dir = temp_dir();

@@ -46,7 +46,7 @@ pub enum WorkerError {
     #[error(
         "rank {rank}: {what} = {found} there, {expected} on rank 0; start all ranks with the same recipe, data and version"
     )]
-    Disagreement { rank: usize, what: &'static str, found: String, expected: String },
+    Disagreement { rank: usize, what: String, found: String, expected: String },
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
     #[error("step {step}: {source}")]

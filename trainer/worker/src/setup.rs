@@ -162,17 +162,21 @@ pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
     })))
 }
 
-/// What can be checked without any other rank: recipe, run directory, data.
+/// What each rank finds by itself: recipe, run directory, data.
 pub struct Local {
     plan: Plan,
     run_dir: PathBuf,
     source: Arc<dyn Source>,
 }
 
-fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
+fn read_recipe(args: &TrainArgs) -> Result<Recipe, WorkerError> {
     let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
     // A run is resumed from anywhere; its plan must mean the same place then.
     recipe.make_paths_absolute()?;
+    Ok(recipe)
+}
+
+fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local, WorkerError> {
     let run_dir = args.run_dir.clone().unwrap_or_else(|| run_dir::default_path(&recipe));
     run_dir::check(&run_dir, &recipe)?;
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
@@ -187,7 +191,9 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
     let Place { identity, collectives, .. } = place;
-    let local = agree::together(&**collectives, local(args, identity))?;
+    let recipe = agree::together(&**collectives, read_recipe(args))?;
+    agree::on_recipe(&**collectives, &recipe)?;
+    let local = agree::together(&**collectives, local(args, recipe, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     let supervised = Reporter::is_supervised();
     let hosts = !supervised && identity.rank == 0 && identity.world_size > 1;
