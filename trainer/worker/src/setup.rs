@@ -183,6 +183,9 @@ fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local,
         .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
     let plan = Plan::new(recipe, source.len(), identity.world_size)?;
     if identity.rank == 0 {
+        if !Reporter::is_supervised() {
+            run_dir::lock(&run_dir)?;
+        }
         run_dir::create(&run_dir, &plan.recipe)?;
     }
     Ok(Local { plan, run_dir, source })
