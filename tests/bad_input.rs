@@ -210,6 +210,15 @@ fn a_run_directory_of_another_recipe() {
         assert_refused(supervised(&recipe, &run_dir, &["--set", set]), USAGE, &words);
         assert_refused(alone(&recipe, &run_dir, &["--set", set]), USAGE, &words);
     }
+    // Checkpoints that were copied into a new directory say what they are of.
+    let plan = run_dir.join("plan.toml");
+    let text = fs::read(&plan).expect("the plan");
+    for start in [supervised, alone] {
+        fs::remove_file(&plan).expect("the plan can be removed");
+        let refused = start(&recipe, &run_dir, &["--set", "run.seed=8"]);
+        assert_refused(refused, USAGE, &["step-00000003", "run.seed = 7 there, 8 here"]);
+        fs::write(&plan, &text).expect("the plan can be restored");
+    }
     assert_kept(&before, &run_dir);
     // What decides no number may change: more steps, another number of ranks.
     supervised(&recipe, &run_dir, &["--workers", "2", "--set", "schedule.max_steps=5"]).expect(0);

@@ -22,6 +22,10 @@ pub enum WorkerError {
         "{run_dir}: is a run of another recipe ({difference}); choose another --run-dir, or go back to its plan.toml"
     )]
     OtherRecipe { run_dir: PathBuf, difference: String },
+    #[error(
+        "{checkpoint}: is a checkpoint of another recipe ({difference}); choose another --run-dir, or go back to that recipe"
+    )]
+    OtherRecipesCheckpoint { checkpoint: PathBuf, difference: String },
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(
@@ -92,6 +96,7 @@ impl WorkerError {
             | Self::Config(_)
             | Self::Identity(_)
             | Self::OtherRecipe { .. }
+            | Self::OtherRecipesCheckpoint { .. }
             | Self::Import { .. }
             | Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,

@@ -2,11 +2,11 @@
 //! go on from. In that order, each failing with one line on one rank.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mentee_checkpoint::LocalDisk;
+use mentee_checkpoint::{LocalDisk, Meta};
 use mentee_cluster::{Identity, Phase, Shares, identity};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::{self, Mpi};
@@ -316,7 +316,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
 fn resume(
     state: &mut State,
     probe: Option<&mut OnlineProbe>,
-    run_dir: &std::path::Path,
+    run_dir: &Path,
     plan: &Plan,
     data_digest: &str,
 ) -> Result<u64, WorkerError> {
@@ -329,6 +329,9 @@ fn resume(
     }
     let checkpoint = newest.checkpoint;
     let meta = &checkpoint.manifest.meta;
+    if let Some(difference) = other_recipe(meta, &plan.recipe) {
+        return Err(WorkerError::OtherRecipesCheckpoint { checkpoint: checkpoint.folder, difference });
+    }
     if meta.data_digest != data_digest {
         return Err(WorkerError::OtherData {
             run_dir: run_dir.to_owned(),
@@ -341,4 +344,46 @@ fn resume(
     snapshot::load(state, probe, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok(step)
+}
+
+/// How the recipe that a checkpoint was made by differs from this one in what decides the numbers.
+fn other_recipe(meta: &Meta, recipe: &Recipe) -> Option<String> {
+    let hash = recipe.hash();
+    if meta.plan_hash == hash {
+        return None;
+    }
+    // A plan that this version cannot read, or one that the hash does not belong to, names no key.
+    let theirs = Recipe::from_plan_text(&meta.plan_toml, Path::new("its plan")).ok();
+    let key = theirs.and_then(|theirs| recipe.first_difference(&theirs));
+    Some(key.unwrap_or_else(|| format!("plan hash = {} there, {hash} here", meta.plan_hash)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_of_another_recipe_names_the_first_key_that_differs() {
+        let recipe = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+            Recipe::load("demo", &sets).unwrap()
+        };
+        let meta = |recipe: &Recipe| Meta {
+            step: 3,
+            epoch: 0,
+            world_size: 1,
+            plan_hash: recipe.hash(),
+            plan_toml: recipe.to_toml(),
+            data_digest: String::new(),
+            mentee_version: String::new(),
+        };
+        let own = recipe(&[]);
+        assert_eq!(other_recipe(&meta(&recipe(&["checkpoint.keep=9"])), &own), None);
+        let other = meta(&recipe(&["run.seed=77"]));
+        let seed = own.run.seed;
+        assert_eq!(other_recipe(&other, &own).unwrap(), format!("run.seed = 77 there, {seed} here"));
+        let without_plan = Meta { plan_toml: String::new(), ..other };
+        let hashes = format!("plan hash = {} there, {} here", without_plan.plan_hash, own.hash());
+        assert_eq!(other_recipe(&without_plan, &own).unwrap(), hashes);
+    }
 }
