@@ -7,7 +7,7 @@ use mentee_collectives::{Buffer, Collectives};
 use mentee_config::Recipe;
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::snapshot::{self, DIGEST_LEN};
@@ -84,6 +84,19 @@ pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), Worker
     Ok(())
 }
 
+/// Ranks compute all on the processor or all on devices of their own: what they sum, and by what way, depends on it.
+pub fn on_device(collectives: &dyn Collectives, device: Device) -> Result<(), WorkerError> {
+    let on_processor = device == Device::Cpu;
+    let all: Vec<bool> = gather(collectives, 0, &on_processor, "kind of device")?;
+    let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank]).collect();
+    if ranks.is_empty() || ranks.len() == all.len() {
+        return Ok(());
+    }
+    // Said by a rank that has none: its machine is the one to look at.
+    let says = collectives.rank() as usize == ranks[0];
+    Err(WorkerError::MixedDevices { ranks: numbers(ranks.into_iter()) }.known(says))
+}
+
 /// A name for this start of the run: the same on all its ranks, and none that another start has.
 pub fn attempt(collectives: &dyn Collectives) -> Result<String, WorkerError> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -101,10 +114,21 @@ pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>
     let all = collectives
         .all_gather(&own.to_le_bytes())
         .map_err(|source| WorkerError::Collective { step: 0, source })?;
-    let failed = all.iter().enumerate().find_map(|(rank, bytes)| {
-        let exit_code = i32::from_le_bytes(bytes.as_slice().try_into().ok()?);
-        (exit_code != 0).then_some((rank, exit_code))
-    });
+    let mut failed = None;
+    for (rank, bytes) in all.iter().enumerate() {
+        // A rank that is elsewhere has sent what belongs there.
+        let exit_code = bytes.as_slice().try_into().map(i32::from_le_bytes).map_err(|_| {
+            WorkerError::Failed(format!(
+                "rank {rank} is not where rank {} is: {} bytes from it instead of an exit code; start all ranks with the same \
+                 recipe, data and version",
+                collectives.rank(),
+                bytes.len()
+            ))
+        })?;
+        if exit_code != 0 {
+            failed.get_or_insert((rank, exit_code));
+        }
+    }
     match (result, failed) {
         (result, None) => result,
         (Err(error), Some((rank, _))) if rank == collectives.rank() as usize => Err(error.known(true)),
@@ -307,6 +331,35 @@ mod tests {
             );
             assert_one_says(check(&[set]), 1, &line);
         }
+    }
+
+    #[test]
+    fn ranks_without_a_device_among_ranks_with_one_are_named() {
+        let check = |odd: &[u32]| {
+            ranks(4, |group, rank| {
+                on_device(group, if odd.contains(&rank) { Device::Cpu } else { Device::Cuda(0) })
+            })
+        };
+        assert!(check(&[]).iter().all(Result::is_ok));
+        assert!(check(&[0, 1, 2, 3]).iter().all(Result::is_ok));
+        let results = check(&[1, 3]);
+        assert!(!results[1].as_ref().unwrap_err().is_silent(), "the first of those without");
+        assert_one_says(
+            results,
+            1,
+            "rank 1, 3: no usable NVIDIA device there, the other ranks have one; see `mentee doctor` on that machine, or set \
+             parallel.device = \"cpu\"",
+        );
+    }
+
+    #[test]
+    fn an_answer_of_another_kind_is_no_agreement() {
+        let results = ranks(2, |group, rank| match rank {
+            0 => together(group, Ok(())),
+            _ => attempt(group).map(drop),
+        });
+        let error = results[0].as_ref().unwrap_err().to_string();
+        assert!(error.starts_with("rank 1 is not where rank 0 is: "), "{error}");
     }
 
     #[test]

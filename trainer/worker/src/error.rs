@@ -51,6 +51,10 @@ pub enum WorkerError {
         "rank {rank}: {what} = {found} there, {expected} on rank 0; start all ranks with the same recipe, data and version"
     )]
     Disagreement { rank: usize, what: String, found: String, expected: String },
+    #[error(
+        "rank {ranks}: no usable NVIDIA device there, the other ranks have one; see `mentee doctor` on that machine, or set parallel.device = \"cpu\""
+    )]
+    MixedDevices { ranks: String },
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
     #[error("step {step}: {source}")]

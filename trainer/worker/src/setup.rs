@@ -215,6 +215,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
     let recipe = &plan.recipe;
     let decode_threads = threads(recipe, &identity);
     let device = agree::together(&*collectives, device::of_recipe(recipe, &identity))?;
+    agree::on_device(&*collectives, device)?;
     let group = agree::together(&*collectives, DeviceGroup::start(&collectives, recipe, device))?;
     let parallel = &recipe.parallel;
     if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
