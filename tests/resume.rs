@@ -94,6 +94,36 @@ fn a_finished_run_is_left_as_it_is() {
 }
 
 #[test]
+fn a_signal_while_a_run_is_set_up_loses_nothing() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = recipe(dir.path());
+    let (whole, run_dir) = (dir.path().join("whole"), dir.path().join("run"));
+    finish(with_run_dir(worker(), &recipe, &whole)).expect(0);
+    // At the first start and at one that goes on from a checkpoint.
+    let log = run_dir.join("logs/rank-00000.jsonl");
+    for _ in 0..2 {
+        let _ = std::fs::remove_file(&log);
+        let mut running = start(with_run_dir(worker(), &recipe, &run_dir));
+        while !log.exists() {
+            assert!(!running.has_ended(), "{}", running.finish().told());
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        running.signal(libc::SIGTERM);
+        running.finish().expect(75);
+        finish({
+            let mut command = with_run_dir(worker(), &recipe, &run_dir);
+            command.args(["--set", "schedule.max_steps=5"]);
+            command
+        })
+        .expect(0);
+    }
+    finish(with_run_dir(worker(), &recipe, &run_dir)).expect(0);
+    assert_eq!(losses(&run_dir), losses(&whole));
+    assert_eq!(final_state(&run_dir), final_state(&whole));
+}
+
+#[test]
 fn a_run_directory_is_one_runs_at_a_time() {
     let _machine = machine();
     let dir = temp_dir();

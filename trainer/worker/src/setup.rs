@@ -208,8 +208,13 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
 }
 
 /// Sets up this rank of the run, from its newest checkpoint where there is one. `shares`: the way to the coordinator that
-/// commits checkpoints.
-pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, WorkerError> {
+/// commits checkpoints. `stop`: what signals ask for.
+pub fn run(
+    local: Local,
+    place: &Place,
+    shares: Option<Shares>,
+    stop: StopFlag,
+) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
@@ -298,7 +303,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
         rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
-        stop: StopFlag::install()?,
+        stop,
         identity,
         collectives,
         plan,
