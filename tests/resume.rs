@@ -6,7 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use system_tests::process::{binary, finish, kill_run, mentee, mpirun, start, worker};
 use system_tests::recipe::{TinyRecipe, write_images};
-use system_tests::run_dir::{assert_kept, checkpoints, final_state, losses, metrics, snapshot, wait_for_lines};
+use system_tests::run_dir::{
+    assert_kept, checkpoints, final_state, losses, metrics, snapshot, wait_for_lines,
+};
 use system_tests::{machine, temp_dir};
 
 const STEPS: usize = 14;
@@ -149,8 +151,11 @@ fn a_run_directory_is_one_runs_at_a_time() {
     }
     first.signal(libc::SIGTERM);
     first.finish().expect(75);
-    let steps: Vec<u64> =
-        metrics(&run_dir).iter().filter(|line| line["kind"] == "train").filter_map(|line| line["step"].as_u64()).collect();
+    let steps: Vec<u64> = metrics(&run_dir)
+        .iter()
+        .filter(|line| line["kind"] == "train")
+        .filter_map(|line| line["step"].as_u64())
+        .collect();
     assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>(), "one run's lines");
 }
 

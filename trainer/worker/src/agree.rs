@@ -306,7 +306,8 @@ mod tests {
     fn assert_one_says<T>(results: Vec<Result<T, WorkerError>>, exit_code: i32, line: &str) {
         let errors: Vec<_> = results.into_iter().filter_map(Result::err).collect();
         assert!(errors.iter().all(|error| error.exit_code() == exit_code), "{errors:?}");
-        let said: Vec<_> = errors.iter().filter(|error| !error.is_silent()).map(ToString::to_string).collect();
+        let said: Vec<_> =
+            errors.iter().filter(|error| !error.is_silent()).map(ToString::to_string).collect();
         assert_eq!(said, [line]);
     }
 

@@ -34,7 +34,7 @@ pub enum WorkerError {
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
     #[error("{0}: no checkpoint there; give a run directory or one of its checkpoints")]
     NoCheckpoint(PathBuf),
-    #[error("{0}; restore or remove that checkpoint to go on from an older one")]
+    #[error("{0}; {advice}", advice = advice(.0))]
     Checkpoint(#[from] CheckpointError),
     #[error(
         "no checkpoint of step {step}: {source}; older checkpoints are intact: {}start again",
@@ -92,6 +92,15 @@ pub enum WorkerError {
     Known { says: Option<Box<WorkerError>>, exit_code: i32 },
 }
 
+/// What to do about a checkpoint that cannot be used.
+fn advice(error: &CheckpointError) -> &'static str {
+    if error.is_passing() {
+        "see to that and start again: the checkpoints may be intact"
+    } else {
+        "restore or remove that checkpoint to go on from an older one"
+    }
+}
+
 impl WorkerError {
     /// The documented code of a process that ends with this.
     pub fn exit_code(&self) -> i32 {
@@ -104,6 +113,7 @@ impl WorkerError {
             | Self::Import { .. }
             | Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
+            Self::Checkpoint(error) if error.is_passing() => exit_code::FAILED,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
                 exit_code::CHECKPOINT
             }
@@ -175,5 +185,32 @@ impl From<tch::TchError> for WorkerError {
 impl From<mentee_torch_ext::TorchError> for WorkerError {
     fn from(error: mentee_torch_ext::TorchError) -> Self {
         Self::Ssl(error.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_damaged_checkpoint_is_a_run_that_cannot_go_on() {
+        let folder = || PathBuf::from("step-00000003");
+        let io = || CheckpointError::Io {
+            action: "read",
+            path: folder(),
+            source: std::io::ErrorKind::StaleNetworkFileHandle.into(),
+        };
+        let damaged = || CheckpointError::NoManifest { folder: folder() };
+        let none = |reasons| CheckpointError::NoneUsable { folder: folder(), reasons };
+        for (error, code) in [
+            (io(), exit_code::FAILED),
+            (CheckpointError::OutOfMemory { path: folder(), bytes: 9 }, exit_code::FAILED),
+            (none(vec![io(), io()]), exit_code::FAILED),
+            (none(vec![io(), damaged()]), exit_code::CHECKPOINT),
+            (damaged(), exit_code::CHECKPOINT),
+        ] {
+            let error = WorkerError::from(error);
+            assert_eq!(error.exit_code(), code, "{error}");
+        }
     }
 }

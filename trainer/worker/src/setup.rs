@@ -209,12 +209,7 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
 
 /// Sets up this rank of the run, from its newest checkpoint where there is one. `shares`: the way to the coordinator that
 /// commits checkpoints. `stop`: what signals ask for.
-pub fn run(
-    local: Local,
-    place: &Place,
-    shares: Option<Shares>,
-    stop: StopFlag,
-) -> Result<Run, WorkerError> {
+pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
@@ -248,9 +243,11 @@ pub fn run(
     let attempt = agree::attempt(&*collectives)?;
     let cleaned = match identity.rank {
         0 => mentee_checkpoint::clean(&LocalDisk, &checkpoints::folder(&run_dir)),
-        _ => Ok(()),
+        _ => Ok(Vec::new()),
     };
-    agree::together(&*collectives, cleaned.map_err(WorkerError::from))?;
+    for left in agree::together(&*collectives, cleaned.map_err(WorkerError::from))? {
+        tracing::warn!("{left}: it takes room and does no other harm");
+    }
     let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan, &data_digest);
     let next_step = agree::together(&*collectives, resumed)?;
     let own = agree::Start {
