@@ -110,8 +110,10 @@ impl WorkerError {
             | Self::Identity(_)
             | Self::OtherRecipe { .. }
             | Self::OtherRecipesCheckpoint { .. }
-            | Self::Import { .. }
-            | Self::Start(_) => exit_code::USAGE,
+            | Self::Import { .. } => exit_code::USAGE,
+            // What MPI says while it starts may be that another rank is gone.
+            Self::Start(StartError::Mpi { .. }) => exit_code::FAILED,
+            Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
             Self::Checkpoint(error) if error.is_passing() => exit_code::FAILED,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
@@ -191,6 +193,13 @@ impl From<mentee_torch_ext::TorchError> for WorkerError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rank_lost_while_mpi_starts_is_a_failure_and_another_world_bad_usage() {
+        let lost = StartError::Mpi { code: 15, text: "MPI_Comm_split_type".into() };
+        assert_eq!(WorkerError::from(lost).exit_code(), exit_code::FAILED);
+        assert_eq!(WorkerError::from(StartError::NotBuilt).exit_code(), exit_code::USAGE);
+    }
 
     #[test]
     fn only_a_damaged_checkpoint_is_a_run_that_cannot_go_on() {
