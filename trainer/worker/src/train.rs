@@ -59,6 +59,9 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
         let mut parts = Vec::with_capacity(micro_batches.len());
         for (n, views) in micro_batches.iter().enumerate() {
+            if n > 0 {
+                run.state.gradients.next_part().map_err(at_step)?;
+            }
             let (state, statistics) = (&mut run.state, recipe.parallel.norm_statistics);
             let part = run.passes.run(views, |views| {
                 reporter.phase(Phase::Forward);
