@@ -259,7 +259,7 @@ pub enum NoCommit {
 }
 
 /// Every rank's file, or why there is to be no checkpoint.
-type Verdict = Result<Vec<ShareFile>, NoCommit>;
+pub type Verdict = Result<Vec<ShareFile>, NoCommit>;
 
 impl Shares {
     /// What became of this rank's share of the checkpoint of `step`; never waits.
@@ -271,17 +271,17 @@ impl Shares {
         }
     }
 
-    /// On rank 0: the files of all ranks, once every rank has reported its share.
+    /// On rank 0: the files of all ranks, once every rank has reported its share. `late` is told meanwhile what became of
+    /// earlier steps, whose verdict was not waited for to the end.
     ///
     /// # Errors
     /// When a rank failed, the coordinator is gone, or it took longer than `patience`.
-    pub fn verdict(&self, step: u64, patience: Duration) -> Verdict {
+    pub fn verdict(&self, step: u64, patience: Duration, mut late: impl FnMut(u64, Verdict)) -> Verdict {
         let deadline = Instant::now() + patience;
         loop {
             match self.verdicts.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok((of, verdict)) if of == step => return verdict,
-                // Of an earlier step, which nobody waits for any more.
-                Ok(_) => {}
+                Ok((of, verdict)) => late(of, verdict),
                 Err(std_mpsc::RecvTimeoutError::Timeout) => {
                     return Err(NoCommit::TimedOut(patience));
                 }
@@ -290,6 +290,11 @@ impl Shares {
                 }
             }
         }
+    }
+
+    /// A verdict that has come since nobody waits for one, and its step; never waits.
+    pub fn late(&self) -> Option<(u64, Verdict)> {
+        self.verdicts.try_recv().ok()
     }
 }
 

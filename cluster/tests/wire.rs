@@ -400,21 +400,29 @@ fn shares_of_a_checkpoint_come_together_at_rank_0() {
             shares[rank].report(step, Share::Written { file: Some(file(rank)) });
         }
     }
-    // Nobody asked for that of step 10.
-    assert_eq!(shares[0].verdict(20, PATIENCE), Ok((0..3).map(file).collect()));
+    // Nobody has asked for that of step 10 yet.
+    let (mut late, files) = (Vec::new(), || (0..3).map(file).collect::<Vec<_>>());
+    assert_eq!(shares[0].verdict(20, PATIENCE, |step, verdict| late.push((step, verdict))), Ok(files()));
+    assert_eq!(late, [(10, Ok(files()))]);
+    let none = |step, _| panic!("a verdict of step {step}");
     shares[1].report(30, Share::Failed { reason: "no room".into() });
     for rank in [0, 2] {
         shares[rank].report(30, Share::Written { file: None });
     }
-    let no = shares[0].verdict(30, PATIENCE);
+    let no = shares[0].verdict(30, PATIENCE, none);
     assert_eq!(no, Err(NoCommit::ShareFailed("rank 1 could not write its share: no room".into())));
     // Ranks 1 and 2 have not reported step 40.
     shares[0].report(40, Share::Written { file: None });
     let patience = Duration::from_millis(10);
-    assert_eq!(shares[0].verdict(40, patience), Err(NoCommit::TimedOut(patience)));
+    assert_eq!(shares[0].verdict(40, patience, none), Err(NoCommit::TimedOut(patience)));
+    assert_eq!(shares[0].late(), None);
+    for rank in [1, 2] {
+        shares[rank].report(40, Share::Written { file: None });
+    }
+    becomes(|| shares[0].late() == Some((40, Ok(Vec::new()))));
     drop(handle);
     becomes(|| links[0].stop_requested());
-    assert_eq!(shares[0].verdict(50, PATIENCE), Err(NoCommit::CoordinatorLost));
+    assert_eq!(shares[0].verdict(50, PATIENCE, none), Err(NoCommit::CoordinatorLost));
 }
 
 #[test]
