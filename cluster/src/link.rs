@@ -108,12 +108,20 @@ impl Shared {
     }
 }
 
+/// What the socket's thread is to do, in this order.
+#[derive(Debug)]
+enum Queued {
+    Send(ToCoordinator),
+    /// Say that all before this is on its way.
+    Tell(std_mpsc::Sender<()>),
+}
+
 /// A worker's link to its coordinator. Dropping it is [`Link::close`].
 #[derive(Debug)]
 pub struct Link {
     shared: Arc<Shared>,
     /// `None` once closed.
-    events: Option<mpsc::UnboundedSender<ToCoordinator>>,
+    events: Option<mpsc::UnboundedSender<Queued>>,
     /// `None` once taken.
     shares: Option<Shares>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -204,8 +212,14 @@ impl Link {
         event.clip();
         if let Some(events) = &self.events {
             // A closed channel: the coordinator is lost, which `stop_reason` says.
-            let _ = events.send(ToCoordinator::Event { event });
+            let _ = events.send(Queued::Send(ToCoordinator::Event { event }));
         }
+    }
+
+    /// For the thread that finds that this process must end at once.
+    pub fn last_words(&self) -> LastWords {
+        let to = self.events.as_ref().map(mpsc::UnboundedSender::downgrade);
+        LastWords { to, shared: self.shared.clone() }
     }
 
     /// For the thread that writes checkpoints; the first call gets it.
@@ -237,10 +251,33 @@ impl Link {
     }
 }
 
+/// The part of a [`Link`] by which any thread says why the process ends. It does not keep the link open.
+#[derive(Debug)]
+pub struct LastWords {
+    to: Option<mpsc::WeakUnboundedSender<Queued>>,
+    shared: Arc<Shared>,
+}
+
+impl LastWords {
+    /// Says what `event` makes of the steps that are done and of the phase, and returns when it is on its way, or cannot be,
+    /// within `patience`.
+    pub fn say(&self, event: impl FnOnce(u64, Phase) -> WorkerEvent, patience: Duration) {
+        let Some(to) = self.to.as_ref().and_then(mpsc::WeakUnboundedSender::upgrade) else { return };
+        let Progress { step, phase, .. } = self.shared.vitals.fill(Progress::default());
+        let mut event = event(step, phase);
+        event.clip();
+        let (tell, told) = std_mpsc::channel();
+        let _ = to.send(Queued::Send(ToCoordinator::Event { event }));
+        let _ = to.send(Queued::Tell(tell));
+        // At once where the link's thread is gone, which drops the other end.
+        let _ = told.recv_timeout(patience);
+    }
+}
+
 /// The part of a [`Link`] by which checkpoints are committed. It does not keep the link open.
 #[derive(Debug)]
 pub struct Shares {
-    to: mpsc::WeakUnboundedSender<ToCoordinator>,
+    to: mpsc::WeakUnboundedSender<Queued>,
     verdicts: std_mpsc::Receiver<(u64, Verdict)>,
 }
 
@@ -267,7 +304,7 @@ impl Shares {
         share.clip();
         // Closed or lost: the verdict does not come then.
         if let Some(to) = self.to.upgrade() {
-            let _ = to.send(ToCoordinator::Share { step, share });
+            let _ = to.send(Queued::Send(ToCoordinator::Share { step, share }));
         }
     }
 
@@ -316,7 +353,7 @@ async fn run(
     hello: Hello,
     deadline: Duration,
     shared: Arc<Shared>,
-    events: mpsc::UnboundedReceiver<ToCoordinator>,
+    events: mpsc::UnboundedReceiver<Queued>,
     answer: std_mpsc::SyncSender<Answer>,
     verdicts: std_mpsc::Sender<(u64, Verdict)>,
 ) {
@@ -397,7 +434,7 @@ async fn exchange(
     stream: TcpStream,
     mut decoder: Decoder,
     shared: &Shared,
-    mut events: mpsc::UnboundedReceiver<ToCoordinator>,
+    mut events: mpsc::UnboundedReceiver<Queued>,
     verdicts: &std_mpsc::Sender<(u64, Verdict)>,
     every: Duration,
 ) -> Result<(), String> {
@@ -411,7 +448,8 @@ async fn exchange(
             tokio::select! {
                 biased;
                 event = events.recv() => match event {
-                    Some(message) => send(&mut writer, &message).await?,
+                    Some(Queued::Send(message)) => send(&mut writer, &message).await?,
+                    Some(Queued::Tell(tell)) => drop(tell.send(())),
                     None => break,
                 },
                 () = async {

@@ -385,6 +385,33 @@ fn a_storm_of_hostile_peers_costs_the_job_nothing() {
 }
 
 #[test]
+fn last_words_are_on_their_way_when_they_are_said() {
+    let mut handle = coordinator(2);
+    let links = gang(&handle.address, 2);
+    let words = links[1].last_words();
+    links[1].phase(Phase::Reduce);
+    let failed = |step, phase| WorkerEvent::Failed {
+        step,
+        phase,
+        message: "waited in vain".into(),
+        exit_code: 1,
+        peers: Some(vec![0]),
+    };
+    // From another thread than the link's owner, who may be stuck.
+    std::thread::scope(|scope| scope.spawn(|| words.say(failed, PATIENCE)).join().expect("no panic"));
+    let said = until(&mut handle, |output| match output {
+        Output::Event { rank: 1, event } => Some(event),
+        _ => None,
+    });
+    assert_eq!(said, failed(0, Phase::Reduce));
+    // Who has hung up, or has nobody to talk to, does not wait.
+    drop(links);
+    let begin = Instant::now();
+    words.say(failed, PATIENCE);
+    assert!(begin.elapsed() < PATIENCE / 2);
+}
+
+#[test]
 fn shares_of_a_checkpoint_come_together_at_rank_0() {
     let handle = coordinator(3);
     let mut links = gang(&handle.address, 3);

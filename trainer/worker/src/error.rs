@@ -92,6 +92,17 @@ pub enum WorkerError {
     Known { says: Option<Box<WorkerError>>, exit_code: i32 },
 }
 
+/// The ranks that a failed call follows from, as [`WorkerError::peers`] has them.
+pub fn missed(kind: &ErrorKind) -> Option<Vec<u32>> {
+    match kind {
+        ErrorKind::Timeout { missing, .. } => Some(missing.clone()),
+        ErrorKind::PeerFailed { rank, .. } | ErrorKind::PeerLeft { rank } => Some(vec![*rank]),
+        // What MPI says of a peer that is gone depends on the library and the network.
+        ErrorKind::Mpi { .. } => Some(Vec::new()),
+        _ => None,
+    }
+}
+
 /// What to do about a checkpoint that cannot be used.
 fn advice(error: &CheckpointError) -> &'static str {
     if error.is_passing() {
@@ -145,13 +156,7 @@ impl WorkerError {
             };
         }
         let Self::Collective { source, .. } = self else { return None };
-        match &source.kind {
-            ErrorKind::Timeout { missing, .. } => Some(missing.clone()),
-            ErrorKind::PeerFailed { rank, .. } | ErrorKind::PeerLeft { rank } => Some(vec![*rank]),
-            // What MPI says of a peer that is gone depends on the library and the network.
-            ErrorKind::Mpi { .. } => Some(Vec::new()),
-            _ => None,
-        }
+        missed(&source.kind)
     }
 
     /// Whether every rank has found it.
