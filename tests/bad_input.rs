@@ -210,9 +210,36 @@ fn a_run_directory_of_another_recipe() {
         assert_refused(supervised(&recipe, &run_dir, &["--set", set]), USAGE, &words);
         assert_refused(alone(&recipe, &run_dir, &["--set", set]), USAGE, &words);
     }
+    // Checkpoints that were copied into a new directory say what they are of.
+    let plan = run_dir.join("plan.toml");
+    let text = fs::read(&plan).expect("the plan");
+    for start in [supervised, alone] {
+        fs::remove_file(&plan).expect("the plan can be removed");
+        let refused = start(&recipe, &run_dir, &["--set", "run.seed=8"]);
+        assert_refused(refused, USAGE, &["step-00000003", "run.seed = 7 there, 8 here"]);
+        fs::write(&plan, &text).expect("the plan can be restored");
+    }
     assert_kept(&before, &run_dir);
     // What decides no number may change: more steps, another number of ranks.
     supervised(&recipe, &run_dir, &["--workers", "2", "--set", "schedule.max_steps=5"]).expect(0);
+}
+
+#[test]
+fn ranks_that_read_different_recipes() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = TinyRecipe::new(&images(dir.path())).write(dir.path().join("tiny.toml"));
+    let run_dir = dir.path().join("run");
+    // As from a file on one node that was not brought up to date. The key decides no number, but when all ranks save.
+    let mut command = mpirun(1);
+    for (n, set) in ["checkpoint.every_steps=3", "checkpoint.every_steps=2"].iter().enumerate() {
+        if n > 0 {
+            command.args([":", "-n", "1"]);
+        }
+        command.arg(binary("mentee-worker")).arg(&recipe).arg("--run-dir").arg(&run_dir).args(["--set", set]);
+    }
+    assert_refused(finish(command), 1, &["rank 1", "checkpoint.every_steps = 2 there, 3 on rank 0"]);
+    assert!(!run_dir.exists(), "refused before anything is written");
 }
 
 #[test]

@@ -4,9 +4,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use system_tests::process::{finish, kill_run, mentee, start, worker};
+use system_tests::process::{binary, finish, kill_run, mentee, mpirun, start, worker};
 use system_tests::recipe::{TinyRecipe, write_images};
-use system_tests::run_dir::{assert_kept, checkpoints, final_state, losses, snapshot, wait_for_lines};
+use system_tests::run_dir::{
+    assert_kept, checkpoints, final_state, losses, metrics, snapshot, wait_for_lines,
+};
 use system_tests::{machine, temp_dir};
 
 const STEPS: usize = 14;
@@ -91,6 +93,70 @@ fn a_finished_run_is_left_as_it_is() {
     finish(with_run_dir(supervised("1"), &recipe, &run_dir)).expect(0);
     assert_kept(&before.0, &run_dir);
     assert_eq!((losses(&run_dir), final_state(&run_dir)), (before.1, before.2));
+}
+
+#[test]
+fn a_signal_while_a_run_is_set_up_loses_nothing() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = recipe(dir.path());
+    let (whole, run_dir) = (dir.path().join("whole"), dir.path().join("run"));
+    finish(with_run_dir(worker(), &recipe, &whole)).expect(0);
+    // At the first start and at one that goes on from a checkpoint.
+    let log = run_dir.join("logs/rank-00000.jsonl");
+    for _ in 0..2 {
+        let _ = std::fs::remove_file(&log);
+        let mut running = start(with_run_dir(worker(), &recipe, &run_dir));
+        while !log.exists() {
+            assert!(!running.has_ended(), "{}", running.finish().told());
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        running.signal(libc::SIGTERM);
+        running.finish().expect(75);
+        finish({
+            let mut command = with_run_dir(worker(), &recipe, &run_dir);
+            command.args(["--set", "schedule.max_steps=5"]);
+            command
+        })
+        .expect(0);
+    }
+    finish(with_run_dir(worker(), &recipe, &run_dir)).expect(0);
+    assert_eq!(losses(&run_dir), losses(&whole));
+    assert_eq!(final_state(&run_dir), final_state(&whole));
+}
+
+#[test]
+fn a_run_directory_is_one_runs_at_a_time() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = recipe(dir.path());
+    let run_dir = dir.path().join("run");
+    let bare_ranks = || {
+        let mut command = mpirun(2);
+        command.arg(binary("mentee-worker"));
+        command
+    };
+    let mut first = start({
+        let mut command = with_run_dir(worker(), &recipe, &run_dir);
+        command.args(["--set", "schedule.max_steps=10000", "--set", "schedule.epochs=10000"]);
+        command
+    });
+    let long = ["--set", "schedule.epochs=10000"];
+    wait_for_lines(&run_dir, 2, &mut first);
+    for mut command in [worker(), bare_ranks(), supervised("1")].map(|c| with_run_dir(c, &recipe, &run_dir)) {
+        command.args(long);
+        let refused = finish(command).expect(2);
+        let holder = format!("{} is in use by process {} on ", run_dir.display(), first.pid());
+        assert!(refused.error_line().contains(&holder), "{}", refused.told());
+    }
+    first.signal(libc::SIGTERM);
+    first.finish().expect(75);
+    let steps: Vec<u64> = metrics(&run_dir)
+        .iter()
+        .filter(|line| line["kind"] == "train")
+        .filter_map(|line| line["step"].as_u64())
+        .collect();
+    assert_eq!(steps, (1..=steps.len() as u64).collect::<Vec<_>>(), "one run's lines");
 }
 
 #[test]

@@ -59,6 +59,29 @@ fn a_rank_that_is_stopped_or_hangs_is_named_killed_and_the_run_goes_on() {
 }
 
 #[test]
+fn a_rank_that_others_wait_for_in_vain_over_mpi_is_named() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images"))
+        .set("schedule.epochs", "100")
+        .set("schedule.max_steps", "14")
+        .set("parallel.timeout_s", "6.0")
+        .write(dir.path().join("late.toml"));
+    let run_dir = dir.path().join("late");
+    let mut command = mentee();
+    command.arg("run").arg(&recipe).args(["--workers", "2", "--run-dir"]).arg(&run_dir);
+    // As between machines: MPI keeps the memory of a wait that failed, so that the process has to end.
+    command.envs([("MENTEE_FAULTS", "hang:rank=1,step=7"), ("MENTEE_SHARED_MEMORY", "0")]);
+    let told = finish(command).expect(0).told();
+    let restarts = restarts(&run_dir);
+    assert_eq!(restarts.len(), 1, "{restarts:?}\n{told}");
+    let reason = restarts[0]["reason"].as_str().expect("a reason");
+    assert_eq!(restarts[0]["rank"], 1, "{reason}\n{told}");
+    assert!(reason.contains("rank 0 missed it: step ") && reason.contains(" s for rank 1"), "{reason}");
+}
+
+#[test]
 fn a_rank_that_is_three_times_slower_is_named_within_50_steps() {
     let _machine = machine();
     let dir = temp_dir();

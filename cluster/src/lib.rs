@@ -23,7 +23,7 @@ pub mod wire;
 
 pub use coordinator::{Agreement, Coordinator, Output};
 pub use identity::{Identity, IdentityError, discover};
-pub use link::{Link, LinkError, NoCommit, Shares, StopReason};
+pub use link::{LastWords, Link, LinkError, NoCommit, Shares, StopReason, Verdict};
 pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, Share, ShareFile, StepTimes, WorkerEvent};
 pub use server::{CoordinatorHandle, Events};
 pub use vitals::Vitals;

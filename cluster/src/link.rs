@@ -110,12 +110,20 @@ impl Shared {
     }
 }
 
+/// What the socket's thread is to do, in this order.
+#[derive(Debug)]
+enum Queued {
+    Send(ToCoordinator),
+    /// Say that all before this is on its way.
+    Tell(std_mpsc::Sender<()>),
+}
+
 /// A worker's link to its coordinator. Dropping it is [`Link::close`].
 #[derive(Debug)]
 pub struct Link {
     shared: Arc<Shared>,
     /// `None` once closed.
-    events: Option<mpsc::UnboundedSender<ToCoordinator>>,
+    events: Option<mpsc::UnboundedSender<Queued>>,
     /// `None` once taken.
     shares: Option<Shares>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -206,8 +214,14 @@ impl Link {
         event.clip();
         if let Some(events) = &self.events {
             // A closed channel: the coordinator is lost, which `stop_reason` says.
-            let _ = events.send(ToCoordinator::Event { event });
+            let _ = events.send(Queued::Send(ToCoordinator::Event { event }));
         }
+    }
+
+    /// For the thread that finds that this process must end at once.
+    pub fn last_words(&self) -> LastWords {
+        let to = self.events.as_ref().map(mpsc::UnboundedSender::downgrade);
+        LastWords { to, shared: self.shared.clone() }
     }
 
     /// For the thread that writes checkpoints; the first call gets it.
@@ -239,10 +253,33 @@ impl Link {
     }
 }
 
+/// The part of a [`Link`] by which any thread says why the process ends. It does not keep the link open.
+#[derive(Debug)]
+pub struct LastWords {
+    to: Option<mpsc::WeakUnboundedSender<Queued>>,
+    shared: Arc<Shared>,
+}
+
+impl LastWords {
+    /// Says what `event` makes of the steps that are done and of the phase, and returns when it is on its way, or cannot be,
+    /// within `patience`.
+    pub fn say(&self, event: impl FnOnce(u64, Phase) -> WorkerEvent, patience: Duration) {
+        let Some(to) = self.to.as_ref().and_then(mpsc::WeakUnboundedSender::upgrade) else { return };
+        let Progress { step, phase, .. } = self.shared.vitals.fill(Progress::default());
+        let mut event = event(step, phase);
+        event.clip();
+        let (tell, told) = std_mpsc::channel();
+        let _ = to.send(Queued::Send(ToCoordinator::Event { event }));
+        let _ = to.send(Queued::Tell(tell));
+        // At once where the link's thread is gone, which drops the other end.
+        let _ = told.recv_timeout(patience);
+    }
+}
+
 /// The part of a [`Link`] by which checkpoints are committed. It does not keep the link open.
 #[derive(Debug)]
 pub struct Shares {
-    to: mpsc::WeakUnboundedSender<ToCoordinator>,
+    to: mpsc::WeakUnboundedSender<Queued>,
     verdicts: std_mpsc::Receiver<(u64, Verdict)>,
 }
 
@@ -261,7 +298,7 @@ pub enum NoCommit {
 }
 
 /// Every rank's file, or why there is to be no checkpoint.
-type Verdict = Result<Vec<ShareFile>, NoCommit>;
+pub type Verdict = Result<Vec<ShareFile>, NoCommit>;
 
 impl Shares {
     /// What became of this rank's share of the checkpoint of `step`; never waits.
@@ -269,21 +306,21 @@ impl Shares {
         share.clip();
         // Closed or lost: the verdict does not come then.
         if let Some(to) = self.to.upgrade() {
-            let _ = to.send(ToCoordinator::Share { step, share });
+            let _ = to.send(Queued::Send(ToCoordinator::Share { step, share }));
         }
     }
 
-    /// On rank 0: the files of all ranks, once every rank has reported its share.
+    /// On rank 0: the files of all ranks, once every rank has reported its share. `late` is told meanwhile what became of
+    /// earlier steps, whose verdict was not waited for to the end.
     ///
     /// # Errors
     /// When a rank failed, the coordinator is gone, or it took longer than `patience`.
-    pub fn verdict(&self, step: u64, patience: Duration) -> Verdict {
+    pub fn verdict(&self, step: u64, patience: Duration, mut late: impl FnMut(u64, Verdict)) -> Verdict {
         let deadline = Instant::now() + patience;
         loop {
             match self.verdicts.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok((of, verdict)) if of == step => return verdict,
-                // Of an earlier step, which nobody waits for any more.
-                Ok(_) => {}
+                Ok((of, verdict)) => late(of, verdict),
                 Err(std_mpsc::RecvTimeoutError::Timeout) => {
                     return Err(NoCommit::TimedOut(patience));
                 }
@@ -292,6 +329,11 @@ impl Shares {
                 }
             }
         }
+    }
+
+    /// A verdict that has come since nobody waits for one, and its step; never waits.
+    pub fn late(&self) -> Option<(u64, Verdict)> {
+        self.verdicts.try_recv().ok()
     }
 }
 
@@ -313,7 +355,7 @@ async fn run(
     hello: Hello,
     deadline: Duration,
     shared: Arc<Shared>,
-    events: mpsc::UnboundedReceiver<ToCoordinator>,
+    events: mpsc::UnboundedReceiver<Queued>,
     answer: std_mpsc::SyncSender<Answer>,
     verdicts: std_mpsc::Sender<(u64, Verdict)>,
 ) {
@@ -396,7 +438,7 @@ async fn exchange(
     stream: TcpStream,
     mut decoder: Decoder,
     shared: &Shared,
-    mut events: mpsc::UnboundedReceiver<ToCoordinator>,
+    mut events: mpsc::UnboundedReceiver<Queued>,
     verdicts: &std_mpsc::Sender<(u64, Verdict)>,
     every: Duration,
 ) -> Result<(), String> {
@@ -410,7 +452,8 @@ async fn exchange(
             tokio::select! {
                 biased;
                 event = events.recv() => match event {
-                    Some(message) => send(&mut writer, &message).await?,
+                    Some(Queued::Send(message)) => send(&mut writer, &message).await?,
+                    Some(Queued::Tell(tell)) => drop(tell.send(())),
                     None => break,
                 },
                 () = async {

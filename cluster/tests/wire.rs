@@ -419,6 +419,33 @@ fn a_storm_of_hostile_peers_costs_the_job_nothing() {
 }
 
 #[test]
+fn last_words_are_on_their_way_when_they_are_said() {
+    let mut handle = coordinator(2);
+    let links = gang(&handle.address, 2);
+    let words = links[1].last_words();
+    links[1].phase(Phase::Reduce);
+    let failed = |step, phase| WorkerEvent::Failed {
+        step,
+        phase,
+        message: "waited in vain".into(),
+        exit_code: 1,
+        peers: Some(vec![0]),
+    };
+    // From another thread than the link's owner, who may be stuck.
+    std::thread::scope(|scope| scope.spawn(|| words.say(failed, PATIENCE)).join().expect("no panic"));
+    let said = until(&mut handle, |output| match output {
+        Output::Event { rank: 1, event } => Some(event),
+        _ => None,
+    });
+    assert_eq!(said, failed(0, Phase::Reduce));
+    // Who has hung up, or has nobody to talk to, does not wait.
+    drop(links);
+    let begin = Instant::now();
+    words.say(failed, PATIENCE);
+    assert!(begin.elapsed() < PATIENCE / 2);
+}
+
+#[test]
 fn shares_of_a_checkpoint_come_together_at_rank_0() {
     let handle = coordinator(3);
     let mut links = gang(&handle.address, 3);
@@ -434,21 +461,29 @@ fn shares_of_a_checkpoint_come_together_at_rank_0() {
             shares[rank].report(step, Share::Written { file: Some(file(rank)) });
         }
     }
-    // Nobody asked for that of step 10.
-    assert_eq!(shares[0].verdict(20, PATIENCE), Ok((0..3).map(file).collect()));
+    // Nobody has asked for that of step 10 yet.
+    let (mut late, files) = (Vec::new(), || (0..3).map(file).collect::<Vec<_>>());
+    assert_eq!(shares[0].verdict(20, PATIENCE, |step, verdict| late.push((step, verdict))), Ok(files()));
+    assert_eq!(late, [(10, Ok(files()))]);
+    let none = |step, _| panic!("a verdict of step {step}");
     shares[1].report(30, Share::Failed { reason: "no room".into() });
     for rank in [0, 2] {
         shares[rank].report(30, Share::Written { file: None });
     }
-    let no = shares[0].verdict(30, PATIENCE);
+    let no = shares[0].verdict(30, PATIENCE, none);
     assert_eq!(no, Err(NoCommit::ShareFailed("rank 1 could not write its share: no room".into())));
     // Ranks 1 and 2 have not reported step 40.
     shares[0].report(40, Share::Written { file: None });
     let patience = Duration::from_millis(10);
-    assert_eq!(shares[0].verdict(40, patience), Err(NoCommit::TimedOut(patience)));
+    assert_eq!(shares[0].verdict(40, patience, none), Err(NoCommit::TimedOut(patience)));
+    assert_eq!(shares[0].late(), None);
+    for rank in [1, 2] {
+        shares[rank].report(40, Share::Written { file: None });
+    }
+    becomes(|| shares[0].late() == Some((40, Ok(Vec::new()))));
     drop(handle);
     becomes(|| links[0].stop_requested());
-    assert_eq!(shares[0].verdict(50, PATIENCE), Err(NoCommit::CoordinatorLost));
+    assert_eq!(shares[0].verdict(50, PATIENCE, none), Err(NoCommit::CoordinatorLost));
 }
 
 #[test]

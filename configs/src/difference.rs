@@ -1,7 +1,11 @@
 //! When two recipes are the same run: equal in every key that decides the numbers.
 
 use crate::recipe::{DataOrder, Recipe};
-use crate::schema::{Decides, KEYS};
+use crate::schema::{Decides, KEYS, Key};
+
+/// What every machine may have its own of: where things lie, and how many threads it gives them.
+const PER_MACHINE: [&str; 5] =
+    ["data.path", "model.init", "parallel.threads", "parallel.decode_threads", "eval.path"];
 
 impl Recipe {
     /// 16 hexadecimal digits over everything that decides the loss curve: `run.seed`, `data.order`, `[views]`, `[model]`,
@@ -38,11 +42,25 @@ impl Recipe {
             .map(|((key, here), (_, there))| format!("{key} = {there} there, {here} here"))
     }
 
-    /// The deciding keys and their values as TOML writes them, in the order of the table of keys.
+    /// What the ranks of a run must have alike, keys with their values in the order of the table of keys: all but what each machine
+    /// may have its own of. Keys that decide no number are among it, as many of them decide what ranks do together, and when.
+    ///
+    /// # Panics
+    /// As [`Recipe::to_toml`].
+    pub fn shared(&self) -> Vec<(&'static str, String)> {
+        self.values(|key| !PER_MACHINE.contains(&key.path))
+    }
+
+    /// The deciding keys and their values.
     fn deciding(&self) -> Vec<(&'static str, String)> {
+        self.values(|key| key.decides == Decides::Yes)
+    }
+
+    /// The values of the keys that are `wanted` as TOML writes them, in the order of the table of keys.
+    fn values(&self, wanted: impl Fn(&Key) -> bool) -> Vec<(&'static str, String)> {
         let table = self.to_table().expect("a validated recipe can be written as TOML");
         KEYS.iter()
-            .filter(|key| key.decides == Decides::Yes)
+            .filter(|key| wanted(key))
             .map(|key| (key.path, table[key.section()][key.name()].to_string()))
             .collect()
     }

@@ -411,6 +411,30 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
 }
 
 #[test]
+fn ranks_share_every_key_but_those_of_a_machine() {
+    let recipe = load("byol-imagenet-resnet50-100ep", &[]).unwrap();
+    let table = toml::Table::try_from(&recipe).unwrap();
+    let mut own = Vec::new();
+    for (section, keys) in &table {
+        for (name, value) in keys.as_table().unwrap() {
+            let key = format!("{section}.{name}");
+            let mut changed = table.clone();
+            changed[section][name] = other_value(&key, value);
+            let changed: Recipe = changed.try_into().unwrap();
+            if changed.shared() == recipe.shared() {
+                own.push(key);
+            }
+        }
+    }
+    own.sort();
+    assert_eq!(
+        own,
+        ["data.path", "eval.path", "model.init", "parallel.decode_threads", "parallel.threads"],
+        "what each machine may have its own of"
+    );
+}
+
+#[test]
 fn the_hash_of_a_recipe_stays_between_versions() {
     // A run directory holds this number; when it changes, no run of an earlier version can be resumed.
     assert_eq!(load("byol-imagenet-resnet50-100ep", &[]).unwrap().hash(), "af27b4894f595042");

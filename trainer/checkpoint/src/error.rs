@@ -198,18 +198,30 @@ pub enum CheckpointError {
     },
     /// Checkpoints are there, and none of them can be used.
     #[error(
-        "{}: none of the {} checkpoints can be used ({}); restore one from a copy, or start in a new run directory",
-        folder.display(), reasons.len(), reasons.join("; ")
+        "{}: none of the {} checkpoints can be used ({}){}",
+        folder.display(),
+        reasons.len(),
+        reasons.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
+        if self.is_passing() { "" } else { "; restore one from a copy, or start in a new run directory" }
     )]
     NoneUsable {
         /// The folder of the checkpoints.
         folder: PathBuf,
         /// Why, newest first.
-        reasons: Vec<String>,
+        reasons: Vec<CheckpointError>,
     },
 }
 
 impl CheckpointError {
+    /// Whether the system refused something that it may grant another time. The checkpoints may be intact.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            CheckpointError::Io { .. } | CheckpointError::OutOfMemory { .. } => true,
+            CheckpointError::NoneUsable { reasons, .. } => reasons.iter().all(Self::is_passing),
+            _ => false,
+        }
+    }
+
     /// Whether there is no room for it: the disk, a quota or a limit on a file's size.
     pub fn is_no_room(&self) -> bool {
         let CheckpointError::Io { source, .. } = self else { return false };

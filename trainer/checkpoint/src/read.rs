@@ -329,7 +329,7 @@ pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError>
     if rejected.is_empty() {
         return Ok(None);
     }
-    let reasons = rejected.iter().map(|(_, reason)| reason.to_string()).collect();
+    let reasons = rejected.into_iter().map(|(_, reason)| reason).collect();
     Err(CheckpointError::NoneUsable { folder: checkpoints_dir.into(), reasons })
 }
 
@@ -381,10 +381,14 @@ pub fn retain(
 ///
 /// One process calls this, at the start of a run, before any rank reads or writes a checkpoint.
 ///
+/// Returns what kept it from removing a folder, which takes room and does no other harm: a process that holds a file
+/// there open over a network, for one.
+///
 /// # Errors
-/// `Io` if the folder cannot be read or changed.
-pub fn clean(disk: &dyn FileSystem, checkpoints_dir: &Path) -> Result<(), CheckpointError> {
+/// `Io` if the folder cannot be read, or a name in it not be changed.
+pub fn clean(disk: &dyn FileSystem, checkpoints_dir: &Path) -> Result<Vec<CheckpointError>, CheckpointError> {
     let disk = Disk(disk);
+    let mut left = Vec::new();
     let names = names(checkpoints_dir)?;
     if names.iter().any(|name| name.starts_with('.')) {
         // What was renamed last may stand on the disk under the name of a checkpoint still.
@@ -393,16 +397,16 @@ pub fn clean(disk: &dyn FileSystem, checkpoints_dir: &Path) -> Result<(), Checkp
     for name in names {
         let path = checkpoints_dir.join(&name);
         if name.starts_with(".tmp-") {
-            disk.remove_folder(&path)?;
+            left.extend(disk.remove_folder(&path).err());
         } else if let Some(step) = name.strip_prefix(".old-").and_then(parse_step_name) {
             let folder = checkpoints_dir.join(step_name(step));
             if !folder.exists() {
                 disk.rename(&path, &folder)?;
                 disk.sync_folder(checkpoints_dir)?;
             } else if open(&folder).is_ok_and(|checkpoint| checkpoint.verify().is_ok()) {
-                disk.remove_folder(&path)?;
+                left.extend(disk.remove_folder(&path).err());
             }
         }
     }
-    Ok(())
+    Ok(left)
 }

@@ -1,9 +1,10 @@
 //! What is written, what is refused, what stays.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use mentee_checkpoint::{
-    CheckpointError, Dtype, LocalDisk, Meta, Staging, Tensor, clean, file_name, list, newest, retain, write,
+    CheckpointError, Dtype, FileSystem, LocalDisk, Meta, NewFile, Staging, Tensor, clean, file_name, list,
+    newest, retain, write,
 };
 use tempfile::TempDir;
 
@@ -188,4 +189,71 @@ fn no_folder_means_no_checkpoint() {
     assert!(list(&folder).unwrap().is_empty());
     assert!(retain(&LocalDisk, &folder, 3).unwrap().is_empty());
     clean(&LocalDisk, &folder).unwrap();
+}
+
+/// A disk on which a folder cannot be removed, as where a network file system keeps a file that is still open.
+#[derive(Debug)]
+struct Sticky;
+
+impl FileSystem for Sticky {
+    fn create_folders(&self, path: &Path) -> io::Result<()> {
+        LocalDisk.create_folders(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn NewFile>> {
+        LocalDisk.create(path)
+    }
+
+    fn sync_folder(&self, path: &Path) -> io::Result<()> {
+        LocalDisk.sync_folder(path)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        LocalDisk.rename(from, to)
+    }
+
+    fn exchange(&self, a: &Path, b: &Path) -> io::Result<bool> {
+        LocalDisk.exchange(a, b)
+    }
+
+    fn remove_folder(&self, _: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::ResourceBusy.into())
+    }
+}
+
+#[test]
+fn rubbish_that_cannot_be_removed_keeps_no_checkpoint_from_use() {
+    let run = TempDir::new().unwrap();
+    write_value(run.path(), 20, 1);
+    write_value(run.path(), 30, 3);
+    for rubbish in [".tmp-step-00000021-a", ".tmp-step-00000022-a", ".old-step-00000030"] {
+        fs::create_dir(run.path().join(rubbish)).unwrap();
+    }
+    fs::rename(run.path().join("step-00000020"), run.path().join(".old-step-00000020")).unwrap();
+    let left = clean(&Sticky, run.path()).unwrap();
+    assert_eq!(left.len(), 3, "{left:?}");
+    assert!(left.iter().all(|error| error.is_passing() && error.to_string().starts_with("cannot remove ")));
+    // What had to be done otherwise is done.
+    assert!(run.path().join("step-00000020").is_dir());
+    assert_eq!(newest_value(run.path()), Some((30, 3)));
+}
+
+#[test]
+fn what_the_system_refuses_is_told_from_what_is_damaged() {
+    let run = TempDir::new().unwrap();
+    for step in [1, 2] {
+        write_value(run.path(), step, 1);
+        let manifest = run.path().join(format!("step-0000000{step}/manifest.json"));
+        fs::remove_file(&manifest).unwrap();
+        fs::create_dir(&manifest).unwrap(); // can be opened, and not be read
+    }
+    let error = newest(run.path()).unwrap_err();
+    assert!(error.is_passing(), "{error:?}");
+    fs::remove_dir(run.path().join("step-00000001/manifest.json")).unwrap();
+    let error = newest(run.path()).unwrap_err();
+    assert!(!error.is_passing(), "one of them is damaged: {error:?}");
+    assert!(
+        error.to_string().ends_with("restore one from a copy, or start in a new run directory"),
+        "{error}"
+    );
 }

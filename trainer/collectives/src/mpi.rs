@@ -7,7 +7,7 @@
 //! itself:
 //!
 //! - a wait ends after [`patience`] with an error that names the ranks waited for. MPI cannot be made to give back
-//!   the memory it was to fill, so the error is printed and the whole world ends;
+//!   the memory it was to fill, so the error is printed, told to whom [`set_last_words`] names, and the whole world ends;
 //! - a panic on any thread ends the whole world (`MPI_Abort`) after its message was printed, with
 //!   [`PANIC_EXIT_CODE`];
 //! - dropping [`Mpi`] does **not** shut MPI down, because `MPI_Finalize` waits for all ranks. A rank that
@@ -41,9 +41,14 @@
 //! next arrive. Short messages are gathered whole by everyone and added locally: one exchange instead of two.
 
 use std::{
-    sync::atomic::{AtomicU64, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
+
+use crate::ErrorKind;
 
 /// Whether this program was built with an MPI library.
 pub const BUILT_IN: bool = cfg!(feature = "mpi");
@@ -60,6 +65,36 @@ pub fn patience() -> Duration {
 /// one rank does while the others wait for it.
 pub fn set_patience(patience: Duration) {
     PATIENCE.store(u64::try_from(patience.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+}
+
+/// What is told of a failure that ends all ranks: what it is, and its line.
+type LastWords = Box<dyn FnOnce(&ErrorKind, &str) + Send>;
+
+static LAST_WORDS: Mutex<Option<LastWords>> = Mutex::new(None);
+/// How long they may take.
+#[cfg(feature = "mpi")]
+const LAST_WORDS_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Sets what is called, on a thread of its own, when a wait has failed and MPI does not give back the memory it was to
+/// fill: all ranks end a few seconds later, and nobody gets the error. It is called once.
+pub fn set_last_words(words: impl FnOnce(&ErrorKind, &str) + Send + 'static) {
+    *LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(words));
+}
+
+/// Returns when the words are said, or have taken too long; a second thread waits for the first.
+#[cfg(feature = "mpi")]
+fn say_last_words(kind: &ErrorKind, line: &str) {
+    let mut guard = LAST_WORDS.lock().unwrap_or_else(PoisonError::into_inner);
+    let Some(words) = guard.take() else { return };
+    let (kind, line) = (kind.clone(), line.to_owned());
+    let (tell, told) = std::sync::mpsc::channel();
+    let thread = std::thread::Builder::new().spawn(move || {
+        words(&kind, &line);
+        let _ = tell.send(());
+    });
+    if thread.is_ok() {
+        let _ = told.recv_timeout(LAST_WORDS_PATIENCE);
+    }
 }
 
 /// The exit code of the ranks that a panic on one of them ends.

@@ -14,6 +14,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use mentee_torch_ext as ext;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -313,7 +314,10 @@ pub fn view(buffer: &Tensor, place: &Place) -> Result<Tensor, SslError> {
 pub struct Gradients {
     /// All gradients, in the student's layout.
     pub flat: Tensor,
+    /// What backward passes add to in bf16, of the part of a step that is worked on.
     compute: Option<Tensor>,
+    /// Whether the flat buffer holds parts already.
+    earlier_parts: Arc<AtomicBool>,
 }
 
 impl Gradients {
@@ -324,11 +328,13 @@ impl Gradients {
             compute: (kinds.compute != kinds.master)
                 .then(|| Tensor::f_zeros([layout.compute_len], (kinds.compute, kinds.device)))
                 .transpose()?,
+            earlier_parts: Arc::default(),
         })
     }
 
-    /// Before a backward pass.
+    /// Before the first backward pass of a step.
     pub fn zero(&mut self) -> Result<(), SslError> {
+        self.earlier_parts.store(false, Ordering::Relaxed);
         let _ = self.flat.f_zero_()?;
         if let Some(compute) = &mut self.compute {
             let _ = compute.f_zero_()?;
@@ -336,13 +342,31 @@ impl Gradients {
         Ok(())
     }
 
-    /// Gradients of `range` that were computed in bf16 join the flat buffer.
+    /// Before another backward pass of the same step. What was computed in bf16 is added up in the flat buffer's type: bf16 has
+    /// eight bits, in which a sum of many parts would lose the later ones.
+    pub fn next_part(&mut self) -> Result<(), SslError> {
+        let Some(compute) = &mut self.compute else { return Ok(()) };
+        no_grad(|| -> Result<(), SslError> {
+            let _ = self.flat.f_narrow(0, 0, compute.numel() as i64)?.f_add_(compute)?;
+            let _ = compute.f_zero_()?;
+            Ok(())
+        })?;
+        self.earlier_parts.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Gradients of `range` that were computed in bf16 join the flat buffer, each once.
     pub fn gather(&self, range: Range<i64>) -> Result<(), SslError> {
         let Some(compute) = &self.compute else { return Ok(()) };
         let len = range.end.min(compute.numel() as i64) - range.start;
         if len > 0 {
             let part = compute.f_narrow(0, range.start, len)?;
-            no_grad(|| self.flat.f_narrow(0, range.start, len)?.f_copy_(&part))?;
+            let mut to = self.flat.f_narrow(0, range.start, len)?;
+            if self.earlier_parts.load(Ordering::Relaxed) {
+                let _ = no_grad(|| to.f_add_(&part))?;
+            } else {
+                no_grad(|| to.f_copy_(&part))?;
+            }
         }
         Ok(())
     }
@@ -350,7 +374,11 @@ impl Gradients {
     /// The same buffers, for whoever passes gradients on while backward runs.
     #[must_use]
     pub fn share(&self) -> Self {
-        Self { flat: self.flat.shallow_clone(), compute: self.compute.as_ref().map(Tensor::shallow_clone) }
+        Self {
+            flat: self.flat.shallow_clone(),
+            compute: self.compute.as_ref().map(Tensor::shallow_clone),
+            earlier_parts: self.earlier_parts.clone(),
+        }
     }
 }
 

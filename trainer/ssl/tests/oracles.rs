@@ -145,6 +145,47 @@ fn backward(state: &mut State, loss: &Tensor) {
 }
 
 #[test]
+fn parts_of_a_step_in_bf16_are_added_up_in_f32() {
+    let _turn = serial();
+    const PARTS: i64 = 16;
+    let (method, mut state) = mentee_ssl::state::new(&recipe(&["parallel.precision=bf16"])).unwrap();
+    let len = state.student.weights.layout.len;
+    let loss = |state: &mut State, part: i64| {
+        let views = views(4, 100 + part).to_kind(Kind::Float);
+        state.loss(&*method, &views, 4 * PARTS.cast_unsigned(), NormStatistics::Batch, None).unwrap().loss
+    };
+    // Each part alone is what bf16 makes of it; their sum in f32 has no error of bf16's but those.
+    let mut expected = Tensor::zeros([len], (Kind::Float, Device::Cpu));
+    for part in 0..PARTS {
+        let loss = loss(&mut state, part);
+        backward(&mut state, &loss);
+        expected += &state.gradients.flat;
+    }
+    // Through another handle and in pieces, as ranks gather them while backward runs.
+    let shared = state.gradients.share();
+    state.gradients.zero().unwrap();
+    for part in 0..PARTS {
+        if part > 0 {
+            state.gradients.next_part().unwrap();
+        }
+        let loss = loss(&mut state, part);
+        state.backward(&loss).unwrap();
+    }
+    for piece in [len / 2..len, 0..len / 2] {
+        shared.gather(piece).unwrap();
+    }
+    assert!(expected.norm().double_value(&[]) > 0.0);
+    assert_eq!(max_difference(&state.gradients.flat, &expected), 0.0);
+    // The next step starts from nothing.
+    let mut once = || {
+        let loss = loss(&mut state, 0);
+        backward(&mut state, &loss);
+        state.gradients.flat.copy()
+    };
+    assert_eq!(max_difference(&once(), &once()), 0.0);
+}
+
+#[test]
 fn a_lars_step_and_the_teacher_follow_their_equations() {
     let _turn = serial();
     let sets = ["optimizer.name=lars", "optimizer.base_lr=0.3", "optimizer.weight_decay=1e-3"];

@@ -8,12 +8,50 @@ use mentee_collectives::{Buffer, Collectives};
 use mentee_config::{Recipe, complain};
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::snapshot::{self, DIGEST_LEN};
 
-/// What every rank must have alike before step 0.
+/// Compares every rank's recipe with rank 0's, before anything that depends on it: ranks that disagree on when to check,
+/// to save or to evaluate would wait for each other in different calls, or add up what does not belong together.
+pub fn on_recipe(collectives: &dyn Collectives, recipe: &Recipe) -> Result<(), WorkerError> {
+    // Another version may have other keys, so that it comes first.
+    let mut own = vec![("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned())];
+    own.extend(recipe.shared().into_iter().map(|(key, value)| (key.to_owned(), value)));
+    let all: Vec<Vec<(String, String)>> = gather(collectives, 0, &own, "recipe")?;
+    let (first, rest) = all.split_at(1);
+    for (rank, theirs) in rest.iter().enumerate() {
+        let pairs = theirs.iter().zip(&first[0]);
+        if let Some(((what, found), (_, expected))) = pairs.into_iter().find(|(a, b)| a != b) {
+            let (what, found, expected) = (what.clone(), found.clone(), expected.clone());
+            let error = WorkerError::Disagreement { rank: rank + 1, what, found, expected };
+            return Err(error.known(collectives.rank() == 0));
+        }
+    }
+    Ok(())
+}
+
+/// What every rank has of `what`.
+fn gather<T: serde::Serialize + serde::de::DeserializeOwned>(
+    collectives: &dyn Collectives,
+    step: u64,
+    own: &T,
+    what: &str,
+) -> Result<Vec<T>, WorkerError> {
+    let bytes = serde_json::to_vec(own).map_err(|error| WorkerError::Failed(error.to_string()))?;
+    let all = collectives.all_gather(&bytes).map_err(|source| WorkerError::Collective { step, source })?;
+    let read = |(rank, bytes): (usize, &Vec<u8>)| {
+        serde_json::from_slice(bytes).map_err(|error| {
+            WorkerError::Failed(format!(
+                "rank {rank} sent no valid {what} ({error}); use one version of mentee"
+            ))
+        })
+    };
+    all.iter().enumerate().map(read).collect()
+}
+
+/// What every rank must have alike before step 0, beside the recipe.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
 pub struct Start {
     pub version: String,
@@ -26,19 +64,7 @@ pub struct Start {
 
 /// Compares every rank's start with rank 0's.
 pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), WorkerError> {
-    let bytes = serde_json::to_vec(own).map_err(|error| WorkerError::Failed(error.to_string()))?;
-    let all = collectives
-        .all_gather(&bytes)
-        .map_err(|source| WorkerError::Collective { step: own.next_step, source })?;
-    let mut starts = Vec::with_capacity(all.len());
-    for (rank, bytes) in all.iter().enumerate() {
-        let start: Start = serde_json::from_slice(bytes).map_err(|error| {
-            WorkerError::Failed(format!(
-                "rank {rank} sent no valid start ({error}); use one version of mentee"
-            ))
-        })?;
-        starts.push(start);
-    }
+    let starts = gather(collectives, own.next_step, own, "start")?;
     let first = &starts[0];
     for (rank, start) in starts.iter().enumerate() {
         let pairs = [
@@ -50,13 +76,26 @@ pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), Worker
         ];
         for (what, found, expected) in pairs {
             if found != expected {
-                let (found, expected) = (found.clone(), expected.clone());
+                let (what, found, expected) = (what.to_owned(), found.clone(), expected.clone());
                 let error = WorkerError::Disagreement { rank, what, found, expected };
                 return Err(error.known(collectives.rank() == 0));
             }
         }
     }
     Ok(())
+}
+
+/// Ranks compute all on the processor or all on devices of their own: what they sum, and by what way, depends on it.
+pub fn on_device(collectives: &dyn Collectives, device: Device) -> Result<(), WorkerError> {
+    let on_processor = device == Device::Cpu;
+    let all: Vec<bool> = gather(collectives, 0, &on_processor, "kind of device")?;
+    let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank]).collect();
+    if ranks.is_empty() || ranks.len() == all.len() {
+        return Ok(());
+    }
+    // Said by a rank that has none: its machine is the one to look at.
+    let says = collectives.rank() as usize == ranks[0];
+    Err(WorkerError::MixedDevices { ranks: numbers(ranks.into_iter()) }.known(says))
 }
 
 /// A name for this start of the run: the same on all its ranks, and none that another start has.
@@ -76,10 +115,21 @@ pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>
     let all = collectives
         .all_gather(&own.to_le_bytes())
         .map_err(|source| WorkerError::Collective { step: 0, source })?;
-    let failed = all.iter().enumerate().find_map(|(rank, bytes)| {
-        let exit_code = i32::from_le_bytes(bytes.as_slice().try_into().ok()?);
-        (exit_code != 0).then_some((rank, exit_code))
-    });
+    let mut failed = None;
+    for (rank, bytes) in all.iter().enumerate() {
+        // A rank that is elsewhere has sent what belongs there.
+        let exit_code = bytes.as_slice().try_into().map(i32::from_le_bytes).map_err(|_| {
+            WorkerError::Failed(format!(
+                "rank {rank} is not where rank {} is: {} bytes from it instead of an exit code; start all ranks with the same \
+                 recipe, data and version",
+                collectives.rank(),
+                bytes.len()
+            ))
+        })?;
+        if exit_code != 0 {
+            failed.get_or_insert((rank, exit_code));
+        }
+    }
     match (result, failed) {
         (result, None) => result,
         (Err(error), Some((rank, _))) if rank == collectives.rank() as usize => Err(error.known(true)),
@@ -274,7 +324,78 @@ fn odd_ones(values: &[&[u8]]) -> Option<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
-    use super::odd_ones;
+    use mentee_collectives::threads;
+
+    use super::*;
+
+    /// What the ranks of a world make of `check`, each given its rank.
+    fn ranks<T: Send>(
+        world: u32,
+        check: impl Fn(&dyn Collectives, u32) -> Result<T, WorkerError> + Sync,
+    ) -> Vec<Result<T, WorkerError>> {
+        threads::run(world, Duration::from_secs(5), |group| check(&group, group.rank()))
+    }
+
+    /// Every rank ends with `exit_code`, and the one that says why with `line`.
+    fn assert_one_says<T>(results: Vec<Result<T, WorkerError>>, exit_code: i32, line: &str) {
+        let errors: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+        assert!(errors.iter().all(|error| error.exit_code() == exit_code), "{errors:?}");
+        let said: Vec<_> =
+            errors.iter().filter(|error| !error.is_silent()).map(ToString::to_string).collect();
+        assert_eq!(said, [line]);
+    }
+
+    #[test]
+    fn recipes_differ_in_the_first_key_that_is_no_machines_own() {
+        let of = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+            Recipe::load("demo", &sets).unwrap()
+        };
+        let own = of(&["data.path=/here", "parallel.threads=3", "parallel.decode_threads=1"]);
+        let check = |stale: &[&str]| {
+            let stale = of(stale);
+            ranks(3, |group, rank| on_recipe(group, if rank == 2 { &stale } else { &own }))
+        };
+        assert!(check(&["data.path=/there", "parallel.threads=2"]).iter().all(Result::is_ok));
+        // None of these decides a number, all of them what the ranks do together.
+        for set in ["checkpoint.every_steps=7", "parallel.check_every_steps=7", "schedule.max_steps=7"] {
+            let (key, _) = set.split_once('=').unwrap();
+            let there = own.shared().into_iter().find(|(name, _)| *name == key).unwrap().1;
+            let line = format!(
+                "rank 2: {key} = 7 there, {there} on rank 0; start all ranks with the same recipe, data and version"
+            );
+            assert_one_says(check(&[set]), 1, &line);
+        }
+    }
+
+    #[test]
+    fn ranks_without_a_device_among_ranks_with_one_are_named() {
+        let check = |odd: &[u32]| {
+            ranks(4, |group, rank| {
+                on_device(group, if odd.contains(&rank) { Device::Cpu } else { Device::Cuda(0) })
+            })
+        };
+        assert!(check(&[]).iter().all(Result::is_ok));
+        assert!(check(&[0, 1, 2, 3]).iter().all(Result::is_ok));
+        let results = check(&[1, 3]);
+        assert!(!results[1].as_ref().unwrap_err().is_silent(), "the first of those without");
+        assert_one_says(
+            results,
+            1,
+            "rank 1, 3: no usable NVIDIA device there, the other ranks have one; see `mentee doctor` on that machine, or set \
+             parallel.device = \"cpu\"",
+        );
+    }
+
+    #[test]
+    fn an_answer_of_another_kind_is_no_agreement() {
+        let results = ranks(2, |group, rank| match rank {
+            0 => together(group, Ok(())),
+            _ => attempt(group).map(drop),
+        });
+        let error = results[0].as_ref().unwrap_err().to_string();
+        assert!(error.starts_with("rank 1 is not where rank 0 is: "), "{error}");
+    }
 
     #[test]
     fn the_odd_ranks_are_those_outside_the_majority() {

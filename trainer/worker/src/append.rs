@@ -48,5 +48,18 @@ impl Appended {
 }
 
 fn is_no_room(error: &std::io::Error) -> bool {
-    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded)
+    matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_of_any_kind_is_no_room() {
+        for number in [libc::ENOSPC, libc::EDQUOT, libc::EFBIG] {
+            assert!(is_no_room(&std::io::Error::from_raw_os_error(number)), "{number}");
+        }
+        assert!(!is_no_room(&std::io::Error::from_raw_os_error(libc::EIO)));
+    }
 }

@@ -11,6 +11,9 @@
 //! at most one checkpoint is under way; the next waits for it, and the wait is measured. A checkpoint counts when rank 0
 //! has renamed it, and is reported at the next step boundary. The last one of a run, or before a stop, is waited for: the
 //! ranks gather their shares among themselves, so that a run that lost its coordinator still saves its work.
+//!
+//! A rank that writes for longer than rank 0 waits holds nobody up: rank 0 goes on to the next checkpoint, and commits that one
+//! when its verdict comes after all.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
@@ -20,7 +23,7 @@ use std::time::{Duration, Instant};
 use mentee_checkpoint::{
     self as checkpoint, CheckpointError, Committed, FileEntry, LocalDisk, Meta, Staging,
 };
-use mentee_cluster::{self as cluster, NoCommit, Phase, ShareFile, Shares, WorkerEvent};
+use mentee_cluster::{self as cluster, NoCommit, Phase, ShareFile, Shares, Verdict, WorkerEvent};
 use mentee_collectives::Collectives;
 use mentee_config::Plan;
 use mentee_ssl::State;
@@ -31,6 +34,9 @@ use crate::link::Reporter;
 use crate::metrics::{self, CheckpointLine, Metrics};
 use crate::online::OnlineProbe;
 use crate::snapshot::Share;
+
+/// How often rank 0 looks for a verdict that is late, when nothing else is to be done.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// The folder of a run's checkpoints.
 pub fn folder(run_dir: &Path) -> PathBuf {
@@ -93,15 +99,24 @@ impl Settings {
 /// A copy of this rank's share, to be written.
 struct Job {
     copy: Vec<u8>,
-    step: u64,
-    /// The training thread waits for it.
-    is_last: bool,
+    of: UnderWay,
 }
 
 /// The copy comes back.
 struct Done {
     copy: Vec<u8>,
     outcome: Outcome,
+    at: Instant,
+    /// Checkpoints of earlier steps that have become complete since.
+    late: Vec<Complete>,
+    /// With the last one: those whose verdict has not come.
+    overdue: Vec<UnderWay>,
+}
+
+/// A checkpoint that counts, and since when.
+struct Complete {
+    of: UnderWay,
+    committed: Committed,
     at: Instant,
 }
 
@@ -116,6 +131,8 @@ enum Outcome {
     Gather(Result<Option<FileEntry>, CheckpointError>),
     /// There is no checkpoint of this step, which is not this rank's fault.
     Abandoned(String),
+    /// Not all ranks have written in time; they may yet.
+    Overdue(String),
     /// This rank could not write.
     Failed(CheckpointError),
 }
@@ -129,10 +146,11 @@ pub struct Stall {
     pub copy: Duration,
 }
 
-/// What the training thread remembers of the checkpoint under way.
+/// A checkpoint under way.
 #[derive(Debug, Clone, Copy)]
 struct UnderWay {
     step: u64,
+    /// The training thread waits for it.
     is_last: bool,
     since: Instant,
     stall: Stall,
@@ -163,7 +181,7 @@ impl Checkpoints {
         let share = Arc::new(Share::new(state, probe, rank, world_size)?);
         let (jobs, queue) = mpsc::channel();
         let (back, done) = mpsc::channel();
-        let writer = Writer { settings: settings.clone(), rank, world_size, share: share.clone(), shares };
+        let mut writer = Writer::new(settings.clone(), rank, world_size, share.clone(), shares);
         thread::Builder::new()
             .name("checkpoints".into())
             .spawn(move || writer.run(&queue, &back))
@@ -208,8 +226,9 @@ impl Checkpoints {
         let since = Instant::now();
         self.share.copy(state, probe, &mut copy)?;
         let stall = Stall { wait: since - waiting, copy: since.elapsed() };
-        self.under_way = Some(UnderWay { step, is_last, since, stall });
-        self.jobs.send(Job { copy, step, is_last }).map_err(|_| writer_ended())?;
+        let of = UnderWay { step, is_last, since, stall };
+        self.under_way = Some(of);
+        self.jobs.send(Job { copy, of }).map_err(|_| writer_ended())?;
         if is_last {
             self.wait(metrics, reporter)?;
         }
@@ -237,18 +256,34 @@ impl Checkpoints {
     /// Takes the copy back and does what the outcome asks for.
     fn settle(
         &mut self,
-        Done { copy, outcome, mut at }: Done,
+        Done { copy, outcome, mut at, late, overdue }: Done,
         metrics: &mut Metrics,
         reporter: &mut Reporter,
     ) -> Result<(), WorkerError> {
         self.copy = Some(copy);
-        let Some(UnderWay { step, is_last, since, stall }) = self.under_way.take() else { return Ok(()) };
+        for complete in late {
+            self.tell(complete, metrics, reporter)?;
+        }
+        let Some(of) = self.under_way.take() else { return Ok(()) };
+        let UnderWay { step, is_last, .. } = of;
         let committed = match outcome {
             Outcome::New | Outcome::Written => None,
             Outcome::Committed(committed) => Some(committed),
-            Outcome::Gather(share) => self.commit_together(step, share)?,
+            Outcome::Gather(share) => {
+                let committed = self.commit_together(step, share)?;
+                // Whoever is here has written all shares before this one.
+                overdue.iter().for_each(|of| self.settings.abandon(of.step));
+                committed
+            }
             Outcome::Abandoned(reason) => {
                 tracing::warn!(step, "no checkpoint of step {step}: {reason}; training goes on");
+                None
+            }
+            Outcome::Overdue(reason) => {
+                tracing::warn!(
+                    step,
+                    "the checkpoint of step {step} is not complete yet: {reason}; training goes on"
+                );
                 None
             }
             Outcome::Failed(source) if source.is_no_room() && !is_last => {
@@ -260,10 +295,22 @@ impl Checkpoints {
             }
             Outcome::Failed(source) => return Err(WorkerError::NotSaved { step, source }),
         };
-        let Some(Committed { folder, state_digest: digest }) = committed else { return Ok(()) };
+        let Some(committed) = committed else { return Ok(()) };
         if is_last {
             at = Instant::now();
         }
+        self.tell(Complete { of, committed, at }, metrics, reporter)
+    }
+
+    /// A checkpoint is complete.
+    fn tell(
+        &self,
+        Complete { of, committed, at }: Complete,
+        metrics: &mut Metrics,
+        reporter: &mut Reporter,
+    ) -> Result<(), WorkerError> {
+        let (UnderWay { step, since, stall, .. }, Committed { folder, state_digest: digest }) =
+            (of, committed);
         let (write_ms, wait_ms, copy_ms) = (ms(at - since), ms(stall.wait), ms(stall.copy));
         tracing::info!(step, digest, write_ms, wait_ms, copy_ms, "checkpoint");
         let (kind, epoch, time) = ("checkpoint", self.settings.epoch(step), metrics::now());
@@ -326,22 +373,63 @@ struct Writer {
     world_size: u32,
     share: Arc<Share>,
     shares: Option<Shares>,
+    overdue: Overdue,
 }
 
 impl Writer {
-    fn run(&self, queue: &mpsc::Receiver<Job>, back: &mpsc::Sender<Done>) {
+    fn new(
+        settings: Settings,
+        rank: u32,
+        world_size: u32,
+        share: Arc<Share>,
+        shares: Option<Shares>,
+    ) -> Self {
+        let overdue = Overdue { settings: settings.clone(), waiting: Vec::new(), complete: Vec::new() };
+        Self { settings, rank, world_size, share, shares, overdue }
+    }
+
+    fn run(&mut self, queue: &mpsc::Receiver<Job>, back: &mpsc::Sender<Done>) {
         let mut copy = vec![0u8; self.share.len];
         // The system gives memory when it is first written to: now, and not while training waits.
         copy.chunks_mut(4096).for_each(|page| page[0] = 1);
         // Whoever does not listen has ended.
-        let _ = back.send(Done { copy, outcome: Outcome::New, at: Instant::now() });
-        for Job { mut copy, step, is_last } in queue {
-            let outcome = self.write(step, is_last, &mut copy);
-            let _ = back.send(Done { copy, outcome, at: Instant::now() });
+        let _ = back.send(self.done(copy, Outcome::New));
+        while let Some(Job { mut copy, of }) = self.next(queue) {
+            let outcome = self.write(of, &mut copy);
+            let _ = back.send(self.done(copy, outcome));
         }
     }
 
-    fn write(&self, step: u64, is_last: bool, copy: &mut [u8]) -> Outcome {
+    fn done(&mut self, copy: Vec<u8>, outcome: Outcome) -> Done {
+        let late = std::mem::take(&mut self.overdue.complete);
+        let overdue = match outcome {
+            Outcome::Gather(_) => std::mem::take(&mut self.overdue.waiting),
+            _ => Vec::new(),
+        };
+        Done { copy, outcome, at: Instant::now(), late, overdue }
+    }
+
+    /// The next job; late verdicts are heard until it comes.
+    fn next(&mut self, queue: &mpsc::Receiver<Job>) -> Option<Job> {
+        while !self.overdue.waiting.is_empty() {
+            match queue.recv_timeout(LOOK_EVERY) {
+                Ok(job) => return Some(job),
+                Err(mpsc::RecvTimeoutError::Disconnected) => return None,
+                Err(mpsc::RecvTimeoutError::Timeout) => self.hear(),
+            }
+        }
+        queue.recv().ok()
+    }
+
+    /// Takes in the verdicts that have come.
+    fn hear(&mut self) {
+        while let Some((step, verdict)) = self.shares.as_ref().and_then(Shares::late) {
+            self.overdue.heard(step, verdict);
+        }
+    }
+
+    fn write(&mut self, of: UnderWay, copy: &mut [u8]) -> Outcome {
+        let UnderWay { step, is_last, .. } = of;
         let share = self.write_share(step, copy);
         if self.world_size == 1 {
             return match share {
@@ -353,6 +441,7 @@ impl Writer {
             };
         }
         if is_last {
+            self.hear();
             return Outcome::Gather(share);
         }
         let Some(shares) = &self.shares else {
@@ -365,13 +454,22 @@ impl Writer {
                 Err(error) => cluster::Share::Failed { reason: error.to_string() },
             },
         );
-        let verdict = (self.rank == 0).then(|| shares.verdict(step, self.settings.patience));
-        if matches!(verdict, Some(Err(NoCommit::ShareFailed(_)))) {
-            self.settings.abandon(step); // every rank is done with it
+        let (overdue, patience) = (&mut self.overdue, self.settings.patience);
+        let verdict = (self.rank == 0)
+            .then(|| shares.verdict(step, patience, |step, verdict| overdue.heard(step, verdict)));
+        match verdict {
+            Some(Ok(_)) => self.overdue.give_up_before(step),
+            Some(Err(NoCommit::ShareFailed(_))) => {
+                self.overdue.give_up_before(step);
+                self.settings.abandon(step); // every rank is done with it
+            }
+            Some(Err(NoCommit::TimedOut(_))) => self.overdue.waiting.push(of),
+            Some(Err(NoCommit::CoordinatorLost)) | None => {}
         }
         match (share, verdict) {
             (Err(error), _) => Outcome::Failed(error),
             (Ok(_), None) => Outcome::Written,
+            (Ok(_), Some(Err(no @ NoCommit::TimedOut(_)))) => Outcome::Overdue(no.to_string()),
             (Ok(_), Some(Err(no))) => Outcome::Abandoned(no.to_string()),
             (Ok(_), Some(Ok(files))) => self.commit(step, files.into_iter().map(from_wire).collect()),
         }
@@ -397,6 +495,39 @@ impl Writer {
             return Err(CheckpointError::Io { action, path: name.into(), source });
         }
         self.settings.staging(step)?.write(&name, &tensors).map(Some)
+    }
+}
+
+/// On rank 0: checkpoints whose verdict did not come in time, and may come yet.
+struct Overdue {
+    settings: Settings,
+    /// In the order of steps.
+    waiting: Vec<UnderWay>,
+    /// Committed after all, to be told.
+    complete: Vec<Complete>,
+}
+
+impl Overdue {
+    /// The verdict of a step, of which a newer one has not come.
+    fn heard(&mut self, step: u64, verdict: Verdict) {
+        self.give_up_before(step);
+        if self.waiting.first().is_none_or(|of| of.step != step) {
+            return;
+        }
+        let of = self.waiting.remove(0);
+        let Ok(files) = verdict else { return self.settings.abandon(step) };
+        match self.settings.commit(step, files.into_iter().map(from_wire).collect()) {
+            Ok(committed) => self.complete.push(Complete { of, committed, at: Instant::now() }),
+            Err(error) => tracing::warn!(step, "no checkpoint of step {step}: {error}; training goes on"),
+        }
+    }
+
+    /// The verdict of `step` has come: every rank is done with what is older, as ranks write in the order of steps, and the
+    /// coordinator speaks of it no more.
+    fn give_up_before(&mut self, step: u64) {
+        while self.waiting.first().is_some_and(|of| of.step < step) {
+            self.settings.abandon(self.waiting.remove(0).step);
+        }
     }
 }
 
@@ -436,4 +567,119 @@ fn to_wire(FileEntry { name, bytes, blake3 }: &FileEntry) -> ShareFile {
 
 fn from_wire(ShareFile { name, bytes, blake3 }: ShareFile) -> FileEntry {
     FileEntry { name, bytes, blake3 }
+}
+
+#[cfg(test)]
+mod tests {
+    use mentee_cluster::{Agreement, Hello, Link, coordinator::STALL, server};
+    use mentee_config::Recipe;
+
+    use super::*;
+
+    const LONG: Duration = Duration::from_secs(20);
+
+    fn of(step: u64) -> UnderWay {
+        UnderWay { step, is_last: false, since: Instant::now(), stall: Stall::default() }
+    }
+
+    /// The names in the folder.
+    fn names(folder: &Path) -> Vec<String> {
+        let entries = std::fs::read_dir(folder).unwrap().flatten();
+        let mut names: Vec<_> = entries.map(|entry| entry.file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_checkpoint_that_one_rank_is_late_with_is_committed_when_it_has_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, state) = mentee_ssl::state::new(&Recipe::load("demo", &[]).unwrap()).unwrap();
+        let agreement = Agreement {
+            token: server::fresh_token().unwrap(),
+            world_size: 2,
+            plan_hash: None,
+            version: "0".into(),
+            stall: STALL,
+        };
+        let handle =
+            server::start_thread(std::net::IpAddr::from(std::net::Ipv4Addr::LOCALHOST), agreement).unwrap();
+        let hello = |rank| Hello {
+            rank,
+            world_size: 2,
+            host: String::new(),
+            pid: 0,
+            plan_hash: String::new(),
+            data_digest: String::new(),
+            version: "0".into(),
+        };
+        let address = &handle.address;
+        let mut links: Vec<Link> = thread::scope(|scope| {
+            let join = |rank| scope.spawn(move || Link::connect(address, hello(rank), LONG).unwrap().0);
+            [0, 1].map(join).into_iter().map(|link| link.join().unwrap()).collect()
+        });
+        let settings = |without_room| Settings {
+            folder: folder(dir.path()),
+            every_steps: 3,
+            every_epochs: 0,
+            steps_per_epoch: 10,
+            keep: 9,
+            patience: Duration::from_millis(50),
+            attempt: "a".into(),
+            meta: Meta {
+                step: 0,
+                epoch: 0,
+                world_size: 2,
+                plan_hash: String::new(),
+                plan_toml: String::new(),
+                data_digest: String::new(),
+                mentee_version: String::new(),
+            },
+            without_room,
+        };
+        let mut writers: Vec<_> = (0..2u32)
+            .map(|rank| {
+                let share = Arc::new(Share::new(&state, None, rank, 2).unwrap());
+                let shares = links[rank as usize].shares();
+                Writer::new(settings(vec![9]), rank, 2, share, shares)
+            })
+            .collect();
+        let mut late = writers.pop().unwrap();
+        let mut first = writers.pop().unwrap();
+        let steps = |first: &Writer| first.overdue.waiting.iter().map(|of| of.step).collect::<Vec<_>>();
+        // As its loop does when there is no job.
+        let waits = |first: &mut Writer, done: &dyn Fn(&Writer) -> bool| {
+            let begin = Instant::now();
+            while !done(first) {
+                assert!(begin.elapsed() < LONG, "no verdict");
+                thread::sleep(Duration::from_millis(5));
+                first.hear();
+            }
+        };
+        let mut copy = vec![0; first.share.len.max(late.share.len)];
+        let mut write = |writer: &mut Writer, step| {
+            let len = writer.share.len;
+            writer.write(of(step), &mut copy[..len])
+        };
+        let checkpoints = folder(dir.path());
+
+        assert!(matches!(write(&mut first, 3), Outcome::Overdue(_)));
+        assert_eq!(names(&checkpoints), [".tmp-step-00000003-a"]);
+        assert!(matches!(write(&mut late, 3), Outcome::Written));
+        // Heard while the next one is waited for, or after: that of step 6 is late too.
+        assert!(matches!(write(&mut first, 6), Outcome::Overdue(_)));
+        waits(&mut first, &|first| steps(first) == [6]);
+        assert_eq!(names(&checkpoints), [".tmp-step-00000006-a", "step-00000003"]);
+        let told = first.done(Vec::new(), Outcome::Written);
+        assert_eq!(told.late.iter().map(|complete| complete.of.step).collect::<Vec<_>>(), [3]);
+        assert!(told.overdue.is_empty(), "this thread's still");
+
+        // One that fails in the end leaves nothing, and takes what is older with it.
+        first.settings.without_room.clear();
+        assert!(matches!(write(&mut first, 9), Outcome::Overdue(_)));
+        assert!(matches!(write(&mut late, 9), Outcome::Failed(_)));
+        waits(&mut first, &|first| steps(first).is_empty());
+        assert_eq!(names(&checkpoints), ["step-00000003"]);
+        let found = checkpoint::newest(&checkpoints).unwrap().unwrap();
+        assert_eq!(found.checkpoint.manifest.meta.step, 3);
+    }
 }

@@ -22,6 +22,10 @@ pub enum WorkerError {
         "{run_dir}: is a run of another recipe ({difference}); choose another --run-dir, or go back to its plan.toml"
     )]
     OtherRecipe { run_dir: PathBuf, difference: String },
+    #[error(
+        "{checkpoint}: is a checkpoint of another recipe ({difference}); choose another --run-dir, or go back to that recipe"
+    )]
+    OtherRecipesCheckpoint { checkpoint: PathBuf, difference: String },
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(
@@ -30,7 +34,7 @@ pub enum WorkerError {
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
     #[error("{0}: no checkpoint there; give a run directory or one of its checkpoints")]
     NoCheckpoint(PathBuf),
-    #[error("{0}; restore or remove that checkpoint to go on from an older one")]
+    #[error("{0}; {advice}", advice = advice(.0))]
     Checkpoint(#[from] CheckpointError),
     #[error(
         "no checkpoint of step {step}: {source}; older checkpoints are intact: {}start again",
@@ -46,7 +50,11 @@ pub enum WorkerError {
     #[error(
         "rank {rank}: {what} = {found} there, {expected} on rank 0; start all ranks with the same recipe, data and version"
     )]
-    Disagreement { rank: usize, what: &'static str, found: String, expected: String },
+    Disagreement { rank: usize, what: String, found: String, expected: String },
+    #[error(
+        "rank {ranks}: no usable NVIDIA device there, the other ranks have one; see `mentee doctor` on that machine, or set parallel.device = \"cpu\""
+    )]
+    MixedDevices { ranks: String },
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
     #[error("step {step}: {source}")]
@@ -84,6 +92,26 @@ pub enum WorkerError {
     Known { says: Option<Box<WorkerError>>, exit_code: i32 },
 }
 
+/// The ranks that a failed call follows from, as [`WorkerError::peers`] has them.
+pub fn missed(kind: &ErrorKind) -> Option<Vec<u32>> {
+    match kind {
+        ErrorKind::Timeout { missing, .. } => Some(missing.clone()),
+        ErrorKind::PeerFailed { rank, .. } | ErrorKind::PeerLeft { rank } => Some(vec![*rank]),
+        // What MPI says of a peer that is gone depends on the library and the network.
+        ErrorKind::Mpi { .. } => Some(Vec::new()),
+        _ => None,
+    }
+}
+
+/// What to do about a checkpoint that cannot be used.
+fn advice(error: &CheckpointError) -> &'static str {
+    if error.is_passing() {
+        "see to that and start again: the checkpoints may be intact"
+    } else {
+        "restore or remove that checkpoint to go on from an older one"
+    }
+}
+
 impl WorkerError {
     /// The documented code of a process that ends with this.
     pub fn exit_code(&self) -> i32 {
@@ -92,17 +120,24 @@ impl WorkerError {
             | Self::Config(_)
             | Self::Identity(_)
             | Self::OtherRecipe { .. }
-            | Self::Import { .. }
-            | Self::Start(_) => exit_code::USAGE,
+            | Self::OtherRecipesCheckpoint { .. }
+            | Self::Import { .. } => exit_code::USAGE,
+            // What MPI says while it starts may be that another rank is gone.
+            Self::Start(StartError::Mpi { .. }) => exit_code::FAILED,
+            Self::Start(_) => exit_code::USAGE,
             Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
+            Self::Checkpoint(error) if error.is_passing() => exit_code::FAILED,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
                 exit_code::CHECKPOINT
             }
             Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } | Self::Collapsed { .. } => {
                 exit_code::DIVERGED
             }
-            Self::Disagreement { what: "version" | "plan hash", .. } => exit_code::USAGE,
-            Self::Disagreement { what: "data digest", .. } => exit_code::DATA,
+            Self::Disagreement { what, .. } => match what.as_str() {
+                "data digest" => exit_code::DATA,
+                "next step" | "digest of the initial state" => exit_code::FAILED,
+                _ => exit_code::USAGE, // the version, the plan, a key of the recipe
+            },
             Self::Link(LinkError::Refused { exit_code, .. }) | Self::Known { exit_code, .. } => *exit_code,
             _ => exit_code::FAILED,
         }
@@ -126,13 +161,7 @@ impl WorkerError {
             };
         }
         let Self::Collective { source, .. } = self else { return None };
-        match &source.kind {
-            ErrorKind::Timeout { missing, .. } => Some(missing.clone()),
-            ErrorKind::PeerFailed { rank, .. } | ErrorKind::PeerLeft { rank } => Some(vec![*rank]),
-            // What MPI says of a peer that is gone depends on the library and the network.
-            ErrorKind::Mpi { .. } => Some(Vec::new()),
-            _ => None,
-        }
+        missed(&source.kind)
     }
 
     /// Whether every rank has found it.
@@ -185,10 +214,41 @@ mod tests {
         };
         assert_eq!(WorkerError::from(refused(3)).exit_code(), exit_code::DATA);
         assert_eq!(WorkerError::from(refused(2)).exit_code(), exit_code::USAGE);
-        let table = [("version", 2), ("plan hash", 2), ("data digest", 3), ("next step", 1)];
+        let table =
+            [("version", 2), ("plan hash", 2), ("eval.path", 2), ("data digest", 3), ("next step", 1)];
         for (what, code) in table {
-            let error = WorkerError::Disagreement { rank: 1, what, found: "a".into(), expected: "b".into() };
+            let (found, expected) = ("a".into(), "b".into());
+            let error = WorkerError::Disagreement { rank: 1, what: what.into(), found, expected };
             assert_eq!(error.known(true).exit_code(), code, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_rank_lost_while_mpi_starts_is_a_failure_and_another_world_bad_usage() {
+        let lost = StartError::Mpi { code: 15, text: "MPI_Comm_split_type".into() };
+        assert_eq!(WorkerError::from(lost).exit_code(), exit_code::FAILED);
+        assert_eq!(WorkerError::from(StartError::NotBuilt).exit_code(), exit_code::USAGE);
+    }
+
+    #[test]
+    fn only_a_damaged_checkpoint_is_a_run_that_cannot_go_on() {
+        let folder = || PathBuf::from("step-00000003");
+        let io = || CheckpointError::Io {
+            action: "read",
+            path: folder(),
+            source: std::io::ErrorKind::StaleNetworkFileHandle.into(),
+        };
+        let damaged = || CheckpointError::NoManifest { folder: folder() };
+        let none = |reasons| CheckpointError::NoneUsable { folder: folder(), reasons };
+        for (error, code) in [
+            (io(), exit_code::FAILED),
+            (CheckpointError::OutOfMemory { path: folder(), bytes: 9 }, exit_code::FAILED),
+            (none(vec![io(), io()]), exit_code::FAILED),
+            (none(vec![io(), damaged()]), exit_code::CHECKPOINT),
+            (damaged(), exit_code::CHECKPOINT),
+        ] {
+            let error = WorkerError::from(error);
+            assert_eq!(error.exit_code(), code, "{error}");
         }
     }
 }

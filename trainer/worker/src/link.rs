@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::{
-    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, Link, Phase, Progress, Shares, StepTimes,
-    WorkerEvent, coordinator::STALL, server,
+    Agreement, CoordinatorAddress, CoordinatorHandle, Hello, LastWords, Link, Phase, Progress, Shares,
+    StepTimes, WorkerEvent, coordinator::STALL, server,
 };
-use mentee_config::say;
+use mentee_collectives::mpi;
+use mentee_config::{exit_code, say};
 
-use crate::error::WorkerError;
+use crate::error::{self, WorkerError};
 use crate::setup::Place;
 use crate::times::{self, Clock};
 use crate::waits::Waits;
@@ -20,6 +21,9 @@ use crate::waits::Waits;
 const RENDEZVOUS: Duration = Duration::from_secs(300);
 /// How often progress is printed when nobody else shows it.
 const PRINT_EVERY: Duration = Duration::from_secs(2);
+
+/// The coordinator must have taken in by then why this process ends at once.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Reports to whoever watches this rank.
 pub struct Reporter {
@@ -89,6 +93,9 @@ impl Reporter {
             }
             None => None,
         };
+        if let Some(link) = &link {
+            speak_at_the_end(link.last_words());
+        }
         let prints = supervisor.is_none() && identity.rank == 0;
         let start = Instant::now();
         let printed = prints.then_some(start);
@@ -256,6 +263,24 @@ impl Reporter {
             human(left),
         );
     }
+}
+
+/// A wait for other ranks that MPI ends together with the process reaches no [`Reporter::failed`].
+fn speak_at_the_end(link: LastWords) {
+    mpi::set_last_words(move |kind, line| {
+        let failed = |step, phase| {
+            let message = format!("step {step}: {line}");
+            tracing::error!(step, %phase, "{message}");
+            WorkerEvent::Failed {
+                step,
+                phase,
+                message,
+                exit_code: exit_code::FAILED,
+                peers: error::missed(kind),
+            }
+        };
+        link.say(failed, LAST_WORDS);
+    });
 }
 
 fn supervisor() -> Option<CoordinatorAddress> {

@@ -2,11 +2,11 @@
 //! go on from. In that order, each failing with one line on one rank.
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mentee_checkpoint::LocalDisk;
+use mentee_checkpoint::{LocalDisk, Meta};
 use mentee_cluster::{Identity, Phase, Shares, identity};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::{self, Mpi};
@@ -162,23 +162,30 @@ pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
     })))
 }
 
-/// What can be checked without any other rank: recipe, run directory, data.
+/// What each rank finds by itself: recipe, run directory, data.
 pub struct Local {
     plan: Plan,
     run_dir: PathBuf,
     source: Arc<dyn Source>,
 }
 
-fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
+fn read_recipe(args: &TrainArgs) -> Result<Recipe, WorkerError> {
     let mut recipe = Recipe::load(&args.recipe, &args.sets)?;
     // A run is resumed from anywhere; its plan must mean the same place then.
     recipe.make_paths_absolute()?;
+    Ok(recipe)
+}
+
+fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local, WorkerError> {
     let run_dir = args.run_dir.clone().unwrap_or_else(|| run_dir::default_path(&recipe));
     run_dir::check(&run_dir, &recipe)?;
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
         .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
     let plan = Plan::new(recipe, source.len(), identity.world_size)?;
     if identity.rank == 0 {
+        if !Reporter::is_supervised() {
+            run_dir::lock(&run_dir)?;
+        }
         run_dir::create(&run_dir, &plan.recipe)?;
     }
     Ok(Local { plan, run_dir, source })
@@ -187,7 +194,9 @@ fn local(args: &TrainArgs, identity: &Identity) -> Result<Local, WorkerError> {
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
 pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
     let Place { identity, collectives, .. } = place;
-    let local = agree::together(&**collectives, local(args, identity))?;
+    let recipe = agree::together(&**collectives, read_recipe(args))?;
+    agree::on_recipe(&**collectives, &recipe)?;
+    let local = agree::together(&**collectives, local(args, recipe, identity))?;
     mpi::set_patience(Duration::from_secs_f64(local.plan.recipe.parallel.timeout_s));
     let supervised = Reporter::is_supervised();
     let hosts = !supervised && identity.rank == 0 && identity.world_size > 1;
@@ -199,13 +208,14 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
 }
 
 /// Sets up this rank of the run, from its newest checkpoint where there is one. `shares`: the way to the coordinator that
-/// commits checkpoints.
-pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, WorkerError> {
+/// commits checkpoints. `stop`: what signals ask for.
+pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
     let decode_threads = threads(recipe, &identity);
     let device = agree::together(&*collectives, device::of_recipe(recipe, &identity))?;
+    agree::on_device(&*collectives, device)?;
     let group = agree::together(&*collectives, DeviceGroup::start(&collectives, recipe, device))?;
     let parallel = &recipe.parallel;
     if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
@@ -233,9 +243,11 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
     let attempt = agree::attempt(&*collectives)?;
     let cleaned = match identity.rank {
         0 => mentee_checkpoint::clean(&LocalDisk, &checkpoints::folder(&run_dir)),
-        _ => Ok(()),
+        _ => Ok(Vec::new()),
     };
-    agree::together(&*collectives, cleaned.map_err(WorkerError::from))?;
+    for left in agree::together(&*collectives, cleaned.map_err(WorkerError::from))? {
+        tracing::warn!("{left}: it takes room and does no other harm");
+    }
     let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan, &data_digest);
     let next_step = agree::together(&*collectives, resumed)?;
     let own = agree::Start {
@@ -288,7 +300,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
         rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
-        stop: StopFlag::install()?,
+        stop,
         identity,
         collectives,
         plan,
@@ -307,7 +319,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>) -> Result<Run, W
 fn resume(
     state: &mut State,
     probe: Option<&mut OnlineProbe>,
-    run_dir: &std::path::Path,
+    run_dir: &Path,
     plan: &Plan,
     data_digest: &str,
 ) -> Result<u64, WorkerError> {
@@ -320,6 +332,9 @@ fn resume(
     }
     let checkpoint = newest.checkpoint;
     let meta = &checkpoint.manifest.meta;
+    if let Some(difference) = other_recipe(meta, &plan.recipe) {
+        return Err(WorkerError::OtherRecipesCheckpoint { checkpoint: checkpoint.folder, difference });
+    }
     if meta.data_digest != data_digest {
         return Err(WorkerError::OtherData {
             run_dir: run_dir.to_owned(),
@@ -332,4 +347,46 @@ fn resume(
     snapshot::load(state, probe, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok(step)
+}
+
+/// How the recipe that a checkpoint was made by differs from this one in what decides the numbers.
+fn other_recipe(meta: &Meta, recipe: &Recipe) -> Option<String> {
+    let hash = recipe.hash();
+    if meta.plan_hash == hash {
+        return None;
+    }
+    // A plan that this version cannot read, or one that the hash does not belong to, names no key.
+    let theirs = Recipe::from_plan_text(&meta.plan_toml, Path::new("its plan")).ok();
+    let key = theirs.and_then(|theirs| recipe.first_difference(&theirs));
+    Some(key.unwrap_or_else(|| format!("plan hash = {} there, {hash} here", meta.plan_hash)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_of_another_recipe_names_the_first_key_that_differs() {
+        let recipe = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|&set| set.to_owned()).collect();
+            Recipe::load("demo", &sets).unwrap()
+        };
+        let meta = |recipe: &Recipe| Meta {
+            step: 3,
+            epoch: 0,
+            world_size: 1,
+            plan_hash: recipe.hash(),
+            plan_toml: recipe.to_toml(),
+            data_digest: String::new(),
+            mentee_version: String::new(),
+        };
+        let own = recipe(&[]);
+        assert_eq!(other_recipe(&meta(&recipe(&["checkpoint.keep=9"])), &own), None);
+        let other = meta(&recipe(&["run.seed=77"]));
+        let seed = own.run.seed;
+        assert_eq!(other_recipe(&other, &own).unwrap(), format!("run.seed = 77 there, {seed} here"));
+        let without_plan = Meta { plan_toml: String::new(), ..other };
+        let hashes = format!("plan hash = {} there, {} here", without_plan.plan_hash, own.hash());
+        assert_eq!(other_recipe(&without_plan, &own).unwrap(), hashes);
+    }
 }

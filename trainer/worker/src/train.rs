@@ -13,13 +13,14 @@ use crate::link::Reporter;
 use crate::metrics::{self, Meter, TrainLine};
 use crate::online::OnlineProbe;
 use crate::setup::{self, Run};
+use crate::stop::StopFlag;
 use crate::{TrainArgs, views};
 
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     Done,
-    /// Asked to stop; the checkpoint is written.
+    /// Asked to stop; a checkpoint holds all that was done.
     Preempted,
 }
 
@@ -29,6 +30,9 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
     let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
     let mut meter = Meter::default();
     let mut collapse = CollapseWatch::new(&recipe.run);
+    if run.next_step < end && agree::any(&*run.collectives, run.next_step, wants_stop(run, reporter))? {
+        return Ok(preempted(run, reporter, "stopping before the first step")); // nothing was done since the last checkpoint
+    }
     evaluate_if_missed(run, reporter)?;
     while run.next_step < end {
         let step = run.next_step;
@@ -55,6 +59,9 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
         let mut parts = Vec::with_capacity(micro_batches.len());
         for (n, views) in micro_batches.iter().enumerate() {
+            if n > 0 {
+                run.state.gradients.next_part().map_err(at_step)?;
+            }
             let (state, statistics) = (&mut run.state, recipe.parallel.norm_statistics);
             let part = run.passes.run(views, |views| {
                 reporter.phase(Phase::Forward);
@@ -72,7 +79,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         reporter.phase(Phase::Reduce);
         let communication = run.reducer.finish(step)?; // every rank holds the mean gradient
         let out = StepLoss::sum(&parts).map_err(at_step)?;
-        let wants_stop = run.stop.is_set() || reporter.stop_requested();
+        let wants_stop = wants_stop(run, reporter);
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
         let grad_norm =
             agree::on_gradient(&*run.collectives, step, &run.state, || run.reducer.own_was_finite())?;
@@ -105,13 +112,22 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let (state, probe) = (&run.state, run.probe.as_ref());
         run.checkpoints.maybe_save(run.next_step, is_last, state, probe, &mut run.metrics, reporter)?;
         if agreed.stop && run.next_step < end {
-            let reason = reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
-            tracing::warn!(step = run.next_step, reason, "stopping with a checkpoint");
-            return Ok(Outcome::Preempted);
+            return Ok(preempted(run, reporter, "stopping with a checkpoint"));
         }
         evaluate_if_due(run, reporter)?; // behind the checkpoint: who is stopped here loses nothing
     }
     Ok(Outcome::Done)
+}
+
+/// Whether this rank was asked to stop.
+fn wants_stop(run: &Run, reporter: &Reporter) -> bool {
+    run.stop.is_set() || reporter.stop_requested()
+}
+
+fn preempted(run: &Run, reporter: &Reporter, how: &str) -> Outcome {
+    let reason = reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
+    tracing::warn!(step = run.next_step, reason, "{how}");
+    Outcome::Preempted
 }
 
 fn ended_early(step: u64) -> WorkerError {
@@ -228,6 +244,7 @@ fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerE
 
 /// One rank, from the command line to its exit code.
 pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
+    let stop = StopFlag::install()?; // before what takes time: a signal from here on loses nothing
     let place = setup::place()?;
     let collectives = place.collectives.clone();
     let (local, mut reporter) = match setup::join(args, &place) {
@@ -235,7 +252,7 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
         Err(error) => return Err(agree::leave(&*collectives, error)),
     };
     let shares = reporter.shares();
-    let outcome = setup::run(local, &place, shares).and_then(|mut run| {
+    let outcome = setup::run(local, &place, shares, stop).and_then(|mut run| {
         reporter.resumed(run.next_step);
         let outcome = run_to_end(&mut run, &mut reporter);
         let Some(group) = &run.group else { return outcome };

@@ -320,7 +320,11 @@ impl Drop for Requests<'_> {
         if !self.handles.is_empty() {
             let report = self.report;
             match &self.failure {
-                Some(failure) => eprintln!("error: {}; ending all ranks", report(failure)),
+                Some(failure) => {
+                    let line = report(failure);
+                    eprintln!("error: {line}; ending all ranks");
+                    super::super::say_last_words(failure, &line);
+                }
                 None => eprintln!("error: MPI does not let go of memory it was handed; ending all ranks"),
             }
             abort_world(MEMORY_EXIT_CODE);
