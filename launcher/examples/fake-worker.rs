@@ -14,7 +14,7 @@ use std::time::Duration;
 use mentee_cluster::{
     CoordinatorAddress, Hello, Link, LinkError, Phase, Progress, WorkerEvent, discover, server,
 };
-use mentee_config::Recipe;
+use mentee_config::{Recipe, complain};
 
 struct Script(String);
 
@@ -48,7 +48,7 @@ fn main() {
     let identity = discover(&environment).expect("the launcher says who we are");
     let rank = identity.rank;
     if let Some(code) = script.word("exit") {
-        eprintln!("error: this fake worker was told to fail, rank {rank}");
+        complain!("error: this fake worker was told to fail, rank {rank}");
         std::process::exit(code.parse().expect("a code"));
     }
     let recipe = Recipe::from_plan(Path::new(&arguments[1])).expect("a plan");
@@ -66,13 +66,13 @@ fn main() {
     let (link, go) = match Link::connect(&address, hello, Duration::from_secs(60)) {
         Ok(joined) => joined,
         Err(error) => {
-            eprintln!("error: {error}");
+            complain!("error: {error}");
             let LinkError::Refused { exit_code, .. } = error else { std::process::exit(1) };
             std::process::exit(exit_code);
         }
     };
     if script.0.contains("warn") {
-        eprintln!("warning: rank {rank}: this fake worker was told to warn");
+        complain!("warning: rank {rank}: this fake worker was told to warn");
     }
     println!("rank {rank} of {} goes, start {}", identity.world_size, go.generation);
 
@@ -102,7 +102,7 @@ fn main() {
         }
         if let Some(exit_code) = script.at("fail", rank, step) {
             let message = format!("rank {rank} was told to fail at step {step}");
-            eprintln!("error: {message}");
+            complain!("error: {message}");
             link.event(WorkerEvent::Failed { step, phase: Phase::Update, message, exit_code, peers: None });
             link.close();
             std::process::exit(exit_code);
