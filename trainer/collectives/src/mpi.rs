@@ -73,7 +73,7 @@ type LastWords = Box<dyn FnOnce(&ErrorKind, &str) + Send>;
 static LAST_WORDS: Mutex<Option<LastWords>> = Mutex::new(None);
 /// How long they may take.
 #[cfg(feature = "mpi")]
-const LAST_WORDS_PATIENCE: Duration = Duration::from_secs(3);
+const LAST_WORDS_PATIENCE: Duration = Duration::from_secs(4);
 
 /// Sets what is called, on a thread of its own, when a wait has failed and MPI does not give back the memory it was to
 /// fill: all ranks end a few seconds later, and nobody gets the error. It is called once.

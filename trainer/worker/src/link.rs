@@ -25,6 +25,9 @@ const PRINT_EVERY: Duration = Duration::from_secs(2);
 /// The coordinator must have taken in by then why this process ends at once.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// Ranks that wait for the same one give up about as long after each other.
+const OTHERS_FIRST: Duration = Duration::from_secs(1);
+
 /// Reports to whoever watches this rank.
 pub struct Reporter {
     link: Option<Link>,
@@ -280,6 +283,8 @@ fn speak_at_the_end(link: LastWords) {
             }
         };
         link.say(failed, LAST_WORDS);
+        // Others that wait for the same rank are to say so too: of those that end without a word one would be blamed.
+        std::thread::sleep(OTHERS_FIRST);
     });
 }
 
