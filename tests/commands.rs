@@ -245,7 +245,10 @@ fn doctor_finds_this_machine_fit() {
         let line = said.lines().find(|line| line.split_whitespace().nth(1) == Some(part));
         assert!(line.is_some_and(|line| !line.starts_with("FAULT")), "{part} in:\n{said}");
     }
-    assert!(said.contains("1 MiB over 2 workers"), "{said}");
+    assert!(
+        said.contains("1 MiB over 2 workers") && said.contains("right; gradients go by shared memory"),
+        "{said}"
+    );
     assert!(!run_dir.exists());
 
     arguments.push(&"--json");

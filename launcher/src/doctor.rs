@@ -328,6 +328,8 @@ struct AllReduce {
     ranks: u32,
     bytes: u64,
     seconds: f64,
+    /// By what they exchange host memory, in training too.
+    exchange: String,
 }
 
 /// Starts workers and hears what they say; the error is a line of its own.
@@ -534,10 +536,11 @@ mod judge {
             Finding::ok(
                 "all-reduce",
                 format!(
-                    "{} over {} workers in {:.1} ms, right",
+                    "{} over {} workers in {:.1} ms, right; gradients go by {}",
                     readable(sum.bytes),
                     sum.ranks,
-                    sum.seconds * 1e3
+                    sum.seconds * 1e3,
+                    sum.exchange
                 ),
             )
         });
@@ -593,7 +596,12 @@ mod tests {
             nccl: Nccl { version: None, file: None, found: None, same_as_libtorch: None, problem: None },
             checkpoint_bytes: 1 << 20,
             ranks: vec![rank(0), rank(1)],
-            all_reduce: AllReduce { ranks: 2, bytes: 1 << 20, seconds: 0.002 },
+            all_reduce: AllReduce {
+                ranks: 2,
+                bytes: 1 << 20,
+                seconds: 0.002,
+                exchange: "shared memory".into(),
+            },
         }
     }
 
@@ -617,7 +625,7 @@ mod tests {
             [
                 "ok    cores       4 a worker, enough for its threads",
                 "ok    clocks      one node",
-                "ok    all-reduce  1 MiB over 2 workers in 2.0 ms, right",
+                "ok    all-reduce  1 MiB over 2 workers in 2.0 ms, right; gradients go by shared memory",
             ]
         );
     }

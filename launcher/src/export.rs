@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use mentee_checkpoint::{self as checkpoint, Checkpoint, Dtype, OwnedTensor};
 use mentee_config::recipe::{Backbone, Stem};
-use mentee_config::{Recipe, exit_code};
+use mentee_config::{Recipe, complain, exit_code, show};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
@@ -99,7 +99,7 @@ fn find(path: &Path) -> Result<(Checkpoint, Option<RunDir>), Failure> {
         Failure { exit_code: exit_code::CHECKPOINT, line }
     })?;
     for (path, reason) in &newest.rejected {
-        eprintln!("warning: passing over {}: {reason}", path.display());
+        complain!("warning: passing over {}: {reason}", path.display());
     }
     Ok((newest.checkpoint, Some(run)))
 }
@@ -164,7 +164,7 @@ pub fn command(args: &ExportArgs) -> Result<(), Failure> {
         serde_json::to_string_pretty(&description).map_err(|error| Failure::failed(error.to_string()))?;
     put(&args.out.with_extension("json"), (text + "\n").as_bytes())?;
     put(&args.out.with_extension("md"), card(args, &recipe, &description).as_bytes())?;
-    println!(
+    show!(
         "{}: {} tensors of {} at step {}; how to load it stands in {}",
         args.out.display(),
         tensors.len(),

@@ -11,7 +11,6 @@ mod data;
 mod demo;
 mod doctor;
 mod engine;
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "one line at the end of a command")]
 mod export;
 mod failure;
 mod flood;
@@ -23,7 +22,6 @@ mod monitor;
 mod place;
 mod progress;
 mod prometheus;
-#[allow(clippy::print_stdout, reason = "one line at the end of a command")]
 mod report;
 mod run;
 mod rundir;

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mentee_checkpoint::{self as checkpoint, Manifest};
 use mentee_cluster::StepTimes;
+use mentee_config::show;
 
 use self::chart::{COLOURS, Chart, Mark, MarkKind, Series};
 use crate::curve::Points;
@@ -58,7 +59,7 @@ pub fn command(args: &ReportArgs) -> Result<(), Failure> {
     };
     let out = args.out.as_deref().unwrap_or(&default);
     write_atomically(out, page.as_bytes()).map_err(|error| Failure::io("write", out, &error))?;
-    println!("{}", out.display());
+    show!("{}", out.display());
     Ok(())
 }
 

@@ -325,6 +325,7 @@ fn odd_ones(values: &[&[u8]]) -> Option<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use mentee_collectives::threads;
+    use mentee_config::exit_code;
 
     use super::*;
 
@@ -364,7 +365,7 @@ mod tests {
             let line = format!(
                 "rank 2: {key} = 7 there, {there} on rank 0; start all ranks with the same recipe, data and version"
             );
-            assert_one_says(check(&[set]), 1, &line);
+            assert_one_says(check(&[set]), exit_code::USAGE, &line);
         }
     }
 

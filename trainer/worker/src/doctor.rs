@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mentee_cluster::server::hostname;
 use mentee_collectives::nccl::{Found, Library};
-use mentee_collectives::{Buffer, Collectives, mpi};
+use mentee_collectives::{Buffer, mpi};
 use mentee_config::{Recipe, exit_code, show};
 use mentee_torch_ext::{cuda, file_of_libtorch, version_of_libtorch};
 use serde::{Deserialize, Serialize};
@@ -91,6 +91,8 @@ struct AllReduce {
     ranks: u32,
     bytes: usize,
     seconds: f64,
+    /// By what ranks exchange host memory.
+    exchange: String,
 }
 
 /// Prints [`Facts`].
@@ -109,7 +111,7 @@ fn examine(args: &DoctorArgs, place: &Place) -> Result<i32, WorkerError> {
     let devices = devices();
     let parallel = &recipe.parallel;
     let failed = |source| WorkerError::Collective { step: 0, source };
-    let all_reduce = all_reduce(collectives)?;
+    let all_reduce = all_reduce(place)?;
     collectives.barrier().map_err(failed)?;
     let own = RankFacts {
         rank: place.identity.rank,
@@ -182,7 +184,8 @@ fn is_libtorchs(library: &Library, beside: &[PathBuf]) -> bool {
 }
 
 /// Sums known numbers over the ranks, and looks at every one of the sums.
-fn all_reduce(collectives: &dyn Collectives) -> Result<AllReduce, WorkerError> {
+fn all_reduce(place: &Place) -> Result<AllReduce, WorkerError> {
+    let collectives = &*place.collectives;
     let (rank, ranks) = (collectives.rank(), collectives.world_size());
     let mut values: Vec<f32> = (0..ELEMENTS).map(|index| (index % 1000) as f32 + rank as f32).collect();
     let began = Instant::now();
@@ -193,7 +196,12 @@ fn all_reduce(collectives: &dyn Collectives) -> Result<AllReduce, WorkerError> {
     let of_ranks = (0..ranks).sum::<u32>() as f32;
     let expected = |index: usize| (index % 1000) as f32 * ranks as f32 + of_ranks;
     match values.iter().enumerate().find(|(index, value)| **value != expected(*index)) {
-        None => Ok(AllReduce { ranks, bytes: size_of_val(&values[..]), seconds }),
+        None => Ok(AllReduce {
+            ranks,
+            bytes: size_of_val(&values[..]),
+            seconds,
+            exchange: place.exchange.clone(),
+        }),
         Some((index, value)) => Err(WorkerError::Failed(format!(
             "the all-reduce over {ranks} ranks gave {value} at {index} where {} is right: something between the ranks \
              is broken",

@@ -12,7 +12,6 @@ mod collapse;
 mod device;
 mod doctor;
 mod error;
-#[allow(clippy::print_stdout, clippy::print_stderr, reason = "the lines of a command of its own")]
 mod eval;
 mod faults;
 mod feed;

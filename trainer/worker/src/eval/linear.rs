@@ -11,6 +11,7 @@
 //! (appendix C.1), as its code takes it from the command line. Left out here: DeepMind's batches run across the ends
 //! of epochs; ours end with them, the last one smaller, as SimSiam's do.
 
+use mentee_config::complain;
 use mentee_config::recipe::{Definition, Interpolation, Views};
 use mentee_data::Order;
 use tch::{Device, Kind, Tensor};
@@ -105,7 +106,7 @@ pub fn logistic(bank: &Labelled, num_classes: i64) -> Result<Linear, WorkerError
             features = dim,
             "logistic regression stopped before its optimum"
         );
-        eprintln!(
+        complain!(
             "warning: logistic regression on {dim} features of an image stopped after {MAX_ITERATIONS} iterations, before its \
              optimum"
         );

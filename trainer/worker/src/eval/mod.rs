@@ -12,7 +12,7 @@ use std::sync::Arc;
 use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
 use mentee_config::recipe::MethodName;
-use mentee_config::{Recipe, exit_code};
+use mentee_config::{Recipe, complain, exit_code, show};
 use mentee_data::eval::{EvalOptions, all_labelled, eval_images, training_images};
 use mentee_data::{Damaged, DataError, OnError, Order, Source, Split, open, open_split, with_classes_of};
 use mentee_ssl::{Method, State};
@@ -501,7 +501,7 @@ impl Evaluator {
             let labels: Vec<i64> = batch.labels.iter().map(|&label| i64::from(label)).collect();
             training.step(&Tensor::f_cat(&parts, 0)?, &Tensor::f_from_slice(&labels)?)?;
             if u64::is_multiple_of(step, steps_per_epoch) {
-                eprintln!("linear classifier: epoch {} of {}", step / steps_per_epoch, settings.epochs);
+                complain!("linear classifier: epoch {} of {}", step / steps_per_epoch, settings.epochs);
             }
         }
         Ok(training.finish())
@@ -633,7 +633,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         let newest = mentee_checkpoint::newest(&folder)?
             .ok_or_else(|| WorkerError::NoCheckpoint(args.checkpoint.clone()))?;
         for (path, reason) in &newest.rejected {
-            eprintln!("warning: {} is passed over: {reason}", path.display());
+            complain!("warning: {} is passed over: {reason}", path.display());
         }
         newest.checkpoint
     };
@@ -651,7 +651,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .map_err(|error| error.with_key("--data"))?
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
-    evaluator.warn = |what| eprintln!("warning: {what}");
+    evaluator.warn = |what| complain!("warning: {what}");
     if !args.k.is_empty() {
         evaluator.k.clone_from(&args.k);
     }
@@ -687,7 +687,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         record(&checkpoint.folder, &text)?;
     }
     if args.json {
-        println!("{text}");
+        show!("{text}");
     } else {
         print(&line);
     }
@@ -712,30 +712,34 @@ fn print(line: &EvalLine) {
     let step = format!("step {}", line.step);
     let table = |what: &str, rows: [Option<f64>; 3]| {
         if rows.iter().any(Option::is_some) {
-            println!("features             {what}");
+            show!("features             {what}");
             for (name, value) in [step.as_str(), "random init", "raw pixels"].iter().zip(rows) {
                 if let Some(value) = value {
-                    println!("{name:<21}{value:>6.2} %");
+                    show!("{name:<21}{value:>6.2} %");
                 }
             }
         }
     };
     table("kNN top-1", [line.knn_top1, line.knn_random_init, line.knn_raw_pixels]);
     if !line.knn_grid.is_empty() {
-        println!("     k       T   {step:>12}   random init   raw pixels");
+        show!("     k       T   {step:>12}   random init   raw pixels");
         for point in &line.knn_grid {
-            println!(
+            show!(
                 "{:>6}{:>8}   {:>10.2} %{:>12.2} %{:>11.2} %",
-                point.k, point.temperature, point.knn_top1, point.knn_random_init, point.knn_raw_pixels
+                point.k,
+                point.temperature,
+                point.knn_top1,
+                point.knn_random_init,
+                point.knn_raw_pixels
             );
         }
     }
     table("linear top-1", [line.linear_top1, line.linear_random_init, line.linear_raw_pixels]);
     if let Some(rank) = line.effective_rank {
-        println!("effective rank       {rank:>6.2}");
+        show!("effective rank       {rank:>6.2}");
     }
     for part in line.protocol.split(" | ") {
-        println!("{part}");
+        show!("{part}");
     }
 }
 
