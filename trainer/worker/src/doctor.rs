@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use mentee_cluster::server::hostname;
 use mentee_collectives::nccl::{Found, Library};
-use mentee_collectives::{Buffer, mpi};
+use mentee_collectives::{Buffer, Collectives, mpi};
 use mentee_config::{Recipe, exit_code, show};
 use mentee_torch_ext::{cuda, file_of_libtorch, version_of_libtorch};
 use serde::{Deserialize, Serialize};
@@ -111,7 +111,7 @@ fn examine(args: &DoctorArgs, place: &Place) -> Result<i32, WorkerError> {
     let devices = devices();
     let parallel = &recipe.parallel;
     let failed = |source| WorkerError::Collective { step: 0, source };
-    let all_reduce = all_reduce(place)?;
+    let all_reduce = all_reduce(collectives, &place.exchange)?;
     collectives.barrier().map_err(failed)?;
     let own = RankFacts {
         rank: place.identity.rank,
@@ -184,8 +184,7 @@ fn is_libtorchs(library: &Library, beside: &[PathBuf]) -> bool {
 }
 
 /// Sums known numbers over the ranks, and looks at every one of the sums.
-fn all_reduce(place: &Place) -> Result<AllReduce, WorkerError> {
-    let collectives = &*place.collectives;
+fn all_reduce(collectives: &dyn Collectives, exchange: &str) -> Result<AllReduce, WorkerError> {
     let (rank, ranks) = (collectives.rank(), collectives.world_size());
     let mut values: Vec<f32> = (0..ELEMENTS).map(|index| (index % 1000) as f32 + rank as f32).collect();
     let began = Instant::now();
@@ -226,10 +225,10 @@ mod tests {
     fn sums_are_looked_at() {
         for ranks in [1, 3] {
             let done = threads::run(ranks, Duration::from_secs(60), |group| {
-                all_reduce(&group).map(|it| it.ranks).map_err(|error| error.to_string())
+                all_reduce(&group, "").map(|it| it.ranks).map_err(|error| error.to_string())
             });
             assert_eq!(done, vec![Ok(ranks); ranks as usize]);
         }
-        assert_eq!(all_reduce(&Single::new()).expect("a sum of one").bytes, 1 << 20);
+        assert_eq!(all_reduce(&Single::new(), "").expect("a sum of one").bytes, 1 << 20);
     }
 }
