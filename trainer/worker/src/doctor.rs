@@ -195,12 +195,9 @@ fn all_reduce(collectives: &dyn Collectives, exchange: &str) -> Result<AllReduce
     let of_ranks = (0..ranks).sum::<u32>() as f32;
     let expected = |index: usize| (index % 1000) as f32 * ranks as f32 + of_ranks;
     match values.iter().enumerate().find(|(index, value)| **value != expected(*index)) {
-        None => Ok(AllReduce {
-            ranks,
-            bytes: size_of_val(&values[..]),
-            seconds,
-            exchange: place.exchange.clone(),
-        }),
+        None => {
+            Ok(AllReduce { ranks, bytes: size_of_val(&values[..]), seconds, exchange: exchange.to_owned() })
+        }
         Some((index, value)) => Err(WorkerError::Failed(format!(
             "the all-reduce over {ranks} ranks gave {value} at {index} where {} is right: something between the ranks \
              is broken",
