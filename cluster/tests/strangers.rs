@@ -104,7 +104,7 @@ fn strangers_fill_neither_the_log_nor_the_table_of_open_files() {
 
     let lines = LINES.lock().expect("no panic");
     let of_strangers: Vec<&String> =
-        lines.iter().filter(|line| line.contains("token") || line.contains("connection")).collect();
+        lines.iter().filter(|line| line.contains("token") || line.contains("connections")).collect();
     assert_eq!(of_strangers.len(), 1, "{lines:#?}");
     assert!(of_strangers[0].contains("connections without a place in this job"), "{lines:#?}");
     assert!(lines.iter().any(|line| line.contains("rank 0 is here")), "{lines:#?}");
