@@ -69,7 +69,9 @@ impl Recipe {
         let written = |path: &str| by_set(path) || matches!(places.get(path), Some(Place::File { .. }));
         for &(_, keys, because) in idle.iter().filter(|(is_idle, ..)| *is_idle) {
             for key in keys.iter().filter(|key| written(key)) {
-                if by_set(key) || !(is_plan || by_set(because)) {
+                // Another method brings another teacher, optimizer and predictor.
+                let switched_off = by_set(because) || by_set("method.name");
+                if by_set(key) || !(is_plan || switched_off) {
                     return Err(ConfigError::Conflict {
                         key: (*key).to_owned(),
                         value: value(key).unwrap_or_default(),

@@ -202,6 +202,15 @@ fn a_key_that_a_set_makes_idle_stays_and_a_plan_may_hold_idle_keys() {
         let as_recipe = load(path.to_str().unwrap(), &["run.log_every_steps=5"]).unwrap();
         assert_eq!((plan.hash(), as_recipe.hash()), (recipe.hash(), recipe.hash()), "{set}");
     }
+    // Another method, which brings another teacher, in one argument.
+    for name in ["byol-cifar10-small", "byol-cifar10-resnet18", "simsiam-cifar10-resnet18"] {
+        for method in ["byol", "simsiam", "mocov3"] {
+            if let Err(error) = load(name, &[&format!("method.name={method}")]) {
+                assert!(!error.to_string().contains("does nothing"), "{name}, {method}: {error}");
+            }
+        }
+    }
+    load("byol-cifar10-small", &["method.name=simsiam"]).unwrap();
 }
 
 #[test]
