@@ -9,6 +9,7 @@ next; OUT/gpu-check.json is written anew after each part and each measurement, s
   nccl     two processes on one GPU: all-reduce, losses of 2 ranks against 1, what is said when a rank is killed
   profile  where the GPU's time goes in a step
   train    BYOL to the end on the packed images, with nearest neighbours (only when named)
+  learn    the same settings here and in byol_reference.py, plain PyTorch: nearest neighbours of both on the way (only when named)
 """
 
 import argparse
@@ -31,7 +32,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 120, "profile": 90, "train": 3600}  # seconds at most
+PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 120, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
 DEFAULT_PARTS = "smoke,parity,step,nccl,profile"
 RECIPE = "byol-cifar10-resnet18"
 # name -> arguments of bench_step.py. LARS in a loop over parameters is how it is shipped; at its fastest it is not.
@@ -49,6 +50,17 @@ WAYS = {
 # there the GPU's whole gradient may be so many times as far from the CPU's in f64 as the CPU's own of that precision is.
 EXACT = 1e-9
 TIMES_AS_FAR = 1.5
+# lightly's benchmark for CIFAR-10, as byol_reference.py has it. Our loss is four times lightly's, so that a quarter of its learning rate
+# and four times its weight decay make the same update.
+AS_LIGHTLY = {
+    "views.preset": "byol-cifar", "views.resize": "bilinear",
+    "method.tau_schedule": "constant", "method.tau_base": 0.99,
+    "method.projector_hidden": 1024, "method.projector_out": 256, "method.predictor_hidden": 1024,
+    "optimizer.name": "sgd", "optimizer.base_lr": 0.03, "optimizer.weight_decay": 2e-3, "optimizer.exclude_bias_and_norm": False,
+    "schedule.global_batch": 256, "schedule.warmup_epochs": 0, "schedule.decay": "cosine-per-epoch",
+}
+# What two runs of one recipe may differ by, in percent of kNN.
+LEARN_TOLERANCE = 2.0
 # 2 ranks against 1: the largest relative difference of a loss.
 RANK_TOLERANCES = {"f64": 1e-9, "f32": 1e-3}
 # What a PyTorch process may keep while another is measured.
@@ -760,21 +772,51 @@ class Check:
     # A whole run.
 
     def train(self, part):
-        folder = self.temporary / "train"
         a = self.a
         keys = {
-            "data.path": self.images(),
             "schedule.epochs": a.epochs,
             "schedule.warmup_epochs": min(10, a.epochs / 10),
-            "parallel.precision": "f32" if self.small else "bf16",
             "eval.knn_every_epochs": a.epochs,
-            "checkpoint.every_epochs": 0,
-            **self.on_device,
         }
         if self.small:
             keys |= self.network | {"schedule.global_batch": 64, "run.log_every_steps": 1}
-        command = [HERE / "bin/mentee", "run", a.train_recipe, "--run-dir", folder, *sets(keys)]
-        for text in a.train_set:
+        self.whole_run(part, "train", a.train_recipe, keys)
+        knn = [f"{line['knn_top1']:.2f} %" for line in part["evals"] if "knn_top1" in line]
+        wait = 100 * (part.get("data_wait_share") or 0.0)
+        speed = f"{part['wall_s']} s, {part.get('images_per_s', 0):.0f} images/s, waiting for data {wait:.1f} %"
+        part["summary"] = f"{speed}, kNN {knn[-1] if knn else 'none'}"
+        return bool(knn)
+
+    def learn(self, part):
+        a = self.a
+        every = max(1, a.epochs // 4)
+        keys = AS_LIGHTLY | {"schedule.epochs": a.epochs, "eval.knn_every_epochs": every}
+        command = [sys.executable, HERE / "byol_reference.py", self.images(), "--epochs", a.epochs, "--every", every, "--init", "mentee"]
+        if self.small:
+            keys |= self.network | {"schedule.global_batch": 64}
+            command += ["--backbone", "resnet20", "--batch", 64, "--hidden", 256, "--precision", "f32", "--device", "cpu"]
+        self.whole_run(part, "learn", a.train_recipe, keys)
+        ours = {line["epoch"]: line["knn_top1"] for line in part["evals"]}
+        command += a.learn_args.split()
+        part["pytorch_command"] = [str(word) for word in command]
+        lines = [json.loads(line) for line in self.run(command)["stdout"].splitlines() if line.startswith("{")]
+        part["pytorch"] = lines
+        theirs = {line["epoch"]: line["knn_top1"] for line in lines}
+        both = sorted(ours.keys() & theirs.keys())
+        part["summary"] = "kNN of mentee and PyTorch after " + "; ".join(f"{n} epochs {ours[n]:.2f} % {theirs[n]:.2f} %" for n in both)
+        return bool(both) and ours[both[-1]] >= theirs[both[-1]] - LEARN_TOLERANCE
+
+    def whole_run(self, part, name, recipe, keys):
+        """`mentee run` on the packed images; what it says of itself goes into `part`."""
+        folder = self.temporary / name
+        keys = keys | {
+            "data.path": self.images(),
+            "parallel.precision": "f32" if self.small else "bf16",
+            "checkpoint.every_epochs": 0,
+            **self.on_device,
+        }
+        command = [HERE / "bin/mentee", "run", recipe, "--run-dir", folder, *sets(keys)]
+        for text in self.a.train_set:
             command += ["--set", text]
         part["command"] = [str(word) for word in command]
         sampler = None
@@ -811,14 +853,9 @@ class Check:
             waited, all_ms = (sum(line[key] for line in settled) for key in ("data_wait_ms", "step_ms"))
             part["data_wait_share"] = waited / all_ms if all_ms > 0 else None
             part["last"] = steps[-1]
-            shutil.copy(folder / "metrics.jsonl", self.out / "train-metrics.jsonl")
+            shutil.copy(folder / "metrics.jsonl", self.out / f"{name}-metrics.jsonl")
         if failure is not None:
             raise failure
-        knn = [f"{line['knn_top1']:.2f} %" for line in part["evals"] if "knn_top1" in line]
-        wait = 100 * (part.get("data_wait_share") or 0.0)
-        speed = f"{part['wall_s']} s, {part.get('images_per_s', 0):.0f} images/s, waiting for data {wait:.1f} %"
-        part["summary"] = f"{speed}, kNN {knn[-1] if knn else 'none'}"
-        return bool(knn)
 
 
 KERNEL_KINDS = (
@@ -889,9 +926,10 @@ def main():
     add("--steps", type=int, help="measured in a round; default: 20 or 40")
     add("--no-prewarm", action="store_true", help="compile PyTorch's step when it is measured, not beside the parts before")
     add("--mpi-args", default="", help="more arguments for mpiexec, in one word")
-    add("--epochs", type=int, default=1, help="of train")
+    add("--epochs", type=int, default=1, help="of train and learn")
     add("--train-recipe", default=RECIPE)
-    add("--train-set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe of train")
+    add("--train-set", action="append", default=[], metavar="KEY=VALUE", help="a key of the recipe of train and learn")
+    add("--learn-args", default="", help="more arguments for byol_reference.py, in one word")
     a = arguments.parse_args()
     small = a.device == "cpu"
     a.cases = a.cases or ("resnet20:32:16" if small else "resnet18:32:512,resnet50:224:256,resnet18:32:1024")

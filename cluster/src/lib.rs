@@ -6,7 +6,7 @@
 //!  training thread ─► Link ─ one thread ══ TCP ══ server (sockets, clock) ─► coordinator (pure) ─► Output
 //! ```
 //!
-//! Nothing here knows torch, MPI or files. Every decision is in `coordinator.rs` and tested without a socket.
+//! Nothing here knows torch or MPI. Every decision is in `coordinator.rs` and tested without a socket.
 
 // Words for people are their owners' business, and `println!` panics when nobody reads them.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
@@ -15,6 +15,7 @@ pub mod coordinator;
 pub mod identity;
 pub mod limits;
 pub mod link;
+pub mod lock;
 pub mod message;
 pub mod server;
 pub mod vitals;
@@ -24,6 +25,7 @@ pub mod wire;
 pub use coordinator::{Agreement, Coordinator, Output};
 pub use identity::{Identity, IdentityError, discover};
 pub use link::{LastWords, Link, LinkError, NoCommit, Shares, StopReason, Verdict};
+pub use lock::{Lock, LockError};
 pub use message::{CoordinatorAddress, Go, Hello, Phase, Progress, Share, ShareFile, StepTimes, WorkerEvent};
 pub use server::{CoordinatorHandle, Events};
 pub use vitals::Vitals;

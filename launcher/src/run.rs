@@ -25,13 +25,13 @@ use crate::engine::{self, Engine, Layout, Tools};
 use crate::failure::Failure;
 use crate::flood::Flood;
 use crate::interface;
+use crate::left_memory;
 use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::prometheus::{self, Exported};
 use crate::report;
 use crate::rundir::{RunDir, unix_time, write_atomically};
-use crate::shm;
 use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
 use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
@@ -130,7 +130,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let _lock = dir.lock()?;
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
-    shm::clean(&dir);
+    left_memory::clean(&dir);
     let at_end = checkpoint::list(&dir.checkpoints())?
         .iter()
         .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
@@ -304,7 +304,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
             exit = wait(&mut shell.child) => {
                 shell.child = None;
                 shell.killed = false;
-                shm::clean(shell.job.dir);
+                left_memory::clean(shell.job.dir);
                 Event::Exited(exit)
             }
             signal = any(&mut signals) => {
@@ -335,7 +335,7 @@ impl Shell<'_> {
             Action::Start { generation } => self.start(generation).await?,
             Action::RequestStop { reason } => self.coordinator.request_stop(&reason),
             Action::Terminate => {
-                shm::note(self.job.dir);
+                left_memory::note(self.job.dir);
                 self.signal(libc::SIGTERM);
             }
             Action::Kill => self.kill(),
@@ -462,7 +462,7 @@ impl Shell<'_> {
     /// SIGKILL to every rank of this machine; the next time to the process group too. An `mpirun` that is killed at once
     /// would leave its temporary files, and ranks that it cannot end any more.
     fn kill(&mut self) {
-        shm::note(self.job.dir);
+        left_memory::note(self.job.dir);
         self.kill_step();
         let first = !std::mem::replace(&mut self.killed, true);
         if first && self.job.engine == Engine::Mpirun && kill_all(&self.job.dir.leftovers()) {
@@ -492,7 +492,7 @@ impl Shell<'_> {
     fn note(&mut self, output: &Output) {
         match output {
             Output::Go { ranks, .. } => {
-                shm::note(self.job.dir);
+                left_memory::note(self.job.dir);
                 self.status.going_since = unix_time();
                 if self.status.state == State::Starting {
                     self.status.state = State::Running;

@@ -9,11 +9,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mentee_config::Recipe;
+use mentee_cluster::{Lock, LockError};
+use mentee_config::{Recipe, complain};
 
 use crate::failure::Failure;
 
@@ -144,41 +144,23 @@ impl RunDir {
     /// # Errors
     /// [`Failure`] when another supervisor holds it, or the system refuses.
     pub fn lock(&self) -> Result<Lock, Failure> {
-        fs::create_dir_all(self.logs()).map_err(|error| Failure::io("create", &self.logs(), &error))?;
-        let path = self.0.join(".lock");
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|error| Failure::io("open", &path, &error))?;
-        // SAFETY: the descriptor is open as long as `file`.
-        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            let error = io::Error::last_os_error();
-            if error.kind() != io::ErrorKind::WouldBlock {
-                return Err(Failure::io("lock", &path, &error));
-            }
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            let holder =
-                if holder.trim().is_empty() { "another mentee".to_owned() } else { holder.trim().to_owned() };
-            return Err(Failure::usage(format!(
-                "{} is in use by {holder}: wait for it, stop it, or give another --run-dir",
+        let lock = Lock::take(&self.0, Duration::ZERO).map_err(|error| match error {
+            LockError::Held { .. } => Failure::usage(error.to_string()),
+            LockError::Io { .. } => Failure::failed(error.to_string()),
+        })?;
+        if let Some(problem) = &lock.problem {
+            complain!(
+                "warning: {}: cannot be locked ({problem}); start no second run there",
                 self.0.display()
-            )));
+            );
         }
-        let holder = format!("process {} on {}\n", std::process::id(), mentee_cluster::server::hostname());
-        let _ = file.set_len(0);
-        let _ = file.write_all(holder.as_bytes());
-        Ok(Lock { _file: file })
+        fs::create_dir_all(self.logs()).map_err(|error| Failure::io("create", &self.logs(), &error))?;
+        Ok(lock)
     }
 
     /// Whether a supervisor is at work here.
     pub fn is_locked(&self) -> bool {
-        let Ok(file) = File::open(self.0.join(".lock")) else { return false };
-        // SAFETY: the descriptor is open as long as `file`; a shared lock taken here ends with it.
-        unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_SH | libc::LOCK_NB) != 0 }
+        Lock::is_held(&self.0)
     }
 
     /// Appends one line to `metrics.jsonl`, also behind a line that a killed worker left unfinished.
@@ -218,12 +200,6 @@ impl RunDir {
             })
             .collect()
     }
-}
-
-/// The right to write to a run directory.
-#[derive(Debug)]
-pub struct Lock {
-    _file: File,
 }
 
 /// Writes a file so that a reader, and a machine that loses its power, sees the old or the new one, never half of it.

@@ -17,6 +17,7 @@ fn main() {
         .std("c++17")
         .file("cpp/shim.cpp")
         .file("cpp/layers.cpp")
+        .file("cpp/winograd.cpp")
         .file("cpp/batch_norm.cpp")
         .file("cpp/update.cpp")
         .file("cpp/launch.cpp")

@@ -42,6 +42,75 @@ fn a_bf16_convolution_rounds_operands_and_results_only() {
     }
 }
 
+/// An f32 tensor [n, c, h, w], channels-last in memory, of values of about one.
+fn image(shape: [i64; 4], seed: i64) -> Tensor {
+    let [n, c, h, w] = shape;
+    let count = n * c * h * w;
+    let values: Tensor =
+        (Tensor::arange(count, (Kind::Double, tch::Device::Cpu)) * 12.9898 + seed as f64).sin();
+    let values = (values * 43_758.545_3).frac() * 2.0;
+    values.to_kind(Kind::Float).reshape([n, h, w, c]).permute([0, 3, 1, 2]).set_requires_grad(true)
+}
+
+/// The convolution's result and both gradients.
+fn both_ways(conv: impl Fn(&Tensor, &Tensor) -> Tensor, x: &Tensor, weight: &Tensor) -> [Tensor; 3] {
+    let y = conv(x, weight);
+    let weights = image(y.size().try_into().unwrap(), 3).detach().to_kind(y.kind());
+    (&y * weights).sum(y.kind()).backward();
+    [y.detach(), x.grad(), weight.grad()]
+}
+
+fn by_tiles(x: &Tensor, weight: &Tensor) -> [Tensor; 3] {
+    both_ways(|x, weight| conv2d(x, weight, 1, 1).expect("a convolution"), x, weight)
+}
+
+/// Tiles want multiples of 64 channels; one of the shapes has fewer, and goes the direct way.
+#[test]
+fn an_f32_convolution_by_tiles_rounds_little_more_than_the_direct_sum() {
+    for (n, from, to, height, width) in
+        [(3, 64, 64, 8, 8), (2, 64, 128, 7, 5), (1, 192, 64, 1, 2), (40, 128, 64, 9, 9), (2, 48, 64, 6, 6)]
+    {
+        let operands = || (image([n, from, height, width], 1), image([to, from, 3, 3], 2));
+        let ((x, weight), (x2, weight2)) = (operands(), operands());
+        let found = by_tiles(&x, &weight);
+        let direct =
+            |x: &Tensor, weight: &Tensor| x.conv2d(weight, None::<&Tensor>, [1, 1], [1, 1], [1, 1], 1);
+        let plain = both_ways(direct, &x2, &weight2);
+        let exact = both_ways(direct, &double(&x), &double(&weight));
+        for (n, name) in ["y", "gradient of x", "gradient of the weight"].iter().enumerate() {
+            let off = |t: &Tensor| {
+                ((t.to_kind(Kind::Double) - &exact[n]).norm() / exact[n].norm()).double_value(&[])
+            };
+            assert_eq!(found[n].size(), exact[n].size(), "{name}");
+            let (tiles, direct) = (off(&found[n]), off(&plain[n]));
+            let shape = [n as i64, from, to, height, width];
+            assert!(
+                tiles <= 4.0 * direct + 2e-7,
+                "{name} of {shape:?}: {tiles:e}, the direct sum's {direct:e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_convolution_by_tiles_is_the_same_on_any_number_of_threads_and_for_any_part_of_a_batch() {
+    let operands = || (image([24, 64, 10, 10], 1), image([128, 64, 3, 3], 2));
+    let before = tch::get_num_threads();
+    let on = |threads: i32| {
+        tch::set_num_threads(threads);
+        let (x, weight) = operands();
+        by_tiles(&x, &weight)
+    };
+    let (one, three) = (on(1), on(3));
+    tch::set_num_threads(before);
+    for (a, b) in one.iter().zip(&three) {
+        assert!(a.equal(b));
+    }
+    let (x, weight) = operands();
+    let part = conv2d(&x.detach().narrow(0, 5, 7), &weight.detach(), 1, 1).expect("a convolution");
+    assert!(part.equal(&one[0].narrow(0, 5, 7)));
+}
+
 #[test]
 fn channels_of_zeros_change_nothing() {
     let channels_last = |shape: [i64; 4], seed| {

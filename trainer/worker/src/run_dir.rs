@@ -1,12 +1,10 @@
 //! The run directory: made on the first start, checked on every other, and one run's at a time.
 
-use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use mentee_cluster::server;
+use mentee_cluster::Lock;
 use mentee_config::{Recipe, complain};
 
 use crate::error::WorkerError;
@@ -53,44 +51,10 @@ const GOING: Duration = Duration::from_secs(2);
 /// Rank 0 of a run without a supervisor, before anything is written: the directory is this process's as long as it lives, by
 /// the lock that a supervisor takes too.
 pub fn lock(run_dir: &Path) -> Result<(), WorkerError> {
-    std::fs::create_dir_all(run_dir).map_err(WorkerError::io("create", run_dir))?;
-    let path = run_dir.join(".lock");
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .open(&path)
-        .map_err(WorkerError::io("open", &path))?;
-    let begin = Instant::now();
-    while let Err(error) = try_lock(&file) {
-        if error.kind() != ErrorKind::WouldBlock {
-            // A file system without locks is no reason not to train.
-            complain!("warning: {}: cannot be locked ({error}); start no second run there", path.display());
-            return Ok(());
-        }
-        if begin.elapsed() > GOING {
-            let mut holder = String::new();
-            let _ = file.read_to_string(&mut holder);
-            let holder = Some(holder.trim()).filter(|holder| !holder.is_empty()).unwrap_or("another run");
-            return Err(WorkerError::Usage(format!(
-                "{} is in use by {holder}: wait for it, stop it, or give another --run-dir",
-                run_dir.display()
-            )));
-        }
-        std::thread::sleep(Duration::from_millis(50));
+    let lock = Lock::take(run_dir, GOING).map_err(|error| WorkerError::Usage(error.to_string()))?;
+    if let Some(problem) = &lock.problem {
+        complain!("warning: {}: cannot be locked ({problem}); start no second run there", run_dir.display());
     }
-    // For whoever is refused: nothing but that line depends on it.
-    let _ = file.set_len(0);
-    let _ = file.write_all(format!("process {} on {}\n", std::process::id(), server::hostname()).as_bytes());
-    std::mem::forget(file); // the lock ends with the process
+    lock.keep();
     Ok(())
-}
-
-fn try_lock(file: &File) -> io::Result<()> {
-    // SAFETY: the descriptor is open as long as `file`.
-    match unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
 }

@@ -1,0 +1,138 @@
+//! One run at a time in a run directory: the lock that its supervisor holds, or rank 0 of a run that has none.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::server;
+
+/// How often a holder that is on its way out is looked for.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A run directory that is this process's as long as this value lives, or the process.
+#[derive(Debug)]
+#[must_use = "the directory is another's as soon as this is dropped"]
+pub struct Lock {
+    _file: File,
+    /// Why nothing keeps others out: a file system that has no locks is no reason not to train.
+    pub problem: Option<io::Error>,
+}
+
+/// Why a directory cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum LockError {
+    /// Another run is in it.
+    #[error("{} is in use by {holder}: wait for it, stop it, or give another --run-dir", .run_dir.display())]
+    Held {
+        /// The directory.
+        run_dir: PathBuf,
+        /// Its process and machine.
+        holder: String,
+    },
+    /// The system's.
+    #[error("cannot open {}: {source}", .path.display())]
+    Io {
+        /// The lock's file.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+}
+
+fn file_of(run_dir: &Path) -> PathBuf {
+    run_dir.join(".lock")
+}
+
+impl Lock {
+    /// Takes the lock of `run_dir`, which is made if it is missing. A holder may take `patience` to be gone.
+    ///
+    /// # Errors
+    /// See [`LockError`].
+    pub fn take(run_dir: &Path, patience: Duration) -> Result<Self, LockError> {
+        let path = file_of(run_dir);
+        let open = || {
+            fs::create_dir_all(run_dir)?;
+            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)
+        };
+        let mut file = open().map_err(|source| LockError::Io { path: path.clone(), source })?;
+        let begin = Instant::now();
+        while let Err(error) = flock(&file, libc::LOCK_EX) {
+            if error.kind() != ErrorKind::WouldBlock {
+                return Ok(Self { _file: file, problem: Some(error) });
+            }
+            if begin.elapsed() >= patience {
+                let mut holder = String::new();
+                let _ = file.read_to_string(&mut holder);
+                let holder = Some(holder.trim()).filter(|holder| !holder.is_empty()).unwrap_or("another run");
+                return Err(LockError::Held { run_dir: run_dir.to_owned(), holder: holder.to_owned() });
+            }
+            std::thread::sleep(LOOK);
+        }
+        // For whoever is refused: nothing but that line depends on it.
+        let _ = file.set_len(0);
+        let _ =
+            file.write_all(format!("process {} on {}\n", std::process::id(), server::hostname()).as_bytes());
+        Ok(Self { _file: file, problem: None })
+    }
+
+    /// Whether another process holds it.
+    pub fn is_held(run_dir: &Path) -> bool {
+        let Ok(file) = File::open(file_of(run_dir)) else { return false };
+        // A shared lock taken here ends with `file`.
+        flock(&file, libc::LOCK_SH).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+    }
+
+    /// Keeps it as long as the process lives.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+fn flock(file: &File, kind: libc::c_int) -> io::Result<()> {
+    // SAFETY: the descriptor is open as long as `file`.
+    match unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_directory_is_one_holders_at_a_time_and_the_other_is_told_whose() {
+        let run_dir = std::env::temp_dir().join(format!("mentee-lock-{}", std::process::id()));
+        assert!(!Lock::is_held(&run_dir));
+        let lock = Lock::take(&run_dir, Duration::ZERO).unwrap();
+        assert!(lock.problem.is_none());
+        assert!(Lock::is_held(&run_dir));
+        // flock belongs to an open file, not to a process: a second one is refused here too.
+        let refused = Lock::take(&run_dir, Duration::ZERO).unwrap_err();
+        let said = refused.to_string();
+        assert!(said.contains(&format!("in use by process {} on", std::process::id())), "{said}");
+
+        let waiting = {
+            let run_dir = run_dir.clone();
+            std::thread::spawn(move || Lock::take(&run_dir, Duration::from_secs(60)))
+        };
+        std::thread::sleep(Duration::from_millis(20));
+        drop(lock);
+        let lock = waiting.join().unwrap().unwrap();
+        assert!(Lock::is_held(&run_dir));
+        drop(lock);
+        assert!(!Lock::is_held(&run_dir));
+        fs::remove_dir_all(&run_dir).unwrap();
+    }
+
+    #[test]
+    fn what_cannot_be_made_is_named() {
+        let below = std::env::temp_dir().join(format!("mentee-lock-file-{}", std::process::id()));
+        fs::write(&below, "a file").unwrap();
+        let error = Lock::take(&below.join("run"), Duration::ZERO).unwrap_err();
+        assert!(error.to_string().starts_with("cannot open "), "{error}");
+        fs::remove_file(&below).unwrap();
+    }
+}

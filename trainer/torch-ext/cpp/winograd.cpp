@@ -1,0 +1,390 @@
+// Convolution 3x3 of stride 1 by tiles of 2x2 outputs: Winograd's minimal filtering, arXiv:1509.09308, section 4.1, F(2x2, 3x3).
+//
+//   y = A' [ (G g G') . (B' d B) ] A        g: 3x3 weights, d: 4x4 inputs, y: 2x2 outputs, . : sum over channels, tap by tap
+//
+// The middle is 16 products of matrices [tiles, C] x [C, K], with 4 multiplications an output where the direct sum has 9; they
+// are oneDNN's brgemm. B, G and A are sums of a few values (and halves), so that in f32 the result is about as near to the exact
+// one as the direct sum's, whose sums are longer. A block of tiles goes through all of it before the next, within the caches.
+//
+// How tiles are grouped depends on the shape alone, and every sum is one thread's, in a fixed order: the result does not depend on
+// the number of threads.
+
+#include "winograd.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+#include <c10/core/CPUAllocator.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "shim.h"
+
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kTaps = 16;
+// Columns of a product, and of a block of transformed weights.
+constexpr int64_t kColumns = 64;
+// Side of the squares that are transposed at a time.
+constexpr int64_t kLane = 16;
+// Values between two taps, or rows, whose distance would be a power of two else: those share few places of a first-level cache.
+constexpr int64_t kApart = 16;
+// Values of a tap that a thread's block of transformed inputs holds, about: all taps fit in a second-level cache of a megabyte.
+constexpr int64_t kBlock = 16384;
+// The same for the two operands of the weights' gradient, which all threads work on together: in a third-level cache.
+constexpr int64_t kChunk = 32768;
+
+// Floats aligned as vectors want them, not initialised.
+struct Floats {
+  explicit Floats(int64_t n) : memory(c10::GetCPUAllocator()->allocate(static_cast<size_t>(n) * sizeof(float))) {}
+  float* get() const { return static_cast<float*>(memory.get()); }
+  at::DataPtr memory;
+};
+
+// `n` of them for each thread. Taken at once: threads would each ask an arena of their own, again and again.
+struct Scratch {
+  explicit Scratch(int64_t n) : each((n + kApart - 1) / kApart * kApart + kApart), all(each * at::get_num_threads()) {}
+  float* mine() const { return all.get() + each * at::get_thread_num(); }
+  int64_t each;
+  Floats all;
+};
+
+// [N, H, W, C] in memory, in tiles of 2x2.
+struct Tiles {
+  int64_t images, height, width, down, across, count;
+
+  explicit Tiles(const Tensor& t)
+      : images(t.size(0)),
+        height(t.size(2)),
+        width(t.size(3)),
+        down((height + 1) / 2),
+        across((width + 1) / 2),
+        count(images * down * across) {}
+
+  // Where the `side` x `side` places of a tile lie, from `before` above and left of its first; `outside` for those that the image
+  // does not have.
+  template <typename T>
+  MENTEE_INLINE void places(int64_t tile, int64_t side, int64_t before, T* data, int64_t channels, T* outside, T** out) const {
+    const int64_t image = tile / (down * across), top = 2 * (tile / across % down) - before, left = 2 * (tile % across) - before;
+    for (int64_t i = 0; i < side; ++i)
+      for (int64_t j = 0; j < side; ++j) {
+        const int64_t row = top + i, column = left + j;
+        const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+        out[i * side + j] = inside ? data + ((image * height + row) * width + column) * channels : outside;
+      }
+  }
+};
+
+// Tap t of the result lies at out + t * step. All of these work on `channels` values side by side.
+
+// B' d B
+MENTEE_MULTIVERSION void input_tile(const float* const* places, float* __restrict__ out, int64_t step, int64_t channels) {
+  const float* d[16];
+  for (int i = 0; i < 16; ++i) d[i] = places[i];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    float t[16];
+    for (int j = 0; j < 4; ++j) {
+      const float a = d[j][c], b = d[4 + j][c], e = d[8 + j][c], f = d[12 + j][c];
+      t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
+      float* __restrict__ o = out + 4 * i * step + c;
+      o[0] = a - e, o[step] = b + e, o[2 * step] = e - b, o[3 * step] = b - f;
+    }
+  }
+}
+
+// A' m A
+MENTEE_MULTIVERSION void output_tile(const float* __restrict__ m, int64_t step, float* const* places, int64_t channels) {
+  float *y0 = places[0], *y1 = places[1], *y2 = places[2], *y3 = places[3];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    float t[8];
+    for (int j = 0; j < 4; ++j) {
+      const float a = m[j * step + c], b = m[(4 + j) * step + c], e = m[(8 + j) * step + c], f = m[(12 + j) * step + c];
+      t[j] = a + b + e, t[4 + j] = b - e - f;
+    }
+    y0[c] = t[0] + t[1] + t[2], y1[c] = t[1] - t[2] - t[3];
+    y2[c] = t[4] + t[5] + t[6], y3[c] = t[5] - t[6] - t[7];
+  }
+}
+
+// G g G' of nine places
+MENTEE_MULTIVERSION void weight_tile(const float* const* places, float* __restrict__ out, int64_t step, int64_t channels) {
+  const float* g[9];
+  for (int i = 0; i < 9; ++i) g[i] = places[i];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    float t[12];
+    for (int j = 0; j < 3; ++j) {
+      const float a = g[j][c], b = 0.5f * g[3 + j][c], e = g[6 + j][c], half = 0.5f * (a + e);
+      t[j] = a, t[3 + j] = half + b, t[6 + j] = half - b, t[9 + j] = e;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const float a = t[3 * i], b = 0.5f * t[3 * i + 1], e = t[3 * i + 2], half = 0.5f * (a + e);
+      float* __restrict__ o = out + 4 * i * step + c;
+      o[0] = a, o[step] = half + b, o[2 * step] = half - b, o[3 * step] = e;
+    }
+  }
+}
+
+// G' u G to nine places
+MENTEE_MULTIVERSION void weight_gradient_tile(const float* __restrict__ u, int64_t step, float* const* places, int64_t channels) {
+  float* g[9];
+  for (int i = 0; i < 9; ++i) g[i] = places[i];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; ++c) {
+    float t[12];
+    for (int j = 0; j < 4; ++j) {
+      const float a = u[j * step + c], b = u[(4 + j) * step + c], e = u[(8 + j) * step + c], f = u[(12 + j) * step + c];
+      const float half = 0.5f * (b + e);
+      t[j] = a + half, t[4 + j] = 0.5f * (b - e), t[8 + j] = half + f;
+    }
+    for (int i = 0; i < 3; ++i) {
+      const float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3], half = 0.5f * (b + e);
+      g[3 * i][c] = a + half, g[3 * i + 1][c] = 0.5f * (b - e), g[3 * i + 2][c] = half + f;
+    }
+  }
+}
+
+typedef float Lane __attribute__((vector_size(64)));
+#if defined(__clang__)
+#define MENTEE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+typedef int32_t Order __attribute__((vector_size(64)));
+#define MENTEE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
+#endif
+
+MENTEE_INLINE Lane load(const float* from) {
+  Lane lane;
+  std::memcpy(&lane, from, sizeof(Lane));
+  return lane;
+}
+
+// out[column * step + row] = a[row][column]: squares of 1, 2, 4 and 8 change places.
+MENTEE_INLINE void store_transposed(Lane* a, float* __restrict__ out, int64_t step) {
+  Lane b[kLane];
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = MENTEE_SHUFFLE(a[i], a[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    b[i + 1] = MENTEE_SHUFFLE(a[i], a[i + 1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+  for (int n = 0; n < 8; ++n) {
+    const int i = n / 2 * 4 + n % 2;
+    a[i] = MENTEE_SHUFFLE(b[i], b[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    a[i + 2] = MENTEE_SHUFFLE(b[i], b[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int n = 0; n < 8; ++n) {
+    const int i = n / 4 * 8 + n % 4;
+    b[i] = MENTEE_SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    b[i + 4] = MENTEE_SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 8; ++i) {
+    a[i] = MENTEE_SHUFFLE(b[i], b[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    a[i + 8] = MENTEE_SHUFFLE(b[i], b[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int64_t i = 0; i < kLane; ++i) std::memcpy(out + i * step, &a[i], sizeof(Lane));
+}
+
+// The same from memory, kLane x kLane.
+MENTEE_MULTIVERSION void transpose(const float* __restrict__ in, float* __restrict__ out, int64_t step) {
+  Lane a[kLane];
+  for (int64_t i = 0; i < kLane; ++i) a[i] = load(in + kLane * i);
+  store_transposed(a, out, step);
+}
+
+// Row `row` of A on two values.
+MENTEE_INLINE void along(int row, const Lane& first, const Lane& second, Lane& out) {
+  out = row == 0 ? first : row == 1 ? first + second : row == 2 ? first - second : -second;
+}
+
+// A dy A' of kLane tiles and as many channels: tap t of channel k and tile n at out + t * tap_step + k * step + n.
+MENTEE_MULTIVERSION void transposed_gradients(const float* const (*places)[4], int64_t channel, float* __restrict__ out, int64_t step,
+                                              int64_t tap_step) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    Lane left[kLane], right[kLane], a[kLane];
+    for (int64_t n = 0; n < kLane; ++n) {
+      along(i, load(places[n][0] + channel), load(places[n][2] + channel), left[n]);
+      along(i, load(places[n][1] + channel), load(places[n][3] + channel), right[n]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      for (int64_t n = 0; n < kLane; ++n) along(j, left[n], right[n], a[n]);
+      store_transposed(a, out + (4 * i + j) * tap_step, step);
+    }
+  }
+}
+
+// c [m, kColumns] (+)= a [m, k] b [k, kColumns]
+MENTEE_INLINE void product(int64_t m, int64_t k, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
+                           int64_t c_step, bool adds) {
+  at::native::cpublas::brgemm(m, kColumns, k, a_step, b_step, c_step, adds, a, b, c, /*is_vnni=*/false);
+}
+
+// Transformed weights for products with inputs of `from` channels: [16][to / 64][from][64]. Memory is [K, 3, 3, C]; forward goes
+// from C to K.
+Floats forward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
+  Floats transformed(kTaps * out_channels * in_channels);
+  const int64_t blocks = out_channels / kColumns;
+  const Scratch squares(kTaps * kLane * kLane);
+  at::parallel_for(0, out_channels / kLane, 1, [&](int64_t begin, int64_t end) {
+    float* square = squares.mine();
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t k = group * kLane;
+      float* out = transformed.get() + (k / kColumns) * in_channels * kColumns + k % kColumns;
+      for (int64_t c = 0; c < in_channels; c += kLane) {
+        for (int64_t r = 0; r < kLane; ++r) {
+          const float* places[9];
+          for (int64_t i = 0; i < 9; ++i) places[i] = weight + ((k + r) * 9 + i) * in_channels + c;
+          weight_tile(places, square + r * kLane, kLane * kLane, kLane);
+        }
+        for (int64_t t = 0; t < kTaps; ++t)
+          transpose(square + t * kLane * kLane, out + (t * blocks * in_channels + c) * kColumns, kColumns);
+      }
+    }
+  });
+  return transformed;
+}
+
+// The same from K to C, with the nine places turned by half a turn: a gradient goes back the way its value came.
+Floats backward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
+  Floats transformed(kTaps * out_channels * in_channels);
+  const int64_t blocks = in_channels / kColumns;
+  at::parallel_for(0, out_channels, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      for (int64_t block = 0; block < blocks; ++block) {
+        const float* places[9];
+        for (int64_t i = 0; i < 9; ++i) places[i] = weight + (k * 9 + 8 - i) * in_channels + block * kColumns;
+        float* out = transformed.get() + (block * out_channels + k) * kColumns;
+        weight_tile(places, out, blocks * out_channels * kColumns, kColumns);
+      }
+  });
+  return transformed;
+}
+
+// x [N, H, W, from] -> y [N, H, W, to].
+void convolve_tiles(const Tensor& x, const Floats& weights, Tensor& y) {
+  const Tiles tiles(x);
+  const int64_t from = x.size(1), to = y.size(1), blocks = to / kColumns;
+  const int64_t block = std::clamp<int64_t>(kBlock / from, kLane, kColumns);
+  const int64_t input_step = block * from + kApart, product_step = block * kColumns + kApart;
+  const Scratch scratch(kTaps * (input_step + product_step) + from + kColumns);
+  const float* in = x.const_data_ptr<float>();
+  float* out = y.data_ptr<float>();
+  at::parallel_for(0, (tiles.count + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
+    float *inputs = scratch.mine(), *products = inputs + kTaps * input_step, *zeros = products + kTaps * product_step,
+          *nowhere = zeros + from;
+    std::fill_n(zeros, from, 0.0f);
+    for (int64_t first = begin * block; first < std::min(end * block, tiles.count); first += block) {
+      const int64_t count = std::min(block, tiles.count - first);
+      for (int64_t n = 0; n < count; ++n) {
+        const float* places[16];
+        tiles.places<const float>(first + n, 4, 1, in, from, zeros, places);
+        input_tile(places, inputs + n * from, input_step, from);
+      }
+      for (int64_t k = 0; k < blocks; ++k) {
+        for (int64_t t = 0; t < kTaps; ++t)
+          product(count, from, inputs + t * input_step, from, weights.get() + (t * blocks + k) * from * kColumns, kColumns,
+                  products + t * product_step, kColumns, false);
+        for (int64_t n = 0; n < count; ++n) {
+          float* places[4];
+          // `nowhere` takes what lies outside an image of odd sides.
+          tiles.places<float>(first + n, 2, 0, out + k * kColumns, to, nowhere, places);
+          output_tile(products + n * kColumns, product_step, places, kColumns);
+        }
+      }
+    }
+  });
+}
+
+Tensor like(const Tensor& t, at::IntArrayRef shape) {
+  return at::empty(shape, t.options().requires_grad(false), at::MemoryFormat::ChannelsLast);
+}
+
+}  // namespace
+
+namespace mentee::winograd {
+
+bool applies(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  const auto fits = [](const Tensor& t) {
+    return t.dim() == 4 && t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+  };
+  return stride == 1 && padding == 1 && fits(x) && fits(weight) && weight.size(2) == 3 && weight.size(3) == 3 &&
+         weight.size(1) == x.size(1) && weight.size(0) % kColumns == 0 && weight.size(1) % kColumns == 0 && x.numel() > 0;
+}
+
+Tensor convolve(const Tensor& x, const Tensor& weight) {
+  Tensor y = like(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
+  convolve_tiles(x, forward_weights(weight.const_data_ptr<float>(), weight.size(0), weight.size(1)), y);
+  return y;
+}
+
+Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
+  Tensor dx = like(dy, {dy.size(0), weight.size(1), dy.size(2), dy.size(3)});
+  convolve_tiles(dy, backward_weights(weight.const_data_ptr<float>(), weight.size(0), weight.size(1)), dx);
+  return dx;
+}
+
+// The sum over tiles is one more product for each tap: [K, tiles] x [tiles, C].
+Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
+  const Tiles tiles(x);
+  const int64_t in_channels = x.size(1), out_channels = dy.size(1);
+  const int64_t most = std::max<int64_t>(kChunk / std::max(in_channels, out_channels) / kLane, 8) * kLane;
+  const int64_t chunk = std::min(most, (tiles.count + kLane - 1) / kLane * kLane);
+  const float *in = x.const_data_ptr<float>(), *grad = dy.const_data_ptr<float>();
+  const int64_t input_step = chunk * in_channels + kApart, row_step = chunk + kApart;
+  const int64_t grad_step = out_channels * row_step + kApart, sum_step = out_channels * in_channels + kApart;
+  Floats inputs(kTaps * input_step);               // [16][tile][C]
+  Floats grads(kTaps * grad_step);                 // [16][K][tile]
+  Floats sums(kTaps * sum_step);                   // [16][K][C]
+  const int64_t widest = std::max(in_channels, out_channels);
+  Floats zeros(widest);
+  std::fill_n(zeros.get(), widest, 0.0f);
+  for (int64_t first = 0; first < tiles.count; first += chunk) {
+    // Of the last group, tiles that there are not are zeros.
+    const int64_t groups = (std::min(chunk, tiles.count - first) + kLane - 1) / kLane;
+    at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin * kLane; n < end * kLane; n += kLane) {
+        const float* of_grads[kLane][4];
+        for (int64_t r = 0; r < kLane; ++r) {
+          const float* places[16];
+          std::fill_n(places, 16, zeros.get());
+          std::fill_n(of_grads[r], 4, zeros.get());
+          if (const int64_t tile = first + n + r; tile < tiles.count) {
+            tiles.places<const float>(tile, 4, 1, in, in_channels, zeros.get(), places);
+            tiles.places<const float>(tile, 2, 0, grad, out_channels, zeros.get(), of_grads[r]);
+          }
+          input_tile(places, inputs.get() + (n + r) * in_channels, input_step, in_channels);
+        }
+        for (int64_t k = 0; k < out_channels; k += kLane)
+          transposed_gradients(of_grads, k, grads.get() + k * row_step + n, row_step, grad_step);
+      }
+    });
+    const int64_t blocks = out_channels / kColumns;
+    at::parallel_for(0, kTaps * blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        const int64_t tap = n / blocks, k = n % blocks * kColumns;
+        for (int64_t c = 0; c < in_channels; c += kColumns)
+          product(kColumns, groups * kLane, grads.get() + tap * grad_step + k * row_step, row_step,
+                  inputs.get() + tap * input_step + c, in_channels, sums.get() + tap * sum_step + k * in_channels + c, in_channels,
+                  first > 0);
+      }
+    });
+  }
+  Tensor dweight = like(x, {out_channels, in_channels, 3, 3});
+  float* out = dweight.data_ptr<float>();
+  at::parallel_for(0, out_channels, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      float* places[9];
+      for (int64_t i = 0; i < 9; ++i) places[i] = out + (k * 9 + i) * in_channels;
+      weight_gradient_tile(sums.get() + k * in_channels, sum_step, places, in_channels);
+    }
+  });
+  return dweight;
+}
+
+}  // namespace mentee::winograd
