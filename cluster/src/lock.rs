@@ -16,8 +16,8 @@ const LOOK: Duration = Duration::from_millis(50);
 #[must_use = "the directory is another's as soon as this is dropped"]
 pub struct Lock {
     _file: File,
-    /// Why nothing keeps others out: a file system that has no locks is no reason not to train.
-    pub problem: Option<io::Error>,
+    /// A line to say where nothing keeps others out: a file system that has no locks is no reason not to train.
+    pub warning: Option<String>,
 }
 
 /// Why a directory cannot be had.
@@ -60,7 +60,10 @@ impl Lock {
         let begin = Instant::now();
         while let Err(error) = flock(&file, libc::LOCK_EX) {
             if error.kind() != ErrorKind::WouldBlock {
-                return Ok(Self { _file: file, problem: Some(error) });
+                let run_dir = run_dir.display();
+                let warning =
+                    format!("warning: {run_dir}: cannot be locked ({error}); start no second run there");
+                return Ok(Self { _file: file, warning: Some(warning) });
             }
             if begin.elapsed() >= patience {
                 let mut holder = String::new();
@@ -74,7 +77,7 @@ impl Lock {
         let _ = file.set_len(0);
         let _ =
             file.write_all(format!("process {} on {}\n", std::process::id(), server::hostname()).as_bytes());
-        Ok(Self { _file: file, problem: None })
+        Ok(Self { _file: file, warning: None })
     }
 
     /// Whether another process holds it.
@@ -107,7 +110,7 @@ mod tests {
         let run_dir = std::env::temp_dir().join(format!("mentee-lock-{}", std::process::id()));
         assert!(!Lock::is_held(&run_dir));
         let lock = Lock::take(&run_dir, Duration::ZERO).unwrap();
-        assert!(lock.problem.is_none());
+        assert!(lock.warning.is_none());
         assert!(Lock::is_held(&run_dir));
         // flock belongs to an open file, not to a process: a second one is refused here too.
         let refused = Lock::take(&run_dir, Duration::ZERO).unwrap_err();

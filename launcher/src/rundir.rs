@@ -148,11 +148,8 @@ impl RunDir {
             LockError::Held { .. } => Failure::usage(error.to_string()),
             LockError::Io { .. } => Failure::failed(error.to_string()),
         })?;
-        if let Some(problem) = &lock.problem {
-            complain!(
-                "warning: {}: cannot be locked ({problem}); start no second run there",
-                self.0.display()
-            );
+        if let Some(warning) = &lock.warning {
+            complain!("{warning}");
         }
         fs::create_dir_all(self.logs()).map_err(|error| Failure::io("create", &self.logs(), &error))?;
         Ok(lock)

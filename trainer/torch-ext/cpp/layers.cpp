@@ -1,6 +1,8 @@
-// Convolution and linear layer. On the processor, f32 convolutions that Winograd's tiles fit are computed by them. Where the processor has no bf16 arithmetic that libtorch's kernels use, its bf16
-// convolution falls back to a loop that is ten times slower than f32; here the operands are widened instead: bf16 values
-// are f32 values, products are summed in f32 as bf16 units do, and only results are rounded to bf16.
+// Convolution and linear layer. On the processor, f32 convolutions that Winograd's tiles fit are computed by them.
+//
+// Where the processor has no bf16 arithmetic that libtorch's kernels use, its bf16 convolution falls back to a loop that is ten
+// times slower than f32; here the operands are widened instead: bf16 values are f32 values, products are summed in f32 as bf16
+// units do, and only results are rounded to bf16.
 
 #include <torch/csrc/autograd/custom_function.h>
 

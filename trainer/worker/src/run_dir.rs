@@ -52,8 +52,8 @@ const GOING: Duration = Duration::from_secs(2);
 /// the lock that a supervisor takes too.
 pub fn lock(run_dir: &Path) -> Result<(), WorkerError> {
     let lock = Lock::take(run_dir, GOING).map_err(|error| WorkerError::Usage(error.to_string()))?;
-    if let Some(problem) = &lock.problem {
-        complain!("warning: {}: cannot be locked ({problem}); start no second run there", run_dir.display());
+    if let Some(warning) = &lock.warning {
+        complain!("{warning}");
     }
     lock.keep();
     Ok(())
