@@ -9,6 +9,8 @@ use mentee_checkpoint::{Dtype, Meta, Tensor};
 use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
 use serde_json::Value;
 
+mod common;
+
 fn mentee(arguments: &[&str]) -> (Option<i32>, String, String) {
     run(Command::new(env!("CARGO_BIN_EXE_mentee")).args(arguments))
 }
@@ -135,7 +137,6 @@ fn shard_verify_stats() {
 /// Of an array Slurm is asked once, and not again where it does not answer; a job it has forgotten is another matter.
 #[test]
 fn what_slurm_cannot_say_is_told_from_what_it_has_forgotten() {
-    use std::os::unix::fs::PermissionsExt;
     let folder = tempfile::tempdir().expect("a folder");
     let (bin, sweep) = (folder.path().join("bin"), folder.path().join("sweep"));
     fs::create_dir(&bin).expect("made");
@@ -152,9 +153,7 @@ fn what_slurm_cannot_say_is_told_from_what_it_has_forgotten() {
         .expect("written");
     let asked = folder.path().join("asked");
     let status = |scontrol: &str, run: &Path| {
-        let script = format!("#!/bin/sh\necho \"$@\" >> {}\n{scontrol}\n", asked.display());
-        fs::write(bin.join("scontrol"), script).expect("written");
-        fs::set_permissions(bin.join("scontrol"), fs::Permissions::from_mode(0o755)).expect("set");
+        script(&bin.join("scontrol"), &format!("echo \"$@\" >> {}\n{scontrol}", asked.display()));
         let _ = fs::remove_file(&asked);
         let path = format!("{}:/usr/bin:/bin", bin.display());
         let (code, out, err) =
@@ -338,9 +337,9 @@ fn checkpoints_are_listed_and_verified() {
 fn the_demo_ends_with_its_table_and_a_report_and_can_be_repeated() {
     let folder = tempfile::tempdir().expect("a folder");
     let built = Path::new(env!("CARGO_BIN_EXE_mentee"));
-    fs::copy(built, folder.path().join("mentee")).expect("copied");
+    put(built, &folder.path().join("mentee"));
     let fake = built.with_file_name("examples").join("fake-worker");
-    fs::copy(fake, folder.path().join("mentee-worker")).expect("copied");
+    put(&fake, &folder.path().join("mentee-worker"));
     let demo = |out: &str| {
         run(Command::new(folder.path().join("mentee")).current_dir(folder.path()).args([
             "demo",
@@ -376,7 +375,7 @@ fn the_demo_ends_with_its_table_and_a_report_and_can_be_repeated() {
 fn doctor_says_what_is_wrong_and_ends_with_the_code_a_run_would() {
     let folder = tempfile::tempdir().expect("a folder");
     let alone = folder.path().join("mentee");
-    fs::copy(env!("CARGO_BIN_EXE_mentee"), &alone).expect("copied");
+    put(Path::new(env!("CARGO_BIN_EXE_mentee")), &alone);
     let doctor = |more: &[&str]| {
         let run_dir = folder.path().join("runs/one");
         let mut command = Command::new(&alone);

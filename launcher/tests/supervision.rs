@@ -8,9 +8,12 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+use common::{put, script};
 use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
 use serde_json::Value;
 use tempfile::TempDir;
+
+mod common;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -106,13 +109,6 @@ impl Ended {
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
             stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
         }
-    }
-}
-
-fn put(from: &Path, to: &Path) {
-    // A link where it can be: the launcher looks beside its own executable, whatever that is a link to.
-    if fs::hard_link(from, to).is_err() {
-        fs::copy(from, to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
     }
 }
 
@@ -317,7 +313,6 @@ fn a_full_disk_under_the_output_ends_no_run() {
 /// and not after it.
 #[test]
 fn what_an_srun_leaves_is_ended_before_the_next_start() {
-    use std::os::unix::fs::PermissionsExt;
     let place = Place::new();
     let bin = place.folder.path().join("bin");
     let steps = place.folder.path().join("steps");
@@ -331,11 +326,9 @@ fn what_an_srun_leaves_is_ended_before_the_next_start() {
     let squeue = "for step in $(ls STEPS); do echo \"7.$step $step\"; done";
     // As Slurm: not gone at once.
     let scancel = "echo \"scancel $2\" >> SAID; (sleep 1; rm -f STEPS/${2#7.}) > /dev/null 2>&1 &";
-    for (name, script) in [("srun", srun), ("squeue", squeue), ("scancel", scancel)] {
-        let script = script.replace("SAID", &said.display().to_string());
-        let script = script.replace("STEPS", &steps.display().to_string());
-        fs::write(bin.join(name), format!("#!/bin/sh\n{script}\n")).expect("written");
-        fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).expect("set");
+    for (name, text) in [("srun", srun), ("squeue", squeue), ("scancel", scancel)] {
+        let text = text.replace("SAID", &said.display().to_string());
+        script(&bin.join(name), &text.replace("STEPS", &steps.display().to_string()));
     }
     let mut command = place.command("kill=0@3", 1, &["--engine", "srun", "--interface", "127.0.0.1"]);
     command.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
