@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mentee_config::{recipe::DataFormat, say};
 use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
-use mentee_data::{DataError, Source, Split, open, open_split};
+use mentee_data::{DataError, Source, Split, more_held_out, open, open_split};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
@@ -95,7 +95,8 @@ pub fn human_bytes(bytes: u64) -> String {
 }
 
 /// `mentee shard SRC --out DIR [--shard-bytes N]`. A set that is divided into training and held-out parts stays so:
-/// `DIR/train`, `DIR/test`. The same command carries on after a stop: a part that it had finished is left as it is.
+/// `DIR/train`, `DIR/test`; what is held out besides keeps its name. The same command carries on after a stop: a part that it
+/// had finished is left as it is.
 ///
 /// # Errors
 /// [`Failure`] with exit code 3 when the source cannot be read or `DIR` holds something.
@@ -109,11 +110,15 @@ pub fn command(args: &ShardArgs) -> Result<(), Failure> {
     let train = open_split(&args.source, args.format, Split::Train)
         .map_err(named)?
         .ok_or_else(|| named(DataError::Missing { key: String::new(), path: args.source.clone() }))?;
-    let parts = ["train", "test"].map(|name| args.out.join(name));
-    for (source, out) in [train, held_out].iter().zip(&parts) {
+    let mut parts = vec![(train, args.out.join("train")), (held_out, args.out.join("test"))];
+    for folder in more_held_out(&args.source) {
+        let name = folder.file_name().map(|name| args.out.join(name)).unwrap_or_default();
+        parts.push((open(&folder, args.format).map_err(named)?, name));
+    }
+    for (source, out) in &parts {
         write(&**source, out, &args.options(), true)?;
     }
-    parts.iter().for_each(|part| forget_part(part));
+    parts.iter().for_each(|(_, out)| forget_part(out));
     Ok(())
 }
 

@@ -134,6 +134,27 @@ fn shard_verify_stats() {
     assert!(err.contains("/nowhere"), "{err}");
 }
 
+#[test]
+fn shard_leaves_out_no_part() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (data, more, out) =
+        (folder.path().join("data"), folder.path().join("more"), folder.path().join("out"));
+    for (to, test) in [(&data, 3), (&more, 5)] {
+        let config = SyntheticConfig { train: 7, test, ..SyntheticConfig::default() };
+        write_synthetic(to, &config, &mut |_, _| ()).expect("written");
+    }
+    fs::rename(more.join("test"), data.join("val")).expect("renamed");
+    let (code, said, err) = mentee(&["shard", text(&data), "--out", text(&out)]);
+    assert_eq!(code, Some(0), "{err}");
+    for (part, images) in [("train", 7), ("test", 3), ("val", 5)] {
+        let line = format!("{}: {images} images", out.join(part).display());
+        assert!(said.contains(&line), "{line} in {said}");
+    }
+    let (code, said, err) = mentee(&["data", "verify", text(&out)]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(said.contains("all well: 15 images"), "{said}");
+}
+
 /// Of an array Slurm is asked once, and not again where it does not answer; a job it has forgotten is another matter.
 #[test]
 fn what_slurm_cannot_say_is_told_from_what_it_has_forgotten() {

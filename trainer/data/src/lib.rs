@@ -50,4 +50,4 @@ pub use decode::{CropBox, PlanarImage, RgbImage, decode};
 pub use error::DataError;
 pub use loader::{Batch, Damaged, Loader, LoaderConfig, OnError, Skipped};
 pub use order::Order;
-pub use source::{Encoding, Sample, Source, Split, open, open_split, order};
+pub use source::{Encoding, Sample, Source, Split, more_held_out, open, open_split, order};

@@ -219,6 +219,15 @@ pub fn open_split(
     }
 }
 
+/// The held-out folders of the data set at `path` but the first, which is [`open_split`]'s: those that neither training nor
+/// evaluation sees.
+pub fn more_held_out(path: &Path) -> Vec<PathBuf> {
+    match split_base(path) {
+        (base, Some(_)) => held_out(&base).skip(1).collect(),
+        (_, None) => Vec::new(),
+    }
+}
+
 /// What the held-out part beside `train` may be called, the first that is there.
 pub const HELD_OUT: [&str; 4] = ["test", "val", "valid", "validation"];
 
