@@ -25,8 +25,10 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kTaps = 16;
-// Columns of a product, and of a block of transformed weights.
-constexpr int64_t kColumns = 64;
+// Rows of a product at most.
+constexpr int64_t kRows = 64;
+// Channels that a convolution has by multiples: with fewer, the transforms cost what the products save.
+constexpr int64_t kFewest = 32;
 // Side of the squares that are transposed at a time.
 constexpr int64_t kLane = 16;
 // Values between two taps, or rows, whose distance would be a power of two else: those share few places of a first-level cache.
@@ -219,23 +221,26 @@ MENTEE_MULTIVERSION void transposed_gradients(const float* const (*places)[4], i
   }
 }
 
-// c [m, kColumns] (+)= a [m, k] b [k, kColumns]
-MENTEE_INLINE void product(int64_t m, int64_t k, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
+// Columns of a product, and of a block of transformed weights, where there are so many channels.
+int64_t columns_of(int64_t channels) { return channels % 64 == 0 ? 64 : 32; }
+
+// c [m, n] (+)= a [m, k] b [k, n]
+MENTEE_INLINE void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
                            int64_t c_step, bool adds) {
-  at::native::cpublas::brgemm(m, kColumns, k, a_step, b_step, c_step, adds, a, b, c, /*is_vnni=*/false);
+  at::native::cpublas::brgemm(m, n, k, a_step, b_step, c_step, adds, a, b, c, /*is_vnni=*/false);
 }
 
-// Transformed weights for products with inputs of `from` channels: [16][to / 64][from][64]. Memory is [K, 3, 3, C]; forward goes
-// from C to K.
+// Transformed weights for products with inputs of `from` channels: [16][to / columns][from][columns]. Memory is [K, 3, 3, C];
+// forward goes from C to K.
 Floats forward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
   Floats transformed(kTaps * out_channels * in_channels);
-  const int64_t blocks = out_channels / kColumns;
+  const int64_t columns = columns_of(out_channels), blocks = out_channels / columns;
   const Scratch squares(kTaps * kLane * kLane);
   at::parallel_for(0, out_channels / kLane, 1, [&](int64_t begin, int64_t end) {
     float* square = squares.mine();
     for (int64_t group = begin; group < end; ++group) {
       const int64_t k = group * kLane;
-      float* out = transformed.get() + (k / kColumns) * in_channels * kColumns + k % kColumns;
+      float* out = transformed.get() + (k / columns) * in_channels * columns + k % columns;
       for (int64_t c = 0; c < in_channels; c += kLane) {
         for (int64_t r = 0; r < kLane; ++r) {
           const float* places[9];
@@ -243,7 +248,7 @@ Floats forward_weights(const float* weight, int64_t out_channels, int64_t in_cha
           weight_tile(places, square + r * kLane, kLane * kLane, kLane);
         }
         for (int64_t t = 0; t < kTaps; ++t)
-          transpose(square + t * kLane * kLane, out + (t * blocks * in_channels + c) * kColumns, kColumns);
+          transpose(square + t * kLane * kLane, out + (t * blocks * in_channels + c) * columns, columns);
       }
     }
   });
@@ -253,14 +258,14 @@ Floats forward_weights(const float* weight, int64_t out_channels, int64_t in_cha
 // The same from K to C, with the nine places turned by half a turn: a gradient goes back the way its value came.
 Floats backward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
   Floats transformed(kTaps * out_channels * in_channels);
-  const int64_t blocks = in_channels / kColumns;
+  const int64_t columns = columns_of(in_channels), blocks = in_channels / columns;
   at::parallel_for(0, out_channels, 4, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k)
       for (int64_t block = 0; block < blocks; ++block) {
         const float* places[9];
-        for (int64_t i = 0; i < 9; ++i) places[i] = weight + (k * 9 + 8 - i) * in_channels + block * kColumns;
-        float* out = transformed.get() + (block * out_channels + k) * kColumns;
-        weight_tile(places, out, blocks * out_channels * kColumns, kColumns);
+        for (int64_t i = 0; i < 9; ++i) places[i] = weight + (k * 9 + 8 - i) * in_channels + block * columns;
+        float* out = transformed.get() + (block * out_channels + k) * columns;
+        weight_tile(places, out, blocks * out_channels * columns, columns);
       }
   });
   return transformed;
@@ -269,10 +274,10 @@ Floats backward_weights(const float* weight, int64_t out_channels, int64_t in_ch
 // x [N, H, W, from] -> y [N, H, W, to].
 void convolve_tiles(const Tensor& x, const Floats& weights, Tensor& y) {
   const Tiles tiles(x);
-  const int64_t from = x.size(1), to = y.size(1), blocks = to / kColumns;
-  const int64_t block = std::clamp<int64_t>(kBlock / from, kLane, kColumns);
-  const int64_t input_step = block * from + kApart, product_step = block * kColumns + kApart;
-  const Scratch scratch(kTaps * (input_step + product_step) + from + kColumns);
+  const int64_t from = x.size(1), to = y.size(1), columns = columns_of(to), blocks = to / columns;
+  const int64_t block = std::clamp<int64_t>(kBlock / from, kLane, kRows);
+  const int64_t input_step = block * from + kApart, product_step = block * columns + kApart;
+  const Scratch scratch(kTaps * (input_step + product_step) + from + columns);
   const float* in = x.const_data_ptr<float>();
   float* out = y.data_ptr<float>();
   at::parallel_for(0, (tiles.count + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
@@ -288,13 +293,13 @@ void convolve_tiles(const Tensor& x, const Floats& weights, Tensor& y) {
       }
       for (int64_t k = 0; k < blocks; ++k) {
         for (int64_t t = 0; t < kTaps; ++t)
-          product(count, from, inputs + t * input_step, from, weights.get() + (t * blocks + k) * from * kColumns, kColumns,
-                  products + t * product_step, kColumns, false);
+          product(count, columns, from, inputs + t * input_step, from, weights.get() + (t * blocks + k) * from * columns, columns,
+                  products + t * product_step, columns, false);
         for (int64_t n = 0; n < count; ++n) {
           float* places[4];
           // `nowhere` takes what lies outside an image of odd sides.
-          tiles.places<float>(first + n, 2, 0, out + k * kColumns, to, nowhere, places);
-          output_tile(products + n * kColumns, product_step, places, kColumns);
+          tiles.places<float>(first + n, 2, 0, out + k * columns, to, nowhere, places);
+          output_tile(products + n * columns, product_step, places, columns);
         }
       }
     }
@@ -314,7 +319,7 @@ bool applies(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padd
     return t.dim() == 4 && t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(at::MemoryFormat::ChannelsLast);
   };
   return stride == 1 && padding == 1 && fits(x) && fits(weight) && weight.size(2) == 3 && weight.size(3) == 3 &&
-         weight.size(1) == x.size(1) && weight.size(0) % kColumns == 0 && weight.size(1) % kColumns == 0 && x.numel() > 0;
+         weight.size(1) == x.size(1) && weight.size(0) % kFewest == 0 && weight.size(1) % kFewest == 0 && x.numel() > 0;
 }
 
 Tensor convolve(const Tensor& x, const Tensor& weight) {
@@ -364,12 +369,12 @@ Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
           transposed_gradients(of_grads, k, grads.get() + k * row_step + n, row_step, grad_step);
       }
     });
-    const int64_t blocks = out_channels / kColumns;
+    const int64_t rows = columns_of(out_channels), columns = columns_of(in_channels), blocks = out_channels / rows;
     at::parallel_for(0, kTaps * blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        const int64_t tap = n / blocks, k = n % blocks * kColumns;
-        for (int64_t c = 0; c < in_channels; c += kColumns)
-          product(kColumns, groups * kLane, grads.get() + tap * grad_step + k * row_step, row_step,
+        const int64_t tap = n / blocks, k = n % blocks * rows;
+        for (int64_t c = 0; c < in_channels; c += columns)
+          product(rows, columns, groups * kLane, grads.get() + tap * grad_step + k * row_step, row_step,
                   inputs.get() + tap * input_step + c, in_channels, sums.get() + tap * sum_step + k * in_channels + c, in_channels,
                   first > 0);
       }
