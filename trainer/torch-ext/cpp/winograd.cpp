@@ -191,10 +191,10 @@ MENTEE_INLINE void store_transposed(Lane* a, float* __restrict__ out, int64_t st
   for (int64_t i = 0; i < kLane; ++i) std::memcpy(out + i * step, &a[i], sizeof(Lane));
 }
 
-// The same from memory, kLane x kLane.
-MENTEE_MULTIVERSION void transpose(const float* __restrict__ in, float* __restrict__ out, int64_t step) {
+// The same from memory.
+MENTEE_MULTIVERSION void transpose(const float* __restrict__ in, int64_t in_step, float* __restrict__ out, int64_t step) {
   Lane a[kLane];
-  for (int64_t i = 0; i < kLane; ++i) a[i] = load(in + kLane * i);
+  for (int64_t i = 0; i < kLane; ++i) a[i] = load(in + in_step * i);
   store_transposed(a, out, step);
 }
 
@@ -235,21 +235,19 @@ MENTEE_INLINE void product(int64_t m, int64_t n, int64_t k, const float* a, int6
 Floats forward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
   Floats transformed(kTaps * out_channels * in_channels);
   const int64_t columns = columns_of(out_channels), blocks = out_channels / columns;
-  const Scratch squares(kTaps * kLane * kLane);
-  at::parallel_for(0, out_channels / kLane, 1, [&](int64_t begin, int64_t end) {
-    float* square = squares.mine();
-    for (int64_t group = begin; group < end; ++group) {
-      const int64_t k = group * kLane;
-      float* out = transformed.get() + (k / columns) * in_channels * columns + k % columns;
-      for (int64_t c = 0; c < in_channels; c += kLane) {
-        for (int64_t r = 0; r < kLane; ++r) {
-          const float* places[9];
-          for (int64_t i = 0; i < 9; ++i) places[i] = weight + ((k + r) * 9 + i) * in_channels + c;
-          weight_tile(places, square + r * kLane, kLane * kLane, kLane);
-        }
-        for (int64_t t = 0; t < kTaps; ++t)
-          transpose(square + t * kLane * kLane, out + (t * blocks * in_channels + c) * columns, columns);
-      }
+  const int64_t rows = columns_of(in_channels), size = rows * columns;
+  const Scratch turned(9 * size);
+  at::parallel_for(0, blocks * in_channels / rows, 1, [&](int64_t begin, int64_t end) {
+    float* mine = turned.mine();
+    const float* places[9];
+    for (int64_t i = 0; i < 9; ++i) places[i] = mine + i * size;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t k = n / (in_channels / rows) * columns, c = n % (in_channels / rows) * rows;
+      for (int64_t r = 0; r < columns; r += kLane)
+        for (int64_t i = 0; i < 9; ++i)
+          for (int64_t l = 0; l < rows; l += kLane)
+            transpose(weight + ((k + r) * 9 + i) * in_channels + c + l, 9 * in_channels, mine + i * size + l * columns + r, columns);
+      weight_tile(places, transformed.get() + k * in_channels + c * columns, blocks * in_channels * columns, size);
     }
   });
   return transformed;
