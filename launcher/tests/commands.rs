@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Instant;
 
+use common::{put, script};
 use mentee_checkpoint::{Dtype, Meta, Tensor};
 use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
 use serde_json::Value;
