@@ -221,7 +221,7 @@ MENTEE_MULTIVERSION void transposed_gradients(const float* const (*places)[4], i
   }
 }
 
-// Columns of a product, and of a block of transformed weights, where there are so many channels.
+// Columns of a product, and of a block of transformed weights: many are faster.
 int64_t columns_of(int64_t channels) { return channels % 64 == 0 ? 64 : 32; }
 
 // c [m, n] (+)= a [m, k] b [k, n]
