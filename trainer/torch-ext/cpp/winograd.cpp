@@ -27,7 +27,7 @@ using at::Tensor;
 constexpr int64_t kTaps = 16;
 // Rows of a product at most.
 constexpr int64_t kRows = 64;
-// Channels that a convolution has by multiples: with fewer, the transforms cost what the products save.
+// Channels come in multiples of this: the columns of the narrowest product.
 constexpr int64_t kFewest = 32;
 // Side of the squares that are transposed at a time.
 constexpr int64_t kLane = 16;
