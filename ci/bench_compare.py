@@ -63,8 +63,13 @@ def pytorch_command(case, precision, layout, a):
     return command
 
 
-# What mentee-worker sets by mallopt.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(64 << 20)}
+# What mentee-worker sets for itself: by mallopt, and huge pages for tensors.
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
 
 
 def measure(command, environment):

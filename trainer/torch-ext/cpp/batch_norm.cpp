@@ -15,15 +15,15 @@
 #include <cstring>
 #include <vector>
 
+#include "bf16.h"
 #include "shim.h"
 
 namespace {
 
 using at::Tensor;
-
-struct bf16 {
-  uint16_t bits;
-};
+using mentee::bf16;
+using mentee::load;
+using mentee::store;
 
 template <typename T>
 struct Compute {
@@ -33,23 +33,6 @@ template <>
 struct Compute<bf16> {
   using type = float;
 };
-
-MENTEE_INLINE float load(const float* p) { return *p; }
-MENTEE_INLINE double load(const double* p) { return *p; }
-MENTEE_INLINE float load(const bf16* p) {
-  const uint32_t bits = static_cast<uint32_t>(p->bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-MENTEE_INLINE void store(float* p, float v) { *p = v; }
-MENTEE_INLINE void store(double* p, double v) { *p = v; }
-MENTEE_INLINE void store(bf16* p, float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest even
-  p->bits = v != v ? uint16_t{0x7fc0} : static_cast<uint16_t>(rounded);
-}
 
 // The kernels see `n` elements whose channel pattern repeats every `width` elements: several rows taken as one, so that
 // few channels still fill the vector registers. Per-channel arguments are repeated to that width.

@@ -1,6 +1,6 @@
-// Convolution and linear layer. On the processor, f32 convolutions that Winograd's tiles fit are computed by them.
+// Convolution and linear layer. On the processor, convolutions that Winograd's tiles fit are computed by them.
 //
-// Where the processor has no bf16 arithmetic that libtorch's kernels use, its bf16 convolution falls back to a loop that is ten
+// Where the processor has no bf16 arithmetic that libtorch's kernels use, its other bf16 convolutions fall back to a loop that is ten
 // times slower than f32; here the operands are widened instead: bf16 values are f32 values, products are summed in f32 as bf16
 // units do, and only results are rounded to bf16.
 
@@ -33,24 +33,6 @@ bool widens(const Tensor& x) {
 
 Tensor wide(const Tensor& t) { return t.to(at::kFloat); }
 
-Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
-  if (mentee::winograd::applies(x, weight, stride, padding)) return mentee::winograd::convolve(x, weight);
-  return at::conv2d(x, weight, {}, {stride, stride}, {padding, padding});
-}
-
-// Gradients of x and of weight, as far as they are wanted.
-std::array<Tensor, 2> convolution_gradients(const Tensor& x, const Tensor& weight, const Tensor& dy, int64_t stride, int64_t padding,
-                                            bool of_x, bool of_weight) {
-  if (mentee::winograd::applies(x, weight, stride, padding)) {
-    const Tensor grad = dy.contiguous(at::MemoryFormat::ChannelsLast);
-    return {of_x ? mentee::winograd::input_gradient(grad, weight) : Tensor(),
-            of_weight ? mentee::winograd::weight_gradient(x, grad) : Tensor()};
-  }
-  auto [gx, gw, gb] = at::convolution_backward(dy, x, weight, c10::nullopt, {stride, stride}, {padding, padding}, {1, 1}, false,
-                                               {0, 0}, 1, {of_x, of_weight, false});
-  return {gx, gw};
-}
-
 // By tiles.
 struct TiledConv : torch::autograd::Function<TiledConv> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight) {
@@ -60,8 +42,9 @@ struct TiledConv : torch::autograd::Function<TiledConv> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
-    auto [gx, gw] = convolution_gradients(saved[0], saved[1], grads[0], 1, 1, ctx->needs_input_grad(0), ctx->needs_input_grad(1));
-    return {gx, gw};
+    const Tensor dy = grads[0].contiguous(at::MemoryFormat::ChannelsLast);
+    return {ctx->needs_input_grad(0) ? mentee::winograd::input_gradient(dy, saved[1]) : Tensor(),
+            ctx->needs_input_grad(1) ? mentee::winograd::weight_gradient(saved[0], dy) : Tensor()};
   }
 };
 
@@ -71,14 +54,15 @@ struct WideConv : torch::autograd::Function<WideConv> {
     ctx->save_for_backward({x, weight});
     ctx->saved_data["stride"] = stride;
     ctx->saved_data["padding"] = padding;
-    return convolve(wide(x), wide(weight), stride, padding).to(at::kBFloat16);
+    return at::conv2d(wide(x), wide(weight), {}, {stride, stride}, {padding, padding}).to(at::kBFloat16);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     auto saved = ctx->get_saved_variables();
     int64_t stride = ctx->saved_data["stride"].toInt(), padding = ctx->saved_data["padding"].toInt();
-    auto [gx, gw] = convolution_gradients(wide(saved[0]), wide(saved[1]), wide(grads[0]), stride, padding, ctx->needs_input_grad(0),
-                                          ctx->needs_input_grad(1));
+    auto [gx, gw, gb] = at::convolution_backward(wide(grads[0]), wide(saved[0]), wide(saved[1]), c10::nullopt, {stride, stride},
+                                                 {padding, padding}, {1, 1}, false, {0, 0}, 1,
+                                                 {ctx->needs_input_grad(0), ctx->needs_input_grad(1), false});
     auto narrow = [](const Tensor& t) { return t.defined() ? t.to(at::kBFloat16) : t; };
     return {narrow(gx), narrow(gw), Tensor(), Tensor()};
   }
@@ -143,11 +127,10 @@ extern "C" {
 
 int mentee_conv2d(const Tensor* x, const Tensor* weight, int64_t stride, int64_t padding, Tensor** out) {
   return mentee::guarded([&] {
-    Tensor y = widens(*x) ? WideConv::apply(*x, *weight, stride, padding)
-               : pads(*x) ? padded_conv(*x, *weight, stride, padding)
-               : mentee::winograd::applies(*x, *weight, stride, padding)
-                   ? TiledConv::apply(*x, *weight)
-                   : at::conv2d(*x, *weight, {}, {stride, stride}, {padding, padding});
+    Tensor y = mentee::winograd::applies(*x, *weight, stride, padding) ? TiledConv::apply(*x, *weight)
+               : widens(*x)                                            ? WideConv::apply(*x, *weight, stride, padding)
+               : pads(*x)                                              ? padded_conv(*x, *weight, stride, padding)
+                          : at::conv2d(*x, *weight, {}, {stride, stride}, {padding, padding});
     *out = new Tensor(std::move(y));
   });
 }

@@ -6,6 +6,9 @@
 // are oneDNN's brgemm. B, G and A are sums of a few values (and halves), so that in f32 the result is about as near to the exact
 // one as the direct sum's, whose sums are longer. A block of tiles goes through all of it before the next, within the caches.
 //
+// bf16 tensors are widened as they are read, and what is written is rounded. Where the processor multiplies bf16 at twice the rate
+// of f32, the operands of the products are rounded to bf16 too, once more than in the direct sum; all sums stay f32.
+//
 // How tiles are grouped depends on the shape alone, and every sum is one thread's, in a fixed order: the result does not depend on
 // the number of threads.
 
@@ -17,12 +20,18 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
+#include <vector>
 
+#include "bf16.h"
 #include "shim.h"
 
 namespace {
 
 using at::Tensor;
+using mentee::bf16;
+using mentee::load;
+using mentee::store;
 
 constexpr int64_t kTaps = 16;
 // Rows of a product at most.
@@ -38,10 +47,11 @@ constexpr int64_t kBlock = 16384;
 // The same for the two operands of the weights' gradient, which all threads work on together: in a third-level cache.
 constexpr int64_t kChunk = 32768;
 
-// Floats aligned as vectors want them, not initialised.
-struct Floats {
-  explicit Floats(int64_t n) : memory(c10::GetCPUAllocator()->allocate(static_cast<size_t>(n) * sizeof(float))) {}
-  float* get() const { return static_cast<float*>(memory.get()); }
+// Values aligned as vectors want them, not initialised.
+template <typename T>
+struct Values {
+  explicit Values(int64_t n) : memory(c10::GetCPUAllocator()->allocate(static_cast<size_t>(n) * sizeof(T))) {}
+  T* get() const { return static_cast<T*>(memory.get()); }
   at::DataPtr memory;
 };
 
@@ -50,7 +60,7 @@ struct Scratch {
   explicit Scratch(int64_t n) : each((n + kApart - 1) / kApart * kApart + kApart), all(each * at::get_num_threads()) {}
   float* mine() const { return all.get() + each * at::get_thread_num(); }
   int64_t each;
-  Floats all;
+  Values<float> all;
 };
 
 // [N, H, W, C] in memory, in tiles of 2x2.
@@ -79,30 +89,34 @@ struct Tiles {
   }
 };
 
+// T is what a tensor holds, P what a product multiplies.
+
 // Tap t of the result lies at out + t * step. All of these work on `channels` values side by side.
 
 // B' d B
-MENTEE_MULTIVERSION void input_tile(const float* const* places, float* __restrict__ out, int64_t step, int64_t channels) {
-  const float* d[16];
+template <typename T, typename P>
+MENTEE_INLINE void input_tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
+  const T* d[16];
   for (int i = 0; i < 16; ++i) d[i] = places[i];
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
     float t[16];
     for (int j = 0; j < 4; ++j) {
-      const float a = d[j][c], b = d[4 + j][c], e = d[8 + j][c], f = d[12 + j][c];
+      const float a = load(d[j] + c), b = load(d[4 + j] + c), e = load(d[8 + j] + c), f = load(d[12 + j] + c);
       t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
     }
     for (int i = 0; i < 4; ++i) {
       const float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
-      float* __restrict__ o = out + 4 * i * step + c;
-      o[0] = a - e, o[step] = b + e, o[2 * step] = e - b, o[3 * step] = b - f;
+      P* __restrict__ o = out + 4 * i * step + c;
+      store(o, a - e), store(o + step, b + e), store(o + 2 * step, e - b), store(o + 3 * step, b - f);
     }
   }
 }
 
 // A' m A
-MENTEE_MULTIVERSION void output_tile(const float* __restrict__ m, int64_t step, float* const* places, int64_t channels) {
-  float *y0 = places[0], *y1 = places[1], *y2 = places[2], *y3 = places[3];
+template <typename T>
+MENTEE_INLINE void output_tile_of(const float* __restrict__ m, int64_t step, T* const* places, int64_t channels) {
+  T *y0 = places[0], *y1 = places[1], *y2 = places[2], *y3 = places[3];
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
     float t[8];
@@ -110,20 +124,21 @@ MENTEE_MULTIVERSION void output_tile(const float* __restrict__ m, int64_t step, 
       const float a = m[j * step + c], b = m[(4 + j) * step + c], e = m[(8 + j) * step + c], f = m[(12 + j) * step + c];
       t[j] = a + b + e, t[4 + j] = b - e - f;
     }
-    y0[c] = t[0] + t[1] + t[2], y1[c] = t[1] - t[2] - t[3];
-    y2[c] = t[4] + t[5] + t[6], y3[c] = t[5] - t[6] - t[7];
+    store(y0 + c, t[0] + t[1] + t[2]), store(y1 + c, t[1] - t[2] - t[3]);
+    store(y2 + c, t[4] + t[5] + t[6]), store(y3 + c, t[5] - t[6] - t[7]);
   }
 }
 
 // G g G' of nine places
-MENTEE_MULTIVERSION void weight_tile(const float* const* places, float* __restrict__ out, int64_t step, int64_t channels) {
-  const float* g[9];
+template <typename T>
+MENTEE_INLINE void weight_tile_of(const T* const* places, float* __restrict__ out, int64_t step, int64_t channels) {
+  const T* g[9];
   for (int i = 0; i < 9; ++i) g[i] = places[i];
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
     float t[12];
     for (int j = 0; j < 3; ++j) {
-      const float a = g[j][c], b = 0.5f * g[3 + j][c], e = g[6 + j][c], half = 0.5f * (a + e);
+      const float a = load(g[j] + c), b = 0.5f * load(g[3 + j] + c), e = load(g[6 + j] + c), half = 0.5f * (a + e);
       t[j] = a, t[3 + j] = half + b, t[6 + j] = half - b, t[9 + j] = e;
     }
     for (int i = 0; i < 4; ++i) {
@@ -135,8 +150,9 @@ MENTEE_MULTIVERSION void weight_tile(const float* const* places, float* __restri
 }
 
 // G' u G to nine places
-MENTEE_MULTIVERSION void weight_gradient_tile(const float* __restrict__ u, int64_t step, float* const* places, int64_t channels) {
-  float* g[9];
+template <typename T>
+MENTEE_INLINE void weight_gradient_tile_of(const float* __restrict__ u, int64_t step, T* const* places, int64_t channels) {
+  T* g[9];
   for (int i = 0; i < 9; ++i) g[i] = places[i];
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; ++c) {
@@ -148,12 +164,14 @@ MENTEE_MULTIVERSION void weight_gradient_tile(const float* __restrict__ u, int64
     }
     for (int i = 0; i < 3; ++i) {
       const float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3], half = 0.5f * (b + e);
-      g[3 * i][c] = a + half, g[3 * i + 1][c] = 0.5f * (b - e), g[3 * i + 2][c] = half + f;
+      store(g[3 * i] + c, a + half), store(g[3 * i + 1] + c, 0.5f * (b - e)), store(g[3 * i + 2] + c, half + f);
     }
   }
 }
 
 typedef float Lane __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
 #if defined(__clang__)
 #define MENTEE_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -161,14 +179,24 @@ typedef int32_t Order __attribute__((vector_size(64)));
 #define MENTEE_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Order{__VA_ARGS__})
 #endif
 
-MENTEE_INLINE Lane load(const float* from) {
+MENTEE_INLINE Lane load_lane(const float* from) {
   Lane lane;
   std::memcpy(&lane, from, sizeof(Lane));
   return lane;
 }
+MENTEE_INLINE void store_lane(float* to, const Lane& lane) { std::memcpy(to, &lane, sizeof(Lane)); }
+MENTEE_INLINE void store_lane(bf16* to, const Lane& lane) {
+  for (int64_t i = 0; i < kLane; ++i) store(to + i, lane[i]);
+}
+MENTEE_INLINE Lane load_lane(const bf16* from) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(Halves));
+  return reinterpret_cast<Lane>(__builtin_convertvector(halves, Words) << 16);
+}
 
 // out[column * step + row] = a[row][column]: squares of 1, 2, 4 and 8 change places.
-MENTEE_INLINE void store_transposed(Lane* a, float* __restrict__ out, int64_t step) {
+template <typename P>
+MENTEE_INLINE void store_transposed(Lane* a, P* __restrict__ out, int64_t step) {
   Lane b[kLane];
   for (int i = 0; i < 16; i += 2) {
     b[i] = MENTEE_SHUFFLE(a[i], a[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
@@ -188,13 +216,14 @@ MENTEE_INLINE void store_transposed(Lane* a, float* __restrict__ out, int64_t st
     a[i] = MENTEE_SHUFFLE(b[i], b[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     a[i + 8] = MENTEE_SHUFFLE(b[i], b[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
-  for (int64_t i = 0; i < kLane; ++i) std::memcpy(out + i * step, &a[i], sizeof(Lane));
+  for (int64_t i = 0; i < kLane; ++i) store_lane(out + i * step, a[i]);
 }
 
 // The same from memory.
-MENTEE_MULTIVERSION void transpose(const float* __restrict__ in, int64_t in_step, float* __restrict__ out, int64_t step) {
+template <typename T>
+MENTEE_INLINE void transpose_of(const T* __restrict__ in, int64_t in_step, float* __restrict__ out, int64_t step) {
   Lane a[kLane];
-  for (int64_t i = 0; i < kLane; ++i) a[i] = load(in + in_step * i);
+  for (int64_t i = 0; i < kLane; ++i) a[i] = load_lane(in + in_step * i);
   store_transposed(a, out, step);
 }
 
@@ -204,14 +233,15 @@ MENTEE_INLINE void along(int row, const Lane& first, const Lane& second, Lane& o
 }
 
 // A dy A' of kLane tiles and as many channels: tap t of channel k and tile n at out + t * tap_step + k * step + n.
-MENTEE_MULTIVERSION void transposed_gradients(const float* const (*places)[4], int64_t channel, float* __restrict__ out, int64_t step,
-                                              int64_t tap_step) {
+template <typename T, typename P>
+MENTEE_INLINE void transposed_gradients_of(const T* const (*places)[4], int64_t channel, P* __restrict__ out, int64_t step,
+                                           int64_t tap_step) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     Lane left[kLane], right[kLane], a[kLane];
     for (int64_t n = 0; n < kLane; ++n) {
-      along(i, load(places[n][0] + channel), load(places[n][2] + channel), left[n]);
-      along(i, load(places[n][1] + channel), load(places[n][3] + channel), right[n]);
+      along(i, load_lane(places[n][0] + channel), load_lane(places[n][2] + channel), left[n]);
+      along(i, load_lane(places[n][1] + channel), load_lane(places[n][3] + channel), right[n]);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
@@ -221,72 +251,140 @@ MENTEE_MULTIVERSION void transposed_gradients(const float* const (*places)[4], i
   }
 }
 
+// Rows of a product's second operand: in bf16 two of them lie together, value by value.
+MENTEE_MULTIVERSION void two_rows(const float* __restrict__ first, const float* __restrict__ second, bf16* __restrict__ out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(out + 2 * i, first[i]), store(out + 2 * i + 1, second[i]);
+}
+
+#define MENTEE_KERNELS_OF(T)                                                                                                    \
+  MENTEE_MULTIVERSION void output_tile(const float* m, int64_t step, T* const* places, int64_t channels) {                      \
+    output_tile_of(m, step, places, channels);                                                                                  \
+  }                                                                                                                             \
+  MENTEE_MULTIVERSION void weight_tile(const T* const* places, float* out, int64_t step, int64_t channels) {                    \
+    weight_tile_of(places, out, step, channels);                                                                                \
+  }                                                                                                                             \
+  MENTEE_MULTIVERSION void weight_gradient_tile(const float* u, int64_t step, T* const* places, int64_t channels) {             \
+    weight_gradient_tile_of(u, step, places, channels);                                                                         \
+  }                                                                                                                             \
+  MENTEE_MULTIVERSION void transpose(const T* in, int64_t in_step, float* out, int64_t step) {                                  \
+    transpose_of(in, in_step, out, step);                                                                                       \
+  }
+#define MENTEE_KERNELS_TO(T, P)                                                                                                 \
+  MENTEE_MULTIVERSION void input_tile(const T* const* places, P* out, int64_t step, int64_t channels) {                         \
+    input_tile_of(places, out, step, channels);                                                                                 \
+  }                                                                                                                             \
+  MENTEE_MULTIVERSION void transposed_gradients(const T* const (*places)[4], int64_t channel, P* out, int64_t step,             \
+                                                int64_t tap_step) {                                                             \
+    transposed_gradients_of(places, channel, out, step, tap_step);                                                              \
+  }
+MENTEE_KERNELS_OF(float)
+MENTEE_KERNELS_OF(bf16)
+MENTEE_KERNELS_TO(float, float)
+MENTEE_KERNELS_TO(bf16, float)
+MENTEE_KERNELS_TO(bf16, bf16)
+
 // Columns of a product, and of a block of transformed weights: many are faster.
 int64_t columns_of(int64_t channels) { return channels % 64 == 0 ? 64 : 32; }
+
+// Rows of a second operand that lie together.
+template <typename P>
+constexpr int64_t rows_together = std::is_same_v<P, bf16> ? 2 : 1;
+
+// A tensor's memory.
+template <typename T>
+T* values(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
 
 // c [m, n] (+)= a [m, k] b [k, n]
 MENTEE_INLINE void product(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_step, const float* b, int64_t b_step, float* c,
                            int64_t c_step, bool adds) {
   at::native::cpublas::brgemm(m, n, k, a_step, b_step, c_step, adds, a, b, c, /*is_vnni=*/false);
 }
+MENTEE_INLINE void product(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t a_step, const bf16* b, int64_t b_step, float* c,
+                           int64_t c_step, bool adds) {
+  at::native::cpublas::brgemm(m, n, k, a_step, b_step, c_step, adds, reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
+}
 
-// Transformed weights for products with inputs of `from` channels: [16][to / columns][from][columns]. Memory is [K, 3, 3, C];
-// forward goes from C to K.
-Floats forward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
-  Floats transformed(kTaps * out_channels * in_channels);
+// Row `row` of 16 second operands: `tile` writes it, tap t at the first argument + t * the second. bf16's are kept in `scratch` until
+// their pair is complete; `out` is where the row would lie if rows lay one after the other.
+template <typename F>
+void put_row(int64_t, float* out, float*, int64_t step, int64_t, F&& tile) {
+  tile(out, step);
+}
+template <typename F>
+void put_row(int64_t row, bf16* out, float* scratch, int64_t step, int64_t n, F&& tile) {
+  tile(scratch + row % 2 * n, 2 * n);
+  if (row % 2 == 0) return;
+  for (int64_t t = 0; t < kTaps; ++t) two_rows(scratch + 2 * t * n, scratch + (2 * t + 1) * n, out - n + t * step, n);
+}
+
+// Transformed weights for products with inputs of `from` channels: [16][to / columns][from][columns], P's order. Memory is
+// [K, 3, 3, C]; forward goes from C to K.
+template <typename T, typename P>
+Values<P> forward_weights(const T* weight, int64_t out_channels, int64_t in_channels) {
+  Values<P> transformed(kTaps * out_channels * in_channels);
   const int64_t columns = columns_of(out_channels), blocks = out_channels / columns;
   const int64_t rows = columns_of(in_channels), size = rows * columns;
-  const Scratch turned(9 * size);
+  const Scratch turned(9 * size + 2 * kTaps * columns);
   at::parallel_for(0, blocks * in_channels / rows, 1, [&](int64_t begin, int64_t end) {
-    float* mine = turned.mine();
-    const float* places[9];
-    for (int64_t i = 0; i < 9; ++i) places[i] = mine + i * size;
+    float *mine = turned.mine(), *scratch = mine + 9 * size;
     for (int64_t n = begin; n < end; ++n) {
       const int64_t k = n / (in_channels / rows) * columns, c = n % (in_channels / rows) * rows;
       for (int64_t r = 0; r < columns; r += kLane)
         for (int64_t i = 0; i < 9; ++i)
           for (int64_t l = 0; l < rows; l += kLane)
             transpose(weight + ((k + r) * 9 + i) * in_channels + c + l, 9 * in_channels, mine + i * size + l * columns + r, columns);
-      weight_tile(places, transformed.get() + k * in_channels + c * columns, blocks * in_channels * columns, size);
+      for (int64_t l = 0; l < rows; ++l) {
+        const float* places[9];
+        for (int64_t i = 0; i < 9; ++i) places[i] = mine + i * size + l * columns;
+        put_row(l, transformed.get() + k * in_channels + (c + l) * columns, scratch, blocks * in_channels * columns, columns,
+                [&](float* out, int64_t step) { weight_tile(places, out, step, columns); });
+      }
     }
   });
   return transformed;
 }
 
 // The same from K to C, with the nine places turned by half a turn: a gradient goes back the way its value came.
-Floats backward_weights(const float* weight, int64_t out_channels, int64_t in_channels) {
-  Floats transformed(kTaps * out_channels * in_channels);
+template <typename T, typename P>
+Values<P> backward_weights(const T* weight, int64_t out_channels, int64_t in_channels) {
+  Values<P> transformed(kTaps * out_channels * in_channels);
   const int64_t columns = columns_of(in_channels), blocks = in_channels / columns;
-  at::parallel_for(0, out_channels, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      for (int64_t block = 0; block < blocks; ++block) {
-        const float* places[9];
-        for (int64_t i = 0; i < 9; ++i) places[i] = weight + (k * 9 + 8 - i) * in_channels + block * columns;
-        float* out = transformed.get() + (block * out_channels + k) * columns;
-        weight_tile(places, out, blocks * out_channels * columns, columns);
-      }
+  const Scratch scratch(2 * kTaps * columns);
+  at::parallel_for(0, blocks * out_channels / 2, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 2 * begin; n < 2 * end; ++n) {
+      const int64_t block = n / out_channels, k = n % out_channels;
+      const T* places[9];
+      for (int64_t i = 0; i < 9; ++i) places[i] = weight + (k * 9 + 8 - i) * in_channels + block * columns;
+      put_row(k, transformed.get() + n * columns, scratch.mine(), blocks * out_channels * columns, columns,
+              [&](float* out, int64_t step) { weight_tile(places, out, step, columns); });
+    }
   });
   return transformed;
 }
 
 // x [N, H, W, from] -> y [N, H, W, to].
-void convolve_tiles(const Tensor& x, const Floats& weights, Tensor& y) {
+template <typename T, typename P>
+void convolve_tiles(const Tensor& x, const Values<P>& weights, Tensor& y) {
   const Tiles tiles(x);
   const int64_t from = x.size(1), to = y.size(1), columns = columns_of(to), blocks = to / columns;
   const int64_t block = std::clamp<int64_t>(kBlock / from, kLane, kRows);
   const int64_t input_step = block * from + kApart, product_step = block * columns + kApart;
-  const Scratch scratch(kTaps * (input_step + product_step) + from + columns);
-  const float* in = x.const_data_ptr<float>();
-  float* out = y.data_ptr<float>();
+  const Scratch scratch(kTaps * (input_step + product_step) + from + columns);  // enough for P and T, neither wider than f32
+  const T* in = values<T>(x);
+  T* out = values<T>(y);
   at::parallel_for(0, (tiles.count + block - 1) / block, 1, [&](int64_t begin, int64_t end) {
-    float *inputs = scratch.mine(), *products = inputs + kTaps * input_step, *zeros = products + kTaps * product_step,
-          *nowhere = zeros + from;
-    std::fill_n(zeros, from, 0.0f);
+    float *products = scratch.mine(), *inputs_at = products + kTaps * product_step;
+    P* inputs = reinterpret_cast<P*>(inputs_at);
+    T *zeros = reinterpret_cast<T*>(inputs_at + kTaps * input_step), *nowhere = zeros + from;
+    std::fill_n(zeros, from, T{});
     for (int64_t first = begin * block; first < std::min(end * block, tiles.count); first += block) {
       const int64_t count = std::min(block, tiles.count - first);
       for (int64_t n = 0; n < count; ++n) {
-        const float* places[16];
-        tiles.places<const float>(first + n, 4, 1, in, from, zeros, places);
+        const T* places[16];
+        tiles.places<const T>(first + n, 4, 1, in, from, zeros, places);
         input_tile(places, inputs + n * from, input_step, from);
       }
       for (int64_t k = 0; k < blocks; ++k) {
@@ -294,9 +392,9 @@ void convolve_tiles(const Tensor& x, const Floats& weights, Tensor& y) {
           product(count, columns, from, inputs + t * input_step, from, weights.get() + (t * blocks + k) * from * columns, columns,
                   products + t * product_step, columns, false);
         for (int64_t n = 0; n < count; ++n) {
-          float* places[4];
+          T* places[4];
           // `nowhere` takes what lies outside an image of odd sides.
-          tiles.places<float>(first + n, 2, 0, out + k * columns, to, nowhere, places);
+          tiles.places<T>(first + n, 2, 0, out + k * columns, to, nowhere, places);
           output_tile(products + n * columns, product_step, places, columns);
         }
       }
@@ -304,64 +402,38 @@ void convolve_tiles(const Tensor& x, const Floats& weights, Tensor& y) {
   });
 }
 
-Tensor like(const Tensor& t, at::IntArrayRef shape) {
-  return at::empty(shape, t.options().requires_grad(false), at::MemoryFormat::ChannelsLast);
-}
-
-}  // namespace
-
-namespace mentee::winograd {
-
-bool applies(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
-  const auto fits = [](const Tensor& t) {
-    return t.dim() == 4 && t.device().is_cpu() && t.scalar_type() == at::kFloat && t.is_contiguous(at::MemoryFormat::ChannelsLast);
-  };
-  return stride == 1 && padding == 1 && fits(x) && fits(weight) && weight.size(2) == 3 && weight.size(3) == 3 &&
-         weight.size(1) == x.size(1) && weight.size(0) % kFewest == 0 && weight.size(1) % kFewest == 0 && x.numel() > 0;
-}
-
-Tensor convolve(const Tensor& x, const Tensor& weight) {
-  Tensor y = like(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
-  convolve_tiles(x, forward_weights(weight.const_data_ptr<float>(), weight.size(0), weight.size(1)), y);
-  return y;
-}
-
-Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
-  Tensor dx = like(dy, {dy.size(0), weight.size(1), dy.size(2), dy.size(3)});
-  convolve_tiles(dy, backward_weights(weight.const_data_ptr<float>(), weight.size(0), weight.size(1)), dx);
-  return dx;
-}
-
 // The sum over tiles is one more product for each tap: [K, tiles] x [tiles, C].
-Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
+template <typename T, typename P>
+void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
   const Tiles tiles(x);
   const int64_t in_channels = x.size(1), out_channels = dy.size(1);
   const int64_t most = std::max<int64_t>(kChunk / std::max(in_channels, out_channels) / kLane, 8) * kLane;
   const int64_t chunk = std::min(most, (tiles.count + kLane - 1) / kLane * kLane);
-  const float *in = x.const_data_ptr<float>(), *grad = dy.const_data_ptr<float>();
+  const T *in = values<T>(x), *grad = values<T>(dy);
   const int64_t input_step = chunk * in_channels + kApart, row_step = chunk + kApart;
   const int64_t grad_step = out_channels * row_step + kApart, sum_step = out_channels * in_channels + kApart;
-  Floats inputs(kTaps * input_step);               // [16][tile][C]
-  Floats grads(kTaps * grad_step);                 // [16][K][tile]
-  Floats sums(kTaps * sum_step);                   // [16][K][C]
+  Values<P> inputs(kTaps * input_step);   // [16][tile][C], P's order
+  Values<P> grads(kTaps * grad_step);     // [16][K][tile]
+  Values<float> sums(kTaps * sum_step);   // [16][K][C]
+  const Scratch scratch(2 * kTaps * in_channels);
   const int64_t widest = std::max(in_channels, out_channels);
-  Floats zeros(widest);
-  std::fill_n(zeros.get(), widest, 0.0f);
+  const std::vector<T> zeros(widest);
   for (int64_t first = 0; first < tiles.count; first += chunk) {
     // Of the last group, tiles that there are not are zeros.
     const int64_t groups = (std::min(chunk, tiles.count - first) + kLane - 1) / kLane;
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin * kLane; n < end * kLane; n += kLane) {
-        const float* of_grads[kLane][4];
+        const T* of_grads[kLane][4];
         for (int64_t r = 0; r < kLane; ++r) {
-          const float* places[16];
-          std::fill_n(places, 16, zeros.get());
-          std::fill_n(of_grads[r], 4, zeros.get());
+          const T* places[16];
+          std::fill_n(places, 16, zeros.data());
+          std::fill_n(of_grads[r], 4, zeros.data());
           if (const int64_t tile = first + n + r; tile < tiles.count) {
-            tiles.places<const float>(tile, 4, 1, in, in_channels, zeros.get(), places);
-            tiles.places<const float>(tile, 2, 0, grad, out_channels, zeros.get(), of_grads[r]);
+            tiles.places<const T>(tile, 4, 1, in, in_channels, zeros.data(), places);
+            tiles.places<const T>(tile, 2, 0, grad, out_channels, zeros.data(), of_grads[r]);
           }
-          input_tile(places, inputs.get() + (n + r) * in_channels, input_step, in_channels);
+          put_row(r, inputs.get() + (n + r) * in_channels, scratch.mine(), input_step, in_channels,
+                  [&](float* out, int64_t step) { input_tile(places, out, step, in_channels); });
         }
         for (int64_t k = 0; k < out_channels; k += kLane)
           transposed_gradients(of_grads, k, grads.get() + k * row_step + n, row_step, grad_step);
@@ -373,20 +445,101 @@ Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
         const int64_t tap = n / blocks, k = n % blocks * rows;
         for (int64_t c = 0; c < in_channels; c += columns)
           product(rows, columns, groups * kLane, grads.get() + tap * grad_step + k * row_step, row_step,
-                  inputs.get() + tap * input_step + c, in_channels, sums.get() + tap * sum_step + k * in_channels + c, in_channels,
+                  inputs.get() + tap * input_step + c * rows_together<P>, in_channels, sums.get() + tap * sum_step + k * in_channels + c, in_channels,
                   first > 0);
       }
     });
   }
-  Tensor dweight = like(x, {out_channels, in_channels, 3, 3});
-  float* out = dweight.data_ptr<float>();
+  T* out = values<T>(dweight);
   at::parallel_for(0, out_channels, 4, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      float* places[9];
+      T* places[9];
       for (int64_t i = 0; i < 9; ++i) places[i] = out + (k * 9 + i) * in_channels;
       weight_gradient_tile(sums.get() + k * in_channels, sum_step, places, in_channels);
     }
   });
+}
+
+// Whether a product of bf16 is what the processor, and oneDNN as it is set up, are fastest in.
+bool multiplies_bf16() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool does = [] {
+    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    const std::vector<bf16> ones(2 * kLane, bf16{0x3f80});
+    std::vector<float> sums(kLane);
+    try {
+      product(1, kLane, 2, ones.data(), 2, ones.data(), kLane, sums.data(), kLane, false);
+    } catch (const c10::Error&) {
+      return false;
+    }
+    return std::all_of(sums.begin(), sums.end(), [](float sum) { return sum == 2; });
+  }();
+  return does;
+#else
+  return false;
+#endif
+}
+
+// AMX, which multiplies bf16 so much faster than anything else is done that the direct sum is the faster way.
+bool has_matrix_units() {
+  static const bool has = at::native::cpublas::could_pack(at::kBFloat16);
+  return has;
+}
+
+template <typename P>
+using Pointee = std::remove_pointer_t<P>;
+
+// `body` gets two null pointers: of the type that `t` holds, and of the one to multiply in.
+template <typename F>
+void with_types(const Tensor& t, F&& body) {
+  float* const f32 = nullptr;
+  bf16* const half = nullptr;
+  if (t.scalar_type() != at::kBFloat16) return body(f32, f32);
+  if (multiplies_bf16()) return body(half, half);
+  body(half, f32);
+}
+
+Tensor like(const Tensor& t, at::IntArrayRef shape) {
+  return at::empty(shape, t.options().requires_grad(false), at::MemoryFormat::ChannelsLast);
+}
+
+}  // namespace
+
+namespace mentee::winograd {
+
+bool applies(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  const at::ScalarType type = x.scalar_type();
+  const auto fits = [type](const Tensor& t) {
+    return t.dim() == 4 && t.device().is_cpu() && t.scalar_type() == type && t.is_contiguous(at::MemoryFormat::ChannelsLast);
+  };
+  return stride == 1 && padding == 1 && (type == at::kFloat || (type == at::kBFloat16 && !has_matrix_units())) && fits(x) &&
+         fits(weight) && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(1) == x.size(1) && weight.size(0) % kFewest == 0 &&
+         weight.size(1) % kFewest == 0 && x.numel() > 0;
+}
+
+Tensor convolve(const Tensor& x, const Tensor& weight) {
+  Tensor y = like(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
+  with_types(x, [&](auto* t, auto* p) {
+    using T = Pointee<decltype(t)>;
+    using P = Pointee<decltype(p)>;
+    convolve_tiles<T, P>(x, forward_weights<T, P>(values<T>(weight), weight.size(0), weight.size(1)), y);
+  });
+  return y;
+}
+
+Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
+  Tensor dx = like(dy, {dy.size(0), weight.size(1), dy.size(2), dy.size(3)});
+  with_types(dy, [&](auto* t, auto* p) {
+    using T = Pointee<decltype(t)>;
+    using P = Pointee<decltype(p)>;
+    convolve_tiles<T, P>(dy, backward_weights<T, P>(values<T>(weight), weight.size(0), weight.size(1)), dx);
+  });
+  return dx;
+}
+
+Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
+  Tensor dweight = like(x, {dy.size(1), x.size(1), 3, 3});
+  with_types(x, [&](auto* t, auto* p) { sum_weight_gradient<Pointee<decltype(t)>, Pointee<decltype(p)>>(x, dy, dweight); });
   return dweight;
 }
 

@@ -57,3 +57,14 @@ pub fn keep_freed_memory() {
         }
     }
 }
+
+/// Lets tensors of 2 MiB and more lie in huge pages, where the system gives them to those who ask (`madvise`): kernels that go
+/// through many places of a tensor side by side miss fewer addresses, and take the same time in every process. Call once, before
+/// other threads start and before the first tensor; `THP_MEM_ALLOC_ENABLE` of the environment is respected.
+pub fn use_huge_pages() {
+    const VARIABLE: &str = "THP_MEM_ALLOC_ENABLE";
+    if std::env::var_os(VARIABLE).is_none() {
+        // SAFETY: no other thread runs yet that could read the environment.
+        unsafe { std::env::set_var(VARIABLE, "1") };
+    }
+}

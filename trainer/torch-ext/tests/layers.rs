@@ -55,7 +55,8 @@ fn image(shape: [i64; 4], seed: i64) -> Tensor {
 /// The convolution's result and both gradients.
 fn both_ways(conv: impl Fn(&Tensor, &Tensor) -> Tensor, x: &Tensor, weight: &Tensor) -> [Tensor; 3] {
     let y = conv(x, weight);
-    let weights = image(y.size().try_into().unwrap(), 3).detach().to_kind(y.kind());
+    // Of values that every type has.
+    let weights = image(y.size().try_into().unwrap(), 3).detach().to_kind(Kind::BFloat16).to_kind(y.kind());
     (&y * weights).sum(y.kind()).backward();
     [y.detach(), x.grad(), weight.grad()]
 }
@@ -64,33 +65,45 @@ fn by_tiles(x: &Tensor, weight: &Tensor) -> [Tensor; 3] {
     both_ways(|x, weight| conv2d(x, weight, 1, 1).expect("a convolution"), x, weight)
 }
 
-/// Tiles want multiples of 32 channels; one of the shapes has fewer, and goes the direct way.
+/// Batch, channels from and to, height, width. Tiles want multiples of 32 channels; the last has fewer, and goes the direct way.
+const SHAPES: [[i64; 5]; 8] = [
+    [3, 64, 64, 8, 8],
+    [2, 64, 128, 7, 5],
+    [1, 192, 64, 1, 2],
+    [40, 128, 64, 9, 9],
+    [5, 32, 32, 16, 16],
+    [2, 32, 64, 4, 7],
+    [2, 128, 96, 5, 3],
+    [2, 48, 64, 6, 6],
+];
+
+fn operands([n, from, to, height, width]: [i64; 5], kind: Kind) -> (Tensor, Tensor) {
+    let of = |t: Tensor| t.detach().to_kind(kind).set_requires_grad(true);
+    (of(image([n, from, height, width], 1)), of(image([to, from, 3, 3], 2)))
+}
+
+fn direct(x: &Tensor, weight: &Tensor) -> [Tensor; 3] {
+    both_ways(|x, weight| x.conv2d(weight, None::<&Tensor>, [1, 1], [1, 1], [1, 1], 1), x, weight)
+}
+
+const NAMES: [&str; 3] = ["y", "gradient of x", "gradient of the weight"];
+
+/// How far `found` is from `exact`, of exact's length.
+fn off(found: &Tensor, exact: &Tensor) -> f64 {
+    ((found.to_kind(Kind::Double) - exact).norm() / exact.norm()).double_value(&[])
+}
+
 #[test]
 fn an_f32_convolution_by_tiles_rounds_little_more_than_the_direct_sum() {
-    for (n, from, to, height, width) in [
-        (3, 64, 64, 8, 8),
-        (2, 64, 128, 7, 5),
-        (1, 192, 64, 1, 2),
-        (40, 128, 64, 9, 9),
-        (5, 32, 32, 16, 16),
-        (2, 32, 64, 4, 7),
-        (2, 128, 96, 5, 3),
-        (2, 48, 64, 6, 6),
-    ] {
-        let operands = || (image([n, from, height, width], 1), image([to, from, 3, 3], 2));
-        let ((x, weight), (x2, weight2)) = (operands(), operands());
+    for shape in SHAPES {
+        let (x, weight) = operands(shape, Kind::Float);
+        let (x2, weight2) = operands(shape, Kind::Float);
         let found = by_tiles(&x, &weight);
-        let direct =
-            |x: &Tensor, weight: &Tensor| x.conv2d(weight, None::<&Tensor>, [1, 1], [1, 1], [1, 1], 1);
-        let plain = both_ways(direct, &x2, &weight2);
-        let exact = both_ways(direct, &double(&x), &double(&weight));
-        for (n, name) in ["y", "gradient of x", "gradient of the weight"].iter().enumerate() {
-            let off = |t: &Tensor| {
-                ((t.to_kind(Kind::Double) - &exact[n]).norm() / exact[n].norm()).double_value(&[])
-            };
+        let plain = direct(&x2, &weight2);
+        let exact = direct(&double(&x), &double(&weight));
+        for (n, name) in NAMES.iter().enumerate() {
             assert_eq!(found[n].size(), exact[n].size(), "{name}");
-            let (tiles, direct) = (off(&found[n]), off(&plain[n]));
-            let shape = [n as i64, from, to, height, width];
+            let (tiles, direct) = (off(&found[n], &exact[n]), off(&plain[n], &exact[n]));
             assert!(
                 tiles <= 4.0 * direct + 2e-7,
                 "{name} of {shape:?}: {tiles:e}, the direct sum's {direct:e}"
@@ -99,23 +112,41 @@ fn an_f32_convolution_by_tiles_rounds_little_more_than_the_direct_sum() {
     }
 }
 
+/// Beside the result, the operands of its products are rounded, where the processor multiplies in bf16.
+#[test]
+fn a_bf16_convolution_by_tiles_rounds_twice_at_most() {
+    for shape in SHAPES {
+        let (x, weight) = operands(shape, Kind::BFloat16);
+        let found = by_tiles(&x, &weight);
+        let exact = direct(&double(&x), &double(&weight));
+        for (n, name) in NAMES.iter().enumerate() {
+            assert_eq!((found[n].size(), found[n].kind()), (exact[n].size(), Kind::BFloat16), "{name}");
+            let rounding = off(&exact[n].to_kind(Kind::BFloat16), &exact[n]);
+            let tiles = off(&found[n], &exact[n]);
+            assert!(tiles <= 5.0 * rounding, "{name} of {shape:?}: {tiles:e}, one rounding {rounding:e}");
+        }
+    }
+}
+
 #[test]
 fn a_convolution_by_tiles_is_the_same_on_any_number_of_threads_and_for_any_part_of_a_batch() {
-    let operands = || (image([24, 64, 10, 10], 1), image([128, 64, 3, 3], 2));
-    let before = tch::get_num_threads();
-    let on = |threads: i32| {
-        tch::set_num_threads(threads);
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let operands = || operands([24, 64, 128, 10, 10], kind);
+        let before = tch::get_num_threads();
+        let on = |threads: i32| {
+            tch::set_num_threads(threads);
+            let (x, weight) = operands();
+            by_tiles(&x, &weight)
+        };
+        let (one, three) = (on(1), on(3));
+        tch::set_num_threads(before);
+        for (a, b) in one.iter().zip(&three) {
+            assert!(a.equal(b), "{kind:?}");
+        }
         let (x, weight) = operands();
-        by_tiles(&x, &weight)
-    };
-    let (one, three) = (on(1), on(3));
-    tch::set_num_threads(before);
-    for (a, b) in one.iter().zip(&three) {
-        assert!(a.equal(b));
+        let part = conv2d(&x.detach().narrow(0, 5, 7), &weight.detach(), 1, 1).expect("a convolution");
+        assert!(part.equal(&one[0].narrow(0, 5, 7)), "{kind:?}");
     }
-    let (x, weight) = operands();
-    let part = conv2d(&x.detach().narrow(0, 5, 7), &weight.detach(), 1, 1).expect("a convolution");
-    assert!(part.equal(&one[0].narrow(0, 5, 7)));
 }
 
 #[test]

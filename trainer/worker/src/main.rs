@@ -94,6 +94,7 @@ fn main() -> ExitCode {
         }
     };
     mentee_torch_ext::keep_freed_memory();
+    mentee_torch_ext::use_huge_pages();
     let result = match (cli.command, cli.train) {
         (Some(Command::Eval(args)), _) => eval::command(&args),
         (Some(Command::Trace(args)), _) => trace::command(&args),
