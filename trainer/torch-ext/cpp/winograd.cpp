@@ -480,10 +480,14 @@ bool multiplies_bf16() {
 #endif
 }
 
-// AMX, which multiplies bf16 so much faster than anything else is done that the direct sum is the faster way.
-bool has_matrix_units() {
-  static const bool has = at::native::cpublas::could_pack(at::kBFloat16);
-  return has;
+// Whether tiles are the faster way in bf16: AMX multiplies it so fast that the direct sum is. Other architectures: not measured.
+bool tiles_bf16() {
+#if defined(__x86_64__)
+  static const bool does = !at::native::cpublas::could_pack(at::kBFloat16);
+  return does;
+#else
+  return false;
+#endif
 }
 
 template <typename P>
@@ -512,7 +516,7 @@ bool applies(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padd
   const auto fits = [type](const Tensor& t) {
     return t.dim() == 4 && t.device().is_cpu() && t.scalar_type() == type && t.is_contiguous(at::MemoryFormat::ChannelsLast);
   };
-  return stride == 1 && padding == 1 && (type == at::kFloat || (type == at::kBFloat16 && !has_matrix_units())) && fits(x) &&
+  return stride == 1 && padding == 1 && (type == at::kFloat || (type == at::kBFloat16 && tiles_bf16())) && fits(x) &&
          fits(weight) && weight.size(2) == 3 && weight.size(3) == 3 && weight.size(1) == x.size(1) && weight.size(0) % kFewest == 0 &&
          weight.size(1) % kFewest == 0 && x.numel() > 0;
 }

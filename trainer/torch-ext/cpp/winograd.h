@@ -5,7 +5,7 @@
 namespace mentee::winograd {
 
 // Whether they do this convolution: x [N, C, H, W] and weight [K, C, 3, 3], both channels-last, stride 1, padding 1,
-// in f32, or in bf16 where the processor has no AMX.
+// in f32, or in bf16 on x86-64 without AMX.
 bool applies(const at::Tensor& x, const at::Tensor& weight, int64_t stride, int64_t padding);
 
 // y [N, K, H, W].
