@@ -63,8 +63,8 @@ def pytorch_command(case, precision, layout, a):
     return command
 
 
-# What mentee-worker sets for itself: by mallopt, and huge pages for tensors.
-KEEP_FREED_MEMORY = {
+# How mentee-worker sets up its allocator: freed memory is kept, tensors lie in huge pages.
+AS_THE_WORKER = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(64 << 20),
@@ -111,7 +111,7 @@ def main():
     cells = [(name, precision) for name in a.case or CASES for precision in a.precision or ("f32", "bf16")]
     layouts = ["channels-last"] + (["contiguous"] if a.all else [])
     ways = [(layout, {}) for layout in layouts]
-    ways += [(layout, KEEP_FREED_MEMORY) for layout in layouts if a.all]
+    ways += [(layout, AS_THE_WORKER) for layout in layouts if a.all]
 
     # Of every cell and way of PyTorch: pairs of measurements, one right behind the other.
     pairs = {cell: [[] for _ in ways] for cell in cells}

@@ -1,8 +1,8 @@
 // Convolution and linear layer. On the processor, convolutions that Winograd's tiles fit are computed by them.
 //
-// Where the processor has no bf16 arithmetic that libtorch's kernels use, its other bf16 convolutions fall back to a loop that is ten
-// times slower than f32; here the operands are widened instead: bf16 values are f32 values, products are summed in f32 as bf16
-// units do, and only results are rounded to bf16.
+// Where the processor has no bf16 arithmetic that libtorch's kernels use, its bf16 convolution, which all others need, falls back
+// to a loop that is ten times slower than f32; here the operands are widened instead: bf16 values are f32 values, products are summed
+// in f32 as bf16 units do, and only results are rounded to bf16.
 
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -102,6 +102,13 @@ Tensor padded_conv(const Tensor& x, const Tensor& weight, int64_t stride, int64_
   return at::conv2d(pad(x), pad(weight), {}, {stride, stride}, {padding, padding});
 }
 
+Tensor convolution(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padding) {
+  if (mentee::winograd::applies(x, weight, stride, padding)) return TiledConv::apply(x, weight);
+  if (widens(x)) return WideConv::apply(x, weight, stride, padding);
+  if (pads(x)) return padded_conv(x, weight, stride, padding);
+  return at::conv2d(x, weight, {}, {stride, stride}, {padding, padding});
+}
+
 struct WideLinear : torch::autograd::Function<WideLinear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
     ctx->save_for_backward({x, weight});
@@ -127,11 +134,7 @@ extern "C" {
 
 int mentee_conv2d(const Tensor* x, const Tensor* weight, int64_t stride, int64_t padding, Tensor** out) {
   return mentee::guarded([&] {
-    Tensor y = mentee::winograd::applies(*x, *weight, stride, padding) ? TiledConv::apply(*x, *weight)
-               : widens(*x)                                            ? WideConv::apply(*x, *weight, stride, padding)
-               : pads(*x)                                              ? padded_conv(*x, *weight, stride, padding)
-                          : at::conv2d(*x, *weight, {}, {stride, stride}, {padding, padding});
-    *out = new Tensor(std::move(y));
+    *out = new Tensor(convolution(*x, *weight, stride, padding));
   });
 }
 

@@ -252,7 +252,8 @@ MENTEE_INLINE void transposed_gradients_of(const T* const (*places)[4], int64_t 
 }
 
 // Rows of a product's second operand: in bf16 two of them lie together, value by value.
-MENTEE_MULTIVERSION void two_rows(const float* __restrict__ first, const float* __restrict__ second, bf16* __restrict__ out, int64_t n) {
+MENTEE_MULTIVERSION void two_rows(const float* __restrict__ first, const float* __restrict__ second, bf16* __restrict__ out,
+                                  int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(out + 2 * i, first[i]), store(out + 2 * i + 1, second[i]);
 }
 
@@ -307,8 +308,8 @@ MENTEE_INLINE void product(int64_t m, int64_t n, int64_t k, const bf16* a, int64
                               reinterpret_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
 }
 
-// Row `row` of 16 second operands: `tile` writes it, tap t at the first argument + t * the second. bf16's are kept in `scratch` until
-// their pair is complete; `out` is where the row would lie if rows lay one after the other.
+// Row `row` of 16 second operands: `tile` writes it, tap t at the first argument + t * the second. bf16's are kept in `scratch`
+// until their pair is complete; `out` is where the row would lie if rows lay one after the other.
 template <typename F>
 void put_row(int64_t, float* out, float*, int64_t step, int64_t, F&& tile) {
   tile(out, step);
@@ -445,8 +446,8 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
         const int64_t tap = n / blocks, k = n % blocks * rows;
         for (int64_t c = 0; c < in_channels; c += columns)
           product(rows, columns, groups * kLane, grads.get() + tap * grad_step + k * row_step, row_step,
-                  inputs.get() + tap * input_step + c * rows_together<P>, in_channels, sums.get() + tap * sum_step + k * in_channels + c, in_channels,
-                  first > 0);
+                  inputs.get() + tap * input_step + c * rows_together<P>, in_channels,
+                  sums.get() + tap * sum_step + k * in_channels + c, in_channels, first > 0);
       }
     });
   }
@@ -460,7 +461,7 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
   });
 }
 
-// Whether a product of bf16 is what the processor, and oneDNN as it is set up, are fastest in.
+// Whether bf16 is the faster type to multiply in, and oneDNN as it is set up does it.
 bool multiplies_bf16() {
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool does = [] {
@@ -507,6 +508,18 @@ Tensor like(const Tensor& t, at::IntArrayRef shape) {
   return at::empty(shape, t.options().requires_grad(false), at::MemoryFormat::ChannelsLast);
 }
 
+// x from C to K channels, or back from K to C.
+Tensor through_tiles(const Tensor& x, const Tensor& weight, bool back) {
+  Tensor y = like(x, {x.size(0), weight.size(back ? 1 : 0), x.size(2), x.size(3)});
+  with_types(x, [&](auto* t, auto* p) {
+    using T = Pointee<decltype(t)>;
+    using P = Pointee<decltype(p)>;
+    const auto transformed = back ? backward_weights<T, P> : forward_weights<T, P>;
+    convolve_tiles<T, P>(x, transformed(values<T>(weight), weight.size(0), weight.size(1)), y);
+  });
+  return y;
+}
+
 }  // namespace
 
 namespace mentee::winograd {
@@ -521,25 +534,9 @@ bool applies(const Tensor& x, const Tensor& weight, int64_t stride, int64_t padd
          weight.size(1) % kFewest == 0 && x.numel() > 0;
 }
 
-Tensor convolve(const Tensor& x, const Tensor& weight) {
-  Tensor y = like(x, {x.size(0), weight.size(0), x.size(2), x.size(3)});
-  with_types(x, [&](auto* t, auto* p) {
-    using T = Pointee<decltype(t)>;
-    using P = Pointee<decltype(p)>;
-    convolve_tiles<T, P>(x, forward_weights<T, P>(values<T>(weight), weight.size(0), weight.size(1)), y);
-  });
-  return y;
-}
+Tensor convolve(const Tensor& x, const Tensor& weight) { return through_tiles(x, weight, /*back=*/false); }
 
-Tensor input_gradient(const Tensor& dy, const Tensor& weight) {
-  Tensor dx = like(dy, {dy.size(0), weight.size(1), dy.size(2), dy.size(3)});
-  with_types(dy, [&](auto* t, auto* p) {
-    using T = Pointee<decltype(t)>;
-    using P = Pointee<decltype(p)>;
-    convolve_tiles<T, P>(dy, backward_weights<T, P>(values<T>(weight), weight.size(0), weight.size(1)), dx);
-  });
-  return dx;
-}
+Tensor input_gradient(const Tensor& dy, const Tensor& weight) { return through_tiles(dy, weight, /*back=*/true); }
 
 Tensor weight_gradient(const Tensor& x, const Tensor& dy) {
   Tensor dweight = like(x, {dy.size(1), x.size(1), 3, 3});
