@@ -60,9 +60,9 @@ impl Optimizer {
         }
         let layout = weights.layout.clone();
         for place in trained(&layout) {
-            self.update(&mut weights.master, &gradients.flat, place, rates, step)?;
+            self.update(weights, &gradients.flat, place, rates, step)?;
         }
-        weights.refresh()
+        Ok(())
     }
 
     /// On a device.
@@ -95,7 +95,7 @@ impl Optimizer {
 
     fn update(
         &mut self,
-        param: &mut Tensor,
+        weights: &mut Weights,
         grad: &Tensor,
         place: &Place,
         rates: &Rates,
@@ -106,11 +106,13 @@ impl Optimizer {
         let weight_decay = if excluded { 0.0 } else { rates.weight_decay };
         let lr = if is_of_predictor(place) { rates.predictor_lr } else { rates.lr };
         let range = place.range.clone();
+        let (param, rounded) = weights.updated(&range);
         match settings.name {
             OptimizerName::Lars if !excluded => ext::lars(
                 param,
                 grad,
                 &mut self.momentum,
+                rounded,
                 range,
                 lr,
                 settings.momentum,
@@ -118,7 +120,8 @@ impl Optimizer {
                 settings.lars_eta,
             )?,
             OptimizerName::Lars | OptimizerName::Sgd => {
-                ext::sgd(param, grad, &mut self.momentum, range, lr, settings.momentum, weight_decay)?;
+                let momentum = &mut self.momentum;
+                ext::sgd(param, grad, momentum, rounded, range, lr, settings.momentum, weight_decay)?;
             }
             OptimizerName::Adamw => {
                 let second = self.second_moment.as_mut().expect("made in new");
@@ -127,6 +130,7 @@ impl Optimizer {
                     param,
                     grad,
                     moments,
+                    rounded,
                     range,
                     lr,
                     settings.betas,

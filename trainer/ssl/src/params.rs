@@ -13,8 +13,8 @@
 //! The teacher has no predictor; its two parts are copies of the student's first and third.
 
 use std::ops::Range;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mentee_torch_ext as ext;
 use tch::{Device, Kind, Tensor, no_grad};
@@ -214,30 +214,21 @@ impl Weights {
             leaves.push(Some(ext::leaf(buffer, range.start, &declaration.shape, trainable)?));
         }
         let mut weights = Self { layout, master, compute, leaves };
-        gradients.map(|gradients| weights.accumulate_into(gradients)).transpose()?;
+        gradients.map(|gradients| weights.send_gradients(gradients)).transpose()?;
         Ok(weights)
     }
 
-    /// Backward passes add the gradients of what is trained to these buffers.
-    pub fn accumulate_into(&mut self, gradients: &Gradients) -> Result<(), SslError> {
-        for (leaf, place) in self.leaves.iter_mut().zip(&self.layout.places) {
-            let (Some(leaf), Some(Place { declaration, range })) = (leaf, place) else { continue };
+    /// Backward passes bring the gradients of what is trained there from now on, each as soon as it is complete.
+    pub fn send_gradients(&mut self, to: &Gradients) -> Result<(), SslError> {
+        for (index, (leaf, place)) in self.leaves.iter_mut().zip(&self.layout.places).enumerate() {
+            let (Some(leaf), Some(place)) = (leaf, place) else { continue };
             if leaf.requires_grad() {
-                let in_compute = range.start < self.layout.compute_len;
-                let buffer = gradients.compute.as_ref().filter(|_| in_compute).unwrap_or(&gradients.flat);
-                ext::set_grad(leaf, &ext::leaf(buffer, range.start, &declaration.shape, false)?)?;
+                let (arrivals, to) = (to.arrivals.clone(), Mutex::new(view(&to.flat, place)?));
+                ext::on_gradient(
+                    leaf,
+                    Box::new(move |gradient| arrivals.take(index, gradient, &mut lock(&to))),
+                )?;
             }
-        }
-        Ok(())
-    }
-
-    /// Calls `ready` with a parameter's index among the declarations when a backward pass has completed its gradient,
-    /// on the thread that runs the pass; `false` ends the pass with an error.
-    pub fn on_gradient(&mut self, ready: &Arc<dyn Fn(usize) -> bool + Send + Sync>) -> Result<(), SslError> {
-        for (index, leaf) in self.leaves.iter_mut().enumerate() {
-            let Some(leaf) = leaf.as_mut().filter(|leaf| leaf.requires_grad()) else { continue };
-            let ready = ready.clone();
-            ext::on_gradient(leaf, Box::new(move || ready(index)))?;
         }
         Ok(())
     }
@@ -290,6 +281,13 @@ impl Weights {
         view(&self.master, place)
     }
 
+    /// The master buffer, and what goes along with an update of `range` of it: the parameters in bf16, where it is computed
+    /// with those.
+    pub(crate) fn updated(&mut self, range: &Range<i64>) -> (&mut Tensor, Option<&mut Tensor>) {
+        let in_compute = range.start < self.layout.compute_len;
+        (&mut self.master, self.compute.as_mut().filter(|_| in_compute))
+    }
+
     /// This teacher's parameters become the student's.
     pub fn copy_from(&mut self, student: &Weights) -> Result<(), SslError> {
         self.mix(student, 0.0)
@@ -298,9 +296,10 @@ impl Weights {
     /// teacher ← tau·teacher + (1 − tau)·student.
     pub fn mix(&mut self, student: &Weights, tau: f64) -> Result<(), SslError> {
         for (to, from) in self.layout.shared.clone().iter().zip(&student.layout.shared) {
-            ext::ema(&mut self.master, &student.master, to.start, from.start, to.end - to.start, tau)?;
+            let (master, rounded) = self.updated(&to);
+            ext::ema(master, &student.master, rounded, to.start, from.start, to.end - to.start, tau)?;
         }
-        self.refresh()
+        Ok(())
     }
 }
 
@@ -310,14 +309,15 @@ pub fn view(buffer: &Tensor, place: &Place) -> Result<Tensor, SslError> {
 }
 
 /// The student's gradients: one flat buffer of the master type, which is what ranks all-reduce.
+///
+/// A parameter's gradient moves there as soon as a backward pass has completed it: of the first part of a step it replaces what
+/// is there, of later parts it is added. What is computed in bf16 is added up in the buffer's type: bf16 has eight bits, in which
+/// a sum of many parts would lose the later ones.
 #[derive(Debug)]
 pub struct Gradients {
     /// All gradients, in the student's layout.
     pub flat: Tensor,
-    /// What backward passes add to in bf16, of the part of a step that is worked on.
-    compute: Option<Tensor>,
-    /// Whether the flat buffer holds parts already.
-    earlier_parts: Arc<AtomicBool>,
+    arrivals: Arc<Arrivals>,
 }
 
 impl Gradients {
@@ -325,61 +325,106 @@ impl Gradients {
     pub fn new(layout: &Layout, kinds: Kinds) -> Result<Self, SslError> {
         Ok(Self {
             flat: Tensor::f_zeros([layout.len], (kinds.master, kinds.device))?,
-            compute: (kinds.compute != kinds.master)
-                .then(|| Tensor::f_zeros([layout.compute_len], (kinds.compute, kinds.device)))
-                .transpose()?,
-            earlier_parts: Arc::default(),
+            arrivals: Arc::new(Arrivals::of(layout)),
         })
     }
 
     /// Before the first backward pass of a step.
-    pub fn zero(&mut self) -> Result<(), SslError> {
-        self.earlier_parts.store(false, Ordering::Relaxed);
-        let _ = self.flat.f_zero_()?;
-        if let Some(compute) = &mut self.compute {
-            let _ = compute.f_zero_()?;
-        }
-        Ok(())
+    pub fn begin(&mut self) {
+        self.arrivals.holds.iter().for_each(|holds| holds.store(false, Ordering::Relaxed));
+        self.arrivals.finite.store(true, Ordering::Relaxed);
     }
 
-    /// Before another backward pass of the same step. What was computed in bf16 is added up in the flat buffer's type: bf16 has
-    /// eight bits, in which a sum of many parts would lose the later ones.
-    pub fn next_part(&mut self) -> Result<(), SslError> {
-        let Some(compute) = &mut self.compute else { return Ok(()) };
-        no_grad(|| -> Result<(), SslError> {
-            let _ = self.flat.f_narrow(0, 0, compute.numel() as i64)?.f_add_(compute)?;
-            let _ = compute.f_zero_()?;
-            Ok(())
-        })?;
-        self.earlier_parts.store(true, Ordering::Relaxed);
-        Ok(())
-    }
-
-    /// Gradients of `range` that were computed in bf16 join the flat buffer, each once.
-    pub fn gather(&self, range: Range<i64>) -> Result<(), SslError> {
-        let Some(compute) = &self.compute else { return Ok(()) };
-        let len = range.end.min(compute.numel() as i64) - range.start;
-        if len > 0 {
-            let part = compute.f_narrow(0, range.start, len)?;
-            let mut to = self.flat.f_narrow(0, range.start, len)?;
-            if self.earlier_parts.load(Ordering::Relaxed) {
-                let _ = no_grad(|| to.f_add_(&part))?;
-            } else {
-                no_grad(|| to.f_copy_(&part))?;
+    /// After the last backward pass of a step: what the loss does not depend on has a gradient of zero. (Of a pass that a device
+    /// replays nothing is heard: it writes what it wrote when it was recorded.)
+    pub fn complete(&mut self, layout: &Layout) -> Result<(), SslError> {
+        let holds = |index: usize| self.arrivals.holds[index].load(Ordering::Relaxed);
+        if layout.trained().any(|(index, _)| holds(index)) {
+            for (_, place) in layout.trained().filter(|(index, _)| !holds(*index)) {
+                let _ = view(&self.flat, place)?.f_zero_()?;
             }
         }
         Ok(())
     }
 
-    /// The same buffers, for whoever passes gradients on while backward runs.
-    #[must_use]
-    pub fn share(&self) -> Self {
+    /// Calls `ready` with a parameter's index among the declarations when a backward pass has brought its gradient, on the
+    /// thread that runs the pass.
+    pub fn on_arrival(&self, ready: Box<dyn Fn(usize) + Send + Sync>) {
+        *lock(&self.arrivals.ready) = Some(Ready(ready));
+    }
+
+    /// Whether all that backward passes have brought in this step was finite; on devices nobody looks.
+    pub fn were_finite(&self) -> bool {
+        self.arrivals.finite.load(Ordering::Relaxed)
+    }
+
+    /// The parameter's next gradient will not be a number: for tests of what follows.
+    pub fn spoil(&self, parameter: usize) {
+        self.arrivals.spoilt.store(parameter, Ordering::Relaxed);
+    }
+
+    /// Why the last backward pass failed, if it did so here.
+    pub(crate) fn failure(&self) -> Option<SslError> {
+        lock(&self.arrivals.failure).take()
+    }
+}
+
+/// What backward passes have brought of a step's gradients.
+#[derive(Debug)]
+struct Arrivals {
+    /// Of every declaration, whether the buffer holds a part of this step's gradient.
+    holds: Vec<AtomicBool>,
+    finite: AtomicBool,
+    /// A declaration whose next gradient is to be spoilt.
+    spoilt: AtomicUsize,
+    ready: Mutex<Option<Ready>>,
+    failure: Mutex<Option<SslError>>,
+}
+
+struct Ready(Box<dyn Fn(usize) + Send + Sync>);
+
+impl std::fmt::Debug for Ready {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Ready")
+    }
+}
+
+impl Arrivals {
+    const NONE: usize = usize::MAX;
+
+    fn of(layout: &Layout) -> Self {
         Self {
-            flat: self.flat.shallow_clone(),
-            compute: self.compute.as_ref().map(Tensor::shallow_clone),
-            earlier_parts: self.earlier_parts.clone(),
+            holds: layout.places.iter().map(|_| AtomicBool::new(false)).collect(),
+            finite: AtomicBool::new(true),
+            spoilt: AtomicUsize::new(Self::NONE),
+            ready: Mutex::default(),
+            failure: Mutex::default(),
         }
     }
+
+    /// Moves one gradient to its place; `false` when that failed.
+    fn take(&self, index: usize, gradient: &Tensor, to: &mut Tensor) -> bool {
+        if self.spoilt.load(Ordering::Relaxed) == index {
+            self.spoilt.store(Self::NONE, Ordering::Relaxed);
+            let _ = gradient.shallow_clone().fill_(f64::NAN);
+        }
+        let adds = self.holds[index].swap(true, Ordering::Relaxed);
+        match ext::gather(gradient, to, adds) {
+            Ok(finite) => _ = self.finite.fetch_and(finite, Ordering::Relaxed),
+            Err(error) => {
+                lock(&self.failure).get_or_insert(error.into());
+                return false;
+            }
+        }
+        if let Some(Ready(ready)) = &*lock(&self.ready) {
+            ready(index);
+        }
+        true
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Running statistics of every batch-norm layer of one network; apart from the parameters, because they change

@@ -132,9 +132,9 @@ impl State {
         Ok(out)
     }
 
-    /// Adds the gradients of this rank's share of the loss to `gradients`, whose hooks tell when each is complete.
+    /// Brings the gradients of this rank's share of the loss to `gradients`, which tell when each is complete.
     pub fn backward(&mut self, loss: &Tensor) -> Result<(), SslError> {
-        Ok(loss.f_backward()?)
+        loss.f_backward().map_err(|error| self.gradients.failure().unwrap_or_else(|| error.into()))
     }
 
     /// Keeps gradients in `flat` from here on, a buffer of the same type and length. (Memory that ranks share, for one.)
@@ -144,7 +144,7 @@ impl State {
             (self.gradients.flat.size(), self.gradients.flat.kind())
         );
         self.gradients.flat = flat;
-        self.student.weights.accumulate_into(&self.gradients)
+        self.student.weights.send_gradients(&self.gradients)
     }
 
     /// Where the state is.

@@ -138,10 +138,9 @@ fn schedules_are_deepminds() {
 
 /// Gradients of one loss in the flat buffer.
 fn backward(state: &mut State, loss: &Tensor) {
-    state.gradients.zero().unwrap();
+    state.gradients.begin();
     state.backward(loss).unwrap();
-    let all = 0..state.student.weights.layout.len;
-    state.gradients.gather(all).unwrap();
+    state.gradients.complete(&state.student.weights.layout).unwrap();
 }
 
 #[test]
@@ -161,18 +160,10 @@ fn parts_of_a_step_in_bf16_are_added_up_in_f32() {
         backward(&mut state, &loss);
         expected += &state.gradients.flat;
     }
-    // Through another handle and in pieces, as ranks gather them while backward runs.
-    let shared = state.gradients.share();
-    state.gradients.zero().unwrap();
+    state.gradients.begin();
     for part in 0..PARTS {
-        if part > 0 {
-            state.gradients.next_part().unwrap();
-        }
         let loss = loss(&mut state, part);
         state.backward(&loss).unwrap();
-    }
-    for piece in [len / 2..len, 0..len / 2] {
-        shared.gather(piece).unwrap();
     }
     assert!(expected.norm().double_value(&[]) > 0.0);
     assert_eq!(max_difference(&state.gradients.flat, &expected), 0.0);

@@ -10,16 +10,18 @@
 namespace {
 thread_local std::string last_error;
 
-struct ReadyHook : torch::autograd::PostAccumulateGradHook {
-  mentee_ready_fn ready;
+struct TakingHook : torch::autograd::PostAccumulateGradHook {
+  mentee_take_fn take;
   void* context;
   mentee_drop_fn drop;
 
-  ReadyHook(mentee_ready_fn ready_, void* context_, mentee_drop_fn drop_)
-      : ready(ready_), context(context_), drop(drop_) {}
-  ~ReadyHook() override { drop(context); }
-  void operator()(const torch::autograd::Variable&) override {
-    TORCH_CHECK(ready(context) == 0, "what follows a gradient failed");
+  TakingHook(mentee_take_fn take_, void* context_, mentee_drop_fn drop_) : take(take_), context(context_), drop(drop_) {}
+  ~TakingHook() override { drop(context); }
+  void operator()(const torch::autograd::Variable& leaf) override {
+    at::NoGradGuard no_grad;
+    at::Tensor gradient;
+    std::swap(gradient, leaf.mutable_grad());
+    TORCH_CHECK(take(context, &gradient) == 0, "what follows a gradient failed");
   }
 };
 }  // namespace
@@ -65,13 +67,9 @@ int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, in
   });
 }
 
-int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad) {
-  return mentee::guarded([&] { leaf->mutable_grad() = *grad; });
-}
-
-int mentee_on_gradient(at::Tensor* leaf, mentee_ready_fn ready, void* context, mentee_drop_fn drop) {
+int mentee_on_gradient(at::Tensor* leaf, mentee_take_fn take, void* context, mentee_drop_fn drop) {
   return mentee::guarded([&] {
-    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::make_unique<ReadyHook>(ready, context, drop));
+    torch::autograd::impl::set_post_acc_grad_hooks(*leaf, std::make_unique<TakingHook>(take, context, drop));
   });
 }
 }

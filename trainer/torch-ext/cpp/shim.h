@@ -27,13 +27,11 @@ int mentee_from_memory(void* data, int64_t len, int is_double, void* context, me
 // A view of `flat` at `offset` with `shape`; 4-d shapes lie in memory as channels-last (O, H, W, I).
 int mentee_leaf(const at::Tensor* flat, int64_t offset, const int64_t* shape, int64_t ndim, int requires_grad,
                 at::Tensor** out);
-// The gradient of `leaf` accumulates into `grad` from now on.
-int mentee_set_grad(at::Tensor* leaf, const at::Tensor* grad);
 
-// Calls `ready` whenever a backward pass has added its last contribution to the gradient of `leaf`, on the thread that
-// runs that pass. Not 0: failed; the pass then throws. One hook a leaf: a second replaces the first.
-typedef int (*mentee_ready_fn)(void* context);
-int mentee_on_gradient(at::Tensor* leaf, mentee_ready_fn ready, void* context, mentee_drop_fn drop);
+// Calls `take` with the gradient of `leaf` whenever a backward pass has added its last contribution to it, on the thread that
+// runs that pass; the leaf keeps none. Not 0: failed; the pass then throws. One hook a leaf: a second replaces the first.
+typedef int (*mentee_take_fn)(void* context, at::Tensor* gradient);
+int mentee_on_gradient(at::Tensor* leaf, mentee_take_fn take, void* context, mentee_drop_fn drop);
 
 // See layers.cpp.
 int mentee_conv2d(const at::Tensor* x, const at::Tensor* weight, int64_t stride, int64_t padding, at::Tensor** out);
@@ -50,15 +48,16 @@ int mentee_batch_norm_apply(const at::Tensor* x, const at::Tensor* weight, const
                             const at::Tensor* residual, const double* mean, const double* variance, double eps, int relu,
                             at::Tensor** out);
 
-// See update.cpp.
-int mentee_sgd(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, int64_t begin, int64_t len, double lr,
-               double mu, double weight_decay);
-int mentee_lars(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, int64_t begin, int64_t len, double lr,
-                double mu, double weight_decay, double eta);
-int mentee_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, at::Tensor* second, int64_t begin,
-                 int64_t len, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step);
-int mentee_ema(at::Tensor* teacher, const at::Tensor* student, int64_t teacher_begin, int64_t student_begin, int64_t len,
-               double tau);
+// See update.cpp. `rounded` may be null: in bf16, with the same places as what is updated.
+int mentee_gather(const at::Tensor* gradient, at::Tensor* to, int adds, int* finite);
+int mentee_sgd(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, at::Tensor* rounded, int64_t begin, int64_t len,
+               double lr, double mu, double weight_decay);
+int mentee_lars(at::Tensor* param, const at::Tensor* grad, at::Tensor* momentum, at::Tensor* rounded, int64_t begin, int64_t len,
+                double lr, double mu, double weight_decay, double eta);
+int mentee_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, at::Tensor* second, at::Tensor* rounded,
+                 int64_t begin, int64_t len, double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step);
+int mentee_ema(at::Tensor* teacher, const at::Tensor* student, at::Tensor* rounded, int64_t teacher_begin, int64_t student_begin,
+               int64_t len, double tau);
 int mentee_norm(const at::Tensor* flat, double* norm);
 
 // See device_norm.cpp. All-reduces n doubles on the device in place, in the order of `stream` (a cudaStream_t).

@@ -53,17 +53,28 @@ pub fn leaf(flat: &Tensor, offset: i64, shape: &[i64], requires_grad: bool) -> R
     }
 }
 
-/// Makes backward accumulate the gradient of `leaf` into `grad`, a view of the same shape and strides.
-pub fn set_grad(leaf: &mut Tensor, grad: &Tensor) -> Result<(), TorchError> {
-    // SAFETY: both tensors outlive the call; the leaf keeps its own reference to `grad`.
-    unsafe { check(sys::mentee_set_grad(leaf.as_mut_ptr(), grad.as_ptr())) }
+/// to ← gradient, or to + gradient when it `adds`, of the same shape: bf16 is widened. Whether all of it was finite; on devices
+/// nobody looks.
+pub fn gather(gradient: &Tensor, to: &mut Tensor, adds: bool) -> Result<bool, TorchError> {
+    let mut finite = 1;
+    // SAFETY: the tensors are distinct and outlive the call, which checks that they fit each other.
+    unsafe { check(sys::mentee_gather(gradient.as_ptr(), to.as_mut_ptr(), adds.into(), &mut finite)) }?;
+    Ok(finite != 0)
 }
 
-/// v ← mu·v + (g + wd·p); p ← p − lr·v, over `range` of the flat buffers (`torch.optim.SGD` without Nesterov).
+/// The tensor's pointer, or null.
+fn or_null(tensor: Option<&mut Tensor>) -> *mut torch_sys::C_tensor {
+    tensor.map_or(std::ptr::null_mut(), Tensor::as_mut_ptr)
+}
+
+/// v ← mu·v + (g + wd·p); p ← p − lr·v, over `range` of the flat buffers (`torch.optim.SGD` without Nesterov). Here and in what
+/// follows, `rounded` takes what is updated in bf16, at the same places.
+#[expect(clippy::too_many_arguments, reason = "the symbols of one equation")]
 pub fn sgd(
     param: &mut Tensor,
     grad: &Tensor,
     momentum: &mut Tensor,
+    rounded: Option<&mut Tensor>,
     range: Range<i64>,
     lr: f64,
     mu: f64,
@@ -76,6 +87,7 @@ pub fn sgd(
             param.as_mut_ptr(),
             grad.as_ptr(),
             momentum.as_mut_ptr(),
+            or_null(rounded),
             range.start,
             len,
             lr,
@@ -92,6 +104,7 @@ pub fn lars(
     param: &mut Tensor,
     grad: &Tensor,
     momentum: &mut Tensor,
+    rounded: Option<&mut Tensor>,
     range: Range<i64>,
     lr: f64,
     mu: f64,
@@ -105,6 +118,7 @@ pub fn lars(
             param.as_mut_ptr(),
             grad.as_ptr(),
             momentum.as_mut_ptr(),
+            or_null(rounded),
             range.start,
             len,
             lr,
@@ -121,6 +135,7 @@ pub fn adamw(
     param: &mut Tensor,
     grad: &Tensor,
     moments: (&mut Tensor, &mut Tensor),
+    rounded: Option<&mut Tensor>,
     range: Range<i64>,
     lr: f64,
     betas: [f64; 2],
@@ -136,6 +151,7 @@ pub fn adamw(
             grad.as_ptr(),
             moments.0.as_mut_ptr(),
             moments.1.as_mut_ptr(),
+            or_null(rounded),
             range.start,
             len,
             lr,
@@ -265,10 +281,11 @@ impl UpdateTable {
     }
 }
 
-/// teacher ← tau·teacher + (1 − tau)·student over `len` elements at each buffer's own offset.
+/// teacher ← tau·teacher + (1 − tau)·student over `len` elements at each buffer's own offset; `rounded` has the teacher's.
 pub fn ema(
     teacher: &mut Tensor,
     student: &Tensor,
+    rounded: Option<&mut Tensor>,
     teacher_begin: i64,
     student_begin: i64,
     len: i64,
@@ -276,7 +293,15 @@ pub fn ema(
 ) -> Result<(), TorchError> {
     // SAFETY: the tensors are distinct and outlive the call; the shim checks the ranges.
     unsafe {
-        check(sys::mentee_ema(teacher.as_mut_ptr(), student.as_ptr(), teacher_begin, student_begin, len, tau))
+        check(sys::mentee_ema(
+            teacher.as_mut_ptr(),
+            student.as_ptr(),
+            or_null(rounded),
+            teacher_begin,
+            student_begin,
+            len,
+            tau,
+        ))
     }
 }
 

@@ -1,20 +1,24 @@
-//! What happens when a gradient is complete, while the backward pass goes on.
+//! What becomes of a gradient when it is complete, while the backward pass goes on.
 
 use std::ffi::{c_int, c_void};
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tch::Tensor;
+use torch_sys::C_tensor;
 
 use crate::{TorchError, check, sys};
 
-/// Called when a gradient is complete; `false` ends the backward pass with an error.
-pub type Ready = Box<dyn Fn() -> bool + Send + Sync>;
+/// Called with a gradient when it is complete; `false` ends the backward pass with an error.
+pub type Take = Box<dyn Fn(&Tensor) -> bool + Send + Sync>;
 
-unsafe extern "C" fn call_ready(context: *mut c_void) -> c_int {
+unsafe extern "C" fn call_take(context: *mut c_void, gradient: *mut C_tensor) -> c_int {
     // SAFETY: `context` is the boxed closure handed to the shim, alive until it is dropped.
-    let ready = unsafe { &*context.cast::<Ready>() };
+    let take = unsafe { &*context.cast::<Take>() };
+    // SAFETY: the shim's own, alive during the call.
+    let gradient = ManuallyDrop::new(unsafe { Tensor::from_ptr(gradient) });
     // A panic must not unwind into C++.
-    match catch_unwind(AssertUnwindSafe(ready)) {
+    match catch_unwind(AssertUnwindSafe(|| take(&gradient))) {
         Ok(true) => 0,
         Ok(false) | Err(_) => 1,
     }
@@ -29,11 +33,11 @@ pub(crate) unsafe extern "C" fn drop_boxed<T>(context: *mut c_void) {
     drop(unsafe { Box::from_raw(context.cast::<T>()) });
 }
 
-/// Calls `ready` in every backward pass that reaches `leaf`, once, after the last contribution to its gradient was
-/// added. It runs on the thread that called backward; leaves follow each other about in the reverse order of their
-/// use. A second call replaces the first.
-pub fn on_gradient(leaf: &mut Tensor, ready: Ready) -> Result<(), TorchError> {
-    let context = Box::into_raw(Box::new(ready)).cast();
+/// Calls `take` in every backward pass that reaches `leaf`, once, with its gradient after the last contribution; the leaf keeps
+/// none. It runs on the thread that called backward, or a device's own; leaves follow each other about in the reverse order of
+/// their use. A second call replaces the first.
+pub fn on_gradient(leaf: &mut Tensor, take: Take) -> Result<(), TorchError> {
+    let context = Box::into_raw(Box::new(take)).cast();
     // SAFETY: the leaf outlives the call; the shim owns `context` from here on and drops it once.
-    unsafe { check(sys::mentee_on_gradient(leaf.as_mut_ptr(), call_ready, context, drop_boxed::<Ready>)) }
+    unsafe { check(sys::mentee_on_gradient(leaf.as_mut_ptr(), call_take, context, drop_boxed::<Take>)) }
 }

@@ -18,8 +18,8 @@ pub use batch_norm::{
     batch_norm_train, device_batch_norm_apply, device_batch_norm_pool, device_batch_norm_train,
 };
 pub use flat::{
-    FlatSlice, SharedFlat, UpdateRange, UpdateRates, UpdateTable, adamw, ema, lars, leaf, norm, over_memory,
-    set_grad, sgd,
+    FlatSlice, SharedFlat, UpdateRange, UpdateRates, UpdateTable, adamw, ema, gather, lars, leaf, norm,
+    over_memory, sgd,
 };
 pub use hook::on_gradient;
 pub use layers::{conv2d, conv2d_padded, linear};

@@ -5,7 +5,7 @@ use std::ffi::{c_char, c_int, c_void};
 use torch_sys::C_tensor;
 
 pub type ReduceFn = unsafe extern "C" fn(*mut c_void, *mut f64, i64) -> c_int;
-pub type ReadyFn = unsafe extern "C" fn(*mut c_void) -> c_int;
+pub type TakeFn = unsafe extern "C" fn(*mut c_void, *mut C_tensor) -> c_int;
 pub type DeviceReduceFn = unsafe extern "C" fn(*mut c_void, *mut c_void, i64, *mut c_void) -> c_int;
 pub type DropFn = unsafe extern "C" fn(*mut c_void);
 pub type ProfiledFn = unsafe extern "C" fn(*mut c_void, *const c_char, u64, u64);
@@ -31,13 +31,8 @@ unsafe extern "C" {
         requires_grad: c_int,
         out: *mut *mut C_tensor,
     ) -> c_int;
-    pub fn mentee_set_grad(leaf: *mut C_tensor, grad: *const C_tensor) -> c_int;
-    pub fn mentee_on_gradient(
-        leaf: *mut C_tensor,
-        ready: ReadyFn,
-        context: *mut c_void,
-        drop: DropFn,
-    ) -> c_int;
+    pub fn mentee_on_gradient(leaf: *mut C_tensor, take: TakeFn, context: *mut c_void, drop: DropFn)
+    -> c_int;
     pub fn mentee_conv2d(
         x: *const C_tensor,
         weight: *const C_tensor,
@@ -85,10 +80,17 @@ unsafe extern "C" {
         relu: c_int,
         out: *mut *mut C_tensor,
     ) -> c_int;
+    pub fn mentee_gather(
+        gradient: *const C_tensor,
+        to: *mut C_tensor,
+        adds: c_int,
+        finite: *mut c_int,
+    ) -> c_int;
     pub fn mentee_sgd(
         param: *mut C_tensor,
         grad: *const C_tensor,
         momentum: *mut C_tensor,
+        rounded: *mut C_tensor,
         begin: i64,
         len: i64,
         lr: f64,
@@ -99,6 +101,7 @@ unsafe extern "C" {
         param: *mut C_tensor,
         grad: *const C_tensor,
         momentum: *mut C_tensor,
+        rounded: *mut C_tensor,
         begin: i64,
         len: i64,
         lr: f64,
@@ -111,6 +114,7 @@ unsafe extern "C" {
         grad: *const C_tensor,
         first: *mut C_tensor,
         second: *mut C_tensor,
+        rounded: *mut C_tensor,
         begin: i64,
         len: i64,
         lr: f64,
@@ -123,6 +127,7 @@ unsafe extern "C" {
     pub fn mentee_ema(
         teacher: *mut C_tensor,
         student: *const C_tensor,
+        rounded: *mut C_tensor,
         teacher_begin: i64,
         student_begin: i64,
         len: i64,

@@ -223,12 +223,12 @@ pub fn on_step(
 }
 
 /// The norm of the mean gradient, which every rank holds; an error when it is not finite, naming the first such tensor
-/// and the ranks whose own gradient (`own_was_finite`, where it was looked at) brought it in.
+/// and the ranks whose own gradient was not (`own_was_finite`).
 pub fn on_gradient(
     collectives: &dyn Collectives,
     step: u64,
     state: &State,
-    own_was_finite: impl FnOnce() -> Option<bool>,
+    own_was_finite: impl FnOnce() -> bool,
 ) -> Result<f64, WorkerError> {
     let at_step = |source| WorkerError::Step { step, source };
     let norm = state.grad_norm().map_err(at_step)?;
@@ -238,7 +238,7 @@ pub fn on_gradient(
     // Every rank holds the same sum, so all of them come here together.
     let tensor = state.non_finite_gradient().map_err(at_step)?;
     let all = collectives
-        .all_gather(&[u8::from(own_was_finite().unwrap_or(false))])
+        .all_gather(&[u8::from(own_was_finite())])
         .map_err(|source| WorkerError::Collective { step, source })?;
     let ranks = numbers((0..all.len()).filter(|&rank| all[rank] == [0]));
     Err(WorkerError::GradientNotFinite { step, tensor, ranks }.known(collectives.rank() == 0))

@@ -318,7 +318,7 @@ impl Rig {
         let at_step = |source| WorkerError::Step { step: n, source };
         let rates = self.schedule.at(n);
         let start = Instant::now();
-        reducer.begin(&mut state.gradients, None).map_err(at_step)?;
+        reducer.begin(&mut state.gradients, None);
         if self.overlap {
             reducer.last_pass();
         }
@@ -332,9 +332,9 @@ impl Rig {
         })?;
         wait()?;
         let backward = start.elapsed();
-        let communication = reducer.finish(n)?;
+        let communication = reducer.finish(state, n)?;
         self.loss = agree::on_step(&**collectives, n, &out, false)?.loss;
-        agree::on_gradient(&**collectives, n, state, || reducer.own_was_finite())?;
+        agree::on_gradient(&**collectives, n, state, || reducer.own_was_finite(&state.gradients))?;
         let updating = start.elapsed();
         state.update(&rates, n).map_err(at_step)?;
         state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;

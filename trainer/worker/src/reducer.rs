@@ -26,7 +26,7 @@ use mentee_collectives::{Buffer, CollectiveError, Collectives};
 use mentee_ssl::params::{Gradients, Layout};
 use mentee_ssl::{SslError, State};
 use mentee_torch_ext::{FlatSlice, SharedFlat, over_memory};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::device::DeviceGroup;
 use crate::error::WorkerError;
@@ -89,18 +89,13 @@ pub struct Communication {
     pub exposed: Duration,
 }
 
-/// One bucket as the communication thread did it.
-struct Summed {
-    time: Duration,
-    /// Whether this rank's own gradient was finite.
-    finite: bool,
-}
-
-type Outcome = Result<Summed, CollectiveError>;
+/// How long the communication thread took for a bucket.
+type Outcome = Result<Duration, CollectiveError>;
 
 /// What the hooks of backward and the training loop share.
 struct Round {
-    gradients: Gradients,
+    /// All gradients.
+    flat: Tensor,
     buckets: Vec<Bucket>,
     /// Of every parameter, by its index.
     bucket_of: Vec<Option<usize>>,
@@ -115,8 +110,6 @@ struct Round {
     device: Option<DeviceLane<CudaStreams>>,
     /// What is to go wrong in this step.
     fault: Option<GradientFault>,
-    /// The first failure within a hook.
-    failure: Option<SslError>,
 }
 
 impl Round {
@@ -143,18 +136,11 @@ impl Round {
         let bucket = self.next;
         let range = self.buckets[bucket].range.clone();
         self.next += 1;
-        if let Err(error) = self.gradients.gather(range.clone()) {
-            self.failure.get_or_insert(error);
-        }
-        match self.fault {
-            Some(GradientFault::Nan) if bucket == 0 => {
-                let _ = self.gradients.flat.narrow(0, range.start, 1).fill_(f64::NAN);
-            }
-            Some(GradientFault::SkipBucket(skipped)) if bucket == skipped => return,
-            _ => {}
+        if matches!(self.fault, Some(GradientFault::SkipBucket(skipped)) if bucket == skipped) {
+            return;
         }
         if let Some(lane) = &mut self.device {
-            return lane.send(&self.gradients.flat, range);
+            return lane.send(&self.flat, range);
         }
         let Some(queue) = &self.queue else { return };
         // A thread that is gone has left its reason in the outcomes.
@@ -174,8 +160,6 @@ struct Lane {
     /// Buckets of this step whose outcome is to come.
     in_flight: usize,
     thread: Option<JoinHandle<()>>,
-    /// Whether this rank's own gradient of the last step was finite.
-    finite: bool,
 }
 
 impl GradientReducer {
@@ -218,15 +202,12 @@ impl GradientReducer {
                 .name("gradients".into())
                 .spawn(move || sum_all(&*collectives, &flat, &ranges, &report))
                 .map_err(|error| WorkerError::Failed(format!("failed to start a thread: {error}")))?;
-            (
-                Some(Lane { outcomes, buckets: count, in_flight: 0, thread: Some(thread), finite: true }),
-                Some(queue),
-            )
+            (Some(Lane { outcomes, buckets: count, in_flight: 0, thread: Some(thread) }), Some(queue))
         } else {
             (None, None)
         };
         let round = Arc::new(Mutex::new(Round {
-            gradients: state.gradients.share(),
+            flat: state.gradients.flat.shallow_clone(),
             missing: vec![0; count],
             buckets,
             bucket_of,
@@ -235,21 +216,16 @@ impl GradientReducer {
             queue,
             device,
             fault: None,
-            failure: None,
         }));
         if collectives.world_size() > 1 {
             let hooked = round.clone();
-            let ready: Arc<dyn Fn(usize) -> bool + Send + Sync> = Arc::new(move |parameter| {
-                lock(&hooked).ready(parameter);
-                true
-            });
-            state.student.weights.on_gradient(&ready)?;
+            state.gradients.on_arrival(Box::new(move |parameter| lock(&hooked).ready(parameter)));
         }
         Ok(Self { round, lane })
     }
 
-    /// Before the first backward pass of a step: gradients are zero again. `fault` goes wrong in this step.
-    pub fn begin(&mut self, gradients: &mut Gradients, fault: Option<GradientFault>) -> Result<(), SslError> {
+    /// Before the first backward pass of a step. `fault` goes wrong in this step.
+    pub fn begin(&mut self, gradients: &mut Gradients, fault: Option<GradientFault>) {
         let mut round = lock(&self.round);
         round.begin();
         let last = round.buckets.len() - 1;
@@ -258,6 +234,10 @@ impl GradientReducer {
             fault => fault,
         };
         round.fault = fault;
+        gradients.begin();
+        if fault == Some(GradientFault::Nan) {
+            round.buckets[0].parameters.last().into_iter().for_each(|&parameter| gradients.spoil(parameter));
+        }
         if let Some(lane) = &mut round.device {
             lane.begin();
         }
@@ -266,7 +246,6 @@ impl GradientReducer {
             let skipped = matches!(fault, Some(GradientFault::SkipBucket(n)) if n < lane.buckets);
             lane.in_flight = lane.buckets - usize::from(skipped);
         }
-        gradients.zero()
     }
 
     /// Before the last backward pass of a step: from here on, a gradient that is complete is final.
@@ -275,16 +254,15 @@ impl GradientReducer {
     }
 
     /// After the last backward pass: every rank holds the sum.
-    pub fn finish(&mut self, step: u64) -> Result<Communication, WorkerError> {
+    pub fn finish(&mut self, state: &mut State, step: u64) -> Result<Communication, WorkerError> {
         let start = Instant::now();
         {
             let mut round = lock(&self.round);
             // Parameters that the loss does not depend on have no gradient to wait for.
+            let (gradients, layout) = (&mut state.gradients, &state.student.weights.layout);
+            gradients.complete(layout).map_err(|source| WorkerError::Step { step, source })?;
             while round.next < round.buckets.len() {
                 round.send();
-            }
-            if let Some(source) = round.failure.take() {
-                return Err(WorkerError::Step { step, source });
             }
             if let Some(lane) = &mut round.device {
                 return lane.finish(step);
@@ -292,28 +270,23 @@ impl GradientReducer {
         }
         let Some(lane) = &mut self.lane else { return Ok(Communication::default()) };
         let mut total = Duration::ZERO;
-        lane.finite = true;
         while lane.in_flight > 0 {
-            let summed = lane
+            total += lane
                 .outcomes
                 .recv()
                 .map_err(|_| WorkerError::Failed(format!("step {step}: the communication thread is gone")))?
                 .map_err(|source| WorkerError::Collective { step, source })?;
             lane.in_flight -= 1;
-            total += summed.time;
-            lane.finite &= summed.finite;
         }
         Ok(Communication { total, exposed: start.elapsed() })
     }
 
-    /// Whether this rank's own gradient of the last step was finite before it was summed; none in a world of one,
-    /// where nobody looked.
-    pub fn own_was_finite(&self) -> Option<bool> {
-        let round = lock(&self.round);
-        match &round.device {
-            // Asked for only when the sum is not.
-            Some(lane) => lane.was_finite().ok(),
-            None => self.lane.as_ref().map(|lane| lane.finite),
+    /// Whether this rank's own gradient of the last step was finite before it was summed.
+    pub fn own_was_finite(&self, gradients: &Gradients) -> bool {
+        // Asked for only when the sum is not.
+        match &lock(&self.round).device {
+            Some(lane) => lane.was_finite().unwrap_or(false),
+            None => gradients.were_finite(),
         }
     }
 }
@@ -360,18 +333,12 @@ fn sum_all(
         let start = Instant::now();
         // SAFETY: a range is sent once a step, when all its gradients are complete; until its outcome is received
         // nobody else touches it.
-        let (finite, result) = match unsafe { flat.range(range) } {
-            FlatSlice::F32(slice) => (
-                slice.iter().fold(true, |finite, x| finite & x.is_finite()),
-                collectives.all_reduce_sum(Buffer::F32(slice)),
-            ),
-            FlatSlice::F64(slice) => (
-                slice.iter().fold(true, |finite, x| finite & x.is_finite()),
-                collectives.all_reduce_sum(Buffer::F64(slice)),
-            ),
-        };
+        let result = collectives.all_reduce_sum(match unsafe { flat.range(range) } {
+            FlatSlice::F32(slice) => Buffer::F32(slice),
+            FlatSlice::F64(slice) => Buffer::F64(slice),
+        });
         let failed = result.is_err();
-        let outcome = result.map(|()| Summed { time: start.elapsed(), finite });
+        let outcome = result.map(|()| start.elapsed());
         if report.send(outcome).is_err() || failed {
             return;
         }

@@ -132,13 +132,13 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         )?;
         write(&folder.join("before.safetensors"), state.tensors()?)?;
 
-        reducer.begin(&mut state.gradients, None).map_err(at_step)?;
+        reducer.begin(&mut state.gradients, None);
         reducer.last_pass();
         let out = state
             .loss(&*method, &views, global_batch, recipe.parallel.norm_statistics, None)
             .map_err(at_step)?;
         state.backward(&out.loss).map_err(at_step)?;
-        reducer.finish(step)?;
+        reducer.finish(&mut state, step)?;
         let layout = state.student.weights.layout.clone();
         let gradients: Vec<(String, Tensor)> = layout
             .params()

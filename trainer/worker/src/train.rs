@@ -55,13 +55,10 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
         }
 
-        run.reducer.begin(&mut run.state.gradients, run.faults.of_gradient(step)).map_err(at_step)?;
+        run.reducer.begin(&mut run.state.gradients, run.faults.of_gradient(step));
         let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
         let mut parts = Vec::with_capacity(micro_batches.len());
         for (n, views) in micro_batches.iter().enumerate() {
-            if n > 0 {
-                run.state.gradients.next_part().map_err(at_step)?;
-            }
             let (state, statistics) = (&mut run.state, recipe.parallel.norm_statistics);
             let part = run.passes.run(views, |views| {
                 reporter.phase(Phase::Forward);
@@ -77,12 +74,12 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             parts.push(part.map_err(at_step)?);
         }
         reporter.phase(Phase::Reduce);
-        let communication = run.reducer.finish(step)?; // every rank holds the mean gradient
+        let communication = run.reducer.finish(&mut run.state, step)?; // every rank holds the mean gradient
         let out = StepLoss::sum(&parts).map_err(at_step)?;
         let wants_stop = wants_stop(run, reporter);
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
-        let grad_norm =
-            agree::on_gradient(&*run.collectives, step, &run.state, || run.reducer.own_was_finite())?;
+        let own_was_finite = || run.reducer.own_was_finite(&run.state.gradients);
+        let grad_norm = agree::on_gradient(&*run.collectives, step, &run.state, own_was_finite)?;
 
         if let Some(probe) = &mut run.probe {
             probe.step(&*run.collectives, step, &parts, &batch.ids, &run.rank_share)?;
