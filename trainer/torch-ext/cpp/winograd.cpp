@@ -20,7 +20,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
 #include "bf16.h"
@@ -89,86 +88,6 @@ struct Tiles {
   }
 };
 
-// T is what a tensor holds, P what a product multiplies.
-
-// Tap t of the result lies at out + t * step. All of these work on `channels` values side by side.
-
-// B' d B
-template <typename T, typename P>
-MENTEE_INLINE void input_tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
-  const T* d[16];
-  for (int i = 0; i < 16; ++i) d[i] = places[i];
-#pragma GCC ivdep
-  for (int64_t c = 0; c < channels; ++c) {
-    float t[16];
-    for (int j = 0; j < 4; ++j) {
-      const float a = load(d[j] + c), b = load(d[4 + j] + c), e = load(d[8 + j] + c), f = load(d[12 + j] + c);
-      t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
-    }
-    for (int i = 0; i < 4; ++i) {
-      const float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
-      P* __restrict__ o = out + 4 * i * step + c;
-      store(o, a - e), store(o + step, b + e), store(o + 2 * step, e - b), store(o + 3 * step, b - f);
-    }
-  }
-}
-
-// A' m A
-template <typename T>
-MENTEE_INLINE void output_tile_of(const float* __restrict__ m, int64_t step, T* const* places, int64_t channels) {
-  T *y0 = places[0], *y1 = places[1], *y2 = places[2], *y3 = places[3];
-#pragma GCC ivdep
-  for (int64_t c = 0; c < channels; ++c) {
-    float t[8];
-    for (int j = 0; j < 4; ++j) {
-      const float a = m[j * step + c], b = m[(4 + j) * step + c], e = m[(8 + j) * step + c], f = m[(12 + j) * step + c];
-      t[j] = a + b + e, t[4 + j] = b - e - f;
-    }
-    store(y0 + c, t[0] + t[1] + t[2]), store(y1 + c, t[1] - t[2] - t[3]);
-    store(y2 + c, t[4] + t[5] + t[6]), store(y3 + c, t[5] - t[6] - t[7]);
-  }
-}
-
-// G g G' of nine places
-template <typename T>
-MENTEE_INLINE void weight_tile_of(const T* const* places, float* __restrict__ out, int64_t step, int64_t channels) {
-  const T* g[9];
-  for (int i = 0; i < 9; ++i) g[i] = places[i];
-#pragma GCC ivdep
-  for (int64_t c = 0; c < channels; ++c) {
-    float t[12];
-    for (int j = 0; j < 3; ++j) {
-      const float a = load(g[j] + c), b = 0.5f * load(g[3 + j] + c), e = load(g[6 + j] + c), half = 0.5f * (a + e);
-      t[j] = a, t[3 + j] = half + b, t[6 + j] = half - b, t[9 + j] = e;
-    }
-    for (int i = 0; i < 4; ++i) {
-      const float a = t[3 * i], b = 0.5f * t[3 * i + 1], e = t[3 * i + 2], half = 0.5f * (a + e);
-      float* __restrict__ o = out + 4 * i * step + c;
-      o[0] = a, o[step] = half + b, o[2 * step] = half - b, o[3 * step] = e;
-    }
-  }
-}
-
-// G' u G to nine places
-template <typename T>
-MENTEE_INLINE void weight_gradient_tile_of(const float* __restrict__ u, int64_t step, T* const* places, int64_t channels) {
-  T* g[9];
-  for (int i = 0; i < 9; ++i) g[i] = places[i];
-#pragma GCC ivdep
-  for (int64_t c = 0; c < channels; ++c) {
-    float t[12];
-    for (int j = 0; j < 4; ++j) {
-      const float a = u[j * step + c], b = u[(4 + j) * step + c], e = u[(8 + j) * step + c], f = u[(12 + j) * step + c];
-      const float half = 0.5f * (b + e);
-      t[j] = a + half, t[4 + j] = 0.5f * (b - e), t[8 + j] = half + f;
-    }
-    for (int i = 0; i < 3; ++i) {
-      const float a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3], half = 0.5f * (b + e);
-      store(g[3 * i] + c, a + half), store(g[3 * i + 1] + c, 0.5f * (b - e)), store(g[3 * i + 2] + c, half + f);
-    }
-  }
-}
-
 typedef float Lane __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
@@ -184,19 +103,153 @@ MENTEE_INLINE Lane load_lane(const float* from) {
   std::memcpy(&lane, from, sizeof(Lane));
   return lane;
 }
-MENTEE_INLINE void store_lane(float* to, const Lane& lane) { std::memcpy(to, &lane, sizeof(Lane)); }
-MENTEE_INLINE void store_lane(bf16* to, const Lane& lane) {
-  for (int64_t i = 0; i < kLane; ++i) store(to + i, lane[i]);
-}
 MENTEE_INLINE Lane load_lane(const bf16* from) {
   Halves halves;
   std::memcpy(&halves, from, sizeof(Halves));
   return reinterpret_cast<Lane>(__builtin_convertvector(halves, Words) << 16);
 }
+MENTEE_INLINE void store_lane(float* to, const Lane& lane) { std::memcpy(to, &lane, sizeof(Lane)); }
 
-// out[column * step + row] = a[row][column]: squares of 1, 2, 4 and 8 change places.
-template <typename P>
-MENTEE_INLINE void store_transposed(Lane* a, P* __restrict__ out, int64_t step) {
+// How kernels take and give values.
+
+// One by one; the compiler makes vectors of them, as wide as the processor has.
+struct Plain {
+  typedef float Value;
+  static constexpr int64_t kWide = 1;
+  template <typename T>
+  static MENTEE_INLINE float get(const T* from) {
+    return load(from);
+  }
+  template <typename T>
+  static MENTEE_INLINE void put(T* to, float value) {
+    store(to, value);
+  }
+};
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MENTEE_AVX512_BF16
+// By AVX512-BF16, which rounds sixteen values at once. (It takes and gives zero for what is smaller than any normal f32.)
+struct Native {
+  typedef Lane Value;
+  static constexpr int64_t kWide = 16;
+  template <typename T>
+  static MENTEE_INLINE Lane get(const T* from) {
+    return load_lane(from);
+  }
+  static MENTEE_INLINE void put(bf16* to, const Lane& lane) {
+    Halves halves;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(halves) : "v"(lane));
+    std::memcpy(to, &halves, sizeof(Halves));
+  }
+  static MENTEE_INLINE void put(float* to, const Lane& lane) { store_lane(to, lane); }
+  // Two values in a word, the first of them lower.
+  static MENTEE_INLINE Lane pair(const Lane& first, const Lane& second) {
+    Halves low, high;
+    asm("vcvtneps2bf16 %1, %0" : "=v"(low) : "v"(first));
+    asm("vcvtneps2bf16 %1, %0" : "=v"(high) : "v"(second));
+    return reinterpret_cast<Lane>(__builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16);
+  }
+};
+#endif
+
+// T is what a tensor holds, P what a product multiplies. All of these work on `channels` values side by side, and tap t of a
+// result lies at out + t * step.
+
+// B' d B
+template <typename W, typename T, typename V = typename W::Value>
+MENTEE_INLINE void transform_input(const T* const* d, int64_t c, V* out) {
+  V t[16];
+  for (int j = 0; j < 4; ++j) {
+    const V a = W::get(d[j] + c), b = W::get(d[4 + j] + c), e = W::get(d[8 + j] + c), f = W::get(d[12 + j] + c);
+    t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
+  }
+  for (int i = 0; i < 4; ++i) {
+    const V a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
+    out[4 * i] = a - e, out[4 * i + 1] = b + e, out[4 * i + 2] = e - b, out[4 * i + 3] = b - f;
+  }
+}
+
+// G g G' of nine places
+template <typename W, typename T, typename V = typename W::Value>
+MENTEE_INLINE void transform_weight(const T* const* g, int64_t c, V* out) {
+  V t[12];
+  for (int j = 0; j < 3; ++j) {
+    const V a = W::get(g[j] + c), b = 0.5f * W::get(g[3 + j] + c), e = W::get(g[6 + j] + c), half = 0.5f * (a + e);
+    t[j] = a, t[3 + j] = half + b, t[6 + j] = half - b, t[9 + j] = e;
+  }
+  for (int i = 0; i < 4; ++i) {
+    const V a = t[3 * i], b = 0.5f * t[3 * i + 1], e = t[3 * i + 2], half = 0.5f * (a + e);
+    out[4 * i] = a, out[4 * i + 1] = half + b, out[4 * i + 2] = half - b, out[4 * i + 3] = e;
+  }
+}
+
+template <typename W, typename T, typename P>
+MENTEE_INLINE void input_tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
+  const T* d[16];
+  std::copy_n(places, 16, d);
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; c += W::kWide) {
+    typename W::Value taps[16];
+    transform_input<W>(d, c, taps);
+    for (int t = 0; t < kTaps; ++t) W::put(out + t * step + c, taps[t]);
+  }
+}
+
+template <typename W, typename T, typename P>
+MENTEE_INLINE void weight_tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
+  const T* g[9];
+  std::copy_n(places, 9, g);
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; c += W::kWide) {
+    typename W::Value taps[16];
+    transform_weight<W>(g, c, taps);
+    for (int t = 0; t < kTaps; ++t) W::put(out + t * step + c, taps[t]);
+  }
+}
+
+// A' m A
+template <typename W, typename T>
+MENTEE_INLINE void output_tile_of(const float* __restrict__ m, int64_t step, T* const* places, int64_t channels) {
+  typedef typename W::Value V;
+  T *y0 = places[0], *y1 = places[1], *y2 = places[2], *y3 = places[3];
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; c += W::kWide) {
+    V t[8];
+    for (int j = 0; j < 4; ++j) {
+      const V a = W::get(m + j * step + c), b = W::get(m + (4 + j) * step + c), e = W::get(m + (8 + j) * step + c),
+              f = W::get(m + (12 + j) * step + c);
+      t[j] = a + b + e, t[4 + j] = b - e - f;
+    }
+    W::put(y0 + c, t[0] + t[1] + t[2]), W::put(y1 + c, t[1] - t[2] - t[3]);
+    W::put(y2 + c, t[4] + t[5] + t[6]), W::put(y3 + c, t[5] - t[6] - t[7]);
+  }
+}
+
+// G' u G to nine places
+template <typename W, typename T>
+MENTEE_INLINE void weight_gradient_tile_of(const float* __restrict__ u, int64_t step, T* const* places, int64_t channels) {
+  typedef typename W::Value V;
+  T* g[9];
+  std::copy_n(places, 9, g);
+#pragma GCC ivdep
+  for (int64_t c = 0; c < channels; c += W::kWide) {
+    V t[12];
+    for (int j = 0; j < 4; ++j) {
+      const V a = W::get(u + j * step + c), b = W::get(u + (4 + j) * step + c), e = W::get(u + (8 + j) * step + c),
+              f = W::get(u + (12 + j) * step + c);
+      const V half = 0.5f * (b + e);
+      t[j] = a + half, t[4 + j] = 0.5f * (b - e), t[8 + j] = half + f;
+    }
+    for (int i = 0; i < 3; ++i) {
+      const V a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3], half = 0.5f * (b + e);
+      W::put(g[3 * i] + c, a + half), W::put(g[3 * i + 1] + c, 0.5f * (b - e)), W::put(g[3 * i + 2] + c, half + f);
+    }
+  }
+}
+
+// put(column, a[..][column]) of a square: squares of 1, 2, 4 and 8 change places.
+template <typename F>
+MENTEE_INLINE void transpose_square(Lane* a, F&& put) {
   Lane b[kLane];
   for (int i = 0; i < 16; i += 2) {
     b[i] = MENTEE_SHUFFLE(a[i], a[i + 1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
@@ -216,15 +269,7 @@ MENTEE_INLINE void store_transposed(Lane* a, P* __restrict__ out, int64_t step) 
     a[i] = MENTEE_SHUFFLE(b[i], b[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
     a[i + 8] = MENTEE_SHUFFLE(b[i], b[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   }
-  for (int64_t i = 0; i < kLane; ++i) store_lane(out + i * step, a[i]);
-}
-
-// The same from memory.
-template <typename T>
-MENTEE_INLINE void transpose_of(const T* __restrict__ in, int64_t in_step, float* __restrict__ out, int64_t step) {
-  Lane a[kLane];
-  for (int64_t i = 0; i < kLane; ++i) a[i] = load_lane(in + in_step * i);
-  store_transposed(a, out, step);
+  for (int64_t i = 0; i < kLane; ++i) put(i, a[i]);
 }
 
 // Row `row` of A on two values.
@@ -232,64 +277,180 @@ MENTEE_INLINE void along(int row, const Lane& first, const Lane& second, Lane& o
   out = row == 0 ? first : row == 1 ? first + second : row == 2 ? first - second : -second;
 }
 
-// A dy A' of kLane tiles and as many channels: tap t of channel k and tile n at out + t * tap_step + k * step + n.
-template <typename T, typename P>
-MENTEE_INLINE void transposed_gradients_of(const T* const (*places)[4], int64_t channel, P* __restrict__ out, int64_t step,
-                                           int64_t tap_step) {
+// A dy A' of kLane tiles and as many channels: for row i of the taps, of_row(i, left, right), in which A has been applied to the
+// rows of dy.
+template <typename T, typename F>
+MENTEE_INLINE void gradient_rows(const T* const (*places)[4], int64_t channel, F&& of_row) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
-    Lane left[kLane], right[kLane], a[kLane];
+    Lane left[kLane], right[kLane];
     for (int64_t n = 0; n < kLane; ++n) {
       along(i, load_lane(places[n][0] + channel), load_lane(places[n][2] + channel), left[n]);
       along(i, load_lane(places[n][1] + channel), load_lane(places[n][3] + channel), right[n]);
     }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      for (int64_t n = 0; n < kLane; ++n) along(j, left[n], right[n], a[n]);
-      store_transposed(a, out + (4 * i + j) * tap_step, step);
-    }
+    of_row(i, left, right);
   }
 }
 
-// Rows of a product's second operand: in bf16 two of them lie together, value by value.
-MENTEE_MULTIVERSION void two_rows(const float* __restrict__ first, const float* __restrict__ second, bf16* __restrict__ out,
-                                  int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store(out + 2 * i, first[i]), store(out + 2 * i + 1, second[i]);
-}
+// kRows tiles are rows of a product's second operand that lie together, value by value.
+template <typename T, typename P>
+struct Kernels;
 
-#define MENTEE_KERNELS_OF(T)                                                                                                    \
+#define MENTEE_KERNELS(T)                                                                                                       \
+  MENTEE_MULTIVERSION void input_tile(const T* const* places, float* out, int64_t step, int64_t channels) {                     \
+    input_tile_of<Plain>(places, out, step, channels);                                                                          \
+  }                                                                                                                             \
   MENTEE_MULTIVERSION void output_tile(const float* m, int64_t step, T* const* places, int64_t channels) {                      \
-    output_tile_of(m, step, places, channels);                                                                                  \
+    output_tile_of<Plain>(m, step, places, channels);                                                                           \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void weight_tile(const T* const* places, float* out, int64_t step, int64_t channels) {                    \
-    weight_tile_of(places, out, step, channels);                                                                                \
+    weight_tile_of<Plain>(places, out, step, channels);                                                                         \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void weight_gradient_tile(const float* u, int64_t step, T* const* places, int64_t channels) {             \
-    weight_gradient_tile_of(u, step, places, channels);                                                                         \
+    weight_gradient_tile_of<Plain>(u, step, places, channels);                                                                  \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void transpose(const T* in, int64_t in_step, float* out, int64_t step) {                                  \
-    transpose_of(in, in_step, out, step);                                                                                       \
-  }
-#define MENTEE_KERNELS_TO(T, P)                                                                                                 \
-  MENTEE_MULTIVERSION void input_tile(const T* const* places, P* out, int64_t step, int64_t channels) {                         \
-    input_tile_of(places, out, step, channels);                                                                                 \
+    Lane a[kLane];                                                                                                              \
+    for (int64_t i = 0; i < kLane; ++i) a[i] = load_lane(in + in_step * i);                                                     \
+    transpose_square(a, [&](int64_t i, const Lane& lane) { store_lane(out + i * step, lane); });                                \
   }                                                                                                                             \
-  MENTEE_MULTIVERSION void transposed_gradients(const T* const (*places)[4], int64_t channel, P* out, int64_t step,             \
+  MENTEE_MULTIVERSION void transposed_gradients(const T* const (*places)[4], int64_t channel, float* out, int64_t step,         \
                                                 int64_t tap_step) {                                                             \
-    transposed_gradients_of(places, channel, out, step, tap_step);                                                              \
+    gradient_rows(places, channel, [&](int row, const Lane* left, const Lane* right) {                                          \
+      _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) {                                                                     \
+        float* to = out + (4 * row + j) * tap_step;                                                                             \
+        Lane a[kLane];                                                                                                          \
+        for (int64_t n = 0; n < kLane; ++n) along(j, left[n], right[n], a[n]);                                                  \
+        transpose_square(a, [&](int64_t i, const Lane& lane) { store_lane(to + i * step, lane); });                             \
+      }                                                                                                                         \
+    });                                                                                                                         \
   }
-MENTEE_KERNELS_OF(float)
-MENTEE_KERNELS_OF(bf16)
-MENTEE_KERNELS_TO(float, float)
-MENTEE_KERNELS_TO(bf16, float)
-MENTEE_KERNELS_TO(bf16, bf16)
+MENTEE_KERNELS(float)
+MENTEE_KERNELS(bf16)
+
+template <typename T>
+struct Kernels<T, float> {
+  static constexpr int64_t kRows = 1;
+
+  static void input_tile(const T* const* places, float* out, int64_t step, int64_t channels) {
+    ::input_tile(places, out, step, channels);
+  }
+  static void output_tile(const float* m, int64_t step, T* const* places, int64_t channels) {
+    ::output_tile(m, step, places, channels);
+  }
+  static void input_rows(const T* const (*places)[16], float* out, int64_t step, int64_t channels) {
+    ::input_tile(places[0], out, step, channels);
+  }
+  static void weight_rows(const T* const (*places)[9], float* out, int64_t step, int64_t channels) {
+    ::weight_tile(places[0], out, step, channels);
+  }
+  // [rows, 3, 3, step / 9] to kTaps matrices [channels, rows]: places are turned first, as there are fewer of them than taps.
+  static void turned_weights(const T* weight, int64_t weight_step, int64_t rows, int64_t channels, float* out, int64_t step,
+                             float* scratch) {
+    const int64_t size = rows * channels;
+    for (int64_t r = 0; r < rows; r += kLane)
+      for (int64_t i = 0; i < 9; ++i)
+        for (int64_t c = 0; c < channels; c += kLane)
+          transpose(weight + r * weight_step + i * weight_step / 9 + c, weight_step, scratch + i * size + c * rows + r, rows);
+    for (int64_t c = 0; c < channels; ++c) {
+      const float* places[9];
+      for (int64_t i = 0; i < 9; ++i) places[i] = scratch + i * size + c * rows;
+      ::weight_tile(places, out + c * rows, step, rows);
+    }
+  }
+  static void weight_gradient_tile(const float* u, int64_t step, T* const* places, int64_t channels) {
+    ::weight_gradient_tile(u, step, places, channels);
+  }
+  static void transposed_gradients(const T* const (*places)[4], int64_t channel, float* out, int64_t step, int64_t tap_step) {
+    ::transposed_gradients(places, channel, out, step, tap_step);
+  }
+};
+
+#ifdef MENTEE_AVX512_BF16
+#define MENTEE_NATIVE __attribute__((target("arch=x86-64-v4"))) static
+
+template <>
+struct Kernels<bf16, bf16> {
+  static constexpr int64_t kRows = 2;
+
+  MENTEE_NATIVE void input_tile(const bf16* const* places, bf16* out, int64_t step, int64_t channels) {
+    input_tile_of<Native>(places, out, step, channels);
+  }
+  MENTEE_NATIVE void output_tile(const float* m, int64_t step, bf16* const* places, int64_t channels) {
+    output_tile_of<Native>(m, step, places, channels);
+  }
+  MENTEE_NATIVE void input_rows(const bf16* const (*places)[16], bf16* out, int64_t step, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += kLane) {
+      Lane first[16], second[16];
+      transform_input<Native>(places[0], c, first);
+      transform_input<Native>(places[1], c, second);
+      for (int t = 0; t < kTaps; ++t) put_pair(out + t * step + 2 * c, first[t], second[t]);
+    }
+  }
+  MENTEE_NATIVE void weight_rows(const bf16* const (*places)[9], bf16* out, int64_t step, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += kLane) {
+      Lane first[16], second[16];
+      transform_weight<Native>(places[0], c, first);
+      transform_weight<Native>(places[1], c, second);
+      for (int t = 0; t < kTaps; ++t) put_pair(out + t * step + 2 * c, first[t], second[t]);
+    }
+  }
+  // As above. Two channels are one word, which is turned whole.
+  MENTEE_NATIVE void turned_weights(const bf16* weight, int64_t weight_step, int64_t rows, int64_t channels, bf16* out, int64_t step,
+                                    float*) {
+    constexpr int64_t kChannels = 2 * kLane;
+    alignas(64) bf16 taps[kTaps][kLane][kChannels];
+    for (int64_t c = 0; c < channels; c += kChannels)
+      for (int64_t r = 0; r < rows; r += kLane) {
+        for (int64_t n = 0; n < kLane; ++n) {
+          const bf16* places[9];
+          for (int64_t i = 0; i < 9; ++i) places[i] = weight + (r + n) * weight_step + i * weight_step / 9 + c;
+          weight_tile_of<Native>(places, taps[0][n], kLane * kChannels, kChannels);
+        }
+        for (int64_t t = 0; t < kTaps; ++t) {
+          Lane a[kLane];
+          std::memcpy(a, taps[t], sizeof(a));
+          bf16* to = out + t * step + c * rows + 2 * r;
+          transpose_square(a, [&](int64_t i, const Lane& lane) { std::memcpy(to + 2 * i * rows, &lane, sizeof(Lane)); });
+        }
+      }
+  }
+  MENTEE_NATIVE void weight_gradient_tile(const float* u, int64_t step, bf16* const* places, int64_t channels) {
+    weight_gradient_tile_of<Native>(u, step, places, channels);
+  }
+  // Two tiles are one word; squares hold two taps.
+  MENTEE_NATIVE void transposed_gradients(const bf16* const (*places)[4], int64_t channel, bf16* out, int64_t step, int64_t tap_step) {
+    constexpr int64_t kHalf = kLane / 2;
+    gradient_rows(places, channel, [&](int row, const Lane* left, const Lane* right) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 4; j += 2) {
+        Lane a[kLane];
+        for (int64_t n = 0; n < kLane; ++n) {
+          const int64_t tile = n % kHalf * 2;
+          Lane first, second;
+          along(n < kHalf ? j : j + 1, left[tile], right[tile], first);
+          along(n < kHalf ? j : j + 1, left[tile + 1], right[tile + 1], second);
+          a[n] = Native::pair(first, second);
+        }
+        bf16* to = out + (4 * row + j) * tap_step;
+        transpose_square(a, [&](int64_t i, const Lane& lane) {
+          std::memcpy(to + i * step, &lane, sizeof(Lane) / 2);
+          std::memcpy(to + tap_step + i * step, reinterpret_cast<const char*>(&lane) + sizeof(Lane) / 2, sizeof(Lane) / 2);
+        });
+      }
+    });
+  }
+
+ private:
+  static MENTEE_INLINE void put_pair(bf16* to, const Lane& first, const Lane& second) {
+    const Lane words = Native::pair(first, second);
+    std::memcpy(to, &words, sizeof(Lane));
+  }
+};
+#endif
 
 // Columns of a product, and of a block of transformed weights: many are faster.
 int64_t columns_of(int64_t channels) { return channels % 64 == 0 ? 64 : 32; }
-
-// Rows of a second operand that lie together.
-template <typename P>
-constexpr int64_t rows_together = std::is_same_v<P, bf16> ? 2 : 1;
 
 // A tensor's memory.
 template <typename T>
@@ -308,41 +469,18 @@ MENTEE_INLINE void product(int64_t m, int64_t n, int64_t k, const bf16* a, int64
                               reinterpret_cast<const at::BFloat16*>(b), c, /*is_vnni=*/true);
 }
 
-// Row `row` of 16 second operands: `tile` writes it, tap t at the first argument + t * the second. bf16's are kept in `scratch`
-// until their pair is complete; `out` is where the row would lie if rows lay one after the other.
-template <typename F>
-void put_row(int64_t, float* out, float*, int64_t step, int64_t, F&& tile) {
-  tile(out, step);
-}
-template <typename F>
-void put_row(int64_t row, bf16* out, float* scratch, int64_t step, int64_t n, F&& tile) {
-  tile(scratch + row % 2 * n, 2 * n);
-  if (row % 2 == 0) return;
-  for (int64_t t = 0; t < kTaps; ++t) two_rows(scratch + 2 * t * n, scratch + (2 * t + 1) * n, out - n + t * step, n);
-}
-
 // Transformed weights for products with inputs of `from` channels: [16][to / columns][from][columns], P's order. Memory is
 // [K, 3, 3, C]; forward goes from C to K.
 template <typename T, typename P>
 Values<P> forward_weights(const T* weight, int64_t out_channels, int64_t in_channels) {
   Values<P> transformed(kTaps * out_channels * in_channels);
-  const int64_t columns = columns_of(out_channels), blocks = out_channels / columns;
-  const int64_t rows = columns_of(in_channels), size = rows * columns;
-  const Scratch turned(9 * size + 2 * kTaps * columns);
-  at::parallel_for(0, blocks * in_channels / rows, 1, [&](int64_t begin, int64_t end) {
-    float *mine = turned.mine(), *scratch = mine + 9 * size;
+  const int64_t columns = columns_of(out_channels), rows = columns_of(in_channels), each = in_channels / rows;
+  const Scratch scratch(9 * rows * columns);
+  at::parallel_for(0, out_channels / columns * each, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      const int64_t k = n / (in_channels / rows) * columns, c = n % (in_channels / rows) * rows;
-      for (int64_t r = 0; r < columns; r += kLane)
-        for (int64_t i = 0; i < 9; ++i)
-          for (int64_t l = 0; l < rows; l += kLane)
-            transpose(weight + ((k + r) * 9 + i) * in_channels + c + l, 9 * in_channels, mine + i * size + l * columns + r, columns);
-      for (int64_t l = 0; l < rows; ++l) {
-        const float* places[9];
-        for (int64_t i = 0; i < 9; ++i) places[i] = mine + i * size + l * columns;
-        put_row(l, transformed.get() + k * in_channels + (c + l) * columns, scratch, blocks * in_channels * columns, columns,
-                [&](float* out, int64_t step) { weight_tile(places, out, step, columns); });
-      }
+      const int64_t k = n / each * columns, c = n % each * rows;
+      Kernels<T, P>::turned_weights(weight + k * 9 * in_channels + c, 9 * in_channels, columns, rows,
+                                    transformed.get() + k * in_channels + c * columns, out_channels * in_channels, scratch.mine());
     }
   });
   return transformed;
@@ -351,16 +489,16 @@ Values<P> forward_weights(const T* weight, int64_t out_channels, int64_t in_chan
 // The same from K to C, with the nine places turned by half a turn: a gradient goes back the way its value came.
 template <typename T, typename P>
 Values<P> backward_weights(const T* weight, int64_t out_channels, int64_t in_channels) {
+  constexpr int64_t kTogether = Kernels<T, P>::kRows;
   Values<P> transformed(kTaps * out_channels * in_channels);
   const int64_t columns = columns_of(in_channels), blocks = in_channels / columns;
-  const Scratch scratch(2 * kTaps * columns);
-  at::parallel_for(0, blocks * out_channels / 2, 4, [&](int64_t begin, int64_t end) {
-    for (int64_t n = 2 * begin; n < 2 * end; ++n) {
+  at::parallel_for(0, blocks * out_channels / kTogether, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * kTogether; n < end * kTogether; n += kTogether) {
       const int64_t block = n / out_channels, k = n % out_channels;
-      const T* places[9];
-      for (int64_t i = 0; i < 9; ++i) places[i] = weight + (k * 9 + 8 - i) * in_channels + block * columns;
-      put_row(k, transformed.get() + n * columns, scratch.mine(), blocks * out_channels * columns, columns,
-              [&](float* out, int64_t step) { weight_tile(places, out, step, columns); });
+      const T* places[kTogether][9];
+      for (int64_t r = 0; r < kTogether; ++r)
+        for (int64_t i = 0; i < 9; ++i) places[r][i] = weight + ((k + r) * 9 + 8 - i) * in_channels + block * columns;
+      Kernels<T, P>::weight_rows(places, transformed.get() + n * columns, out_channels * in_channels, columns);
     }
   });
   return transformed;
@@ -386,7 +524,7 @@ void convolve_tiles(const Tensor& x, const Values<P>& weights, Tensor& y) {
       for (int64_t n = 0; n < count; ++n) {
         const T* places[16];
         tiles.places<const T>(first + n, 4, 1, in, from, zeros, places);
-        input_tile(places, inputs + n * from, input_step, from);
+        Kernels<T, P>::input_tile(places, inputs + n * from, input_step, from);
       }
       for (int64_t k = 0; k < blocks; ++k) {
         for (int64_t t = 0; t < kTaps; ++t)
@@ -396,7 +534,7 @@ void convolve_tiles(const Tensor& x, const Values<P>& weights, Tensor& y) {
           T* places[4];
           // `nowhere` takes what lies outside an image of odd sides.
           tiles.places<T>(first + n, 2, 0, out + k * columns, to, nowhere, places);
-          output_tile(products + n * columns, product_step, places, columns);
+          Kernels<T, P>::output_tile(products + n * columns, product_step, places, columns);
         }
       }
     }
@@ -406,6 +544,7 @@ void convolve_tiles(const Tensor& x, const Values<P>& weights, Tensor& y) {
 // The sum over tiles is one more product for each tap: [K, tiles] x [tiles, C].
 template <typename T, typename P>
 void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
+  constexpr int64_t kTogether = Kernels<T, P>::kRows;
   const Tiles tiles(x);
   const int64_t in_channels = x.size(1), out_channels = dy.size(1);
   const int64_t most = std::max<int64_t>(kChunk / std::max(in_channels, out_channels) / kLane, 8) * kLane;
@@ -416,7 +555,6 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
   Values<P> inputs(kTaps * input_step);   // [16][tile][C], P's order
   Values<P> grads(kTaps * grad_step);     // [16][K][tile]
   Values<float> sums(kTaps * sum_step);   // [16][K][C]
-  const Scratch scratch(2 * kTaps * in_channels);
   const int64_t widest = std::max(in_channels, out_channels);
   const std::vector<T> zeros(widest);
   for (int64_t first = 0; first < tiles.count; first += chunk) {
@@ -425,19 +563,20 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
     at::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin * kLane; n < end * kLane; n += kLane) {
         const T* of_grads[kLane][4];
+        const T* of_inputs[kTogether][16];
         for (int64_t r = 0; r < kLane; ++r) {
-          const T* places[16];
-          std::fill_n(places, 16, zeros.data());
+          const T** of_input = of_inputs[r % kTogether];
+          std::fill_n(of_input, 16, zeros.data());
           std::fill_n(of_grads[r], 4, zeros.data());
           if (const int64_t tile = first + n + r; tile < tiles.count) {
-            tiles.places<const T>(tile, 4, 1, in, in_channels, zeros.data(), places);
+            tiles.places<const T>(tile, 4, 1, in, in_channels, zeros.data(), of_input);
             tiles.places<const T>(tile, 2, 0, grad, out_channels, zeros.data(), of_grads[r]);
           }
-          put_row(r, inputs.get() + (n + r) * in_channels, scratch.mine(), input_step, in_channels,
-                  [&](float* out, int64_t step) { input_tile(places, out, step, in_channels); });
+          if ((r + 1) % kTogether == 0)
+            Kernels<T, P>::input_rows(of_inputs, inputs.get() + (n + r + 1 - kTogether) * in_channels, input_step, in_channels);
         }
         for (int64_t k = 0; k < out_channels; k += kLane)
-          transposed_gradients(of_grads, k, grads.get() + k * row_step + n, row_step, grad_step);
+          Kernels<T, P>::transposed_gradients(of_grads, k, grads.get() + k * row_step + n, row_step, grad_step);
       }
     });
     const int64_t rows = columns_of(out_channels), columns = columns_of(in_channels), blocks = out_channels / rows;
@@ -446,7 +585,7 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
         const int64_t tap = n / blocks, k = n % blocks * rows;
         for (int64_t c = 0; c < in_channels; c += columns)
           product(rows, columns, groups * kLane, grads.get() + tap * grad_step + k * row_step, row_step,
-                  inputs.get() + tap * input_step + c * rows_together<P>, in_channels,
+                  inputs.get() + tap * input_step + c * kTogether, in_channels,
                   sums.get() + tap * sum_step + k * in_channels + c, in_channels, first > 0);
       }
     });
@@ -456,16 +595,16 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
     for (int64_t k = begin; k < end; ++k) {
       T* places[9];
       for (int64_t i = 0; i < 9; ++i) places[i] = out + (k * 9 + i) * in_channels;
-      weight_gradient_tile(sums.get() + k * in_channels, sum_step, places, in_channels);
+      Kernels<T, P>::weight_gradient_tile(sums.get() + k * in_channels, sum_step, places, in_channels);
     }
   });
 }
 
 // Whether bf16 is the faster type to multiply in, and oneDNN as it is set up does it.
 bool multiplies_bf16() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef MENTEE_AVX512_BF16
   static const bool does = [] {
-    if (!__builtin_cpu_supports("avx512bf16")) return false;
+    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return false;
     const std::vector<bf16> ones(2 * kLane, bf16{0x3f80});
     std::vector<float> sums(kLane);
     try {
@@ -500,7 +639,9 @@ void with_types(const Tensor& t, F&& body) {
   float* const f32 = nullptr;
   bf16* const half = nullptr;
   if (t.scalar_type() != at::kBFloat16) return body(f32, f32);
+#ifdef MENTEE_AVX512_BF16
   if (multiplies_bf16()) return body(half, half);
+#endif
   body(half, f32);
 }
 
