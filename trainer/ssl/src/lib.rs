@@ -5,6 +5,7 @@
 //! [V·N, C, H, W] with view 1 in the first N rows, channels-last in memory.
 
 pub mod encoder;
+pub mod gradients;
 pub mod head;
 pub mod layers;
 pub mod loss;

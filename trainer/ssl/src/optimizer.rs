@@ -5,7 +5,8 @@ use mentee_torch_ext as ext;
 use tch::{Device, Tensor};
 
 use crate::SslError;
-use crate::params::{Gradients, Layout, Place, Role, Weights};
+use crate::gradients::Gradients;
+use crate::params::{Layout, Place, Role, Weights};
 use crate::schedule::Rates;
 
 /// AdamW's guard against division by zero: PyTorch's default.

@@ -13,13 +13,13 @@
 //! The teacher has no predictor; its two parts are copies of the student's first and third.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use mentee_torch_ext as ext;
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::SslError;
+use crate::gradients::{Gradients, lock};
 use crate::normal::quantile;
 
 /// Elements to which every parameter's place is rounded up: 64 bytes of f32.
@@ -72,7 +72,7 @@ pub struct Declaration {
 
 /// Index of a parameter among the declarations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ParamId(usize);
+pub struct ParamId(pub(crate) usize);
 
 /// Index of a batch-norm layer among the declarations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,6 +166,11 @@ impl Layout {
             .filter(|(_, place)| !place.declaration.frozen)
     }
 
+    /// How many parameters were declared: the student has all of them.
+    pub(crate) fn declared(&self) -> usize {
+        self.places.len()
+    }
+
     /// How many numbers are trained.
     pub fn num_parameters(&self) -> i64 {
         self.params().map(|place| place.range.end - place.range.start).sum()
@@ -191,7 +196,7 @@ pub struct Weights {
     /// All parameters, f32 or f64.
     pub master: Tensor,
     /// The convolution and linear parameters rounded to bf16, when computing in bf16.
-    compute: Option<Tensor>,
+    pub(crate) compute: Option<Tensor>,
     leaves: Vec<Option<Tensor>>,
 }
 
@@ -296,7 +301,7 @@ impl Weights {
     /// teacher ← tau·teacher + (1 − tau)·student.
     pub fn mix(&mut self, student: &Weights, tau: f64) -> Result<(), SslError> {
         for (to, from) in self.layout.shared.clone().iter().zip(&student.layout.shared) {
-            let (master, rounded) = self.updated(&to);
+            let (master, rounded) = self.updated(to);
             ext::ema(master, &student.master, rounded, to.start, from.start, to.end - to.start, tau)?;
         }
         Ok(())
@@ -306,125 +311,6 @@ impl Weights {
 /// A parameter's place in any buffer that has its layout.
 pub fn view(buffer: &Tensor, place: &Place) -> Result<Tensor, SslError> {
     Ok(ext::leaf(buffer, place.range.start, &place.declaration.shape, false)?)
-}
-
-/// The student's gradients: one flat buffer of the master type, which is what ranks all-reduce.
-///
-/// A parameter's gradient moves there as soon as a backward pass has completed it: of the first part of a step it replaces what
-/// is there, of later parts it is added. What is computed in bf16 is added up in the buffer's type: bf16 has eight bits, in which
-/// a sum of many parts would lose the later ones.
-#[derive(Debug)]
-pub struct Gradients {
-    /// All gradients, in the student's layout.
-    pub flat: Tensor,
-    arrivals: Arc<Arrivals>,
-}
-
-impl Gradients {
-    /// Zeros.
-    pub fn new(layout: &Layout, kinds: Kinds) -> Result<Self, SslError> {
-        Ok(Self {
-            flat: Tensor::f_zeros([layout.len], (kinds.master, kinds.device))?,
-            arrivals: Arc::new(Arrivals::of(layout)),
-        })
-    }
-
-    /// Before the first backward pass of a step.
-    pub fn begin(&mut self) {
-        self.arrivals.holds.iter().for_each(|holds| holds.store(false, Ordering::Relaxed));
-        self.arrivals.finite.store(true, Ordering::Relaxed);
-    }
-
-    /// After the last backward pass of a step: what the loss does not depend on has a gradient of zero. (Of a pass that a device
-    /// replays nothing is heard: it writes what it wrote when it was recorded.)
-    pub fn complete(&mut self, layout: &Layout) -> Result<(), SslError> {
-        let holds = |index: usize| self.arrivals.holds[index].load(Ordering::Relaxed);
-        if layout.trained().any(|(index, _)| holds(index)) {
-            for (_, place) in layout.trained().filter(|(index, _)| !holds(*index)) {
-                let _ = view(&self.flat, place)?.f_zero_()?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Calls `ready` with a parameter's index among the declarations when a backward pass has brought its gradient, on the
-    /// thread that runs the pass.
-    pub fn on_arrival(&self, ready: Box<dyn Fn(usize) + Send + Sync>) {
-        *lock(&self.arrivals.ready) = Some(Ready(ready));
-    }
-
-    /// Whether all that backward passes have brought in this step was finite; on devices nobody looks.
-    pub fn were_finite(&self) -> bool {
-        self.arrivals.finite.load(Ordering::Relaxed)
-    }
-
-    /// The parameter's next gradient will not be a number: for tests of what follows.
-    pub fn spoil(&self, parameter: usize) {
-        self.arrivals.spoilt.store(parameter, Ordering::Relaxed);
-    }
-
-    /// Why the last backward pass failed, if it did so here.
-    pub(crate) fn failure(&self) -> Option<SslError> {
-        lock(&self.arrivals.failure).take()
-    }
-}
-
-/// What backward passes have brought of a step's gradients.
-#[derive(Debug)]
-struct Arrivals {
-    /// Of every declaration, whether the buffer holds a part of this step's gradient.
-    holds: Vec<AtomicBool>,
-    finite: AtomicBool,
-    /// A declaration whose next gradient is to be spoilt.
-    spoilt: AtomicUsize,
-    ready: Mutex<Option<Ready>>,
-    failure: Mutex<Option<SslError>>,
-}
-
-struct Ready(Box<dyn Fn(usize) + Send + Sync>);
-
-impl std::fmt::Debug for Ready {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Ready")
-    }
-}
-
-impl Arrivals {
-    const NONE: usize = usize::MAX;
-
-    fn of(layout: &Layout) -> Self {
-        Self {
-            holds: layout.places.iter().map(|_| AtomicBool::new(false)).collect(),
-            finite: AtomicBool::new(true),
-            spoilt: AtomicUsize::new(Self::NONE),
-            ready: Mutex::default(),
-            failure: Mutex::default(),
-        }
-    }
-
-    /// Moves one gradient to its place; `false` when that failed.
-    fn take(&self, index: usize, gradient: &Tensor, to: &mut Tensor) -> bool {
-        if self.spoilt.load(Ordering::Relaxed) == index {
-            self.spoilt.store(Self::NONE, Ordering::Relaxed);
-            let _ = gradient.shallow_clone().fill_(f64::NAN);
-        }
-        let adds = self.holds[index].swap(true, Ordering::Relaxed);
-        match ext::gather(gradient, to, adds) {
-            Ok(finite) => _ = self.finite.fetch_and(finite, Ordering::Relaxed),
-            Err(error) => {
-                lock(&self.failure).get_or_insert(error.into());
-                return false;
-            }
-        }
-        if let Some(Ready(ready)) = &*lock(&self.ready) {
-            ready(index);
-        }
-        true
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Running statistics of every batch-norm layer of one network; apart from the parameters, because they change

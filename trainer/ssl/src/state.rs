@@ -6,10 +6,11 @@ use std::sync::Arc;
 use mentee_config::recipe::{NormStatistics, Precision, Recipe, Teacher as TeacherKind};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::gradients::Gradients;
 use crate::layers::{Gather, Pass, Reduce};
 use crate::method::{Method, StepLoss};
 use crate::optimizer::Optimizer;
-use crate::params::{Declarations, Gradients, Kinds, Layout, Stats, Weights, view};
+use crate::params::{Declarations, Kinds, Layout, Stats, Weights, view};
 use crate::schedule::Rates;
 use crate::{SslError, method};
 

@@ -23,7 +23,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use mentee_collectives::{Buffer, CollectiveError, Collectives};
-use mentee_ssl::params::{Gradients, Layout};
+use mentee_ssl::gradients::Gradients;
+use mentee_ssl::params::Layout;
 use mentee_ssl::{SslError, State};
 use mentee_torch_ext::{FlatSlice, SharedFlat, over_memory};
 use tch::{Device, Tensor};
