@@ -267,7 +267,8 @@ void sum_weight_gradient(const Tensor& x, const Tensor& dy, Tensor& dweight) {
 bool multiplies_bf16() {
 #ifdef MENTEE_AVX512_BF16
   static const bool does = [] {
-    if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl")) return false;
+    for (const bool has : {__builtin_cpu_supports("avx512bf16"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512vl")})
+      if (!has) return false;
     const std::vector<bf16> ones(2 * kLane, bf16{0x3f80});
     std::vector<float> sums(kLane);
     try {

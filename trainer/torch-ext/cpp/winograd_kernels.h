@@ -8,6 +8,9 @@
 
 namespace mentee::winograd::kernels {
 
+// For what a kernel hands on: outside of it there are only the oldest processor's instructions.
+#define MENTEE_INLINED __attribute__((always_inline))
+
 constexpr int64_t kTaps = 16;
 // Side of the squares that are transposed at a time.
 constexpr int64_t kLane = 16;
@@ -238,16 +241,16 @@ struct Kernels;
   MENTEE_MULTIVERSION void transpose(const T* in, int64_t in_step, float* out, int64_t step) {                                  \
     Lane a[kLane];                                                                                                              \
     for (int64_t i = 0; i < kLane; ++i) a[i] = load_lane(in + in_step * i);                                                     \
-    transpose_square(a, [&](int64_t i, const Lane& lane) { store_lane(out + i * step, lane); });                                \
+    transpose_square(a, [&](int64_t i, const Lane& lane) MENTEE_INLINED { store_lane(out + i * step, lane); });                 \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void transposed_gradients(const T* const (*places)[4], int64_t channel, float* out, int64_t step,         \
                                                 int64_t tap_step) {                                                             \
-    gradient_rows(places, channel, [&](int row, const Lane* left, const Lane* right) {                                          \
+    gradient_rows(places, channel, [&](int row, const Lane* left, const Lane* right) MENTEE_INLINED {                           \
       _Pragma("GCC unroll 4") for (int j = 0; j < 4; ++j) {                                                                     \
         float* to = out + (4 * row + j) * tap_step;                                                                             \
         Lane a[kLane];                                                                                                          \
         for (int64_t n = 0; n < kLane; ++n) along(j, left[n], right[n], a[n]);                                                  \
-        transpose_square(a, [&](int64_t i, const Lane& lane) { store_lane(to + i * step, lane); });                             \
+        transpose_square(a, [&](int64_t i, const Lane& lane) MENTEE_INLINED { store_lane(to + i * step, lane); });              \
       }                                                                                                                         \
     });                                                                                                                         \
   }
@@ -337,7 +340,7 @@ struct Kernels<bf16, bf16> {
           Lane a[kLane];
           std::memcpy(a, taps[t], sizeof(a));
           bf16* to = out + t * step + c * rows + 2 * r;
-          transpose_square(a, [&](int64_t i, const Lane& lane) { std::memcpy(to + 2 * i * rows, &lane, sizeof(Lane)); });
+          transpose_square(a, [&](int64_t i, const Lane& lane) MENTEE_INLINED { std::memcpy(to + 2 * i * rows, &lane, sizeof(Lane)); });
         }
       }
   }
@@ -347,7 +350,7 @@ struct Kernels<bf16, bf16> {
   // Two tiles are one word; squares hold two taps.
   MENTEE_NATIVE void transposed_gradients(const bf16* const (*places)[4], int64_t channel, bf16* out, int64_t step, int64_t tap_step) {
     constexpr int64_t kHalf = kLane / 2;
-    gradient_rows(places, channel, [&](int row, const Lane* left, const Lane* right) {
+    gradient_rows(places, channel, [&](int row, const Lane* left, const Lane* right) MENTEE_INLINED {
 #pragma GCC unroll 2
       for (int j = 0; j < 4; j += 2) {
         Lane a[kLane];
@@ -359,7 +362,7 @@ struct Kernels<bf16, bf16> {
           a[n] = Native::pair(first, second);
         }
         bf16* to = out + (4 * row + j) * tap_step;
-        transpose_square(a, [&](int64_t i, const Lane& lane) {
+        transpose_square(a, [&](int64_t i, const Lane& lane) MENTEE_INLINED {
           std::memcpy(to + i * step, &lane, sizeof(Lane) / 2);
           std::memcpy(to + tap_step + i * step, reinterpret_cast<const char*>(&lane) + sizeof(Lane) / 2, sizeof(Lane) / 2);
         });
