@@ -131,6 +131,13 @@ T* range(const Tensor& flat, int64_t begin, int64_t len) {
   return static_cast<T*>(flat.unsafeGetTensorImpl()->mutable_data()) + begin;
 }
 
+// Whether the values of two tensors of one shape lie in memory in the same order, without gaps.
+bool lie_alike(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) > 1 && a.stride(d) != b.stride(d)) return false;
+  return a.is_non_overlapping_and_dense() && b.is_non_overlapping_and_dense();
+}
+
 // The same range of what is rounded, where there is any.
 bf16* rounded_range(const Tensor* rounded, int64_t begin, int64_t len) {
   if (!rounded) return nullptr;
@@ -181,13 +188,12 @@ extern "C" {
 int mentee_gather(const Tensor* gradient, Tensor* to, int adds, int* finite) {
   return mentee::guarded([&] {
     *finite = 1;
-    const bool alike = gradient->strides() == to->strides() && gradient->is_non_overlapping_and_dense();
     TORCH_CHECK(gradient->sizes() == to->sizes(), "a gradient of ", gradient->sizes(), " for ", to->sizes());
     if (to->is_cuda()) {
       adds ? to->add_(*gradient) : to->copy_(*gradient);
       return;
     }
-    const Tensor from = alike ? *gradient : at::empty_like(*to, gradient->scalar_type()).copy_(*gradient);
+    const Tensor from = lie_alike(*gradient, *to) ? *gradient : at::empty_like(*to, gradient->scalar_type()).copy_(*gradient);
     const int64_t n = from.numel();
     std::atomic<bool> all{true};
     const auto take = [&](auto* out, const auto* g) {

@@ -65,8 +65,9 @@ fn by_tiles(x: &Tensor, weight: &Tensor) -> [Tensor; 3] {
     both_ways(|x, weight| conv2d(x, weight, 1, 1).expect("a convolution"), x, weight)
 }
 
-/// Batch, channels from and to, height, width. Tiles want multiples of 32 channels; the last has fewer, and goes the direct way.
-const SHAPES: [[i64; 5]; 8] = [
+/// Batch, channels from and to, height, width. Tiles want multiples of 32 channels; the last has fewer, and goes the direct way. The
+/// last but one has more tiles than weights' gradients are summed over at once.
+const SHAPES: [[i64; 5]; 9] = [
     [3, 64, 64, 8, 8],
     [2, 64, 128, 7, 5],
     [1, 192, 64, 1, 2],
@@ -74,6 +75,7 @@ const SHAPES: [[i64; 5]; 8] = [
     [5, 32, 32, 16, 16],
     [2, 32, 64, 4, 7],
     [2, 128, 96, 5, 3],
+    [24, 64, 32, 31, 31],
     [2, 48, 64, 6, 6],
 ];
 
@@ -131,21 +133,23 @@ fn a_bf16_convolution_by_tiles_rounds_twice_at_most() {
 #[test]
 fn a_convolution_by_tiles_is_the_same_on_any_number_of_threads_and_for_any_part_of_a_batch() {
     for kind in [Kind::Float, Kind::BFloat16] {
-        let operands = || operands([24, 64, 128, 10, 10], kind);
-        let before = tch::get_num_threads();
-        let on = |threads: i32| {
-            tch::set_num_threads(threads);
+        for shape in [[24, 64, 128, 10, 10], [24, 64, 32, 31, 31]] {
+            let operands = || operands(shape, kind);
+            let before = tch::get_num_threads();
+            let on = |threads: i32| {
+                tch::set_num_threads(threads);
+                let (x, weight) = operands();
+                by_tiles(&x, &weight)
+            };
+            let (one, three) = (on(1), on(3));
+            tch::set_num_threads(before);
+            for (a, b) in one.iter().zip(&three) {
+                assert!(a.equal(b), "{kind:?}");
+            }
             let (x, weight) = operands();
-            by_tiles(&x, &weight)
-        };
-        let (one, three) = (on(1), on(3));
-        tch::set_num_threads(before);
-        for (a, b) in one.iter().zip(&three) {
-            assert!(a.equal(b), "{kind:?}");
+            let part = conv2d(&x.detach().narrow(0, 5, 7), &weight.detach(), 1, 1).expect("a convolution");
+            assert!(part.equal(&one[0].narrow(0, 5, 7)), "{kind:?}");
         }
-        let (x, weight) = operands();
-        let part = conv2d(&x.detach().narrow(0, 5, 7), &weight.detach(), 1, 1).expect("a convolution");
-        assert!(part.equal(&one[0].narrow(0, 5, 7)), "{kind:?}");
     }
 }
 
