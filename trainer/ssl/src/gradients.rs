@@ -59,7 +59,7 @@ impl Gradients {
         self.arrivals.finite.load(Ordering::Relaxed)
     }
 
-    /// The parameter's next gradient will not be a number: for tests of what follows.
+    /// The parameter's next gradient will not be a number: for tests of what follows. (Not of a pass that a device replays.)
     pub fn spoil(&self, parameter: usize) {
         self.arrivals.spoilt.store(parameter, Ordering::Relaxed);
     }
