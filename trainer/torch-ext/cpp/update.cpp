@@ -70,14 +70,14 @@ MENTEE_INLINE void norms_body(const T* __restrict__ p, const T* __restrict__ g, 
   }
 }
 
-// Whether all of g is finite; to <- g, or to + g.
+// to <- g, or to + g; whether all of it is finite then.
 template <typename T, typename G>
 MENTEE_INLINE bool gather_body(T* __restrict__ to, const G* __restrict__ g, int64_t n, bool adds) {
   bool bad = false;
   for (int64_t i = 0; i < n; ++i) {
-    const T x = mentee::load(g + i);
-    bad |= x - x != 0;
-    to[i] = adds ? to[i] + x : x;
+    const T x = mentee::load(g + i), held = adds ? to[i] + x : x;
+    bad |= held - held != 0;
+    to[i] = held;
   }
   return !bad;
 }
@@ -184,7 +184,7 @@ std::pair<double, double> norms_of(const T* p, const T* g, int64_t n, double wd)
 
 extern "C" {
 
-// to <- gradient, or to + gradient; both of one shape. `finite`: whether all of it was; 1 on devices, where nobody looks.
+// to <- gradient, or to + gradient; both of one shape. `finite`: whether all of it is then; 1 on devices, where nobody looks.
 int mentee_gather(const Tensor* gradient, Tensor* to, int adds, int* finite) {
   return mentee::guarded([&] {
     *finite = 1;

@@ -84,54 +84,51 @@ struct Native {
 // T is what a tensor holds, P what a product multiplies. All of these work on `channels` values side by side, and tap t of a
 // result lies at out + t * step.
 
-// B' d B
-template <typename W, typename T, typename V = typename W::Value>
-MENTEE_INLINE void transform_input(const T* const* d, int64_t c, V* out) {
-  V t[16];
-  for (int j = 0; j < 4; ++j) {
-    const V a = W::get(d[j] + c), b = W::get(d[4 + j] + c), e = W::get(d[8 + j] + c), f = W::get(d[12 + j] + c);
-    t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
+// B' d B of sixteen places
+struct OfInput {
+  static constexpr int64_t kPlaces = 16;
+
+  template <typename W, typename T, typename V = typename W::Value>
+  static MENTEE_INLINE void transform(const T* const* d, int64_t c, V* out) {
+    V t[16];
+    for (int j = 0; j < 4; ++j) {
+      const V a = W::get(d[j] + c), b = W::get(d[4 + j] + c), e = W::get(d[8 + j] + c), f = W::get(d[12 + j] + c);
+      t[j] = a - e, t[4 + j] = b + e, t[8 + j] = e - b, t[12 + j] = b - f;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const V a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
+      out[4 * i] = a - e, out[4 * i + 1] = b + e, out[4 * i + 2] = e - b, out[4 * i + 3] = b - f;
+    }
   }
-  for (int i = 0; i < 4; ++i) {
-    const V a = t[4 * i], b = t[4 * i + 1], e = t[4 * i + 2], f = t[4 * i + 3];
-    out[4 * i] = a - e, out[4 * i + 1] = b + e, out[4 * i + 2] = e - b, out[4 * i + 3] = b - f;
-  }
-}
+};
 
 // G g G' of nine places
-template <typename W, typename T, typename V = typename W::Value>
-MENTEE_INLINE void transform_weight(const T* const* g, int64_t c, V* out) {
-  V t[12];
-  for (int j = 0; j < 3; ++j) {
-    const V a = W::get(g[j] + c), b = 0.5f * W::get(g[3 + j] + c), e = W::get(g[6 + j] + c), half = 0.5f * (a + e);
-    t[j] = a, t[3 + j] = half + b, t[6 + j] = half - b, t[9 + j] = e;
-  }
-  for (int i = 0; i < 4; ++i) {
-    const V a = t[3 * i], b = 0.5f * t[3 * i + 1], e = t[3 * i + 2], half = 0.5f * (a + e);
-    out[4 * i] = a, out[4 * i + 1] = half + b, out[4 * i + 2] = half - b, out[4 * i + 3] = e;
-  }
-}
+struct OfWeight {
+  static constexpr int64_t kPlaces = 9;
 
-template <typename W, typename T, typename P>
-MENTEE_INLINE void input_tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
-  const T* d[16];
-  std::copy_n(places, 16, d);
+  template <typename W, typename T, typename V = typename W::Value>
+  static MENTEE_INLINE void transform(const T* const* g, int64_t c, V* out) {
+    V t[12];
+    for (int j = 0; j < 3; ++j) {
+      const V a = W::get(g[j] + c), b = 0.5f * W::get(g[3 + j] + c), e = W::get(g[6 + j] + c), half = 0.5f * (a + e);
+      t[j] = a, t[3 + j] = half + b, t[6 + j] = half - b, t[9 + j] = e;
+    }
+    for (int i = 0; i < 4; ++i) {
+      const V a = t[3 * i], b = 0.5f * t[3 * i + 1], e = t[3 * i + 2], half = 0.5f * (a + e);
+      out[4 * i] = a, out[4 * i + 1] = half + b, out[4 * i + 2] = half - b, out[4 * i + 3] = e;
+    }
+  }
+};
+
+// All taps of one tile.
+template <typename Of, typename W, typename T, typename P>
+MENTEE_INLINE void tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
+  const T* own[Of::kPlaces];
+  std::copy_n(places, Of::kPlaces, own);
 #pragma GCC ivdep
   for (int64_t c = 0; c < channels; c += W::kWide) {
-    typename W::Value taps[16];
-    transform_input<W>(d, c, taps);
-    for (int t = 0; t < kTaps; ++t) W::put(out + t * step + c, taps[t]);
-  }
-}
-
-template <typename W, typename T, typename P>
-MENTEE_INLINE void weight_tile_of(const T* const* places, P* __restrict__ out, int64_t step, int64_t channels) {
-  const T* g[9];
-  std::copy_n(places, 9, g);
-#pragma GCC ivdep
-  for (int64_t c = 0; c < channels; c += W::kWide) {
-    typename W::Value taps[16];
-    transform_weight<W>(g, c, taps);
+    typename W::Value taps[kTaps];
+    Of::template transform<W>(own, c, taps);
     for (int t = 0; t < kTaps; ++t) W::put(out + t * step + c, taps[t]);
   }
 }
@@ -227,13 +224,13 @@ struct Kernels;
 
 #define MENTEE_KERNELS(T)                                                                                                       \
   MENTEE_MULTIVERSION void input_tile(const T* const* places, float* out, int64_t step, int64_t channels) {                     \
-    input_tile_of<Plain>(places, out, step, channels);                                                                          \
+    tile_of<OfInput, Plain>(places, out, step, channels);                                                                       \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void output_tile(const float* m, int64_t step, T* const* places, int64_t channels) {                      \
     output_tile_of<Plain>(m, step, places, channels);                                                                           \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void weight_tile(const T* const* places, float* out, int64_t step, int64_t channels) {                    \
-    weight_tile_of<Plain>(places, out, step, channels);                                                                         \
+    tile_of<OfWeight, Plain>(places, out, step, channels);                                                                      \
   }                                                                                                                             \
   MENTEE_MULTIVERSION void weight_gradient_tile(const float* u, int64_t step, T* const* places, int64_t channels) {             \
     weight_gradient_tile_of<Plain>(u, step, places, channels);                                                                  \
@@ -303,26 +300,16 @@ struct Kernels<bf16, bf16> {
   static constexpr int64_t kRows = 2;
 
   MENTEE_NATIVE void input_tile(const bf16* const* places, bf16* out, int64_t step, int64_t channels) {
-    input_tile_of<Native>(places, out, step, channels);
+    tile_of<OfInput, Native>(places, out, step, channels);
   }
   MENTEE_NATIVE void output_tile(const float* m, int64_t step, bf16* const* places, int64_t channels) {
     output_tile_of<Native>(m, step, places, channels);
   }
   MENTEE_NATIVE void input_rows(const bf16* const (*places)[16], bf16* out, int64_t step, int64_t channels) {
-    for (int64_t c = 0; c < channels; c += kLane) {
-      Lane first[16], second[16];
-      transform_input<Native>(places[0], c, first);
-      transform_input<Native>(places[1], c, second);
-      for (int t = 0; t < kTaps; ++t) put_pair(out + t * step + 2 * c, first[t], second[t]);
-    }
+    two_tiles_of<OfInput>(places, out, step, channels);
   }
   MENTEE_NATIVE void weight_rows(const bf16* const (*places)[9], bf16* out, int64_t step, int64_t channels) {
-    for (int64_t c = 0; c < channels; c += kLane) {
-      Lane first[16], second[16];
-      transform_weight<Native>(places[0], c, first);
-      transform_weight<Native>(places[1], c, second);
-      for (int t = 0; t < kTaps; ++t) put_pair(out + t * step + 2 * c, first[t], second[t]);
-    }
+    two_tiles_of<OfWeight>(places, out, step, channels);
   }
   // As above. Two channels are one word, which is turned whole.
   MENTEE_NATIVE void turned_weights(const bf16* weight, int64_t weight_step, int64_t rows, int64_t channels, bf16* out, int64_t step,
@@ -334,7 +321,7 @@ struct Kernels<bf16, bf16> {
         for (int64_t n = 0; n < kLane; ++n) {
           const bf16* places[9];
           for (int64_t i = 0; i < 9; ++i) places[i] = weight + (r + n) * weight_step + i * weight_step / 9 + c;
-          weight_tile_of<Native>(places, taps[0][n], kLane * kChannels, kChannels);
+          tile_of<OfWeight, Native>(places, taps[0][n], kLane * kChannels, kChannels);
         }
         for (int64_t t = 0; t < kTaps; ++t) {
           Lane a[kLane];
@@ -371,9 +358,17 @@ struct Kernels<bf16, bf16> {
   }
 
  private:
-  static MENTEE_INLINE void put_pair(bf16* to, const Lane& first, const Lane& second) {
-    const Lane words = Native::pair(first, second);
-    std::memcpy(to, &words, sizeof(Lane));
+  template <typename Of>
+  static MENTEE_INLINE void two_tiles_of(const bf16* const (*places)[Of::kPlaces], bf16* out, int64_t step, int64_t channels) {
+    for (int64_t c = 0; c < channels; c += kLane) {
+      Lane first[kTaps], second[kTaps];
+      Of::template transform<Native>(places[0], c, first);
+      Of::template transform<Native>(places[1], c, second);
+      for (int t = 0; t < kTaps; ++t) {
+        const Lane words = Native::pair(first[t], second[t]);
+        std::memcpy(out + t * step + 2 * c, &words, sizeof(Lane));
+      }
+    }
   }
 };
 #endif

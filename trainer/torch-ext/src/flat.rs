@@ -53,7 +53,7 @@ pub fn leaf(flat: &Tensor, offset: i64, shape: &[i64], requires_grad: bool) -> R
     }
 }
 
-/// to ← gradient, or to + gradient when it `adds`, of the same shape: bf16 is widened. Whether all of it was finite; on devices
+/// to ← gradient, or to + gradient when it `adds`, of the same shape: bf16 is widened. Whether all of it is finite then; on devices
 /// nobody looks.
 pub fn gather(gradient: &Tensor, to: &mut Tensor, adds: bool) -> Result<bool, TorchError> {
     let mut finite = 1;
