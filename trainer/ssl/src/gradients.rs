@@ -31,19 +31,17 @@ impl Gradients {
     }
 
     /// Before the first backward pass of a step.
-    pub fn begin(&mut self) {
+    pub(crate) fn begin(&self) {
         self.arrivals.holds.iter().for_each(|holds| holds.store(false, Ordering::Relaxed));
         self.arrivals.finite.store(true, Ordering::Relaxed);
     }
 
     /// After the last backward pass of a step: what the loss does not depend on has a gradient of zero. (Of a pass that a device
-    /// replays nothing is heard: it writes what it wrote when it was recorded.)
+    /// replays nothing is heard: it brings what it brought when it was recorded.)
     pub fn complete(&mut self, layout: &Layout) -> Result<(), SslError> {
         let holds = |index: usize| self.arrivals.holds[index].load(Ordering::Relaxed);
-        if layout.trained().any(|(index, _)| holds(index)) {
-            for (_, place) in layout.trained().filter(|(index, _)| !holds(*index)) {
-                let _ = view(&self.flat, place)?.f_zero_()?;
-            }
+        for (_, place) in layout.trained().filter(|(index, _)| !holds(*index)) {
+            let _ = view(&self.flat, place)?.f_zero_()?;
         }
         Ok(())
     }
@@ -206,7 +204,6 @@ mod tests {
         let sum = |id| gradient(&weights, &gradients, id).abs().sum(Kind::Double).double_value(&[]);
         assert_eq!((sum(conv), sum(linear), sum(norm)), (2.0 * 276.0, 0.0, 0.0));
         // Nothing is heard of a pass that a device replays: what it wrote stays.
-        gradients.begin();
         gradients.complete(&weights.layout).unwrap();
         assert_eq!(gradient(&weights, &gradients, conv).sum(Kind::Double).double_value(&[]), 2.0 * 276.0);
     }

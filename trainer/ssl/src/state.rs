@@ -133,8 +133,12 @@ impl State {
         Ok(out)
     }
 
-    /// Brings the gradients of this rank's share of the loss to `gradients`, which tell when each is complete.
-    pub fn backward(&mut self, loss: &Tensor) -> Result<(), SslError> {
+    /// Brings the gradients of this rank's share of the loss to `gradients`, which tell when each is complete. Those of a step's
+    /// first part, 0, replace what is there; those of later parts are added.
+    pub fn backward(&mut self, loss: &Tensor, part: usize) -> Result<(), SslError> {
+        if part == 0 {
+            self.gradients.begin();
+        }
         loss.f_backward().map_err(|error| self.gradients.failure().unwrap_or_else(|| error.into()))
     }
 

@@ -318,7 +318,7 @@ impl Rig {
         let at_step = |source| WorkerError::Step { step: n, source };
         let rates = self.schedule.at(n);
         let start = Instant::now();
-        reducer.begin(&mut state.gradients, None);
+        reducer.begin(&state.gradients, None);
         if self.overlap {
             reducer.last_pass();
         }
@@ -327,7 +327,7 @@ impl Rig {
             let out = state.loss(&**method, views, batch, statistics, stat_reduce.as_ref())?;
             wait()?;
             forward = start.elapsed();
-            state.backward(&out.loss)?;
+            state.backward(&out.loss, 0)?;
             Ok(out)
         })?;
         wait()?;

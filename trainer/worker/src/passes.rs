@@ -198,6 +198,32 @@ mod tests {
     }
 
     #[test]
+    fn a_pass_that_cannot_be_recorded_leaves_its_gradient_once() {
+        let small = ["model.backbone=resnet20", "views.size=8", "schedule.global_batch=2"].map(str::to_owned);
+        let recipe = mentee_config::Recipe::load("demo", &small).unwrap();
+        let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
+        let layout = state.student.weights.layout.clone();
+        let mut passes = Passes::by(Fake { refuses: true, ..Fake::default() });
+        let views = Tensor::arange(4 * 3 * 64, (Kind::Float, Device::Cpu)).sin().reshape([4, 3, 8, 8]);
+        let mut gradient = || {
+            let out = passes.run(&views, |views| -> Result<_, SslError> {
+                let statistics = recipe.parallel.norm_statistics;
+                let out = state.loss(&*method, views, 2, statistics, None)?;
+                state.backward(&out.loss, 0)?;
+                Ok(out)
+            });
+            out.unwrap();
+            state.gradients.complete(&layout).unwrap();
+            state.gradients.flat.copy()
+        };
+        let usual = gradient();
+        let after_failure = (1..=WARM_UP).map(|_| gradient()).last().unwrap();
+        assert!(passes.recording.is_none());
+        assert!(usual.norm().double_value(&[]) > 0.0);
+        assert_eq!(usual, after_failure);
+    }
+
+    #[test]
     fn what_cannot_be_recorded_is_done_one_by_one() {
         let mut passes = Passes::by(Fake { refuses: true, ..Fake::default() });
         for step in 0..WARM_UP + 3 {

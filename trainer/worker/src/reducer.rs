@@ -226,7 +226,7 @@ impl GradientReducer {
     }
 
     /// Before the first backward pass of a step. `fault` goes wrong in this step.
-    pub fn begin(&mut self, gradients: &mut Gradients, fault: Option<GradientFault>) {
+    pub fn begin(&mut self, gradients: &Gradients, fault: Option<GradientFault>) {
         let mut round = lock(&self.round);
         round.begin();
         let last = round.buckets.len() - 1;
@@ -235,7 +235,6 @@ impl GradientReducer {
             fault => fault,
         };
         round.fault = fault;
-        gradients.begin();
         if fault == Some(GradientFault::Nan) {
             round.buckets[0].parameters.last().into_iter().for_each(|&parameter| gradients.spoil(parameter));
         }
@@ -284,10 +283,10 @@ impl GradientReducer {
 
     /// Whether this rank's own gradient of the last step was finite before it was summed.
     pub fn own_was_finite(&self, gradients: &Gradients) -> bool {
-        // Asked for only when the sum is not.
+        // Asked for only when the sum is not. On a device without others nobody has looked: it is the sum.
         match &lock(&self.round).device {
             Some(lane) => lane.was_finite().unwrap_or(false),
-            None => gradients.were_finite(),
+            None => gradients.were_finite() && !gradients.flat.device().is_cuda(),
         }
     }
 }

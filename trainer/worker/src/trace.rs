@@ -132,12 +132,12 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         )?;
         write(&folder.join("before.safetensors"), state.tensors()?)?;
 
-        reducer.begin(&mut state.gradients, None);
+        reducer.begin(&state.gradients, None);
         reducer.last_pass();
         let out = state
             .loss(&*method, &views, global_batch, recipe.parallel.norm_statistics, None)
             .map_err(at_step)?;
-        state.backward(&out.loss).map_err(at_step)?;
+        state.backward(&out.loss, 0).map_err(at_step)?;
         reducer.finish(&mut state, step)?;
         let layout = state.student.weights.layout.clone();
         let gradients: Vec<(String, Tensor)> = layout

@@ -55,7 +55,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
         }
 
-        run.reducer.begin(&mut run.state.gradients, run.faults.of_gradient(step));
+        run.reducer.begin(&run.state.gradients, run.faults.of_gradient(step));
         let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
         let mut parts = Vec::with_capacity(micro_batches.len());
         for (n, views) in micro_batches.iter().enumerate() {
@@ -68,7 +68,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
                 if n + 1 == micro_batches.len() {
                     run.reducer.last_pass(); // from here on, gradients are summed over ranks as they are completed
                 }
-                state.backward(&part.loss)?;
+                state.backward(&part.loss, n)?;
                 Ok(part)
             });
             parts.push(part.map_err(at_step)?);
