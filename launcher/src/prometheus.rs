@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
 
 use crate::failure::Failure;
 use crate::interface;
@@ -21,6 +22,8 @@ use crate::status::{Rank, State, Status};
 const MAX_HEAD: usize = 8 * 1024;
 /// A scraper that does not get on in this time is dropped.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// More connections than these wait in the system's queue: a port scan takes no descriptors from the run.
+const AT_ONCE: usize = 32;
 
 /// What is exported; its owner replaces it.
 #[derive(Debug, Clone)]
@@ -68,22 +71,25 @@ pub async fn serve(address: SocketAddr, status: &Status) -> Result<(SocketAddr, 
     let listener = TcpListener::bind(address).await.map_err(cannot)?;
     let at = listener.local_addr().map_err(cannot)?;
     let exported = Exported(Arc::new(Mutex::new(status.clone())));
-    let shared = exported.clone();
-    tokio::spawn(async move {
-        loop {
-            match listener.accept().await {
-                Ok((peer, _)) => {
-                    let answer = answer(peer, shared.clone());
-                    tokio::spawn(async move {
-                        let _ = tokio::time::timeout(PATIENCE, answer).await;
-                    });
-                }
-                // No descriptor left, or a peer that went at once: nothing to do but to wait.
-                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-            }
-        }
-    });
+    tokio::spawn(answer_all(listener, exported.clone(), PATIENCE));
     Ok((at, exported))
+}
+
+async fn answer_all(listener: TcpListener, exported: Exported, patience: Duration) {
+    let places = Arc::new(Semaphore::new(AT_ONCE));
+    while let Ok(place) = places.clone().acquire_owned().await {
+        match listener.accept().await {
+            Ok((peer, _)) => {
+                let answer = answer(peer, exported.clone());
+                tokio::spawn(async move {
+                    let _ = tokio::time::timeout(patience, answer).await;
+                    drop(place);
+                });
+            }
+            // No descriptor left, or a peer that went at once: nothing to do but to wait.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+        }
+    }
 }
 
 async fn answer(mut peer: TcpStream, exported: Exported) -> std::io::Result<()> {
@@ -295,6 +301,25 @@ mod tests {
         }
         assert!(!text.contains("mentee_images_per_second"), "what is not known has no sample");
         assert!(!text.contains("mentee_rank_data_wait_seconds{rank=\"1\""));
+    }
+
+    #[tokio::test]
+    async fn connections_that_say_nothing_hold_nobody_up_for_long() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let exported = Exported(Arc::new(Mutex::new(status())));
+        tokio::spawn(answer_all(listener, exported.clone(), Duration::from_millis(100)));
+        let mut silent = Vec::new();
+        for _ in 0..2 * AT_ONCE {
+            silent.push(TcpStream::connect(at).await.unwrap());
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await; // each holds what it shows and a place, or waits
+        assert!(Arc::strong_count(&exported.0) <= 2 + AT_ONCE, "{}", Arc::strong_count(&exported.0));
+        let mut scraper = TcpStream::connect(at).await.unwrap();
+        scraper.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").await.unwrap();
+        let mut page = String::new();
+        scraper.read_to_string(&mut page).await.unwrap();
+        assert!(page.starts_with("HTTP/1.1 200 OK") && page.contains("mentee_step 450"), "{page}");
     }
 
     /// Every line is a comment or `name{labels} value`; every family is described once, before its samples, and in one piece.
