@@ -1,5 +1,8 @@
 //! When two recipes are the same run: equal in every key that decides the numbers.
 
+use std::path::Path;
+
+use crate::error::ConfigError;
 use crate::recipe::{DataOrder, Recipe};
 use crate::schema::{Decides, KEYS, Key};
 
@@ -40,6 +43,22 @@ impl Recipe {
             .zip(other.deciding())
             .find(|(here, there)| here != there)
             .map(|((key, here), (_, there))| format!("{key} = {there} there, {here} here"))
+    }
+
+    /// How this recipe differs from that of the run in `run_dir`, as [`Recipe::first_difference`] says it. A run that has made
+    /// neither a step nor a checkpoint has nothing to lose: its recipe may be corrected.
+    ///
+    /// # Errors
+    /// As [`Recipe::from_plan`].
+    pub fn difference_to_run(&self, run_dir: &Path) -> Result<Option<String>, ConfigError> {
+        let plan = run_dir.join("plan.toml");
+        let has_metrics = run_dir.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0);
+        let has_checkpoint =
+            || run_dir.join("checkpoints").read_dir().is_ok_and(|mut entries| entries.next().is_some());
+        if !plan.exists() || !(has_metrics || has_checkpoint()) {
+            return Ok(None);
+        }
+        Ok(self.first_difference(&Recipe::from_plan(&plan)?))
     }
 
     /// What the ranks of a run must have alike, keys with their values in the order of the table of keys: all but what each machine

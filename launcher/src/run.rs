@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use mentee_checkpoint as checkpoint;
+use mentee_checkpoint::{self as checkpoint, Entry};
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Output, WorkerEvent, server};
 use mentee_config::{Plan, Recipe, complain, exit_code, say};
@@ -123,6 +123,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
         .ok_or_else(|| DataError::Missing { key: "data.path".into(), path: recipe.data.path.clone() })?;
     let plan = Plan::new(recipe, source.len(), args.workers)?;
+    let images = source.digest();
     drop(source);
     let tools = engine::find_tools(engine, &args.engine_args)?;
 
@@ -131,9 +132,9 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
     left_memory::clean(&dir);
-    let at_end = checkpoint::list(&dir.checkpoints())?
-        .iter()
-        .any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
+    let checkpoints = checkpoint::list(&dir.checkpoints())?;
+    same_images(&dir, &checkpoints, &plan.recipe.data.path, &images)?;
+    let at_end = checkpoints.iter().any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
     if at_end && is_evaluated(&dir, &plan)? {
         say!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
@@ -696,6 +697,24 @@ fn is_evaluated(dir: &RunDir, plan: &Plan) -> Result<bool, Failure> {
         return Ok(true);
     }
     Ok(Metrics::read(&dir.metrics())?.last_eval().is_some_and(|eval| eval.step >= plan.end_step()))
+}
+
+/// Refuses images that the run's newest checkpoint was not made of. (The workers do, too; here it is before `plan.toml` names them,
+/// and of a run that is finished.)
+fn same_images(dir: &RunDir, checkpoints: &[Entry], path: &Path, images: &str) -> Result<(), Failure> {
+    let usable = checkpoints.iter().filter_map(|entry| Some((entry.step, entry.state.as_ref().ok()?)));
+    let Some((_, newest)) = usable.max_by_key(|(step, _)| *step) else { return Ok(()) };
+    let was = &newest.meta.data_digest;
+    if was == images {
+        return Ok(());
+    }
+    let line = format!(
+        "{}: the images at {} are not those of this run's checkpoint (data digest {images}, was {was}); restore data.path, or \
+         choose another --run-dir",
+        dir.path().display(),
+        path.display()
+    );
+    Err(Failure { exit_code: exit_code::DATA, line })
 }
 
 /// A run that was asked to stop: after `step` steps, with a checkpoint of `newest` (0: none).

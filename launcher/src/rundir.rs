@@ -31,6 +31,13 @@ impl RunDir {
         let path = fs::canonicalize(path)
             .or_else(|_| std::path::absolute(path))
             .map_err(|error| Failure::usage(format!("--run-dir {}: {error}", path.display())))?;
+        let refuse = |why: &str| Err(Failure::usage(format!("--run-dir {}: {why}", path.display())));
+        if path.to_str().is_none() {
+            return refuse("its path must be UTF-8: give another");
+        }
+        if path.metadata().is_ok_and(|it| !it.is_dir()) {
+            return refuse("is a file: give a folder");
+        }
         Ok(RunDir(path))
     }
 
@@ -120,16 +127,21 @@ impl RunDir {
         self.0.join("views.png")
     }
 
-    /// Refuses a directory that holds the run of another recipe.
+    /// Refuses a directory that holds the run of another recipe, or that lies among the recipe's images.
     ///
     /// # Errors
     /// [`Failure`] with exit code 2 that names the first difference.
     pub fn check_recipe(&self, recipe: &Recipe) -> Result<(), Failure> {
-        if !self.plan().exists() {
-            return Ok(());
+        if let Ok(images) = fs::canonicalize(&recipe.data.path)
+            && self.0.starts_with(&images)
+        {
+            return Err(Failure::usage(format!(
+                "--run-dir {}: lies in data.path, {}, where its files would be taken for images: give another",
+                self.0.display(),
+                images.display()
+            )));
         }
-        let there = Recipe::from_plan(&self.plan())?;
-        match recipe.first_difference(&there) {
+        match recipe.difference_to_run(&self.0)? {
             None => Ok(()),
             Some(difference) => Err(Failure::usage(format!(
                 "{} holds a run of another recipe ({difference}): give another --run-dir, or the recipe it was started \

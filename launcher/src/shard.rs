@@ -94,14 +94,14 @@ pub fn human_bytes(bytes: u64) -> String {
     if unit == 0 { format!("{bytes} bytes") } else { format!("{size:.1} {}", units[unit]) }
 }
 
-/// `mentee shard SRC --out DIR [--shard-bytes N]`. A set that is divided into training and held-out parts stays so:
+/// `mentee shard SOURCE --out DIR [--shard-bytes N]`. A set that is divided into training and held-out parts stays so:
 /// `DIR/train`, `DIR/test`; what is held out besides keeps its name. The same command carries on after a stop: a part that it
 /// had finished is left as it is.
 ///
 /// # Errors
 /// [`Failure`] with exit code 3 when the source cannot be read or `DIR` holds something.
 pub fn command(args: &ShardArgs) -> Result<(), Failure> {
-    let named = |error: DataError| error.with_key("SRC");
+    let named = |error: DataError| error.with_key("SOURCE");
     let held_out = open_split(&args.source, args.format, Split::Eval).map_err(named)?;
     let Some(held_out) = held_out else {
         let source = open(&args.source, args.format).map_err(named)?;

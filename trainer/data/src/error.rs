@@ -86,6 +86,11 @@ pub enum DataError {
         /// Shard and key, or the file's path.
         sample: String,
     },
+    /// A bank and images to classify cannot be had of so few.
+    #[error(
+        "one labelled image is too few to evaluate with: at least one for the bank and one to classify are needed"
+    )]
+    TooFew,
     /// A held-out sample is of a class that no training image can be of.
     #[error(
         "sample {sample} is of class `{class}`, which the training images do not have: name the classes of both alike, \

@@ -211,7 +211,7 @@ mod tests {
     #[test]
     fn a_gradient_that_is_not_finite_is_noticed_in_its_step() {
         for times in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
-            let (weights, mut gradients, [conv, linear, norm]) = student();
+            let (weights, gradients, [conv, linear, norm]) = student();
             gradients.begin();
             pass(&weights, &[norm], times);
             pass(&weights, &[conv, linear], 1.0);
@@ -232,7 +232,7 @@ mod tests {
         use mentee_config::recipe::OptimizerName;
 
         for name in [OptimizerName::Lars, OptimizerName::Sgd, OptimizerName::Adamw] {
-            let (mut weights, mut gradients, all) = student();
+            let (mut weights, gradients, all) = student();
             let mut settings = mentee_config::Recipe::load("demo", &[]).unwrap().optimizer;
             settings.name = name;
             let mut optimizer = crate::optimizer::Optimizer::new(&settings, &weights).unwrap();

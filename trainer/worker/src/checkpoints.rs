@@ -289,7 +289,7 @@ impl Checkpoints {
             Outcome::Failed(source) if source.is_no_room() && !is_last => {
                 tracing::warn!(
                     step,
-                    "no checkpoint of step {step}: {source}; training goes on, older checkpoints are intact: free some space"
+                    "no checkpoint of step {step}: {source}; training goes on, any older one is intact: free some space"
                 );
                 None
             }

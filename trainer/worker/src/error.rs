@@ -34,10 +34,10 @@ pub enum WorkerError {
     OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
     #[error("{0}: no checkpoint there; give a run directory or one of its checkpoints")]
     NoCheckpoint(PathBuf),
-    #[error("{0}; {advice}", advice = advice(.0))]
+    #[error("{0}{advice}", advice = advice(.0))]
     Checkpoint(#[from] CheckpointError),
     #[error(
-        "no checkpoint of step {step}: {source}; older checkpoints are intact: {}start again",
+        "no checkpoint of step {step}: {source}; any older one is intact: {}start again",
         if source.is_no_room() { "make room there and " } else { "" }
     )]
     NotSaved { step: u64, source: CheckpointError },
@@ -105,10 +105,10 @@ pub fn missed(kind: &ErrorKind) -> Option<Vec<u32>> {
 
 /// What to do about a checkpoint that cannot be used.
 fn advice(error: &CheckpointError) -> &'static str {
-    if error.is_passing() {
-        "see to that and start again: the checkpoints may be intact"
-    } else {
-        "restore or remove that checkpoint to go on from an older one"
+    match error {
+        _ if error.is_passing() => "; see to that and start again: the checkpoints may be intact",
+        CheckpointError::NoneUsable { .. } => "", // says it
+        _ => "; restore or remove that checkpoint to go on from an older one",
     }
 }
 

@@ -16,12 +16,7 @@ pub fn default_path(recipe: &Recipe) -> PathBuf {
 
 /// Checks that `run_dir` is new or a run of this recipe; nothing is changed.
 pub fn check(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
-    let path = run_dir.join("plan.toml");
-    if !path.exists() {
-        return Ok(());
-    }
-    let plan = Recipe::from_plan(&path)?;
-    match recipe.first_difference(&plan) {
+    match recipe.difference_to_run(run_dir)? {
         Some(difference) => Err(WorkerError::OtherRecipe { run_dir: run_dir.to_owned(), difference }),
         None => Ok(()),
     }

@@ -186,9 +186,9 @@ impl Evaluator {
         let own = match Self::new(recipe, train, threads, device) {
             Ok(evaluator) => Ok((Some(evaluator), String::new())),
             // No reason not to train.
-            Err(WorkerError::Data(why @ (DataError::NoLabel { .. } | DataError::UnknownClass { .. }))) => {
-                Ok((None, why.to_string()))
-            }
+            Err(WorkerError::Data(
+                why @ (DataError::NoLabel { .. } | DataError::UnknownClass { .. } | DataError::TooFew),
+            )) => Ok((None, why.to_string())),
             Err(error) => Err(error),
         };
         let (own, why) = agree::together(collectives, own)?;
@@ -197,6 +197,9 @@ impl Evaluator {
         if let Some(why) = all.iter().find(|why| !why.is_empty()) {
             tracing::warn!("{}; no kNN evaluation during this run", String::from_utf8_lossy(why));
             return Ok(None);
+        }
+        if collectives.rank() == 0 {
+            own.iter().for_each(Self::warn_of_one_class);
         }
         Ok(own)
     }
@@ -227,6 +230,13 @@ impl Evaluator {
         Self::from_sources(recipe, train, held_out, threads, device)
     }
 
+    /// What makes every accuracy look perfect.
+    fn warn_of_one_class(&self) {
+        if self.num_classes == 1 {
+            (self.warn)("all images are of one class: every accuracy is 100 %");
+        }
+    }
+
     fn from_sources(
         recipe: &Recipe,
         train: Arc<dyn Source>,
@@ -251,6 +261,9 @@ impl Evaluator {
                 )
             }
         };
+        if bank.indices.is_empty() || queries.indices.is_empty() {
+            return Err(DataError::TooFew.into());
+        }
         let bank = bank.at_most(recipe.eval.knn_bank);
         all_labelled(&*bank.source, &bank.indices)?;
         all_labelled(&*queries.source, &queries.indices)?;
@@ -652,6 +665,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
     let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
     evaluator.warn = |what| complain!("warning: {what}");
+    evaluator.warn_of_one_class();
     if !args.k.is_empty() {
         evaluator.k.clone_from(&args.k);
     }
@@ -954,6 +968,18 @@ mod tests {
         let others: Vec<usize> = (0..20).filter(|index| !bank.contains(index)).collect();
         assert!(evaluator(&train.clone().unlabelled(&others), &test, &half).is_ok());
         refused(&train.clone().unlabelled(&bank[3..4]), &test, &half);
+    }
+
+    #[test]
+    fn one_image_is_too_few() {
+        let alone = |train: std::ops::Range<u64>| {
+            let train = Arc::new(Set::new("train", train));
+            Evaluator::from_sources(&recipe(&[]), train, None, 2, Device::Cpu)
+        };
+        let error = alone(0..1).err().expect("too few");
+        assert_eq!(error.exit_code(), exit_code::DATA);
+        assert!(error.to_string().contains("too few"), "{error}");
+        assert!(alone(0..2).is_ok());
     }
 
     #[test]
