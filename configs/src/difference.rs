@@ -84,3 +84,28 @@ impl Recipe {
             .collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_has_done_nothing_is_of_any_recipe() {
+        let run_dir = std::env::temp_dir().join(format!("mentee-difference-{}", std::process::id()));
+        std::fs::create_dir_all(run_dir.join("checkpoints")).unwrap();
+        let recipe = |set: &str| Recipe::load("demo", &[set.to_owned()]).unwrap();
+        let (own, other) = (recipe("run.seed=1"), recipe("run.seed=2"));
+        assert_eq!(own.difference_to_run(&run_dir).unwrap(), None, "no run");
+        std::fs::write(run_dir.join("plan.toml"), other.to_toml()).unwrap();
+        std::fs::write(run_dir.join("metrics.jsonl"), "").unwrap();
+        assert_eq!(own.difference_to_run(&run_dir).unwrap(), None, "no step");
+        let differs = Some("run.seed = 2 there, 1 here".to_owned());
+        std::fs::write(run_dir.join("metrics.jsonl"), "{}\n").unwrap();
+        assert_eq!(own.difference_to_run(&run_dir).unwrap(), differs);
+        assert_eq!(other.difference_to_run(&run_dir).unwrap(), None);
+        std::fs::remove_file(run_dir.join("metrics.jsonl")).unwrap();
+        std::fs::create_dir(run_dir.join("checkpoints/step-00000001")).unwrap();
+        assert_eq!(own.difference_to_run(&run_dir).unwrap(), differs);
+        std::fs::remove_dir_all(&run_dir).unwrap();
+    }
+}

@@ -127,6 +127,9 @@ pub fn choose(engine: Engine, workers: u32, allocation: Option<&Allocation>) -> 
     }
 }
 
+/// How MPICH's and Intel's mpirun are told that ranks are this machine's own.
+const HERE: [(&str, &str); 2] = [("HYDRA_LAUNCHER", "fork"), ("I_MPI_HYDRA_BOOTSTRAP", "fork")];
+
 /// The command line for `workers` workers with `arguments` each; without an address they have no coordinator.
 pub fn command_line(
     engine: Engine,
@@ -157,7 +160,14 @@ pub fn command_line(
             let (mpirun, flavour) = tools.mpirun.clone().unwrap_or(("mpirun".into(), Flavour::Hydra));
             let mut all = vec!["-n".into(), workers.to_string().into()];
             match flavour {
-                // Passes on the whole environment and binds nothing by itself.
+                // Passes on the whole environment and binds nothing by itself. Where it sees variables of Slurm it starts ranks by
+                // an srun of its own, which waits for ever within another's step, and in a shell of a job that is over.
+                Flavour::Hydra if layout.nodes == 1 => {
+                    let chosen = |(name, _): &(&str, _)| std::env::var_os(name).is_some();
+                    set.extend(
+                        HERE.map(|(name, how)| (name, how.to_owned())).into_iter().filter(|it| !chosen(it)),
+                    );
+                }
                 Flavour::Hydra => {}
                 Flavour::OpenMpi => {
                     // Its default binds each of two ranks to one core, where decode threads starve.
@@ -333,6 +343,17 @@ mod tests {
         ];
         for ((engine, workers, flavour, root), expected) in table {
             assert_eq!(line(engine, workers, flavour, root), expected);
+        }
+    }
+
+    #[test]
+    fn ranks_of_one_machine_are_its_mpiruns_own() {
+        let mpirun = Some(("/mpi/mpirun".into(), Flavour::Hydra));
+        let tools = Tools { worker: "/bin/w".into(), mpirun, root: false, more: Vec::new() };
+        for (nodes, own) in [(1, true), (2, false)] {
+            let layout = Layout { nodes, left_out: Vec::new() };
+            let command = command_line(Engine::Mpirun, 2, &tools, &layout, None, &[]);
+            assert_eq!(command.set.contains(&("HYDRA_LAUNCHER", "fork".to_owned())), own, "{nodes} nodes");
         }
     }
 

@@ -58,17 +58,26 @@ pub fn address(text: &str) -> Result<SocketAddr, Failure> {
     Ok(SocketAddr::new(interface::address(name)?, port))
 }
 
-/// Listens at `address` (port 0: any) until the runtime ends; says where.
+/// Takes `address` (port 0: any).
 ///
 /// # Errors
 /// When the port is taken.
-pub async fn serve(address: SocketAddr, status: &Status) -> Result<(SocketAddr, Exported), Failure> {
-    let cannot = |error: std::io::Error| {
+pub fn bind(address: SocketAddr) -> Result<std::net::TcpListener, Failure> {
+    std::net::TcpListener::bind(address).map_err(|error| {
         Failure::failed(format!(
             "cannot listen at --metrics-address {address}: {error}; give another port, or 0 for any"
         ))
-    };
-    let listener = TcpListener::bind(address).await.map_err(cannot)?;
+    })
+}
+
+/// Answers at `listener` until the runtime ends; says where that is.
+///
+/// # Errors
+/// The system's.
+pub fn serve(listener: std::net::TcpListener, status: &Status) -> Result<(SocketAddr, Exported), Failure> {
+    let cannot = |error: std::io::Error| Failure::failed(format!("cannot serve --metrics-address: {error}"));
+    listener.set_nonblocking(true).map_err(cannot)?;
+    let listener = TcpListener::from_std(listener).map_err(cannot)?;
     let at = listener.local_addr().map_err(cannot)?;
     let exported = Exported(Arc::new(Mutex::new(status.clone())));
     tokio::spawn(answer_all(listener, exported.clone(), PATIENCE));
@@ -371,7 +380,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let anywhere = address("0").expect("an address");
-            let (at, exported) = serve(anywhere, &status()).await.expect("a port");
+            let (at, exported) = serve(bind(anywhere).expect("a port"), &status()).expect("served");
             let mut later = status();
             later.progress.step = 451;
             exported.set(&later);
@@ -392,7 +401,7 @@ mod tests {
             assert!(ask("GET /x HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 404"));
             assert!(ask("POST /metrics HTTP/1.1\r\n\r\n").await.starts_with("HTTP/1.1 405"));
             assert!(ask("HEAD /metrics HTTP/1.0\r\n\r\n").await.ends_with("\r\n\r\n"));
-            assert!(serve(at, &status()).await.expect_err("taken").line.contains("another port"));
+            assert!(bind(at).expect_err("taken").line.contains("another port"));
         });
     }
 }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -44,6 +44,8 @@ const MAX_LINE: usize = 16 * 1024;
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// How long the step of an srun that has ended gets to be gone from all machines before the next start.
 const STEP_GRACE: Duration = Duration::from_secs(30);
+/// How long a job that was put back into the queue waits for its directory.
+const LOCK_PATIENCE: Duration = Duration::from_secs(300);
 /// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
 const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 
@@ -111,6 +113,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         None => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
     };
     let metrics_address = args.metrics_address.as_deref().map(prometheus::address).transpose()?;
+    let metrics_listener = metrics_address.map(prometheus::bind).transpose()?;
     if args.requeue && allocation.is_none() {
         return Err(Failure::usage("--requeue is for Slurm jobs, and this is none: leave it out"));
     }
@@ -128,13 +131,15 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let tools = engine::find_tools(engine, &args.engine_args)?;
 
     server::allow_open_files(args.workers).map_err(|error| Failure::failed(error.to_string()))?;
-    let _lock = dir.lock()?;
+    // The machine that a job was taken from may still hold it: a file system gives up the locks of one it does not hear in minutes.
+    let came_back = allocation.as_ref().is_some_and(|allocation| allocation.restarts > 0);
+    let _lock = dir.lock(if came_back { LOCK_PATIENCE } else { Duration::ZERO })?;
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
     left_memory::clean(&dir);
     let checkpoints = checkpoint::list(&dir.checkpoints())?;
     same_images(&dir, &checkpoints, &plan.recipe.data.path, &images)?;
-    let at_end = checkpoints.iter().any(|entry| entry.state.is_ok() && entry.step >= plan.end_step());
+    let at_end = checkpoints.iter().any(|entry| entry.step >= plan.end_step() && is_intact(entry));
     if at_end && is_evaluated(&dir, &plan)? {
         say!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
@@ -163,12 +168,11 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         tools,
         engine,
         interface,
-        metrics_address,
         allocation: allocation.as_ref(),
         workers: args.workers,
         layout,
     };
-    let (exit_code, stopped_by) = runtime.block_on(supervise(job, args.max_restarts))?;
+    let (exit_code, stopped_by) = runtime.block_on(supervise(job, args.max_restarts, metrics_listener))?;
     if let Some(allocation) = allocation.filter(|_| args.requeue)
         && exit_code == exit_code::PREEMPTED
         && slurm::goes_back(&stopped_by)
@@ -185,8 +189,6 @@ struct Job<'a> {
     engine: Engine,
     /// Where the coordinator listens; none: everywhere.
     interface: Option<IpAddr>,
-    /// Where Prometheus may ask.
-    metrics_address: Option<SocketAddr>,
     allocation: Option<&'a Allocation>,
     workers: u32,
     layout: Layout,
@@ -227,7 +229,12 @@ struct Shell<'a> {
     exported: Option<Exported>,
 }
 
-async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSignal>), Failure> {
+/// `metrics_listener`: where Prometheus may ask.
+async fn supervise(
+    job: Job<'_>,
+    max_restarts: u32,
+    metrics_listener: Option<std::net::TcpListener>,
+) -> Result<(i32, Vec<StopSignal>), Failure> {
     let cannot = |what: &str, error: std::io::Error| Failure::failed(format!("cannot {what}: {error}"));
     let coordinator =
         job.coordinator().await.map_err(|error| cannot("open a port for the workers", error))?;
@@ -244,6 +251,7 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         (StopSignal::Warning, SignalKind::user_defined1()),
     ]
     .into_iter()
+    .filter(|(_, kind)| *kind != SignalKind::hangup() || !is_ignored(libc::SIGHUP)) // by nohup
     .map(|(name, kind)| Ok((name, signal(kind)?)))
     .collect::<std::io::Result<Vec<(StopSignal, Signal)>>>()
     .map_err(|error| cannot("listen for signals", error))?;
@@ -259,9 +267,9 @@ async fn supervise(job: Job<'_>, max_restarts: u32) -> Result<(i32, Vec<StopSign
         job.dir.path().display()
     ));
     let status = Status::new(name, job.workers);
-    let exported = match job.metrics_address {
-        Some(address) => {
-            let (at, exported) = prometheus::serve(address, &status).await?;
+    let exported = match metrics_listener {
+        Some(listener) => {
+            let (at, exported) = prometheus::serve(listener, &status)?;
             display.say(&format!("numbers for Prometheus: http://{at}/metrics"));
             Some(exported)
         }
@@ -445,19 +453,22 @@ impl Shell<'_> {
         }
     }
 
-    /// An srun that has ended may have left tasks on other machines, which hold devices and memory: the next start waits
-    /// until they are gone.
+    /// An srun that has ended may have left tasks on other machines, and an mpirun that was killed ranks on this one. They hold
+    /// devices and memory, and write to this directory: the next start waits until they are gone.
     fn end_step(&mut self) {
-        if let Some((job, name)) = self.step() {
-            let (over, is_over) = tokio::sync::oneshot::channel();
-            self.step_over = Some(is_over);
-            std::thread::spawn(move || {
-                if let Err(why) = slurm::end_step(&job, &name, STEP_GRACE) {
-                    tracing::warn!("what is left of the last start may overlap with the next: {why}");
-                }
-                let _ = over.send(());
-            });
-        }
+        let (over, is_over) = tokio::sync::oneshot::channel();
+        self.step_over = Some(is_over);
+        let (step, dir) = (self.step(), self.job.dir.clone());
+        std::thread::spawn(move || {
+            let ended = match step {
+                Some((job, name)) => slurm::end_step(&job, &name, STEP_GRACE),
+                None => end_workers(&dir, STEP_GRACE),
+            };
+            if let Err(why) = ended {
+                tracing::warn!("what is left of the last start may overlap with the next: {why}");
+            }
+            let _ = over.send(());
+        });
     }
 
     /// SIGKILL to every rank of this machine; the next time to the process group too. An `mpirun` that is killed at once
@@ -616,6 +627,9 @@ impl Shell<'_> {
         self.display.finish();
         let Outcome { exit_code, culprit } = outcome;
         let dir = self.job.dir;
+        if self.job.engine != Engine::Srun {
+            kill_all(&dir.leftovers());
+        }
         self.status.exit_code = Some(exit_code);
         self.status.state = match exit_code {
             exit_code::DONE => State::Done,
@@ -699,6 +713,11 @@ fn is_evaluated(dir: &RunDir, plan: &Plan) -> Result<bool, Failure> {
     Ok(Metrics::read(&dir.metrics())?.last_eval().is_some_and(|eval| eval.step >= plan.end_step()))
 }
 
+/// Whether a checkpoint holds what was written, down to its last byte.
+fn is_intact(entry: &Entry) -> bool {
+    checkpoint::open(&entry.path).is_ok_and(|checkpoint| checkpoint.verify().is_ok())
+}
+
 /// Refuses images that the run's newest checkpoint was not made of. (The workers do, too; here it is before `plan.toml` names them,
 /// and of a run that is finished.)
 fn same_images(dir: &RunDir, checkpoints: &[Entry], path: &Path, images: &str) -> Result<(), Failure> {
@@ -715,6 +734,15 @@ fn same_images(dir: &RunDir, checkpoints: &[Entry], path: &Path, images: &str) -
         path.display()
     );
     Err(Failure { exit_code: exit_code::DATA, line })
+}
+
+/// Whether this process was started with `signal` ignored.
+fn is_ignored(signal: libc::c_int) -> bool {
+    // SAFETY: all zeros are a sigaction.
+    let mut now: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: nothing is changed; `now` outlives the call.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) };
+    asked == 0 && now.sa_sigaction == libc::SIG_IGN
 }
 
 /// A run that was asked to stop: after `step` steps, with a checkpoint of `newest` (0: none).
@@ -805,6 +833,21 @@ fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
             kill_all(&left);
         }
         std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Ends every worker here, whose `mpirun` has ended.
+fn end_workers(dir: &RunDir, grace: Duration) -> Result<(), String> {
+    let started = Instant::now();
+    loop {
+        let left = dir.leftovers();
+        if !kill_all(&left) {
+            return Ok(());
+        }
+        if started.elapsed() > grace {
+            return Err(format!("process {} does not end", left[0]));
+        }
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -27,10 +27,17 @@ impl RunDir {
     /// # Errors
     /// An empty path.
     pub fn at(path: &Path) -> Result<RunDir, Failure> {
-        // Symbolic links are resolved where they exist, so that one directory has one name in process lists.
-        let path = fs::canonicalize(path)
-            .or_else(|_| std::path::absolute(path))
+        // Symbolic links are resolved, so that one directory has one name in process lists, before it is made and after.
+        let path = std::path::absolute(path)
             .map_err(|error| Failure::usage(format!("--run-dir {}: {error}", path.display())))?;
+        let path = path
+            .ancestors()
+            .find_map(|there| {
+                let mut whole = fs::canonicalize(there).ok()?;
+                whole.extend(path.strip_prefix(there).ok()?); // joined, nothing would leave a slash at the end
+                Some(whole)
+            })
+            .unwrap_or(path);
         let refuse = |why: &str| Err(Failure::usage(format!("--run-dir {}: {why}", path.display())));
         if path.to_str().is_none() {
             return refuse("its path must be UTF-8: give another");
@@ -151,20 +158,44 @@ impl RunDir {
         }
     }
 
-    /// Makes the folders and takes the lock. The directory belongs to this process as long as the lock lives.
+    /// Makes the folders and takes the lock, whose holder may take `patience` to be gone. The directory belongs to this process
+    /// as long as the lock lives.
     ///
     /// # Errors
     /// [`Failure`] when another supervisor holds it, or the system refuses.
-    pub fn lock(&self) -> Result<Lock, Failure> {
-        let lock = Lock::take(&self.0, Duration::ZERO).map_err(|error| match error {
+    pub fn lock(&self, patience: Duration) -> Result<Lock, Failure> {
+        let lock = match Lock::take(&self.0, Duration::ZERO) {
+            Err(held @ LockError::Held { .. }) if !patience.is_zero() => {
+                complain!("{held}: waiting for {} s at most", patience.as_secs());
+                Lock::take(&self.0, patience)
+            }
+            taken => taken,
+        };
+        let lock = lock.map_err(|error| match error {
             LockError::Held { .. } => Failure::usage(error.to_string()),
             LockError::Io { .. } => Failure::failed(error.to_string()),
         })?;
+        self.sweep();
         if let Some(warning) = &lock.warning {
             complain!("{warning}");
         }
         fs::create_dir_all(self.logs()).map_err(|error| Failure::io("create", &self.logs(), &error))?;
         Ok(lock)
+    }
+
+    /// Removes what `write_atomically` left of supervisors that were killed.
+    fn sweep(&self) {
+        let written = [self.plan(), self.status(), self.slurm(), self.script(), self.report()];
+        let of = |name: &str| {
+            let (name, process) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
+            process.parse::<u32>().ok()?;
+            written.iter().find(|path| path.file_name().is_some_and(|own| own == name))
+        };
+        for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
+            if entry.file_name().to_str().and_then(of).is_some() {
+                let _ = fs::remove_file(entry.path()); // it takes room and does no other harm
+            }
+        }
     }
 
     /// Whether a supervisor is at work here.
@@ -282,6 +313,36 @@ mod tests {
             worker.wait().expect("ended");
         }
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn a_directory_has_one_name_before_it_is_made_and_after() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (real, link) = (folder.path().join("real"), folder.path().join("link"));
+        fs::create_dir(&real).expect("made");
+        std::os::unix::fs::symlink(&real, &link).expect("linked");
+        let before = RunDir::at(&link.join("runs/x")).expect("a path");
+        fs::create_dir_all(before.path()).expect("made");
+        let after = RunDir::at(&link.join("runs/x")).expect("a path");
+        assert_eq!(after.path().as_os_str(), before.path().as_os_str());
+        assert_eq!(before.path(), fs::canonicalize(&real).unwrap().join("runs/x"));
+        fs::write(real.join("file"), "").expect("written");
+        let refused = RunDir::at(&link.join("file")).expect_err("a file");
+        assert_eq!(refused.exit_code, 2, "{refused}");
+    }
+
+    #[test]
+    fn a_lock_sweeps_what_killed_supervisors_left() {
+        let folder = tempfile::tempdir().expect("a folder");
+        for name in ["plan.toml.77.tmp", "status.json.8.tmp", "plan.toml.x.tmp", "mine.77.tmp"] {
+            fs::write(folder.path().join(name), "").expect("written");
+        }
+        let _lock = RunDir::at(folder.path()).unwrap().lock(Duration::ZERO).expect("free");
+        let mut left: Vec<_> =
+            fs::read_dir(folder.path()).unwrap().map(|it| it.unwrap().file_name()).collect();
+        left.retain(|name| name.to_string_lossy().ends_with(".tmp"));
+        left.sort();
+        assert_eq!(left, ["mine.77.tmp", "plan.toml.x.tmp"]);
     }
 
     #[test]

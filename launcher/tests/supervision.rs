@@ -136,6 +136,12 @@ fn signal(pid: u32, signal: i32) {
     assert_eq!(unsafe { libc::kill(pid as i32, signal) }, 0);
 }
 
+/// The processes that `of` has started.
+fn children(of: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{of}/task/{of}/children")).unwrap_or_default();
+    text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
 /// Whether an `mpirun` is there; says so when not, since a test cannot be left out at run time.
 fn mpirun() -> bool {
     let built_with = option_env!("MPICC").map(|mpicc| Path::new(mpicc).with_file_name("mpirun"));
@@ -279,6 +285,52 @@ fn a_stop_is_a_checkpoint_and_75_and_the_same_command_goes_on() {
             assert_eq!(repeated, 1, "it went on where it was");
         }
     }
+}
+
+/// `nohup mentee run &`, and the terminal is closed.
+#[test]
+fn a_hang_up_that_is_ignored_ends_no_run() {
+    let place = Place::new();
+    let mut command = place.command("steps=100000 step_ms=2", 1, &[]);
+    // SAFETY: between fork and exec only signal is called, which is async-signal-safe.
+    unsafe {
+        command.pre_exec(|| {
+            libc::signal(libc::SIGHUP, libc::SIG_IGN);
+            Ok(())
+        });
+    }
+    let child = command.spawn().expect("mentee starts");
+    becomes("steps are made", || place.steps() > 5);
+    signal(child.id(), libc::SIGHUP);
+    let then = place.steps();
+    becomes("it goes on", || place.steps() > then + 100);
+    signal(child.id(), libc::SIGINT);
+    assert_eq!(child.wait_with_output().expect("waited").status.code(), Some(75));
+}
+
+/// A rank that hangs outlives its killed mpirun; were it continued later, it would write beside the next start.
+#[test]
+fn the_ranks_of_a_killed_mpirun_are_gone_before_the_next_start() {
+    if !mpirun() {
+        return;
+    }
+    let place = Place::new();
+    let child = place.start("steps=100000 step_ms=2", 2);
+    becomes("steps are made", || place.steps() > 5);
+    let mpirun = children(child.id() as i32);
+    let proxies: Vec<i32> = mpirun.iter().flat_map(|&pid| children(pid)).collect();
+    let ranks: Vec<i32> = proxies.iter().flat_map(|&pid| children(pid)).collect();
+    assert_eq!((mpirun.len(), ranks.len()), (1, 2), "{mpirun:?} {proxies:?} {ranks:?}");
+    signal(ranks[1] as u32, libc::SIGSTOP);
+    for &pid in mpirun.iter().chain(&proxies) {
+        signal(pid as u32, libc::SIGKILL);
+    }
+    becomes("it is started again", || place.restarts().len() == 1);
+    let then = place.steps();
+    becomes("steps are made again", || place.steps() > then + 5);
+    assert!(!place.processes().contains(&ranks[1]), "the rank that hung is still there");
+    signal(child.id(), libc::SIGINT);
+    assert_eq!(child.wait_with_output().expect("waited").status.code(), Some(75));
 }
 
 /// `mentee run | tee log` and Ctrl-C: tee is gone first.

@@ -45,6 +45,15 @@ impl Appended {
         self.pending.drain(..written);
         result
     }
+
+    /// Writes what there was no room for.
+    pub fn finish(&mut self) -> Result<(), WorkerError> {
+        self.write(b"")?;
+        match self.pending.is_empty() {
+            true => Ok(()),
+            false => Err(WorkerError::io("write", &*self.path)(ErrorKind::StorageFull.into())),
+        }
+    }
 }
 
 fn is_no_room(error: &std::io::Error) -> bool {
@@ -53,7 +62,24 @@ fn is_no_room(error: &std::io::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+
+    #[test]
+    fn what_never_found_room_is_an_error_at_the_end() {
+        let full = Path::new("/dev/full");
+        let file = std::fs::OpenOptions::new().append(true).open(full).unwrap();
+        let mut appended = Appended::new(file, full.to_owned());
+        appended.write(b"the last line\n").unwrap();
+        assert!(appended.finish().unwrap_err().to_string().contains("/dev/full"));
+
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lines");
+        appended.file = File::create(&path).unwrap();
+        appended.finish().unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"the last line\n");
+    }
 
     #[test]
     fn a_limit_of_any_kind_is_no_room() {

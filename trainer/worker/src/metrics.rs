@@ -168,6 +168,11 @@ impl Metrics {
             _ => Ok(()),
         }
     }
+
+    /// All lines are in the run's file now, or it is an error.
+    pub fn finish(&mut self) -> Result<(), WorkerError> {
+        self.files.as_mut().map_or(Ok(()), |(file, _)| file.finish())
+    }
 }
 
 /// Adds a line to the metrics at `path`, when no run is under way there.

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use mentee_cluster::Lock;
+use mentee_cluster::{Lock, LockError};
 use mentee_config::{Recipe, complain};
 
 use crate::error::WorkerError;
@@ -46,7 +46,10 @@ const GOING: Duration = Duration::from_secs(2);
 /// Rank 0 of a run without a supervisor, before anything is written: the directory is this process's as long as it lives, by
 /// the lock that a supervisor takes too.
 pub fn lock(run_dir: &Path) -> Result<(), WorkerError> {
-    let lock = Lock::take(run_dir, GOING).map_err(|error| WorkerError::Usage(error.to_string()))?;
+    let lock = Lock::take(run_dir, GOING).map_err(|error| match error {
+        LockError::Held { .. } => WorkerError::Usage(error.to_string()),
+        LockError::Io { .. } => WorkerError::Failed(error.to_string()),
+    })?;
     if let Some(warning) = &lock.warning {
         complain!("{warning}");
     }

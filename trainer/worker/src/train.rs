@@ -236,7 +236,10 @@ fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerE
         return outcome; // the others may be gone, and would be waited for
     }
     let finished = run.checkpoints.finish(&mut run.metrics, reporter);
-    outcome.and_then(|outcome| finished.map(|()| outcome))
+    let outcome = outcome.and_then(|outcome| finished.map(|()| outcome))?;
+    // What was measured last counts only when it can be read.
+    agree::together(&*run.collectives, run.metrics.finish())?;
+    Ok(outcome)
 }
 
 /// One rank, from the command line to its exit code.
