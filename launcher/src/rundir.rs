@@ -165,8 +165,9 @@ impl RunDir {
     /// [`Failure`] when another supervisor holds it, or the system refuses.
     pub fn lock(&self, patience: Duration) -> Result<Lock, Failure> {
         let lock = match Lock::take(&self.0, Duration::ZERO) {
-            Err(held @ LockError::Held { .. }) if !patience.is_zero() => {
-                complain!("{held}: waiting for {} s at most", patience.as_secs());
+            Err(LockError::Held { run_dir, holder }) if !patience.is_zero() => {
+                let (run_dir, seconds) = (run_dir.display(), patience.as_secs());
+                complain!("{run_dir} is still in use by {holder}: waiting for it, for {seconds} s at most");
                 Lock::take(&self.0, patience)
             }
             taken => taken,
