@@ -543,6 +543,9 @@ impl Settings {
     /// Makes the checkpoint of these files count, and drops those beyond `keep`.
     fn commit(&self, step: u64, files: Vec<FileEntry>) -> Result<Committed, CheckpointError> {
         let meta = Meta { step, epoch: self.epoch(step), ..self.meta.clone() };
+        // Who loses power and goes on from here has the lines of all steps before. (A disk that refuses spoils no checkpoint.)
+        let metrics = std::fs::File::open(self.folder.with_file_name("metrics.jsonl"));
+        let _ = metrics.and_then(|file| file.sync_data());
         let committed = self.staging(step)?.commit(&meta, files)?;
         let removed = match self.keep {
             0 => Ok(Vec::new()),
