@@ -7,6 +7,7 @@
 
 use std::fs;
 use std::io::Read;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::DataError;
@@ -45,7 +46,8 @@ impl ImageFolder {
             if is_foreign(&name) {
                 continue;
             }
-            if entry.path().is_dir() {
+            let about = about(&entry)?;
+            if about.is_dir() {
                 let before = found.files.len();
                 found.walk(&entry.path(), &name, 1)?;
                 if found.files.len() > before {
@@ -53,12 +55,12 @@ impl ImageFolder {
                     starts.push(before as u64);
                 }
             } else if is_image(&name) {
-                own.push((name, entry));
+                own.push((name, entry.path(), about));
             }
         }
         if classes.is_empty() {
-            for (name, entry) in own {
-                found.add(&name, &entry)?;
+            for (name, path, about) in own {
+                found.add(&name, &path, &about)?;
             }
         } else if !own.is_empty() {
             return Err(DataError::bad_file(
@@ -110,24 +112,55 @@ impl Found {
                 continue;
             }
             let below = format!("{relative}/{name}");
-            if is_image(&name) {
-                self.add(&below, &entry)?;
-            } else if entry.path().is_dir() {
+            let about = about(&entry)?;
+            if about.is_dir() {
                 self.walk(&entry.path(), &below, depth + 1)?;
+            } else if is_image(&name) {
+                self.add(&below, &entry.path(), &about)?;
             }
         }
         Ok(())
     }
 
-    fn add(&mut self, relative: &str, entry: &fs::DirEntry) -> Result<(), DataError> {
-        let path = entry.path();
-        let size = fs::metadata(&path).map_err(|e| DataError::io("read", &path, &e))?.len();
+    fn add(&mut self, relative: &str, path: &Path, about: &fs::Metadata) -> Result<(), DataError> {
+        if let Some(what) = special(about.file_type()) {
+            return Err(DataError::bad_file(
+                path,
+                format!("{what}, named like an image: remove it or give it another name"),
+            ));
+        }
+        let size = about.len();
         self.files.push(relative);
         self.bytes += size;
         self.hasher.update(&(relative.len() as u64).to_le_bytes());
         self.hasher.update(relative.as_bytes());
         self.hasher.update(&size.to_le_bytes());
         Ok(())
+    }
+}
+
+/// What an entry is, links followed. One that leads nowhere may have been a class: it is never passed over.
+fn about(entry: &fs::DirEntry) -> Result<fs::Metadata, DataError> {
+    let path = entry.path();
+    fs::metadata(&path).map_err(|error| match fs::read_link(&path) {
+        Ok(target) => DataError::bad_file(
+            &path,
+            format!(
+                "a link to `{}`, which cannot be read ({error}): restore what it leads to, or remove the link",
+                target.display()
+            ),
+        ),
+        Err(_) => DataError::io("read", &path, &error),
+    })
+}
+
+/// What is neither a file nor a folder; to read such a thing could wait for ever.
+fn special(kind: fs::FileType) -> Option<&'static str> {
+    match () {
+        () if kind.is_fifo() => Some("a named pipe"),
+        () if kind.is_socket() => Some("a socket"),
+        () if kind.is_block_device() || kind.is_char_device() => Some("a device"),
+        () => None,
     }
 }
 
@@ -151,12 +184,16 @@ pub(crate) fn is_foreign(name: &str) -> bool {
 /// holds none.
 pub(crate) fn an_image(dir: &Path, depth: usize) -> Option<PathBuf> {
     let entries = sorted_entries(dir).ok().filter(|_| depth <= MAX_DEPTH)?;
-    let named = entries.iter().map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()));
-    let (images, others): (Vec<_>, Vec<_>) =
-        named.filter(|(name, _)| !is_foreign(name)).partition(|(name, _)| is_image(name));
-    let below =
-        || others.iter().filter(|(_, path)| path.is_dir()).find_map(|(_, path)| an_image(path, depth + 1));
-    images.into_iter().next().map(|(_, path)| path).or_else(below)
+    let named: Vec<_> = entries
+        .iter()
+        .map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()))
+        .filter(|(name, _)| !is_foreign(name))
+        .collect();
+    // The first image ends the search: of a million in one folder no more is asked.
+    let here = named.iter().find(|(name, path)| is_image(name) && !path.is_dir());
+    here.map(|(_, path)| path.clone()).or_else(|| {
+        named.iter().filter(|(_, path)| path.is_dir()).find_map(|(_, path)| an_image(path, depth + 1))
+    })
 }
 
 impl Source for ImageFolder {

@@ -77,6 +77,57 @@ fn images_without_classes() {
 }
 
 #[test]
+fn a_name_makes_no_image() {
+    // A folder is a folder, whatever it is called.
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    put(root, "cat/x.png", &rgb_png(3, 3, 1));
+    put(root, "cat/dir.jpg/y.png", &rgb_png(3, 3, 2));
+    put(root, "dog.png/z.png", &rgb_png(3, 3, 3));
+    let source = open(root, DataFormat::Auto).unwrap();
+    assert_eq!((source.classes(), source.len()), (&["cat".to_owned(), "dog.png".to_owned()][..], 3));
+    put(root, "left.tar", b"");
+    fs::remove_file(root.join("cat/x.png")).unwrap();
+    assert!(error(root, DataFormat::Auto).contains("beside images (`cat/dir.jpg/y.png`)"));
+    fs::remove_file(root.join("left.tar")).unwrap();
+
+    // What could be waited for for ever is refused, in a class and beside none; under another name it is nothing.
+    let socket = |name: &str| drop(std::os::unix::net::UnixListener::bind(root.join(name)).unwrap());
+    socket("cat/control");
+    assert_eq!(open(root, DataFormat::Auto).unwrap().len(), 2);
+    socket("cat/s.jpg");
+    let refused = "a socket, named like an image: remove it or give it another name";
+    assert_eq!(error(root, DataFormat::Auto), format!("`DIR/cat/s.jpg`: {refused}"));
+    let flat = TempDir::new().unwrap();
+    let pipe = flat.path().join("p.webp");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert_eq!(
+        error(flat.path(), DataFormat::Auto),
+        "`DIR/p.webp`: a named pipe, named like an image: remove it or give it another name"
+    );
+}
+
+#[test]
+fn a_link_that_leads_nowhere_is_an_error() {
+    for (name, target) in [("cat", "nowhere"), ("dog/z.jpg", "nowhere"), ("dog/deep", "deep")] {
+        let dir = TempDir::new().unwrap();
+        let root = dir.path();
+        put(root, "dog/a.png", &rgb_png(3, 3, 1));
+        std::os::unix::fs::symlink(target, root.join(name)).unwrap();
+        let message = error(root, DataFormat::Auto);
+        assert!(message.starts_with(&format!("`DIR/{name}`: a link to `{target}`, which")), "{message}");
+        assert!(message.ends_with("restore what it leads to, or remove the link"), "{message}");
+    }
+    // One that leads somewhere is what it leads to.
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    put(root, "elsewhere/x/a.png", &rgb_png(3, 3, 1));
+    fs::create_dir(root.join("set")).unwrap();
+    std::os::unix::fs::symlink("../elsewhere/x", root.join("set/cat")).unwrap();
+    assert_eq!(open(&root.join("set"), DataFormat::Auto).unwrap().classes(), ["cat"]);
+}
+
+#[test]
 fn tar_files_beside_images_are_refused_until_the_format_is_named() {
     let mut tar = Vec::new();
     member(&mut tar, "a.png", &rgb_png(4, 4, 1), b'0');
