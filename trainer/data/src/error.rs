@@ -1,5 +1,6 @@
 //! What can be wrong with data, each with the place and the remedy. A caller maps every one to exit code 3.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
@@ -11,7 +12,7 @@ pub enum DataError {
     #[error(
         "{key}: no such folder `{}`: give a folder of tar shards, a folder of images, or one with CIFAR binary or \
          IDX files",
-        path.display()
+        shown(path)
     )]
     Missing {
         /// The recipe key (or argument) that named the path.
@@ -20,7 +21,7 @@ pub enum DataError {
         path: PathBuf,
     },
     /// The path exists but holds nothing of the wanted format.
-    #[error("no image found in `{}`: looked for {looked_for}", path.display())]
+    #[error("no image found in `{}`: looked for {looked_for}", shown(path))]
     NoImages {
         /// Where.
         path: PathBuf,
@@ -28,7 +29,7 @@ pub enum DataError {
         looked_for: String,
     },
     /// The operating system refused.
-    #[error("cannot {action} `{}`: {reason}", path.display())]
+    #[error("cannot {action} `{}`: {reason}", shown(path))]
     Io {
         /// "open", "read", "write", …
         action: &'static str,
@@ -38,7 +39,7 @@ pub enum DataError {
         reason: String,
     },
     /// A container (tar, index, CIFAR or IDX file) is not what its format says.
-    #[error("`{}`: {reason}", path.display())]
+    #[error("`{}`: {reason}", shown(path))]
     BadFile {
         /// The file.
         path: PathBuf,
@@ -103,7 +104,7 @@ pub enum DataError {
         class: String,
     },
     /// The output of a writer would overwrite something.
-    #[error("`{}` already exists and is not empty: choose another folder or remove it", path.display())]
+    #[error("`{}` already exists and is not empty: choose another folder or remove it", shown(path))]
     OutputExists {
         /// The folder.
         path: PathBuf,
@@ -111,7 +112,7 @@ pub enum DataError {
     /// Another writer is at work on the same output.
     #[error(
         "`{}`: another writer is at work in it: wait for it, stop it, or choose another folder",
-        path.display()
+        shown(path)
     )]
     InUse {
         /// Where it writes.
@@ -121,7 +122,8 @@ pub enum DataError {
     #[error(
         "cannot move the shards from `{}` to `{}`: {reason}: they stay there; clear the way, then the same command goes \
          on from them",
-        from.display(), to.display()
+        shown(from),
+        shown(to)
     )]
     Unmoved {
         /// Where they are.
@@ -149,6 +151,23 @@ pub enum DataError {
         /// The system's words.
         reason: String,
     },
+}
+
+/// A path in one line of a message, so that it can be found by what is said of it: bytes that are no UTF-8, and line
+/// feeds and their kin, are escaped as `$'…'` of a shell takes them.
+pub(crate) fn shown(path: &Path) -> String {
+    let mut text = String::new();
+    for chunk in path.as_os_str().as_bytes().utf8_chunks() {
+        for letter in chunk.valid().chars() {
+            match letter {
+                '\n' | '\r' | '\t' => text.extend(letter.escape_default()),
+                _ if letter.is_ascii_control() => text.push_str(&format!("\\x{:02x}", u32::from(letter))),
+                _ => text.push(letter),
+            }
+        }
+        chunk.invalid().iter().for_each(|byte| text.push_str(&format!("\\x{byte:02x}")));
+    }
+    text
 }
 
 impl DataError {

@@ -10,7 +10,7 @@ use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::DataError;
+use crate::error::{DataError, shown};
 use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
 
 /// Folders within folders that are followed; a link that leads back to its parent ends here.
@@ -42,11 +42,12 @@ impl ImageFolder {
         let mut starts = Vec::new();
         let mut own = Vec::new();
         for entry in sorted_entries(root)? {
-            let name = utf8_name(&entry)?;
-            if is_foreign(&name) {
+            let name = entry.file_name();
+            if is_foreign(&name.to_string_lossy()) {
                 continue;
             }
             let about = about(&entry)?;
+            let Some(name) = utf8_name(&entry, &about)? else { continue };
             if about.is_dir() {
                 let before = found.files.len();
                 found.walk(&entry.path(), &name, 1)?;
@@ -107,12 +108,13 @@ impl Found {
             ));
         }
         for entry in sorted_entries(dir)? {
-            let name = utf8_name(&entry)?;
-            if is_foreign(&name) {
+            let name = entry.file_name();
+            if is_foreign(&name.to_string_lossy()) {
                 continue;
             }
-            let below = format!("{relative}/{name}");
             let about = about(&entry)?;
+            let Some(name) = utf8_name(&entry, &about)? else { continue };
+            let below = format!("{relative}/{name}");
             if about.is_dir() {
                 self.walk(&entry.path(), &below, depth + 1)?;
             } else if is_image(&name) {
@@ -164,11 +166,15 @@ fn special(kind: fs::FileType) -> Option<&'static str> {
     }
 }
 
-fn utf8_name(entry: &fs::DirEntry) -> Result<String, DataError> {
-    entry
-        .file_name()
-        .into_string()
-        .map_err(|_| DataError::bad_file(&entry.path(), "the name is not UTF-8: rename it"))
+/// The name of a folder or an image, which must be UTF-8; none of any other file whose name is not.
+fn utf8_name(entry: &fs::DirEntry, about: &fs::Metadata) -> Result<Option<String>, DataError> {
+    match entry.file_name().into_string() {
+        Ok(name) => Ok(Some(name)),
+        Err(name) if about.is_dir() || is_image(&name.to_string_lossy()) => {
+            Err(DataError::bad_file(&entry.path(), "the name is not UTF-8: rename it"))
+        }
+        Err(_) => Ok(None),
+    }
 }
 
 fn is_image(name: &str) -> bool {
@@ -215,7 +221,7 @@ impl Source for ImageFolder {
     }
 
     fn key(&self, index: u64) -> String {
-        self.path(index).display().to_string()
+        shown(&self.path(index))
     }
 
     fn classes(&self) -> &[String] {

@@ -108,6 +108,28 @@ fn a_name_makes_no_image() {
 }
 
 #[test]
+fn names_that_are_not_utf8() {
+    use std::os::unix::ffi::OsStrExt;
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let named = |bytes: &[u8]| root.join(std::ffi::OsStr::from_bytes(bytes));
+    put(root, "cat/x.png", &rgb_png(3, 3, 1));
+    // Of what is no image they are nobody's business.
+    fs::write(named(b"cat/caf\xe9.txt"), b"no image").unwrap();
+    fs::write(named(b"\xff"), b"no image").unwrap();
+    fs::create_dir(named(b".hidden\xff")).unwrap();
+    assert_eq!(open(root, DataFormat::Auto).unwrap().len(), 1);
+    // Of an image or a folder they are told so that they can be found.
+    fs::write(named(b"cat/caf\xe9\xc3\xa9\n.JPG"), b"").unwrap();
+    assert_eq!(
+        error(root, DataFormat::Auto),
+        "`DIR/cat/caf\\xe9\u{e9}\\n.JPG`: the name is not UTF-8: rename it"
+    );
+    fs::create_dir(named(b"a\xff")).unwrap();
+    assert_eq!(error(root, DataFormat::Auto), "`DIR/a\\xff`: the name is not UTF-8: rename it");
+}
+
+#[test]
 fn a_link_that_leads_nowhere_is_an_error() {
     for (name, target) in [("cat", "nowhere"), ("dog/z.jpg", "nowhere"), ("dog/deep", "deep")] {
         let dir = TempDir::new().unwrap();
