@@ -103,8 +103,8 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
     });
     counter.lock().unwrap_or_else(std::sync::PoisonError::into_inner).finish();
     let report = report.map_err(|error| error.with_key("DIR"))?;
-    for problem in &report.problems {
-        say!("{problem}");
+    for line in report.notes.iter().chain(&report.problems) {
+        say!("{line}");
     }
     let looked_at =
         format!("{} images in {} files, {}", report.samples, report.files, human_bytes(report.bytes));
@@ -153,6 +153,9 @@ fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
             show!("  {} images without a label", part.unlabelled);
         }
         show!("  digest {}", part.digest);
+        for note in &part.notes {
+            show!("  {note}");
+        }
     }
     Ok(())
 }

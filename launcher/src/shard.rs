@@ -151,6 +151,9 @@ fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool)
         &digest[..digest.len().min(16)],
         options.store.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))
     );
+    if let Some(line) = source.passed_over() {
+        say!("  {line}");
+    }
     if taken_over > 0 {
         say!("  {taken_over} of them were there from before");
     }

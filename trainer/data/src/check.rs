@@ -40,6 +40,8 @@ pub struct Stats {
     pub decoded: u64,
     /// Identifies the data set.
     pub digest: String,
+    /// What is worth a look, a line each: files that are passed over.
+    pub notes: Vec<String>,
 }
 
 /// What [`verify`] found in all parts.
@@ -53,6 +55,8 @@ pub struct Report {
     pub bytes: u64,
     /// Everything that is wrong: shards and containers first, then samples in order.
     pub problems: Vec<String>,
+    /// What is no problem but worth a look, a line each: files that are passed over.
+    pub notes: Vec<String>,
 }
 
 /// Images decoded by [`stats`], at most.
@@ -127,6 +131,7 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
         std: std::array::from_fn(|c| (channel(c, 1) - mean[c] * mean[c]).max(0.0).sqrt()),
         decoded,
         digest: source.digest(),
+        notes: source.passed_over().into_iter().collect(),
     })
 }
 
@@ -206,7 +211,7 @@ pub fn verify(
     threads: usize,
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Report, DataError> {
-    let mut report = Report { samples: 0, files: 0, bytes: 0, problems: Vec::new() };
+    let mut report = Report { samples: 0, files: 0, bytes: 0, problems: Vec::new(), notes: Vec::new() };
     for part in source::parts(path, format)? {
         let mut note = |error: DataError| {
             report.problems.push(error.to_string());
@@ -236,6 +241,7 @@ pub fn verify(
         let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
         bad.sort_by_key(|(i, _)| *i);
         report.problems.extend(bad.into_iter().map(|(_, error)| error.brief()));
+        report.notes.extend(source.passed_over());
         let (bytes, files) = source.stored();
         report.samples += total;
         report.files += files;

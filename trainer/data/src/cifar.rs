@@ -75,6 +75,7 @@ impl Cifar {
         if names.is_empty() {
             return Err(DataError::NoImages {
                 path: dir.to_owned(),
+                seen: String::new(),
                 looked_for: match split {
                     Some(Split::Eval) => "test_batch.bin or test.bin",
                     _ => "data_batch_*.bin or train.bin",

@@ -81,6 +81,10 @@ impl Source for Renumbered {
         self.source.stored()
     }
 
+    fn passed_over(&self) -> Option<String> {
+        self.source.passed_over()
+    }
+
     fn shards(&self) -> Vec<u64> {
         self.source.shards()
     }

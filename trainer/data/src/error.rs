@@ -21,10 +21,12 @@ pub enum DataError {
         path: PathBuf,
     },
     /// The path exists but holds nothing of the wanted format.
-    #[error("no image found in `{}`: looked for {looked_for}", shown(path))]
+    #[error("no image found in `{}`{seen}: looked for {looked_for}", shown(path))]
     NoImages {
         /// Where.
         path: PathBuf,
+        /// What is there instead: empty, or ", but 3 .tif".
+        seen: String,
         /// What would have been accepted.
         looked_for: String,
     },

@@ -2,8 +2,8 @@
 //!
 //! Labels are the sub-folders of the root, sorted by name (torchvision's `ImageFolder`). A root that holds images of
 //! its own, and no sub-folder with any, is unlabelled. Within a class files are taken in the order of their paths.
-//! Names that start with a dot, `__MACOSX`, `lost+found`, and extensions other than jpg, jpeg, png, webp and ppm, are passed
-//! over.
+//! Names that start with a dot, `__MACOSX` and `lost+found` are passed over; extensions other than jpg, jpeg, png, webp and ppm
+//! too, but counted.
 
 use std::fs;
 use std::io::Read;
@@ -11,6 +11,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, shown};
+use crate::passed_over::{PassedOver, image_patterns};
 use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
 
 /// Folders within folders that are followed; a link that leads back to its parent ends here.
@@ -27,6 +28,7 @@ pub(crate) struct ImageFolder {
     classes: Vec<String>,
     bytes: u64,
     digest: String,
+    passed: PassedOver,
 }
 
 impl ImageFolder {
@@ -37,7 +39,7 @@ impl ImageFolder {
                 "not a folder: an image folder was asked for (data.format)",
             ));
         }
-        let mut found = Found { files: Names::default(), bytes: 0, hasher: blake3::Hasher::new() };
+        let mut found = Found::default();
         let mut classes = Vec::new();
         let mut starts = Vec::new();
         let mut own = Vec::new();
@@ -47,7 +49,7 @@ impl ImageFolder {
                 continue;
             }
             let about = about(&entry)?;
-            let Some(name) = utf8_name(&entry, &about)? else { continue };
+            let name = utf8_name(&entry, &about)?;
             if about.is_dir() {
                 let before = found.files.len();
                 found.walk(&entry.path(), &name, 1)?;
@@ -57,6 +59,8 @@ impl ImageFolder {
                 }
             } else if is_image(&name) {
                 own.push((name, entry.path(), about));
+            } else {
+                found.pass(&name, &about);
             }
         }
         if classes.is_empty() {
@@ -78,14 +82,25 @@ impl ImageFolder {
         if found.files.len() == 0 {
             return Err(DataError::NoImages {
                 path: root.to_owned(),
-                looked_for:
-                    "tar shards (*.tar), CIFAR binary (data_batch_1.bin), IDX (train-images-idx3-ubyte), \
-                             images (*.jpg, *.jpeg, *.png) in class folders or at the top"
-                        .to_owned(),
+                seen: found.passed.list().map_or(String::new(), |list| format!(", but {list}")),
+                looked_for: format!(
+                    "tar shards (*.tar), CIFAR binary (data_batch_1.bin), IDX (train-images-idx3-ubyte), images ({}) in \
+                     class folders or at the top{}",
+                    image_patterns(),
+                    found.passed.advice()
+                ),
             });
         }
         let digest = found.hasher.finalize().to_hex().to_string();
-        Ok(Self { root: root.to_owned(), files: found.files, starts, classes, bytes: found.bytes, digest })
+        Ok(Self {
+            root: root.to_owned(),
+            files: found.files,
+            starts,
+            classes,
+            bytes: found.bytes,
+            digest,
+            passed: found.passed,
+        })
     }
 
     fn path(&self, index: u64) -> PathBuf {
@@ -93,10 +108,12 @@ impl ImageFolder {
     }
 }
 
+#[derive(Default)]
 struct Found {
     files: Names,
     bytes: u64,
     hasher: blake3::Hasher,
+    passed: PassedOver,
 }
 
 impl Found {
@@ -113,15 +130,23 @@ impl Found {
                 continue;
             }
             let about = about(&entry)?;
-            let Some(name) = utf8_name(&entry, &about)? else { continue };
+            let name = utf8_name(&entry, &about)?;
             let below = format!("{relative}/{name}");
             if about.is_dir() {
                 self.walk(&entry.path(), &below, depth + 1)?;
             } else if is_image(&name) {
                 self.add(&below, &entry.path(), &about)?;
+            } else {
+                self.pass(&name, &about);
             }
         }
         Ok(())
+    }
+
+    fn pass(&mut self, name: &str, about: &fs::Metadata) {
+        if about.is_file() {
+            self.passed.note(name);
+        }
     }
 
     fn add(&mut self, relative: &str, path: &Path, about: &fs::Metadata) -> Result<(), DataError> {
@@ -166,15 +191,15 @@ fn special(kind: fs::FileType) -> Option<&'static str> {
     }
 }
 
-/// The name of a folder or an image, which must be UTF-8; none of any other file whose name is not.
-fn utf8_name(entry: &fs::DirEntry, about: &fs::Metadata) -> Result<Option<String>, DataError> {
-    match entry.file_name().into_string() {
-        Ok(name) => Ok(Some(name)),
-        Err(name) if about.is_dir() || is_image(&name.to_string_lossy()) => {
-            Err(DataError::bad_file(&entry.path(), "the name is not UTF-8: rename it"))
+/// An entry's name, which must be UTF-8 for a folder or an image; of any other file it only says what kind that is.
+fn utf8_name(entry: &fs::DirEntry, about: &fs::Metadata) -> Result<String, DataError> {
+    entry.file_name().into_string().or_else(|name| {
+        let name = name.to_string_lossy().into_owned();
+        if about.is_dir() || is_image(&name) {
+            return Err(DataError::bad_file(&entry.path(), "the name is not UTF-8: rename it"));
         }
-        Err(_) => Ok(None),
-    }
+        Ok(name)
+    })
 }
 
 fn is_image(name: &str) -> bool {
@@ -238,5 +263,10 @@ impl Source for ImageFolder {
 
     fn stored(&self) -> (u64, u64) {
         (self.bytes, self.len())
+    }
+
+    fn passed_over(&self) -> Option<String> {
+        let list = self.passed.list()?;
+        Some(format!("passed over in {}: {list} (read are JPEG, PNG, WebP and PPM)", shown(&self.root)))
     }
 }

@@ -66,6 +66,7 @@ impl Idx {
         let Some((part, path)) = found else {
             return Err(DataError::NoImages {
                 path: dir.to_owned(),
+                seen: String::new(),
                 looked_for: parts
                     .iter()
                     .map(|part| format!("{part}-images-idx3-ubyte[.gz]"))

@@ -41,6 +41,7 @@ mod image;
 mod jpeg;
 mod math;
 mod partial;
+mod passed_over;
 mod pool;
 mod resize;
 mod tar;

@@ -21,7 +21,7 @@ use crate::{cifar, folder, idx, tar};
 /// How the bytes of a sample stand for an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// A JPEG, PNG or WebP file.
+    /// A JPEG, PNG, WebP or PPM file.
     File,
     /// `[height, width, 3]` pixels.
     Raw {
@@ -87,6 +87,11 @@ pub trait Source: Send + Sync {
 
     /// Bytes of the images as stored, and the number of files they are in.
     fn stored(&self) -> (u64, u64);
+
+    /// A line that says which files lie among the images and are not read; none when there are no such.
+    fn passed_over(&self) -> Option<String> {
+        None
+    }
 
     /// Numbers of samples that are stored together, in the order of their indices: what is best read in one go. Sets
     /// without shards are cut into runs of a thousand.
@@ -362,9 +367,12 @@ pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError>
     Ok(entries)
 }
 
+/// How the names of images end that can be decoded.
+pub(crate) const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "ppm"];
+
 /// Whether a file name ends like an image that can be decoded.
 pub(crate) fn is_image_name(extension: &str) -> bool {
-    ["jpg", "jpeg", "png", "webp", "ppm"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+    IMAGE_NAMES.iter().any(|known| extension.eq_ignore_ascii_case(known))
 }
 
 /// Texts one after the other in one buffer: 8 bytes of overhead each.

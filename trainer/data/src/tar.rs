@@ -3,7 +3,7 @@
 //! ```text
 //! 00000.tar   00000000.jpg  00000000.cls  00000001.png  00000001.cls  …
 //! ```
-//! The image is the member whose extension is exactly jpg, jpeg or png; `.cls` holds the label as decimal digits;
+//! The image is the member whose extension is exactly jpg, jpeg, png, webp or ppm; `.cls` holds the label as decimal digits;
 //! other members are passed over. With an `index.json` beside the shards (see [`crate::shard`]) nothing is scanned;
 //! without one the headers are read once, at 512 bytes a member.
 //!
@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::DataError;
 use crate::partial::is_unfinished;
+use crate::passed_over::{PassedOver, image_patterns};
 use crate::shard::{INDEX_FILE, Index};
 use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
 
@@ -107,15 +108,17 @@ impl TarShards {
             ));
         }
         let index = path.join(INDEX_FILE);
+        let mut passed = PassedOver::default();
         let shards = if index.is_file() {
             Self::from_index(path, &Index::load(&index)?, problem)?
         } else {
-            Self::from_headers(path, problem)?
+            Self::from_headers(path, &mut passed, problem)?
         };
         if shards.offsets.is_empty() {
             return Err(DataError::NoImages {
                 path: path.to_owned(),
-                looked_for: "*.tar with members named KEY.jpg, KEY.jpeg or KEY.png".to_owned(),
+                seen: passed.list().map_or(String::new(), |list| format!(", but members {list}")),
+                looked_for: format!("*.tar with members named {}", image_patterns().replace('*', "KEY")),
             });
         }
         Ok(shards)
@@ -172,7 +175,7 @@ impl TarShards {
         Ok(set)
     }
 
-    fn from_headers(path: &Path, problem: OnProblem<'_>) -> Result<Self, DataError> {
+    fn from_headers(path: &Path, passed: &mut PassedOver, problem: OnProblem<'_>) -> Result<Self, DataError> {
         let files = if path.is_dir() { tar_files(path)? } else { vec![path.to_owned()] };
         let mut set = Self::empty();
         let mut keys = Names::default();
@@ -182,7 +185,7 @@ impl TarShards {
             let reader = file.try_clone().map_err(|e| DataError::io("open", &path, &e))?;
             set.push_shard(path.clone(), file, None);
             let from = set.offsets.len();
-            if let Err(error) = set.scan(&path, reader, &mut keys) {
+            if let Err(error) = set.scan(&path, reader, &mut keys, passed) {
                 problem(error)?;
             }
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -204,7 +207,13 @@ impl TarShards {
     }
 
     /// Adds the samples of one tar file.
-    fn scan(&mut self, path: &Path, file: File, keys: &mut Names) -> Result<(), DataError> {
+    fn scan(
+        &mut self,
+        path: &Path,
+        file: File,
+        keys: &mut Names,
+        passed: &mut PassedOver,
+    ) -> Result<(), DataError> {
         let mut members = Members::new(path, file)?;
         let mut sample = Grouped::default();
         while let Some(member) = members.next()? {
@@ -224,6 +233,8 @@ impl TarShards {
                 sample.image = Some((member.offset, length));
             } else if extension.eq_ignore_ascii_case("cls") {
                 sample.label = Some(members.read_label(&member)?);
+            } else {
+                passed.note(&member.name);
             }
         }
         self.close(&mut sample, keys);

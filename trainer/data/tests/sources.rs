@@ -62,6 +62,63 @@ fn image_folder() {
 }
 
 #[test]
+fn what_is_passed_over_is_said() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    let said = |source: &dyn Source| {
+        source.passed_over().map(|line| line.replace(&root.display().to_string(), "DIR"))
+    };
+    put(root, "cat/x.ppm", b"not looked at");
+    put(root, "dog/x.webp", b"not looked at");
+    put(root, "dog/.hidden.tif", b"");
+    put(root, ".cache/x.tif", b"");
+    let whole = open(root, DataFormat::Auto).unwrap();
+    assert_eq!((whole.len(), said(&*whole)), (2, None));
+    put(root, "cat/deep/a.tif", b"");
+    put(root, "cat/b.TIF", b"");
+    put(root, "dog/left.tar", b"");
+    put(root, "empty/c.dcm", b"");
+    put(root, "README", b"");
+    let source = open(root, DataFormat::Auto).unwrap();
+    let line =
+        "passed over in DIR: 2 .tif, 1 without extension, 1 .dcm, 1 .tar (read are JPEG, PNG, WebP and PPM)";
+    assert_eq!(said(&*source).as_deref(), Some(line));
+    assert_eq!(source.digest(), whole.digest(), "they are no part of the set");
+    let held_out = with_classes_of(&*whole, source).unwrap();
+    assert_eq!(said(&*held_out).as_deref(), Some(line));
+    assert_eq!(check::verify(root, DataFormat::Auto, 1, &|_, _| ()).unwrap().notes.len(), 1);
+
+    // And where there is nothing else, what there is.
+    fs::remove_file(root.join("cat/x.ppm")).unwrap();
+    fs::remove_file(root.join("dog/x.webp")).unwrap();
+    fs::remove_file(root.join("dog/left.tar")).unwrap();
+    let nothing = |advice: &str, seen: &str| {
+        format!(
+            "no image found in `DIR`, but {seen}: looked for tar shards (*.tar), CIFAR binary (data_batch_1.bin), IDX \
+             (train-images-idx3-ubyte), images (*.jpg, *.jpeg, *.png, *.webp, *.ppm) in class folders or at the top: {advice}"
+        )
+    };
+    assert_eq!(
+        error(root, DataFormat::Auto),
+        nothing("convert images of other formats first", "2 .tif, 1 without extension, 1 .dcm")
+    );
+    put(root, "images.tar.gz", b"");
+    assert_eq!(
+        error(root, DataFormat::Auto),
+        nothing("unpack archives first", "2 .tif, 1 without extension, 1 .dcm, 1 .tar.gz")
+    );
+    let mut tar = Vec::new();
+    member(&mut tar, "a.tif", b"", b'0');
+    member(&mut tar, "a.cls", b"1", b'0');
+    put(root, "set/a.tar", &tar);
+    assert_eq!(
+        error(&root.join("set"), DataFormat::Auto),
+        "no image found in `DIR`, but members 1 .tif: looked for *.tar with members named KEY.jpg, KEY.jpeg, KEY.png, \
+         KEY.webp, KEY.ppm"
+    );
+}
+
+#[test]
 fn images_without_classes() {
     let dir = TempDir::new().unwrap();
     put(dir.path(), "b.png", &rgb_png(3, 3, 1));

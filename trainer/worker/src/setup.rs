@@ -221,6 +221,9 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
         tracing::warn!("{advice}");
     }
+    if let Some(line) = source.passed_over().filter(|_| identity.rank == 0) {
+        tracing::warn!("{line}");
+    }
     let (plan_hash, data_digest) = (recipe.hash(), source.digest());
     tracing::info!(
         rank = identity.rank,
