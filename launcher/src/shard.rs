@@ -103,13 +103,12 @@ pub fn human_bytes(bytes: u64) -> String {
 pub fn command(args: &ShardArgs) -> Result<(), Failure> {
     let named = |error: DataError| error.with_key("SOURCE");
     let held_out = open_split(&args.source, args.format, Split::Eval).map_err(named)?;
-    let Some(held_out) = held_out else {
-        let source = open(&args.source, args.format).map_err(named)?;
-        return write(&*source, &args.out, &args.options(), false);
-    };
     let train = open_split(&args.source, args.format, Split::Train)
         .map_err(named)?
         .ok_or_else(|| named(DataError::Missing { key: String::new(), path: args.source.clone() }))?;
+    let Some(held_out) = held_out else {
+        return write(&*train, &args.out, &args.options(), false);
+    };
     let mut parts = vec![(train, args.out.join("train")), (held_out, args.out.join("test"))];
     for folder in more_held_out(&args.source) {
         let name = folder.file_name().map(|name| args.out.join(name)).unwrap_or_default();

@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, shown};
 use crate::passed_over::{PassedOver, image_patterns};
-use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
+use crate::source::{self, Encoding, Names, Source, is_image_name, sorted_entries};
 
 /// Folders within folders that are followed; a link that leads back to its parent ends here.
 const MAX_DEPTH: usize = 16;
@@ -48,7 +48,7 @@ impl ImageFolder {
             if is_foreign(&name.to_string_lossy()) {
                 continue;
             }
-            let about = about(&entry)?;
+            let about = about(&entry.path())?;
             let name = utf8_name(&entry, &about)?;
             if about.is_dir() {
                 let before = found.files.len();
@@ -91,6 +91,7 @@ impl ImageFolder {
                 ),
             });
         }
+        source::refuse_parts_as_classes(root, &classes)?;
         let digest = found.hasher.finalize().to_hex().to_string();
         Ok(Self {
             root: root.to_owned(),
@@ -129,7 +130,7 @@ impl Found {
             if is_foreign(&name.to_string_lossy()) {
                 continue;
             }
-            let about = about(&entry)?;
+            let about = about(&entry.path())?;
             let name = utf8_name(&entry, &about)?;
             let below = format!("{relative}/{name}");
             if about.is_dir() {
@@ -167,17 +168,16 @@ impl Found {
 }
 
 /// What an entry is, links followed. One that leads nowhere may have been a class: it is never passed over.
-fn about(entry: &fs::DirEntry) -> Result<fs::Metadata, DataError> {
-    let path = entry.path();
-    fs::metadata(&path).map_err(|error| match fs::read_link(&path) {
+pub(crate) fn about(path: &Path) -> Result<fs::Metadata, DataError> {
+    fs::metadata(path).map_err(|error| match fs::read_link(path) {
         Ok(target) => DataError::bad_file(
-            &path,
+            path,
             format!(
                 "a link to `{}`, which cannot be read ({error}): restore what it leads to, or remove the link",
                 target.display()
             ),
         ),
-        Err(_) => DataError::io("read", &path, &error),
+        Err(_) => DataError::io("read", path, &error),
     })
 }
 
@@ -225,6 +225,33 @@ pub(crate) fn an_image(dir: &Path, depth: usize) -> Option<PathBuf> {
     here.map(|(_, path)| path.clone()).or_else(|| {
         named.iter().filter(|(_, path)| path.is_dir()).find_map(|(_, path)| an_image(path, depth + 1))
     })
+}
+
+/// What [`folders_with_images`] found.
+#[derive(Debug, Default)]
+pub(crate) struct Within {
+    /// Names of the folders that hold images, sorted.
+    pub(crate) folders: Vec<String>,
+    /// There are images beside them.
+    pub(crate) own: bool,
+}
+
+/// The folders in `dir`, itself a folder of the root, that hold images; none where it cannot be listed.
+pub(crate) fn folders_with_images(dir: &Path) -> Within {
+    let mut within = Within::default();
+    for entry in sorted_entries(dir).unwrap_or_default() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_foreign(&name) {
+            continue;
+        }
+        // Of files, of which there may be a million, the listing says that they are no folders.
+        if entry.file_type().is_ok_and(|kind| kind.is_file()) || !entry.path().is_dir() {
+            within.own |= is_image(&name);
+        } else if an_image(&entry.path(), 2).is_some() {
+            within.folders.push(name);
+        }
+    }
+    within
 }
 
 impl Source for ImageFolder {

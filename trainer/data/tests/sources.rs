@@ -305,6 +305,101 @@ fn divided_sets() {
 }
 
 #[test]
+fn parts_of_a_set_by_other_names() {
+    let image = rgb_png(3, 3, 1);
+    let dir = TempDir::new().unwrap();
+    let count = |path: &Path, split| open_split(path, DataFormat::Auto, split).unwrap().map(|s| s.len());
+    for (train, held_out) in [
+        ("Train", "Val"),
+        ("TRAIN", "test"),
+        ("train", "testing"),
+        ("training", "testing"),
+        ("Training", "Validation"),
+    ] {
+        let set = dir.path().join(format!("{train}-{held_out}"));
+        put(&set, &format!("{train}/a/x.png"), &image);
+        put(&set, &format!("{train}/b/x.png"), &image);
+        assert_eq!((count(&set, Split::Train), count(&set, Split::Eval)), (Some(2), None), "{train} alone");
+        put(&set, &format!("{held_out}/a/x.png"), &image);
+        for path in [&set, &set.join(train)] {
+            assert_eq!((count(path, Split::Train), count(path, Split::Eval)), (Some(2), Some(1)), "{path:?}");
+        }
+        assert_eq!(check::stats(&set, DataFormat::Auto, 1).unwrap().len(), 2);
+    }
+    // The name as it is written first, whatever else is there.
+    let set = dir.path().join("both");
+    put(&set, "train/a/x.png", &image);
+    put(&set, "VAL/a/x.png", &image);
+    put(&set, "val/a/x.png", &image);
+    put(&set, "val/a/y.png", &image);
+    assert_eq!(count(&set, Split::Eval), Some(2));
+    assert_eq!(mentee_data::more_held_out(&set), [set.join("VAL")]);
+    // A part that cannot be reached is not left out.
+    let set = dir.path().join("link");
+    put(&set, "train/a/x.png", &image);
+    std::os::unix::fs::symlink("nowhere", set.join("test")).unwrap();
+    for split in [Split::Train, Split::Eval] {
+        let refused = open_split(&set, DataFormat::Auto, split).err().unwrap().to_string();
+        assert!(refused.contains("/test`: a link to `nowhere`"), "{refused}");
+    }
+}
+
+#[test]
+fn parts_of_a_set_are_no_classes() {
+    let made = |names: &[&str]| {
+        let dir = TempDir::new().unwrap();
+        names.iter().for_each(|name| put(dir.path(), &format!("{name}/x.png"), &rgb_png(3, 3, 1)));
+        dir
+    };
+    let refused = |names: &[&str]| {
+        let dir = made(names);
+        let message =
+            open_split(dir.path(), DataFormat::Auto, Split::Train).err().expect("refused").to_string();
+        assert!(check::verify(dir.path(), DataFormat::Auto, 1, &|_, _| ()).is_err(), "{names:?}");
+        message.replace(&dir.path().display().to_string(), "DIR")
+    };
+    assert_eq!(
+        refused(&["train2017/a", "val2017/a", "other"]),
+        "`DIR`: `train2017` and `val2017` are named like parts of a set and would be classes: name the parts as is understood \
+         (`train` or `training`, beside `test`, `testing`, `val`, `valid` or `validation`) or give the one to train on; classes \
+         need other names"
+    );
+    assert!(refused(&["test/a", "Val/a"]).starts_with("`DIR`: `Val` and `test` are named like parts"));
+    assert!(refused(&["train/a", "dev/a"]).starts_with("`DIR`: `dev` and `train` are named like parts"));
+    assert_eq!(
+        refused(&["val/a", "val/b"]),
+        "`DIR`: its only folder with images, `val`, is named like a part of a set and would be a class: give `DIR/val`"
+    );
+    assert_eq!(
+        refused(&["mydata/train/a", "mydata/val/a"]),
+        "`DIR`: its only folder with images, `mydata`, holds a divided set (`train` and `val`) and would be one class: give \
+         `DIR/mydata`"
+    );
+    assert!(
+        refused(&["images/train2017", "images/val2017"]).ends_with("would be one class: give `DIR/images`")
+    );
+    assert!(refused(&["mydata/Training/a", "mydata/Training/b"]).contains("a divided set (`Training`)"));
+    // Archives that unpack to a folder of their own name.
+    assert!(refused(&["train/train"]).ends_with("give `DIR/train/train`"));
+
+    // A class may have such a name.
+    for names in [
+        &["train", "plane", "ship"][..],
+        &["Train", "car"],
+        &["streetcar", "television", "tractor", "train", "trout"],
+        &["cat", "dog", "test"],
+        &["train1", "train2"],
+        &["retest", "validated"],
+        &["mydata", "mydata/train"],
+        &["photos/train", "photos/plane"],
+    ] {
+        let dir = made(names);
+        let source = open_split(dir.path(), DataFormat::Auto, Split::Train).unwrap().unwrap();
+        assert_eq!(source.len(), names.len() as u64, "{names:?}");
+    }
+}
+
+#[test]
 fn folders_without_images_beside_train_are_no_classes() {
     let dir = TempDir::new().unwrap();
     let root = dir.path();
