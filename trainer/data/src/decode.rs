@@ -249,9 +249,11 @@ fn check_size(width: u64, height: u64) -> Result<usize, DecodeError> {
 
 /// Whether a JPEG's end marker follows its last scan. The decoder invents the last rows of a file that is cut a few
 /// bytes short; this does not. (Within a scan 0xFF is always escaped, and an EXIF thumbnail's end marker stands
-/// before the scan.) Looks from the end, so it costs nothing on a whole file.
+/// before the scan.) Looks from the end, so it costs nothing on a whole file. Behind the end there may be anything, as the film
+/// of a moving photograph: what looks like a scan there is told from one by going through the file as it is made.
 fn has_end(jpeg: &[u8]) -> bool {
     jpeg.windows(2).rev().find(|pair| matches!(pair, [0xFF, 0xD9 | 0xDA])).is_some_and(|pair| pair[1] == 0xD9)
+        || jpeg::reaches_end(jpeg)
 }
 
 fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {

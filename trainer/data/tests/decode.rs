@@ -106,10 +106,32 @@ fn a_thumbnails_end_marker_does_not_hide_a_cut() {
     assert!(decode(&with_thumbnail).is_ok());
     let cut = &with_thumbnail[..with_thumbnail.len() - 2];
     assert_eq!(decode(cut), Err(DecodeError::Truncated("JPEG")));
-    // Bytes after the end are nobody's business.
-    let mut trailing = photo;
-    trailing.extend(b"trailer");
-    assert!(decode(&trailing).is_ok());
+}
+
+#[test]
+fn bytes_behind_the_end_are_nobodys_business() {
+    let scan = [0xFF, 0xDA, 0x00, 0x08, 1, 1, 0, 0, 63, 0];
+    let trailers: [&[u8]; 4] = [b"trailer", &scan, &scan[..2], &[0xFF, 0xD8, 0xFF, 0xC0, 0xFF, 0xDA, 0x12]];
+    for progressive in [false, true] {
+        let photo = jpeg(40, 30, progressive, Jpeg::Rgb);
+        let scans: Vec<usize> =
+            (0..photo.len() - 1).filter(|&at| photo[at] == 0xFF && photo[at + 1] == 0xDA).collect();
+        assert_eq!(scans.len() > 2, progressive);
+        for trailer in trailers {
+            let with = [&photo[..], trailer].concat();
+            assert_eq!(decode(&with).map(|image| image.data), Ok(pixels(&photo)), "{trailer:?}");
+            // A cut in any scan is one all the same, and so is one just behind it.
+            for (i, &scan) in scans.iter().enumerate() {
+                let end = scans.get(i + 1).copied().unwrap_or(photo.len() - 2);
+                for cut in [scan + 12, (scan + end) / 2, end] {
+                    assert_eq!(decode(&photo[..cut]), Err(DecodeError::Truncated("JPEG")), "scan {i}");
+                }
+            }
+        }
+        // Another image behind the first, as in stereo photographs, and that one cut.
+        let pair = [&photo[..], &photo[..photo.len() - 9]].concat();
+        assert_eq!(decode(&pair).map(|image| image.data), Ok(pixels(&photo)));
+    }
 }
 
 #[test]

@@ -281,6 +281,23 @@ pub(super) fn next_scan(file: &[u8], mut at: usize, tables: &mut Tables) -> Resu
     }
 }
 
+/// Whether an end marker follows a scan where markers are to be looked for: not within a segment, nor behind the first end.
+pub(crate) fn reaches_end(file: &[u8]) -> bool {
+    let (mut at, mut scanned) = (2, false);
+    while let Ok((marker, start)) = next_marker(file, at) {
+        if marker == 0xD9 {
+            return scanned;
+        }
+        scanned |= marker == 0xDA;
+        at = match segment(file, start) {
+            _ if stands_alone(marker) => start,
+            Ok((_, end)) => end,
+            Err(_) => return false,
+        };
+    }
+    false
+}
+
 fn read_frame(body: &[u8], progressive: bool) -> Result<Header, JpegError> {
     let (&[precision, h1, h0, w1, w0, count], rest) = body.split_first_chunk().ok_or(BAD_SEGMENT)?;
     if precision != 8 {

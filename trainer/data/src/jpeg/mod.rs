@@ -28,8 +28,8 @@ use thiserror::Error;
 
 use crate::image::{CropBox, PlanarImage};
 use bits::Segments;
-pub(crate) use markers::Header;
 use markers::Tables;
+pub(crate) use markers::{Header, reaches_end};
 
 /// Why a file cannot be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
