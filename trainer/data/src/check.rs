@@ -40,7 +40,7 @@ pub struct Stats {
     pub decoded: u64,
     /// Identifies the data set.
     pub digest: String,
-    /// What is worth a look, a line each: files that are passed over.
+    /// What is worth a look, a line each: files that are passed over, values that 8 bits would spoil.
     pub notes: Vec<String>,
 }
 
@@ -99,8 +99,12 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
     }
     let decoded = samples.min(STATS_SAMPLE);
     let found = Mutex::new(Vec::with_capacity(decoded as usize));
-    each_image(source, decoded, |i| i * samples / decoded, threads, &|i, image| {
-        let one = image.map(|image| (i, image.width, image.height, moments(image)));
+    each_image(source, decoded, |i| i * samples / decoded, threads, &|i, deep, image| {
+        let one = image.map(|image| {
+            // Of a deep image the high bytes; that of the largest value is the largest of them.
+            let largest = deep.then(|| image.data.iter().copied().max().unwrap_or(0));
+            (i, image.width, image.height, moments(image), largest)
+        });
         found.lock().unwrap_or_else(PoisonError::into_inner).push(one);
     });
     let mut found = found
@@ -117,6 +121,7 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
     let pixels: f64 = found.iter().map(|one| f64::from(one.1) * f64::from(one.2)).sum();
     let channel = |c: usize, power: usize| found.iter().map(|one| one.3[c][power]).sum::<f64>() / pixels;
     let mean: [f64; 3] = std::array::from_fn(|c| channel(c, 0));
+    let notes = source.passed_over().into_iter().chain(dark(found.iter().filter_map(|one| one.4))).collect();
     let (bytes, files) = source.stored();
     Ok(Stats {
         part,
@@ -131,7 +136,21 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
         std: std::array::from_fn(|c| (channel(c, 1) - mean[c] * mean[c]).max(0.0).sqrt()),
         decoded,
         digest: source.digest(),
-        notes: source.passed_over().into_iter().collect(),
+        notes,
+    })
+}
+
+/// A line on images of 16 bits when their largest values (high bytes, one an image) all stay below an eighth of the range: data of
+/// 12 bits, of which 16 levels would be left.
+fn dark(largest: impl Iterator<Item = u8>) -> Option<String> {
+    let (count, most) = largest.fold((0u64, 0), |(count, most), one| (count + 1, most.max(one)));
+    (count > 0 && most < 32).then(|| {
+        format!(
+            "16-bit images ({count} of those decoded) with no value from {} on: their high byte is kept, which leaves {} levels; \
+             scale them first (docs/own-data.md)",
+            (u32::from(most) + 1) << 8,
+            u32::from(most) + 1
+        )
     })
 }
 
@@ -232,7 +251,7 @@ pub fn verify(
         let bad = Mutex::new(Vec::new());
         let done = AtomicU64::new(0);
         let total = source.len();
-        each_image(&*source, total, |i| i, threads, &|i, image| {
+        each_image(&*source, total, |i| i, threads, &|i, _, image| {
             if let Err(error) = image {
                 bad.lock().unwrap_or_else(PoisonError::into_inner).push((i, error));
             }
@@ -250,13 +269,16 @@ pub fn verify(
     Ok(report)
 }
 
+/// Hears of an image: its number, whether it is stored with 16 bits a channel, and its pixels.
+type Visit<'a> = dyn Fn(u64, bool, Result<&RgbImage, DataError>) + Sync + 'a;
+
 /// Decodes the images `index(0)` … `index(count − 1)` on `threads` threads and hands each, or its error, to `visit`.
 fn each_image(
     source: &dyn Source,
     count: u64,
     index: impl Fn(u64) -> u64 + Sync,
     threads: usize,
-    visit: &(dyn Fn(u64, Result<&RgbImage, DataError>) + Sync),
+    visit: &Visit<'_>,
 ) {
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
@@ -269,7 +291,7 @@ fn each_image(
                         return;
                     }
                     let read = reader.whole(source, index(i), &mut image);
-                    visit(i, read.map(|()| &image));
+                    visit(i, reader.was_deep(), read.map(|()| &image));
                 }
             });
         }

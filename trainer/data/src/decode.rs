@@ -1,8 +1,11 @@
 //! Encoded bytes to 8-bit RGB: JPEG by [`crate::jpeg`], PNG by png, WebP by image-webp.
 //!
 //! What is not RGB becomes RGB as PIL's `convert("RGB")` does it, which is what torchvision's loaders call:
-//! grayscale is repeated over the channels, alpha is dropped (not blended), 16-bit samples keep their high byte,
-//! palettes are looked up, CMYK and YCCK are converted. Of an animation the first image counts.
+//! grayscale is repeated over the channels, alpha is dropped (not blended), palettes are looked up, CMYK and YCCK are
+//! converted. Of an animation the first image counts.
+//!
+//! Samples of 16 bits keep their high byte, whatever the range that is used: the same rule for every image. PIL does so with
+//! colours, and cuts 16-bit grey off at 255, which leaves white. [`crate::check::stats`] tells of data that 8 bits would spoil.
 //!
 //! A photograph that EXIF says is lying on its side is set upright, as viewers show it; PIL's `convert`, and with it
 //! torchvision's loaders, leave it lying.
@@ -254,6 +257,11 @@ fn check_size(width: u64, height: u64) -> Result<usize, DecodeError> {
 fn has_end(jpeg: &[u8]) -> bool {
     jpeg.windows(2).rev().find(|pair| matches!(pair, [0xFF, 0xD9 | 0xDA])).is_some_and(|pair| pair[1] == 0xD9)
         || jpeg::reaches_end(jpeg)
+}
+
+/// Whether these bytes are a PNG of 16 bits a sample (PNG, 11.2.2: the depth stands behind width and height).
+pub(crate) fn is_deep(bytes: &[u8]) -> bool {
+    bytes.starts_with(b"\x89PNG") && bytes.get(24) == Some(&16)
 }
 
 fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {

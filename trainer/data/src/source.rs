@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use mentee_config::recipe::{DataFormat, DataOrder};
 
-use crate::decode::{CropBox, DecodeError, Decoder, PlanarImage, RgbImage};
+use crate::decode::{CropBox, DecodeError, Decoder, PlanarImage, RgbImage, is_deep};
 use crate::error::{DataError, shown};
 use crate::order::Order;
 use crate::{cifar, folder, idx, tar};
@@ -142,6 +142,11 @@ impl Reader {
     /// As [`Self::part`].
     pub fn whole(&mut self, source: &dyn Source, index: u64, image: &mut RgbImage) -> Result<(), DataError> {
         self.with(source, index, |decoder, encoding, bytes| decoder.decode(encoding, bytes, image))
+    }
+
+    /// Whether the sample that was read last is stored with 16 bits a channel.
+    pub(crate) fn was_deep(&self) -> bool {
+        is_deep(&self.bytes)
     }
 
     /// Reads sample `index` and leaves it encoded.

@@ -134,6 +134,34 @@ fn images_without_classes() {
 }
 
 #[test]
+fn sixteen_bits_that_eight_would_spoil() {
+    use png::{BitDepth, ColorType};
+    let dir = TempDir::new().unwrap();
+    let grey = |values: [u16; 2]| {
+        common::png(2, 1, ColorType::Grayscale, BitDepth::Sixteen, &values.map(u16::to_be_bytes).concat())
+    };
+    let notes = || check::stats(dir.path(), DataFormat::Auto, 2).unwrap().remove(0).notes;
+    put(dir.path(), "light.png", &rgb_png(3, 3, 1));
+    put(dir.path(), "a.png", &grey([0, 4095]));
+    put(dir.path(), "b.png", &grey([0, 7]));
+    assert_eq!(
+        notes(),
+        [
+            "16-bit images (2 of those decoded) with no value from 4096 on: their high byte is kept, which leaves 16 levels; \
+             scale them first (docs/own-data.md)"
+        ]
+    );
+    put(dir.path(), "b.png", &grey([0, 8191]));
+    assert!(notes()[0].contains("leaves 32 levels"), "{:?}", notes());
+    put(dir.path(), "b.png", &grey([0, 8192]));
+    assert!(notes().is_empty(), "{:?}", notes());
+    // A dark image of 8 bits loses nothing.
+    let dir = TempDir::new().unwrap();
+    put(dir.path(), "a.png", &common::png(2, 1, ColorType::Grayscale, BitDepth::Eight, &[0, 3]));
+    assert!(check::stats(dir.path(), DataFormat::Auto, 1).unwrap()[0].notes.is_empty());
+}
+
+#[test]
 fn a_name_makes_no_image() {
     // A folder is a folder, whatever it is called.
     let dir = TempDir::new().unwrap();
