@@ -7,8 +7,8 @@
 //! Samples of 16 bits keep their high byte, whatever the range that is used: the same rule for every image. PIL does so with
 //! colours, and cuts 16-bit grey off at 255, which leaves white. [`crate::check::stats`] tells of data that 8 bits would spoil.
 //!
-//! A photograph that EXIF says is lying on its side is set upright, as viewers show it; PIL's `convert`, and with it
-//! torchvision's loaders, leave it lying.
+//! A photograph that EXIF says is lying on its side is set upright, as viewers show it and as PIL's `exif_transpose` does (JPEG's
+//! APP1, PNG's eXIf, WebP's EXIF); PIL's `convert`, and with it torchvision's loaders, leave it lying.
 //!
 //! A file that is cut short is an error, never a half-grey image; so is a PNG whose checksums disagree. Nothing is
 //! allocated for an image of more than [`MAX_PIXELS`].
@@ -116,9 +116,13 @@ impl Decoder {
                 check_size(u64::from(found.width), u64::from(found.height))?;
                 header = Some(found);
             }
-            (Encoding::File, [0x89, b'P', b'N', b'G', ..]) => decode_png(bytes, &mut self.whole)?,
+            (Encoding::File, [0x89, b'P', b'N', b'G', ..]) => {
+                let orientation = decode_png(bytes, &mut self.whole)?;
+                self.set_upright(orientation);
+            }
             (Encoding::File, [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..]) => {
-                decode_webp(bytes, &mut self.whole)?;
+                let orientation = decode_webp(bytes, &mut self.whole)?;
+                self.set_upright(orientation);
             }
             (Encoding::File, [b'P', b'6', b'\n' | b' ', ..]) => {
                 let (width, height, pixels) = ppm(bytes)?;
@@ -135,6 +139,14 @@ impl Decoder {
             None => (self.whole.width, self.whole.height),
         };
         Ok(Opened { decoder: self, bytes, header, width, height })
+    }
+
+    fn set_upright(&mut self, orientation: u8) {
+        if orientation != 1 {
+            let stored = std::mem::take(&mut self.whole);
+            Turn { orientation, width: stored.width, height: stored.height }
+                .upright_whole(&stored, &mut self.whole);
+        }
     }
 
     /// Decodes a whole image into `image`, whose memory is used again.
@@ -216,6 +228,20 @@ impl Turn {
         CropBox { x: a.min(c), y: b.min(d), width: a.abs_diff(c) + 1, height: b.abs_diff(d) + 1 }
     }
 
+    /// Turns a whole image.
+    fn upright_whole(self, stored: &RgbImage, out: &mut RgbImage) {
+        let sides = (stored.width, stored.height);
+        (out.width, out.height) = if self.orientation >= 5 { (sides.1, sides.0) } else { sides };
+        out.data.clear();
+        for y in 0..out.height {
+            for x in 0..out.width {
+                let (sx, sy) = self.from(x, y);
+                let at = (sy as usize * stored.width as usize + sx as usize) * 3;
+                out.data.extend_from_slice(&stored.data[at..at + 3]);
+            }
+        }
+    }
+
     /// Turns the stored pixels of `part`.
     fn upright(self, stored: &PlanarImage, part: CropBox, out: &mut PlanarImage) {
         let (width, height) = (part.width as usize, part.height as usize);
@@ -264,7 +290,8 @@ pub(crate) fn is_deep(bytes: &[u8]) -> bool {
     bytes.starts_with(b"\x89PNG") && bytes.get(24) == Some(&16)
 }
 
-fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
+/// Decodes as stored, and returns EXIF's orientation.
+fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
     let fail = |error: png::DecodingError| match error {
         png::DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
             DecodeError::Truncated("PNG")
@@ -298,10 +325,20 @@ fn decode_png(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
         _ => {}
     }
     image.data.truncate(pixels * 3);
-    Ok(())
+    // It may stand behind the pixels.
+    Ok(reader.info().exif_metadata.as_deref().map_or(1, orientation))
 }
 
-fn decode_webp(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
+/// EXIF's orientation in a chunk, which some programs begin as JPEG's segment does; 1 when it says nothing that is understood.
+fn orientation(mut chunk: &[u8]) -> u8 {
+    while let Some(rest) = chunk.strip_prefix(b"Exif\0\0") {
+        chunk = rest;
+    }
+    jpeg::exif_orientation(chunk).unwrap_or(1)
+}
+
+/// Decodes as stored, and returns EXIF's orientation.
+fn decode_webp(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
     use image_webp::{DecodingError, WebPDecoder};
     let fail = |error: DecodingError| match error {
         DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
@@ -326,7 +363,12 @@ fn decode_webp(bytes: &[u8], image: &mut RgbImage) -> Result<(), DecodeError> {
         (0..pixels).for_each(|i| image.data.copy_within(4 * i..4 * i + 3, 3 * i));
     }
     image.data.truncate(pixels * 3);
-    Ok(())
+    // A chunk without its flag in the extended header is none.
+    let has_exif = bytes.get(12..16) == Some(b"VP8X") && bytes.get(20).is_some_and(|flags| flags & 8 != 0);
+    Ok(match decoder.exif_metadata() {
+        Ok(Some(chunk)) if has_exif => orientation(&chunk),
+        _ => 1,
+    })
 }
 
 /// Width, height and pixels of a binary PPM file of 8 bits without comments, as `mentee shard` writes them.

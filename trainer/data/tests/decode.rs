@@ -4,8 +4,9 @@ mod common;
 
 use common::{jpeg, noise, png};
 use jpeg_encoder::ColorType as Jpeg;
+use mentee_data::Encoding;
 use mentee_data::decode;
-use mentee_data::decode::{DecodeError, RgbImage};
+use mentee_data::decode::{CropBox, DecodeError, Decoder, PlanarImage, RgbImage};
 use png::{BitDepth, ColorType};
 
 fn pixels(bytes: &[u8]) -> Vec<u8> {
@@ -106,6 +107,95 @@ fn a_thumbnails_end_marker_does_not_hide_a_cut() {
     assert!(decode(&with_thumbnail).is_ok());
     let cut = &with_thumbnail[..with_thumbnail.len() - 2];
     assert_eq!(decode(cut), Err(DecodeError::Truncated("JPEG")));
+}
+
+/// An image turned as EXIF's `orientation` says, by mirroring and transposing alone.
+fn turned(image: &RgbImage, orientation: u16) -> RgbImage {
+    let pixels: Vec<&[u8]> = image.data.chunks_exact(3).collect();
+    let mut rows: Vec<Vec<&[u8]>> = pixels.chunks_exact(image.width as usize).map(<[_]>::to_vec).collect();
+    if orientation >= 5 {
+        rows = (0..rows[0].len()).map(|x| rows.iter().map(|row| row[x]).collect()).collect();
+    }
+    if matches!(orientation, 2 | 3 | 6 | 7) {
+        rows.iter_mut().for_each(|row| row.reverse());
+    }
+    if matches!(orientation, 3 | 4 | 7 | 8) {
+        rows.reverse();
+    }
+    let (width, height) = (rows[0].len() as u32, rows.len() as u32);
+    RgbImage { width, height, data: rows.concat().concat() }
+}
+
+fn exif(orientation: u16, big: bool) -> Vec<u8> {
+    let short = |n: u16| if big { n.to_be_bytes() } else { n.to_le_bytes() };
+    let long = |n: u32| if big { n.to_be_bytes() } else { n.to_le_bytes() };
+    let mut tiff = if big { b"MM\0\x2a".to_vec() } else { b"II\x2a\0".to_vec() };
+    tiff.extend(long(8));
+    tiff.extend([short(1), short(0x0112), short(3)].concat());
+    tiff.extend(long(1));
+    tiff.extend([short(orientation), short(0)].concat());
+    tiff.extend(long(0));
+    tiff
+}
+
+#[test]
+fn png_and_webp_stand_upright_too() {
+    let stored = RgbImage { width: 5, height: 3, data: noise(45, 8) };
+    let png_with = |chunk: Vec<u8>| {
+        let mut info = png::Info::with_size(5, 3);
+        (info.color_type, info.bit_depth) = (ColorType::Rgb, BitDepth::Eight);
+        info.exif_metadata = Some(chunk.into());
+        let mut bytes = Vec::new();
+        let mut writer = png::Encoder::with_info(&mut bytes, info).unwrap().write_header().unwrap();
+        writer.write_image_data(&stored.data).unwrap();
+        writer.finish().unwrap();
+        bytes
+    };
+    let webp_with = |chunk: Vec<u8>| {
+        let mut bytes = Vec::new();
+        let mut encoder = image_webp::WebPEncoder::new(&mut bytes);
+        encoder.set_exif_metadata(chunk);
+        encoder.encode(&stored.data, 5, 3, image_webp::ColorType::Rgb8).unwrap();
+        bytes
+    };
+    for orientation in 1..=8 {
+        let upright = turned(&stored, orientation);
+        for chunk in [
+            exif(orientation, false),
+            exif(orientation, true),
+            [&b"Exif\0\0"[..], &exif(orientation, false)].concat(),
+        ] {
+            let mut behind = png_with(chunk.clone());
+            // The chunk behind the pixels, before the end.
+            let at = behind.windows(4).position(|name| name == b"eXIf").unwrap() - 4;
+            let moved: Vec<u8> = behind.drain(at..at + 12 + chunk.len()).collect();
+            let end = behind.len() - 12;
+            behind.splice(end..end, moved);
+            for file in [png_with(chunk.clone()), behind, webp_with(chunk.clone())] {
+                assert_eq!(decode(&file).as_ref(), Ok(&upright), "{orientation}");
+                let (mut decoder, mut part) = (Decoder::default(), PlanarImage::default());
+                let opened = decoder.open(Encoding::File, &file).unwrap();
+                assert_eq!((opened.width, opened.height), (upright.width, upright.height));
+                let area = CropBox { x: 1, y: 0, width: 2, height: 3 };
+                opened.part(area, &mut part).unwrap();
+                let (mut got, mut expected) = (RgbImage::default(), PlanarImage::default());
+                part.to_rgb(&mut got);
+                expected.take(&upright, area);
+                let mut cut = RgbImage::default();
+                expected.to_rgb(&mut cut);
+                assert_eq!(got, cut, "{orientation}");
+            }
+        }
+    }
+    // What says nothing that is understood turns nothing, and neither does a chunk that the header does not announce.
+    for chunk in [exif(9, false), exif(0, true), b"Exif\0\0".to_vec(), exif(6, true)[..13].to_vec()] {
+        assert_eq!(decode(&png_with(chunk.clone())).as_ref(), Ok(&stored), "{chunk:?}");
+        assert_eq!(decode(&webp_with(chunk.clone())).as_ref(), Ok(&stored), "{chunk:?}");
+    }
+    let mut unannounced = webp_with(exif(6, true));
+    assert_eq!(&unannounced[12..16], b"VP8X");
+    unannounced[20] &= !8;
+    assert_eq!(decode(&unannounced).as_ref(), Ok(&stored));
 }
 
 #[test]

@@ -366,7 +366,7 @@ fn colour(components: &[Component], jfif: bool, adobe: Option<u8>) -> Result<Col
 }
 
 /// Orientation in a TIFF structure (Exif 2.32, 4.6.4): tag 0x0112 of the first directory.
-fn exif_orientation(tiff: &[u8]) -> Option<u8> {
+pub(crate) fn exif_orientation(tiff: &[u8]) -> Option<u8> {
     let big = match tiff.get(..4)? {
         [b'M', b'M', 0, 42] => true,
         [b'I', b'I', 42, 0] => false,

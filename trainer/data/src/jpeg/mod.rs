@@ -29,7 +29,7 @@ use thiserror::Error;
 use crate::image::{CropBox, PlanarImage};
 use bits::Segments;
 use markers::Tables;
-pub(crate) use markers::{Header, reaches_end};
+pub(crate) use markers::{Header, exif_orientation, reaches_end};
 
 /// Why a file cannot be decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
