@@ -46,7 +46,7 @@ pub enum DecodeError {
         reason: String,
     },
     /// More than [`MAX_PIXELS`], or no pixels.
-    #[error("{width} x {height} pixels: the limit is 1 to {MAX_PIXELS} pixels")]
+    #[error("{}", size(*width, *height))]
     Size {
         /// Columns.
         width: u64,
@@ -267,6 +267,14 @@ impl From<JpegError> for DecodeError {
             other => Self::Damaged { format: "JPEG", reason: other.to_string() },
         }
     }
+}
+
+fn size(width: u64, height: u64) -> String {
+    if width == 0 || height == 0 {
+        return format!("{width} x {height} pixels: an image without any");
+    }
+    let limit = MAX_PIXELS / 1_000_000;
+    format!("{width} x {height} pixels, more than {limit} megapixels: cut it into tiles, or shrink it")
 }
 
 fn check_size(width: u64, height: u64) -> Result<usize, DecodeError> {

@@ -252,6 +252,10 @@ fn a_bomb_is_refused_before_memory_is_taken() {
     let crc = crc32(&bomb[12..]);
     bomb.extend(crc.to_be_bytes());
     assert_eq!(decode(&bomb), Err(DecodeError::Size { width: 60_000, height: 60_000 }));
+    assert_eq!(
+        decode(&bomb).unwrap_err().to_string(),
+        "60000 x 60000 pixels, more than 100 megapixels: cut it into tiles, or shrink it"
+    );
     // A JPEG whose frame header promises 65,000 x 65,000.
     let mut file = jpeg(40, 30, false, Jpeg::Rgb);
     let frame = file.windows(2).position(|pair| pair == [0xFF, 0xC0]).unwrap();
