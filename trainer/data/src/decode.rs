@@ -124,7 +124,7 @@ impl Decoder {
                 let orientation = decode_webp(bytes, &mut self.whole)?;
                 self.set_upright(orientation);
             }
-            (Encoding::File, [b'P', b'6', b'\n' | b' ', ..]) => {
+            (Encoding::File, [b'P', b'6', b'#' | b' ' | b'\t'..=b'\r', ..]) => {
                 let (width, height, pixels) = ppm(bytes)?;
                 raw_into(pixels, width, height, &mut self.whole)?;
             }
@@ -379,15 +379,38 @@ fn decode_webp(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
     })
 }
 
-/// Width, height and pixels of a binary PPM file of 8 bits without comments, as `mentee shard` writes them.
+/// Width, height and pixels of a binary PPM file of 8 bits. One whitespace character ends the header; before it, what begins with
+/// `#` is a comment up to the end of its line, also in the middle of a number (netpbm's ppm(5)).
 fn ppm(bytes: &[u8]) -> Result<(u32, u32, &[u8]), DecodeError> {
     let bad = |reason: &str| DecodeError::Damaged { format: "PPM", reason: reason.to_owned() };
-    let mut fields = bytes[2..].splitn(5, u8::is_ascii_whitespace).skip(1);
-    let mut number = || -> Option<u32> { std::str::from_utf8(fields.next()?).ok()?.parse().ok() };
-    let (Some(width), Some(height), Some(255)) = (number(), number(), number()) else {
-        return Err(bad("no header of width, height and 255"));
+    let mut at = 2;
+    let mut next = || -> Option<u8> {
+        if bytes.get(at) == Some(&b'#') {
+            at += bytes[at..].iter().position(|byte| b"\r\n".contains(byte))?;
+        }
+        at += 1;
+        bytes.get(at - 1).copied()
     };
-    let pixels = fields.next().ok_or(DecodeError::Truncated("PPM"))?;
+    let mut numbers = [0u32; 3];
+    for number in &mut numbers {
+        let mut digits = 0;
+        loop {
+            match next().ok_or(DecodeError::Truncated("PPM"))? {
+                space if space.is_ascii_whitespace() && digits == 0 => {}
+                space if space.is_ascii_whitespace() => break,
+                digit if digit.is_ascii_digit() && digits < 9 => {
+                    *number = *number * 10 + u32::from(digit - b'0');
+                    digits += 1;
+                }
+                _ => return Err(bad("no header of width, height and 255")),
+            }
+        }
+    }
+    let [width, height, most] = numbers;
+    if most != 255 {
+        return Err(bad(&format!("values up to {most}: only those up to 255 are read")));
+    }
+    let pixels = &bytes[at..];
     let expected = check_size(u64::from(width), u64::from(height))? * 3;
     if pixels.len() < expected {
         return Err(DecodeError::Truncated("PPM"));

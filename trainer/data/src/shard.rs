@@ -502,7 +502,7 @@ impl ShardWriter {
             [0xFF, 0xD8, ..] => "jpg",
             [0x89, b'P', b'N', b'G', ..] => "png",
             [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => "webp",
-            [b'P', b'6', b'\n' | b' ', ..] => "ppm",
+            [b'P', b'6', b'#' | b' ' | b'\t'..=b'\r', ..] => "ppm",
             _ => {
                 return Err(DataError::BadSample {
                     sample: key,

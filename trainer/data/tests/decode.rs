@@ -243,6 +243,32 @@ fn what_is_no_image_is_named() {
 }
 
 #[test]
+fn ppm_headers() {
+    let image = RgbImage { width: 2, height: 1, data: vec![35, 10, 3, 4, 5, 6] };
+    for header in [
+        "P6\n2 1\n255\n",
+        "P6 2 1 255 ",
+        "P6\t2\r\n1\n\n255\r",
+        "P6\n# made by hand\n2 1\n255\n",
+        "P6# a\n#b\r2#c 7\n 1# 9\n255# the last\n",
+    ] {
+        let file = [header.as_bytes(), &image.data].concat();
+        assert_eq!(decode(&file).as_ref(), Ok(&image), "{header:?}");
+        for length in 3..file.len() {
+            assert_eq!(decode(&file[..length]), Err(DecodeError::Truncated("PPM")), "{header:?} {length}");
+        }
+    }
+    for (file, reason) in [
+        ("P6 2 1 65535 ............", "damaged PPM: values up to 65535: only those up to 255 are read"),
+        ("P6 2 x 255 ......", "damaged PPM: no header of width, height and 255"),
+        ("P6 99999999999 1 255 .", "damaged PPM: no header of width, height and 255"),
+        ("P6 0 1 255 .", "0 x 1 pixels: an image without any"),
+    ] {
+        assert_eq!(decode(file.as_bytes()).unwrap_err().to_string(), reason, "{file}");
+    }
+}
+
+#[test]
 fn a_bomb_is_refused_before_memory_is_taken() {
     // A PNG header that promises 60000 x 60000, with a valid checksum.
     let mut bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR".to_vec();
