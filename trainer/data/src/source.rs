@@ -401,7 +401,11 @@ pub(crate) fn resolve(path: &Path, format: DataFormat) -> Result<(PathBuf, DataF
         Err(e) => return Err(DataError::io("open", path, &e)),
     }
     if path.is_file() {
-        return Ok((path.to_owned(), if format == DataFormat::Auto { DataFormat::Tar } else { format }));
+        let format = if format == DataFormat::Auto { DataFormat::Tar } else { format };
+        if format == DataFormat::Tar {
+            tar::refuse_other(path)?;
+        }
+        return Ok((path.to_owned(), format));
     }
     // The folders these sets unpack to.
     let nested = ["", "cifar-10-batches-bin", "cifar-100-binary", "raw", "MNIST/raw", "FashionMNIST/raw"];

@@ -94,6 +94,39 @@ pub(crate) fn one_without_index(dir: &Path) -> Option<PathBuf> {
     tar_files(dir).ok()?.into_iter().next()
 }
 
+/// Refuses a single file that is no tar file, by what it is instead. One that is named like a tar file is left to be read, unless
+/// it is packed.
+pub(crate) fn refuse_other(path: &Path) -> Result<(), DataError> {
+    let mut start = Vec::with_capacity(BLOCK as usize);
+    File::open(path)
+        .and_then(|file| file.take(BLOCK).read_to_end(&mut start))
+        .map_err(|e| DataError::io("read", path, &e))?;
+    if start.as_slice().try_into().is_ok_and(is_header) {
+        return Ok(());
+    }
+    const UNPACK: &str =
+        "unpack it first and give the folder (a tar file can be given when it is not compressed)";
+    let packed = match &start[..] {
+        [0x1F, 0x8B, ..] => Some("gzip"),
+        [b'P', b'K', 3 | 5, 4 | 6, ..] => Some("zip"),
+        [0xFD, b'7', b'z', b'X', b'Z', ..] => Some("xz"),
+        [0x28, 0xB5, 0x2F, 0xFD, ..] => Some("zstd"),
+        [b'B', b'Z', b'h', b'1'..=b'9', ..] => Some("bzip2"),
+        [b'7', b'z', 0xBC, 0xAF, ..] => Some("7z"),
+        [b'R', b'a', b'r', b'!', ..] => Some("rar"),
+        _ => None,
+    };
+    let reason = match (packed, path.extension().and_then(|e| e.to_str()).unwrap_or_default()) {
+        (Some(format), _) => format!("packed ({format}): {UNPACK}"),
+        (None, extension) if extension.eq_ignore_ascii_case("tar") => return Ok(()),
+        (None, extension) if is_image_name(extension) => {
+            "a single image: give the folder that it is in".to_owned()
+        }
+        _ => "not a tar file: give a folder of images, or a tar file".to_owned(),
+    };
+    Err(DataError::bad_file(path, reason))
+}
+
 impl TarShards {
     pub(crate) fn open(path: &Path) -> Result<Self, DataError> {
         Self::open_reporting(path, &mut Err)
@@ -403,10 +436,7 @@ impl<'a> Members<'a> {
             if header.iter().all(|&b| b == 0) {
                 return Ok(None);
             }
-            let sum: u64 = header.iter().map(|&b| u64::from(b)).sum::<u64>()
-                - header[148..156].iter().map(|&b| u64::from(b)).sum::<u64>()
-                + 8 * u64::from(b' ');
-            if number(&header[148..156]) != Some(sum) {
+            if !is_header(&header) {
                 return Err(self.bad("checksum does not match: damaged, or not a tar file"));
             }
             let kind = header[156];
@@ -477,6 +507,14 @@ impl<'a> Members<'a> {
             )),
         }
     }
+}
+
+/// Whether a header's checksum is that of its bytes, those of the checksum itself taken as spaces.
+fn is_header(header: &[u8; BLOCK as usize]) -> bool {
+    let sum: u64 = header.iter().map(|&b| u64::from(b)).sum::<u64>()
+        - header[148..156].iter().map(|&b| u64::from(b)).sum::<u64>()
+        + 8 * u64::from(b' ');
+    number(&header[148..156]) == Some(sum)
 }
 
 /// Octal digits with spaces or NUL around, or GNU's base-256 when the first bit is set.

@@ -622,6 +622,43 @@ fn a_tar_of_others_without_an_index() {
 }
 
 #[test]
+fn a_single_file() {
+    let dir = TempDir::new().unwrap();
+    let mut tar = Vec::new();
+    member(&mut tar, "a.png", &rgb_png(4, 4, 1), b'0');
+    for name in ["x.tar", "x.tar.part", "x"] {
+        put(dir.path(), name, &tar);
+        assert_eq!(open(&dir.path().join(name), DataFormat::Auto).unwrap().len(), 1, "{name}");
+    }
+    let unpack = "unpack it first and give the folder (a tar file can be given when it is not compressed)";
+    for (name, bytes, reason) in [
+        (
+            "photo.jpg",
+            &jpeg(8, 8, false, jpeg_encoder::ColorType::Rgb)[..],
+            "a single image: give the folder that it is in",
+        ),
+        ("x.tar.gz", &[0x1F, 0x8B, 8, 0], &format!("packed (gzip): {unpack}")),
+        ("named.tar", &[0x1F, 0x8B, 8, 0], &format!("packed (gzip): {unpack}")),
+        ("x.zip", b"PK\x03\x04....", &format!("packed (zip): {unpack}")),
+        ("x.tar.xz", b"\xFD7zXZ\0", &format!("packed (xz): {unpack}")),
+        ("x.tar.zst", b"\x28\xB5\x2F\xFD", &format!("packed (zstd): {unpack}")),
+        ("x.7z", b"7z\xBC\xAF\x27\x1C", &format!("packed (7z): {unpack}")),
+        ("labels.csv", b"a,b", "not a tar file: give a folder of images, or a tar file"),
+        ("empty", b"", "not a tar file: give a folder of images, or a tar file"),
+    ] {
+        put(dir.path(), name, bytes);
+        let path = dir.path().join(name);
+        for format in [DataFormat::Auto, DataFormat::Tar] {
+            assert_eq!(error(&path, format), format!("`DIR`: {reason}"), "{name}");
+        }
+        assert!(check::verify(&path, DataFormat::Auto, 1, &|_, _| ()).is_err(), "{name}");
+    }
+    // What is called a tar file is read as one, and its damage said.
+    put(dir.path(), "bad.tar", &[7; 600]);
+    assert!(error(&dir.path().join("bad.tar"), DataFormat::Auto).contains("tar header at byte 0: checksum"));
+}
+
+#[test]
 fn hostile_tars_are_refused_with_the_place() {
     let dir = TempDir::new().unwrap();
     let refuse = |tar: &[u8], expected: &str| {
