@@ -227,7 +227,7 @@ fn an_evaluation_leaves_damaged_images_out() {
     // As many as the recipe has a place for, and none where it says so.
     fs::remove_file(in_bank).expect("the image can be removed");
     for (name, set, words) in [
-        ("none", "data.max_skipped=0", "1 damaged samples, data.max_skipped is 0"),
+        ("none", "data.max_skipped=0", "1 damaged sample, data.max_skipped is 0"),
         ("strict", "data.on_error=\"fail\"", "0042-page.jpg"),
     ] {
         let run_dir = dir.path().join(name);

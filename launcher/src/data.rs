@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use mentee_config::recipe::DataFormat;
 use mentee_config::{Plan, Recipe, exit_code, plan, say, show};
 use mentee_data::digest::{OrderDigest, Running};
-use mentee_data::{DataError, OnError, Split, check, open_split, order as order_of};
+use mentee_data::{DataError, OnError, Split, check, counted, open_split, order as order_of};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
@@ -92,6 +92,10 @@ pub fn command(command: &DataCommand) -> Result<(), Failure> {
     }
 }
 
+fn images_in_files(images: u64, files: u64) -> String {
+    format!("{} in {}", counted(images, "image"), counted(files, "file"))
+}
+
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -107,7 +111,7 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
         say!("{line}");
     }
     let looked_at =
-        format!("{} images in {} files, {}", report.samples, report.files, human_bytes(report.bytes));
+        format!("{}, {}", images_in_files(report.samples, report.files), human_bytes(report.bytes));
     match report.problems.len() {
         0 => {
             say!("{}: all well: {looked_at}", path.display());
@@ -116,8 +120,9 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
         problems => Err(Failure {
             exit_code: exit_code::DATA,
             line: format!(
-                "{}: {problems} problems among {looked_at}: repair or remove what is named above",
-                path.display()
+                "{}: {} among {looked_at}: repair or remove what is named above",
+                path.display(),
+                counted(problems as u64, "problem")
             ),
         }),
     }
@@ -131,7 +136,7 @@ fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
     }
     for part in parts {
         show!("{}", part.part);
-        show!("  {} images in {} files, {}", part.samples, part.files, human_bytes(part.bytes));
+        show!("  {}, {}", images_in_files(part.samples, part.files), human_bytes(part.bytes));
         let sides = |[small, median, large]: [u32; 3]| format!("{small} to {large}, median {median}");
         show!("  width {}; height {} (of {} decoded)", sides(part.width), sides(part.height), part.decoded);
         let three = |values: [f64; 3]| values.map(|value| format!("{value:.4}")).join(", ");
@@ -139,7 +144,7 @@ fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
         if part.classes.is_empty() {
             show!("  no labels");
         } else {
-            show!("  {} classes:", part.classes.len());
+            show!("  {}:", counted(part.classes.len() as u64, "class"));
             // More than a screenful says less than its ends.
             let shown = if part.classes.len() > 40 { 20 } else { part.classes.len() };
             for (name, count) in &part.classes[..shown] {
@@ -150,7 +155,7 @@ fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
             }
         }
         if part.unlabelled > 0 {
-            show!("  {} images without a label", part.unlabelled);
+            show!("  {} without a label", counted(part.unlabelled, "image"));
         }
         show!("  digest {}", part.digest);
         for note in &part.notes {

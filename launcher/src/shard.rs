@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mentee_config::{recipe::DataFormat, say};
 use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
-use mentee_data::{DataError, Source, Split, more_held_out, open, open_split};
+use mentee_data::{DataError, Source, Split, counted, more_held_out, open, open_split};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
@@ -143,9 +143,11 @@ fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool)
     let seconds = started.elapsed().as_secs_f64().max(1e-9);
     let taken_over = taken_over.unwrap_or(0);
     say!(
-        "{}: {samples} images of {} classes in {shards} shards, {}, digest {}{}",
+        "{}: {} of {} in {}, {}, digest {}{}",
         out.display(),
-        source.classes().len(),
+        counted(samples, "image"),
+        counted(source.classes().len() as u64, "class"),
+        counted(shards, "shard"),
         human_bytes(bytes),
         &digest[..digest.len().min(16)],
         options.store.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))

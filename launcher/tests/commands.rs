@@ -7,6 +7,8 @@ use std::time::Instant;
 
 use common::{put, script};
 use mentee_checkpoint::{Dtype, Meta, Tensor};
+use mentee_config::recipe::DataFormat;
+use mentee_data::check;
 use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
 use serde_json::Value;
 
@@ -133,6 +135,27 @@ fn shard_verify_stats() {
     let (code, _, err) = mentee(&["data", "stats", "/nowhere"]);
     assert_eq!(code, Some(3));
     assert!(err.contains("/nowhere"), "{err}");
+}
+
+#[test]
+fn what_is_passed_over_is_said() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("data");
+    let config = SyntheticConfig { train: 3, test: 1, ..SyntheticConfig::default() };
+    write_synthetic(&data.join("drawn"), &config, &mut |_, _| ()).expect("written");
+    let images = check::contact_sheet(&data.join("drawn"), DataFormat::Auto).expect("a PNG");
+    let set = folder.path().join("set");
+    fs::create_dir_all(set.join("cat")).expect("made");
+    fs::write(set.join("cat/a.png"), images).expect("written");
+    fs::write(set.join("cat/b.TIF"), "not read").expect("written");
+    let line = format!("passed over in {}: 1 .tif (read are JPEG, PNG, WebP and PPM)", set.display());
+    for arguments in [&["verify", text(&set)][..], &["stats", text(&set)], &["stats", "--json", text(&set)]] {
+        let (code, said, err) = mentee(&[&["data"], arguments].concat());
+        assert_eq!(code, Some(0), "{err}");
+        assert_eq!(said.matches(&line).count(), 1, "{said}");
+    }
+    let (_, said, _) = mentee(&["shard", text(&set), "--out", text(&folder.path().join("out"))]);
+    assert!(said.contains(&line) && said.contains("1 image of 1 class in 1 shard,"), "{said}");
 }
 
 #[test]

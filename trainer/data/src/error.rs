@@ -58,8 +58,8 @@ pub enum DataError {
     },
     /// More samples are damaged than the recipe passes over.
     #[error(
-        "{found} damaged samples, data.max_skipped is {budget}; the last: {last}: repair the data \
-         (`mentee data verify` finds all such) or raise data.max_skipped"
+        "{}, data.max_skipped is {budget}; the last: {last}: repair the data (`mentee data verify` finds all such) or raise \
+         data.max_skipped", counted(*found, "damaged sample")
     )]
     TooManyBad {
         /// Different ones that were met.
@@ -172,6 +172,17 @@ pub(crate) fn shown(path: &Path) -> String {
     text
 }
 
+/// `1 image`, `2 images`, `2 classes`.
+#[must_use]
+pub fn counted(number: u64, what: &str) -> String {
+    let ending = match what {
+        _ if number == 1 => "",
+        _ if what.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{number} {what}{ending}")
+}
+
 impl DataError {
     /// Names the recipe key or argument a missing path came from (`data.path` unless told).
     #[must_use]
@@ -196,5 +207,23 @@ impl DataError {
 
     pub(crate) fn bad_file(path: &Path, reason: impl Into<String>) -> Self {
         Self::BadFile { path: path.to_owned(), reason: reason.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_one() {
+        let said =
+            [(0, "image"), (1, "image"), (2, "image"), (1, "class"), (3, "class"), (1, "class folder")]
+                .map(|(number, what)| counted(number, what));
+        assert_eq!(said, ["0 images", "1 image", "2 images", "1 class", "3 classes", "1 class folder"]);
+        let many = |found| DataError::TooManyBad { found, budget: 0, last: "x".to_owned() }.to_string();
+        assert!(
+            many(1).starts_with("1 damaged sample, data.max_skipped is 0; the last: x: repair the data (")
+        );
+        assert!(many(2).starts_with("2 damaged samples, "));
     }
 }

@@ -10,7 +10,7 @@ use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{DataError, shown};
+use crate::error::{DataError, counted, shown};
 use crate::passed_over::{PassedOver, image_patterns};
 use crate::source::{self, Encoding, Names, Source, is_image_name, sorted_entries};
 
@@ -71,9 +71,9 @@ impl ImageFolder {
             return Err(DataError::bad_file(
                 root,
                 format!(
-                    "{} images beside {} class folders: move them into a class folder or away",
-                    own.len(),
-                    classes.len()
+                    "{} beside {}: move them into a class folder or away",
+                    counted(own.len() as u64, "image"),
+                    counted(classes.len() as u64, "class folder")
                 ),
             ));
         } else {

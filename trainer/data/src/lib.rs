@@ -48,7 +48,7 @@ mod tar;
 
 pub use classes::with_classes_of;
 pub use decode::{CropBox, PlanarImage, RgbImage, decode};
-pub use error::DataError;
+pub use error::{DataError, counted};
 pub use loader::{Batch, Damaged, Loader, LoaderConfig, OnError, Skipped};
 pub use order::Order;
 pub use source::{Encoding, Sample, Source, Split, more_held_out, open, open_split, order};

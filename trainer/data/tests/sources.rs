@@ -129,7 +129,7 @@ fn images_without_classes() {
     put(dir.path(), "class/a.png", &rgb_png(3, 3, 3));
     assert_eq!(
         error(dir.path(), DataFormat::Auto),
-        "`DIR`: 2 images beside 1 class folders: move them into a class folder or away"
+        "`DIR`: 2 images beside 1 class folder: move them into a class folder or away"
     );
 }
 
