@@ -59,7 +59,7 @@ pub struct Run {
 #[serde(deny_unknown_fields)]
 pub struct Data {
     /// Training images: a folder of tar shards, an image folder, CIFAR binary or IDX files. When it holds a
-    /// `train` folder (and `test`, `val`, `valid` or `validation`), that split is meant.
+    /// `train` folder (and `test`, `testing`, `val`, `valid` or `validation`), that split is meant.
     ///
     /// Relative to the current directory of the command, not to the recipe.
     pub path: PathBuf,
@@ -443,7 +443,7 @@ pub struct Checkpoint {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Eval {
-    /// Labelled images to classify; empty = the `test`, `val`, `valid` or `validation` folder beside the training split,
+    /// Labelled images to classify; empty = the `test`, `testing`, `val`, `valid` or `validation` folder beside the training split,
     /// else a tenth of the training images, left out of the bank. Relative to the current directory.
     pub path: PathBuf,
     /// 0 = off; otherwise also once at the end.

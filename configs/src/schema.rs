@@ -116,7 +116,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("run.on_collapse", Kind::Choice(&["warn", "stop"]), Decides::No, "",
         "`stop` ends the run with exit code 6", "ours"),
     key("data.path", Kind::Path { may_be_empty: false }, Decides::No, "path",
-        "training images; a folder with `train/` (and `test/`, `val/`, `valid/` or `validation/`) means that split; \
+        "training images; a folder with `train/` (and `test/`, `testing/`, `val/`, `valid/` or `validation/`) means that split; \
          relative to the current directory",
         ""),
     key("data.format", Kind::Choice(&["auto", "tar", "folder", "cifar", "idx"]), Decides::No, "",
@@ -287,7 +287,7 @@ pub(crate) const KEYS: &[Key] = &[
         "how many complete ones stay; 0 = all", "ours"),
 
     key("eval.path", Kind::Path { may_be_empty: true }, Decides::No, "path",
-        "labelled images to classify; empty = `test/`, `val/`, `valid/` or `validation/` beside the training split, \
+        "labelled images to classify; empty = `test/`, `testing/`, `val/`, `valid/` or `validation/` beside the training split, \
          else a tenth of the training images; relative to the current directory",
         "ours"),
     key("eval.knn_every_epochs", ANY_COUNT, Decides::No, "epochs",

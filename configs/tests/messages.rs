@@ -251,7 +251,7 @@ fn missing_keys_say_what_they_are_for() {
     says("[data]\npath = \"x\"\n", "missing key `method.name` in my.toml: byol, simsiam or mocov3");
     says(
         "[method]\nname = \"byol\"\n",
-        "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/`, `val/`, `valid/` or \
+        "missing key `data.path` in my.toml: training images; a folder with `train/` (and `test/`, `testing/`, `val/`, `valid/` or \
          `validation/`) means that split; relative to the current directory",
     );
     set_says(

@@ -11,7 +11,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, counted, shown};
-use crate::passed_over::{PassedOver, image_patterns};
+use crate::passed_over::{PassedOver, extension, image_patterns};
 use crate::source::{self, Encoding, Names, Source, is_image_name, sorted_entries};
 
 /// Folders within folders that are followed; a link that leads back to its parent ends here.
@@ -48,7 +48,7 @@ impl ImageFolder {
             if is_foreign(&name.to_string_lossy()) {
                 continue;
             }
-            let about = about(&entry.path())?;
+            let Some(about) = about(&entry.path())? else { continue };
             let name = utf8_name(&entry, &about)?;
             if about.is_dir() {
                 let before = found.files.len();
@@ -130,7 +130,7 @@ impl Found {
             if is_foreign(&name.to_string_lossy()) {
                 continue;
             }
-            let about = about(&entry.path())?;
+            let Some(about) = about(&entry.path())? else { continue };
             let name = utf8_name(&entry, &about)?;
             let below = format!("{relative}/{name}");
             if about.is_dir() {
@@ -167,18 +167,25 @@ impl Found {
     }
 }
 
-/// What an entry is, links followed. One that leads nowhere may have been a class: it is never passed over.
-pub(crate) fn about(path: &Path) -> Result<fs::Metadata, DataError> {
-    fs::metadata(path).map_err(|error| match fs::read_link(path) {
-        Ok(target) => DataError::bad_file(
-            path,
-            format!(
-                "a link to `{}`, which cannot be read ({error}): restore what it leads to, or remove the link",
-                target.display()
-            ),
+/// What an entry is, links followed; none for a link that leads nowhere and is named as a file of another kind. What may have been
+/// an image or a class is never passed over.
+pub(crate) fn about(path: &Path) -> Result<Option<fs::Metadata>, DataError> {
+    let error = match fs::metadata(path) {
+        Ok(about) => return Ok(Some(about)),
+        Err(error) => error,
+    };
+    let Ok(target) = fs::read_link(path) else { return Err(DataError::io("read", path, &error)) };
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    if !extension(&name).is_empty() && !is_image(&name) {
+        return Ok(None);
+    }
+    Err(DataError::bad_file(
+        path,
+        format!(
+            "a link to `{}`, which cannot be read ({error}): restore what it leads to, or remove the link",
+            target.display()
         ),
-        Err(_) => DataError::io("read", path, &error),
-    })
+    ))
 }
 
 /// What is neither a file nor a folder; to read such a thing could wait for ever.

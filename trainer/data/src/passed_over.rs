@@ -1,4 +1,5 @@
-//! Files that are no images, counted by their extensions: what is passed over is said.
+//! Files that may be images of kinds that are not read, counted by their extensions: what is passed over is said. Texts and tables,
+//! which lie beside images everywhere, are not.
 
 use std::collections::BTreeMap;
 
@@ -10,6 +11,15 @@ const PACKED: [&str; 6] = ["gz", "xz", "bz2", "zst", "lz4", "z"];
 /// Files that hold others.
 const ARCHIVES: [&str; 5] = ["zip", "7z", "rar", "tgz", "txz"];
 
+/// Texts, tables and programs.
+const TEXTS: [&str; 18] = [
+    "txt", "md", "rst", "json", "jsonl", "csv", "tsv", "xml", "yaml", "yml", "toml", "ini", "html", "pdf",
+    "log", "py", "sh", "ipynb",
+];
+
+/// The same, without extension.
+const TEXT_NAMES: [&str; 5] = ["readme", "license", "copying", "makefile", "checksums"];
+
 /// Kinds that are named one by one, at most.
 const NAMED: usize = 6;
 
@@ -20,7 +30,14 @@ pub(crate) struct PassedOver(BTreeMap<String, u64>);
 impl PassedOver {
     /// Counts a file.
     pub(crate) fn note(&mut self, name: &str) {
-        *self.0.entry(extension(name)).or_default() += 1;
+        let extension = extension(name);
+        let is_text = match extension.as_str() {
+            "" => TEXT_NAMES.contains(&&*name.to_ascii_lowercase()),
+            other => TEXTS.contains(&other),
+        };
+        if !is_text {
+            *self.0.entry(extension).or_default() += 1;
+        }
     }
 
     /// `2 .tif, 1 .dcm`, the commonest first; none when nothing was counted.
@@ -68,7 +85,7 @@ pub(crate) fn image_patterns() -> String {
 
 /// Of `a.TIF` it is `tif`, of `a.nii.gz` `nii.gz`. The number of a slice (`IM.0017`) is none, and of the kinds that are counted
 /// there are not as many as files.
-fn extension(name: &str) -> String {
+pub(crate) fn extension(name: &str) -> String {
     let is_one = |text: &str| {
         (1..=8).contains(&text.len())
             && text.bytes().all(|b| b.is_ascii_alphanumeric())
@@ -115,7 +132,8 @@ mod tests {
     #[test]
     fn the_commonest_first() {
         assert_eq!(of(&[]).list(), None);
-        let few = of(&["b.dcm", "a.tif", "README", "b.TIF"]);
+        assert_eq!(of(&["labels.csv", "notes.TXT", "README", "Readme.md"]).list(), None);
+        let few = of(&["b.dcm", "a.tif", "IM0001", "README", "b.TIF"]);
         assert_eq!(few.list().unwrap(), "2 .tif, 1 without extension, 1 .dcm");
         let many = of(&["a.b", "a.c", "a.d", "a.e", "a.f", "a.g", "a.h", "a.i", "b.i"]);
         assert_eq!(many.list().unwrap(), "2 .i, 1 .b, 1 .c, 1 .d, 1 .e, 1 .f, 2 of other kinds");
@@ -124,7 +142,7 @@ mod tests {
     #[test]
     fn advice() {
         for (names, advice) in [
-            (&["a.txt", "x.tar.gz"][..], ": unpack archives first"),
+            (&["a.tif", "x.tar.gz"][..], ": unpack archives first"),
             (&["x.zip"], ": unpack archives first"),
             (&["a.tar"], ": give the folder that the tar files are in"),
             (&["a.tif"], ": convert images of other formats first"),

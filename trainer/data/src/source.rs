@@ -269,7 +269,7 @@ fn folders_named(base: &Path, names: &[&str]) -> Result<Vec<PathBuf>, DataError>
     let mut folders = Vec::new();
     for (_, name) in found {
         let path = base.join(name);
-        if folder::about(&path)?.is_dir() {
+        if folder::about(&path)?.is_some_and(|about| about.is_dir()) {
             folders.push(path);
         }
     }

@@ -79,6 +79,8 @@ fn what_is_passed_over_is_said() {
     put(root, "dog/left.tar", b"");
     put(root, "empty/c.dcm", b"");
     put(root, "README", b"");
+    put(root, "labels.csv", b"");
+    put(root, "IM.0017", b"");
     let source = open(root, DataFormat::Auto).unwrap();
     let line =
         "passed over in DIR: 2 .tif, 1 without extension, 1 .dcm, 1 .tar (read are JPEG, PNG, WebP and PPM)";
@@ -231,6 +233,8 @@ fn a_link_that_leads_nowhere_is_an_error() {
     put(root, "elsewhere/x/a.png", &rgb_png(3, 3, 1));
     fs::create_dir(root.join("set")).unwrap();
     std::os::unix::fs::symlink("../elsewhere/x", root.join("set/cat")).unwrap();
+    // One that leads nowhere, named as a file that is none of ours, is passed over as one.
+    std::os::unix::fs::symlink("../annex/labels.csv", root.join("set/labels.csv")).unwrap();
     assert_eq!(open(&root.join("set"), DataFormat::Auto).unwrap().classes(), ["cat"]);
 }
 
