@@ -134,18 +134,15 @@ impl RunDir {
         self.0.join("views.png")
     }
 
-    /// Refuses a directory that holds the run of another recipe, or that lies among the recipe's images.
+    /// Refuses a directory that holds the run of another recipe, or the recipe's images.
     ///
     /// # Errors
     /// [`Failure`] with exit code 2 that names the first difference.
     pub fn check_recipe(&self, recipe: &Recipe) -> Result<(), Failure> {
-        if let Ok(images) = fs::canonicalize(&recipe.data.path)
-            && self.0.starts_with(&images)
-        {
+        if fs::canonicalize(&recipe.data.path).is_ok_and(|images| images == self.0) {
             return Err(Failure::usage(format!(
-                "--run-dir {}: lies in data.path, {}, where its files would be taken for images: give another",
-                self.0.display(),
-                images.display()
+                "--run-dir {}: is data.path, the folder of the images: give another",
+                self.0.display()
             )));
         }
         match recipe.difference_to_run(&self.0)? {
@@ -330,6 +327,16 @@ mod tests {
         fs::write(real.join("file"), "").expect("written");
         let refused = RunDir::at(&link.join("file")).expect_err("a file");
         assert_eq!(refused.exit_code, 2, "{refused}");
+    }
+
+    #[test]
+    fn the_folder_of_the_images_is_no_run_directory() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut recipe = Recipe::load("demo", &[]).expect("built in");
+        recipe.data.path = folder.path().to_owned();
+        let refused = RunDir::at(folder.path()).unwrap().check_recipe(&recipe).expect_err("the images'");
+        assert_eq!(refused.exit_code, 2);
+        assert!(RunDir::at(&folder.path().join("runs/first")).unwrap().check_recipe(&recipe).is_ok());
     }
 
     #[test]

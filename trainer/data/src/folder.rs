@@ -2,8 +2,8 @@
 //!
 //! Labels are the sub-folders of the root, sorted by name (torchvision's `ImageFolder`). A root that holds images of
 //! its own, and no sub-folder with any, is unlabelled. Within a class files are taken in the order of their paths.
-//! Names that start with a dot, `__MACOSX` and `lost+found` are passed over; extensions other than jpg, jpeg, png, webp and ppm
-//! too, but counted.
+//! Names that start with a dot, `__MACOSX` and `lost+found` are passed over, and run directories, whose example views are no images of
+//! the set; extensions other than jpg, jpeg, png, webp and ppm too, but counted.
 
 use std::fs;
 use std::io::Read;
@@ -51,6 +51,9 @@ impl ImageFolder {
             let Some(about) = about(&entry.path())? else { continue };
             let name = utf8_name(&entry, &about)?;
             if about.is_dir() {
+                if is_run(&entry.path()) {
+                    continue;
+                }
                 let before = found.files.len();
                 found.walk(&entry.path(), &name, 1)?;
                 if found.files.len() > before {
@@ -134,7 +137,9 @@ impl Found {
             let name = utf8_name(&entry, &about)?;
             let below = format!("{relative}/{name}");
             if about.is_dir() {
-                self.walk(&entry.path(), &below, depth + 1)?;
+                if !is_run(&entry.path()) {
+                    self.walk(&entry.path(), &below, depth + 1)?;
+                }
             } else if is_image(&name) {
                 self.add(&below, &entry.path(), &about)?;
             } else {
@@ -218,10 +223,15 @@ pub(crate) fn is_foreign(name: &str) -> bool {
     name.starts_with('.') || ["__MACOSX", "lost+found"].contains(&name)
 }
 
+/// Whether a folder is that of a run of ours.
+fn is_run(dir: &Path) -> bool {
+    dir.join("plan.toml").is_file()
+}
+
 /// One of the images that [`ImageFolder`] would find in `dir`, which lies `depth` folders down; what cannot be listed
 /// holds none.
 pub(crate) fn an_image(dir: &Path, depth: usize) -> Option<PathBuf> {
-    let entries = sorted_entries(dir).ok().filter(|_| depth <= MAX_DEPTH)?;
+    let entries = sorted_entries(dir).ok().filter(|_| depth <= MAX_DEPTH && !is_run(dir))?;
     let named: Vec<_> = entries
         .iter()
         .map(|entry| (entry.file_name().to_string_lossy().into_owned(), entry.path()))

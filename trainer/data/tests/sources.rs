@@ -121,6 +121,20 @@ fn what_is_passed_over_is_said() {
 }
 
 #[test]
+fn runs_among_the_images_are_no_classes() {
+    let dir = TempDir::new().unwrap();
+    let root = dir.path();
+    put(root, "cat/x.png", &rgb_png(3, 3, 1));
+    let before = open(root, DataFormat::Auto).unwrap();
+    for run in ["run", "runs/first", "cat/run"] {
+        put(root, &format!("{run}/plan.toml"), b"");
+        put(root, &format!("{run}/views.png"), &rgb_png(3, 3, 2));
+    }
+    let after = open(root, DataFormat::Auto).unwrap();
+    assert_eq!((after.len(), after.classes(), after.digest()), (1, before.classes(), before.digest()));
+}
+
+#[test]
 fn images_without_classes() {
     let dir = TempDir::new().unwrap();
     put(dir.path(), "b.png", &rgb_png(3, 3, 1));
