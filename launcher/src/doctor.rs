@@ -20,7 +20,6 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use mentee_cluster::identity::Allocation;
 use mentee_cluster::server::hostname;
 use mentee_config::recipe::Device;
 use mentee_config::{Plan, Recipe, exit_code, say};
@@ -30,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::{self, Engine, Layout};
 use crate::failure::Failure;
 use crate::rundir::RunDir;
+use crate::slurm;
 
 /// Clocks of several nodes that are further apart make logs merged by time misleading. Above what ranks on a loaded
 /// machine add by leaving the barrier one after another; NTP keeps clocks within milliseconds.
@@ -131,7 +131,7 @@ impl Finding {
 /// # Errors
 /// [`Failure`] with exit code 2 when the command line or the recipe is wrong.
 pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
-    let allocation = Allocation::from_env(&|name| std::env::var(name).ok());
+    let allocation = slurm::allocation();
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
     let mut recipe = args.recipe.as_ref().map(|name| Recipe::load(name, &args.sets)).transpose()?;
     if let Some(recipe) = &mut recipe {

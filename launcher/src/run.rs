@@ -105,7 +105,7 @@ pub struct Ended {
 /// [`Failure`] with the run's exit code. What can be told from the recipe, the data and the directory is told before
 /// anything is written or started.
 pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
-    let allocation = Allocation::from_env(&|name| std::env::var(name).ok());
+    let allocation = slurm::allocation();
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
     let interface = match &args.interface {
         Some(interface) => Some(interface::address(interface)?),

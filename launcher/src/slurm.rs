@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
-use mentee_config::say;
+use mentee_config::{complain, say};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -154,6 +154,20 @@ pub type Known = Result<Option<Job>, String>;
 /// Asks for one job.
 pub fn query(job: &str) -> Known {
     Ok(list(job)?.into_iter().next().map(|(_, job)| job))
+}
+
+/// The allocation that this process is in. A shell can outlive its job and keep the variables: those of several nodes, which
+/// would be reached through Slurm, are asked about.
+pub fn allocation() -> Option<Allocation> {
+    let allocation = Allocation::from_env(&|name| std::env::var(name).ok())?;
+    let job = allocation.job();
+    if allocation.nodes.len() > 1 && query(job).is_ok_and(|known| !known.is_some_and(|job| job.is_active())) {
+        complain!(
+            "warning: this shell has the variables of Slurm's job {job}, which is over: they are passed over"
+        );
+        return None;
+    }
+    Some(allocation)
 }
 
 /// In words.

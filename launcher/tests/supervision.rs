@@ -396,6 +396,24 @@ fn what_an_srun_leaves_is_ended_before_the_next_start() {
     assert_eq!(said, ["start step 0", "scancel 7.step 0", "start step 1"]);
 }
 
+/// A terminal that was opened in a job of two nodes which is over.
+#[test]
+fn the_variables_of_a_job_that_is_over_are_passed_over() {
+    if !mpirun() {
+        return;
+    }
+    let place = Place::new();
+    let bin = place.folder.path().join("bin");
+    fs::create_dir_all(&bin).expect("made");
+    script(&bin.join("scontrol"), "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1");
+    let mut command = place.command("steps=5", 2, &[]);
+    command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").expect("a PATH")));
+    command.env("SLURM_JOB_ID", "7").env("SLURM_JOB_NODELIST", "n[1-2]");
+    let ended = Ended::of(command.output().expect("mentee starts"));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    assert!(ended.stderr.contains("job 7, which is over"), "{ended:?}");
+}
+
 #[test]
 fn a_second_signal_kills() {
     for workers in worlds() {
