@@ -237,8 +237,14 @@ fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerE
     }
     let finished = run.checkpoints.finish(&mut run.metrics, reporter);
     let outcome = outcome.and_then(|outcome| finished.map(|()| outcome))?;
-    // What was measured last counts only when it can be read.
-    agree::together(&*run.collectives, run.metrics.finish())?;
+    let written = run.metrics.finish();
+    match outcome {
+        // What was measured last counts only when it can be read.
+        Outcome::Done => agree::together(&*run.collectives, written)?,
+        Outcome::Preempted => {
+            drop(written.inspect_err(|error| tracing::warn!("{error}: the last lines are lost")))
+        }
+    }
     Ok(outcome)
 }
 
