@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use system_tests::process::{Outcome, binary, finish, mentee, mpirun, worker};
-use system_tests::recipe::{TinyRecipe, image, write_images};
+use system_tests::recipe::{NUM_TRAIN, TinyRecipe, image, write_images, write_many_images};
 use system_tests::run_dir::{assert_kept, checkpoints, snapshot};
 use system_tests::{machine, temp_dir};
 
@@ -194,6 +194,33 @@ fn a_bad_checkpoint() {
     }
     // Nothing was lost: with its bytes back the run goes on.
     supervised(&recipe, &run_dir, &[]).expect(0);
+}
+
+#[test]
+fn images_that_a_run_was_not_made_of() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = TinyRecipe::new(&images(dir.path())).write(dir.path().join("tiny.toml"));
+    let run_dir = dir.path().join("run");
+    supervised(&recipe, &run_dir, &[]).expect(0);
+    let other = dir.path().join("other");
+    write_many_images(&other, NUM_TRAIN + 1);
+    let before = snapshot(&run_dir);
+    let set = format!("data.path={}", other.display());
+    // Of a run that is finished, and of one that is to go on.
+    for more in [&["--set", &set][..], &["--set", &set, "--set", "schedule.max_steps=9"]] {
+        assert_refused(
+            supervised(&recipe, &run_dir, more),
+            DATA,
+            &["other", "not those of this run's checkpoint"],
+        );
+    }
+    assert_refused(
+        alone(&recipe, &run_dir, &["--set", &set]),
+        DATA,
+        &["other", "not those of this run's checkpoint"],
+    );
+    assert_kept(&before, &run_dir);
 }
 
 #[test]

@@ -138,7 +138,10 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     end_leftovers(&dir)?;
     left_memory::clean(&dir);
     let checkpoints = checkpoint::list(&dir.checkpoints())?;
-    same_images(&dir, &checkpoints, &plan.recipe.data.path, &images)?;
+    let refusal = checkpoint::refusal_of_images(&checkpoints, &images, &plan.recipe.data.path, dir.path());
+    if let Some(line) = refusal {
+        return Err(Failure { exit_code: exit_code::DATA, line });
+    }
     let at_end = checkpoints.iter().any(|entry| entry.step >= plan.end_step() && is_intact(entry));
     if at_end && is_evaluated(&dir, &plan)? {
         say!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
@@ -716,24 +719,6 @@ fn is_evaluated(dir: &RunDir, plan: &Plan) -> Result<bool, Failure> {
 /// Whether a checkpoint holds what was written, down to its last byte.
 fn is_intact(entry: &Entry) -> bool {
     checkpoint::open(&entry.path).is_ok_and(|checkpoint| checkpoint.verify().is_ok())
-}
-
-/// Refuses images that the run's newest checkpoint was not made of. (The workers do, too; here it is before `plan.toml` names them,
-/// and of a run that is finished.)
-fn same_images(dir: &RunDir, checkpoints: &[Entry], path: &Path, images: &str) -> Result<(), Failure> {
-    let usable = checkpoints.iter().filter_map(|entry| Some((entry.step, entry.state.as_ref().ok()?)));
-    let Some((_, newest)) = usable.max_by_key(|(step, _)| *step) else { return Ok(()) };
-    let was = &newest.meta.data_digest;
-    if was == images {
-        return Ok(());
-    }
-    let line = format!(
-        "{}: the images at {} are not those of this run's checkpoint (data digest {images}, was {was}); restore data.path, or \
-         choose another --run-dir",
-        dir.path().display(),
-        path.display()
-    );
-    Err(Failure { exit_code: exit_code::DATA, line })
 }
 
 /// Whether this process was started with `signal` ignored.

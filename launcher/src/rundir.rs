@@ -25,7 +25,7 @@ impl RunDir {
     /// One that may not exist yet; touches nothing.
     ///
     /// # Errors
-    /// An empty path.
+    /// [`Failure`] with exit code 2 for an empty path, a file's, or one that is not UTF-8.
     pub fn at(path: &Path) -> Result<RunDir, Failure> {
         // Symbolic links are resolved, so that one directory has one name in process lists, before it is made and after.
         let path = std::path::absolute(path)
@@ -337,6 +337,20 @@ mod tests {
         let refused = RunDir::at(folder.path()).unwrap().check_recipe(&recipe).expect_err("the images'");
         assert_eq!(refused.exit_code, 2);
         assert!(RunDir::at(&folder.path().join("runs/first")).unwrap().check_recipe(&recipe).is_ok());
+    }
+
+    #[test]
+    fn a_lock_that_is_given_up_in_time_is_taken() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = RunDir::at(folder.path()).unwrap();
+        let held = dir.lock(Duration::ZERO).expect("free");
+        assert_eq!(dir.lock(Duration::ZERO).map(drop).expect_err("held").exit_code, 2);
+        let gives_up = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(200));
+            drop(held);
+        });
+        assert!(dir.lock(Duration::from_secs(60)).is_ok());
+        gives_up.join().expect("dropped");
     }
 
     #[test]

@@ -369,8 +369,8 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
     let folder = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&base.run.name));
     let dir = RunDir::at(&folder)?;
     let folder = dir.path().to_owned();
-    if folder.to_str().is_none() || folder.to_string_lossy().contains('\n') {
-        return Err(Failure::usage(format!("--run-dir {}: must be UTF-8 on one line", folder.display())));
+    if folder.to_string_lossy().contains('\n') {
+        return Err(Failure::usage(format!("--run-dir {}: must be on one line", folder.display())));
     }
     // The runs, and whether they can be what is asked for: before anything is written.
     let mut runs = Vec::new();

@@ -48,7 +48,7 @@ mod write;
 pub use disk::{FileSystem, LocalDisk, NewFile};
 pub use error::CheckpointError;
 pub use manifest::{FileEntry, MANIFEST_NAME, Manifest, Meta, VERSION};
-pub use read::{Checkpoint, Entry, Newest, clean, list, newest, open, retain};
+pub use read::{Checkpoint, Entry, Newest, clean, list, newest, open, refusal_of_images, retain};
 pub use share::{file_name, split};
 pub use tensor::{Dtype, OwnedTensor, Tensor};
 pub use write::{Committed, Staging, write};

@@ -295,6 +295,22 @@ pub fn list(checkpoints_dir: &Path) -> Result<Vec<Entry>, CheckpointError> {
         .collect())
 }
 
+/// In one line, why a run in `run_dir` with these checkpoints cannot go on with the images at `path`, whose digest is `images`; none
+/// when they are those that the newest was made of, or when there is none.
+#[must_use]
+pub fn refusal_of_images(entries: &[Entry], images: &str, path: &Path, run_dir: &Path) -> Option<String> {
+    let newest = entries.iter().rev().find_map(|entry| entry.state.as_ref().ok())?;
+    let was = &newest.meta.data_digest;
+    (was != images).then(|| {
+        format!(
+            "{}: the images at {} are not those of this run's checkpoint (data digest {images}, was {was}); restore data.path, or \
+             choose another --run-dir",
+            run_dir.display(),
+            path.display()
+        )
+    })
+}
+
 fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,

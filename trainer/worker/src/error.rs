@@ -28,10 +28,8 @@ pub enum WorkerError {
     OtherRecipesCheckpoint { checkpoint: PathBuf, difference: String },
     #[error(transparent)]
     Data(#[from] DataError),
-    #[error(
-        "{run_dir}: the images at {data} are not those of this run's checkpoint (data digest {found}, was {expected}); restore data.path, or choose another --run-dir"
-    )]
-    OtherData { run_dir: PathBuf, data: PathBuf, found: String, expected: String },
+    #[error("{0}")]
+    OtherData(String),
     #[error("{0}: no checkpoint there; give a run directory or one of its checkpoints")]
     NoCheckpoint(PathBuf),
     #[error("{0}{advice}", advice = advice(.0))]
@@ -125,7 +123,7 @@ impl WorkerError {
             // What MPI says while it starts may be that another rank is gone.
             Self::Start(StartError::Mpi { .. }) => exit_code::FAILED,
             Self::Start(_) => exit_code::USAGE,
-            Self::Data(_) | Self::OtherData { .. } => exit_code::DATA,
+            Self::Data(_) | Self::OtherData(_) => exit_code::DATA,
             Self::Checkpoint(error) if error.is_passing() => exit_code::FAILED,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
                 exit_code::CHECKPOINT

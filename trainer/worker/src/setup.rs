@@ -182,6 +182,12 @@ fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local,
     let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
         .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
     let plan = Plan::new(recipe, source.len(), identity.world_size)?;
+    // Before `plan.toml` names them.
+    let entries = mentee_checkpoint::list(&checkpoints::folder(&run_dir))?;
+    let (images, path) = (source.digest(), &plan.recipe.data.path);
+    if let Some(refusal) = mentee_checkpoint::refusal_of_images(&entries, &images, path, &run_dir) {
+        return Err(WorkerError::OtherData(refusal));
+    }
     if identity.rank == 0 {
         if !Reporter::is_supervised() {
             run_dir::lock(&run_dir)?;
@@ -251,7 +257,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     for left in agree::together(&*collectives, cleaned.map_err(WorkerError::from))? {
         tracing::warn!("{left}: it takes room and does no other harm");
     }
-    let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan, &data_digest);
+    let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan);
     let next_step = agree::together(&*collectives, resumed)?;
     let own = agree::Start {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -324,7 +330,6 @@ fn resume(
     probe: Option<&mut OnlineProbe>,
     run_dir: &Path,
     plan: &Plan,
-    data_digest: &str,
 ) -> Result<u64, WorkerError> {
     let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else {
         import::of_recipe(state, &plan.recipe)?;
@@ -337,14 +342,6 @@ fn resume(
     let meta = &checkpoint.manifest.meta;
     if let Some(difference) = other_recipe(meta, &plan.recipe) {
         return Err(WorkerError::OtherRecipesCheckpoint { checkpoint: checkpoint.folder, difference });
-    }
-    if meta.data_digest != data_digest {
-        return Err(WorkerError::OtherData {
-            run_dir: run_dir.to_owned(),
-            data: plan.recipe.data.path.clone(),
-            found: data_digest.to_owned(),
-            expected: meta.data_digest.clone(),
-        });
     }
     let step = meta.step;
     snapshot::load(state, probe, &checkpoint)?;
