@@ -193,18 +193,19 @@ fn without_room_training_goes_on_to_its_end_and_no_checkpoint_is_lost() {
 }
 
 #[test]
-fn one_rank_without_room_costs_all_ranks_that_checkpoint_and_no_other() {
+fn one_rank_without_room_costs_all_ranks_that_checkpoint_and_no_other_and_the_last_is_waited_for() {
     let _machine = machine();
     let dir = temp_dir();
     let recipe = recipe(dir.path(), 8).write(dir.path().join("tiny.toml"));
-    let trained = |name: &str, faults: &str| {
+    let trained = |name: &str, faults: &str, wait: u32| {
         let run_dir = dir.path().join(name);
         let mut command = mpirun(2);
         command.env("MENTEE_FAULTS", faults);
         command.arg(binary("mentee-worker")).arg(&recipe).arg("--run-dir").arg(&run_dir);
+        command.args(["--set", &format!("checkpoint.wait_for_room_s={wait}")]);
         (finish(command), names(&run_dir.join("checkpoints")))
     };
-    let (outcome, there) = trained("sometimes", "full:rank=1,step=6");
+    let (outcome, there) = trained("sometimes", "full:rank=1,step=6", 600);
     let told = outcome.expect(0).told();
     assert!(told.contains("no checkpoint of step 6: rank 1 could not write its share"), "{told}");
     assert_eq!(there, ["step-00000003", "step-00000008"]);
@@ -212,7 +213,12 @@ fn one_rank_without_room_costs_all_ranks_that_checkpoint_and_no_other() {
     let log = std::fs::read_to_string(dir.path().join("sometimes/logs/coordinator.jsonl")).expect("a log");
     assert!(log.contains("mentee::coordinator"), "{log}");
 
-    let (outcome, there) = trained("at-the-end", "full:rank=1,step=8");
+    // The last one waits for room, and is given up in the end.
+    let (outcome, there) = trained("at-the-end", "full:rank=1,step=8;full:rank=1,step=8", 600);
+    let told = outcome.expect(0).told();
+    assert_eq!(told.matches("no checkpoint of step 8 yet: ").count(), 1, "{told}");
+    assert_eq!(there, ["step-00000003", "step-00000006", "step-00000008"]);
+    let (outcome, there) = trained("given-up", "full:rank=1,step=8", 0);
     let outcome = outcome.expect(1);
     assert!(outcome.error_line().starts_with("no checkpoint of step 8: "), "{}", outcome.told());
     assert_eq!(there, ["step-00000003", "step-00000006"]);

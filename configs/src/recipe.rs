@@ -437,6 +437,8 @@ pub struct Checkpoint {
     pub every_steps: u64,
     /// How many complete checkpoints stay.
     pub keep: u64,
+    /// How long the last checkpoint waits for room on a full disk, in seconds.
+    pub wait_for_room_s: f64,
 }
 
 /// `[eval]`

@@ -74,6 +74,8 @@ const SIGMA: Bounds = Bounds { max: 100.0, ..UNIT_OPEN_BELOW };
 const POSITIVE: Bounds = Bounds { min: 0.0, max: f64::INFINITY, open_min: true, open_max: true };
 /// Longer than any run, and within what clocks count.
 const PATIENCE: Bounds = Bounds { max: 1e9, open_max: false, ..POSITIVE };
+/// The same, or not at all.
+const WAIT: Bounds = Bounds { open_min: false, ..PATIENCE };
 const NOT_NEGATIVE: Bounds = Bounds { open_min: false, ..POSITIVE };
 const ANY_COUNT: Kind = Kind::Count { min: 0, max: i64::MAX };
 const POSITIVE_COUNT: Kind = Kind::Count { min: 1, max: i64::MAX };
@@ -285,6 +287,10 @@ pub(crate) const KEYS: &[Key] = &[
         "0 = off", "ours"),
     key("checkpoint.keep", ANY_COUNT, Decides::No, "checkpoints",
         "how many complete ones stay; 0 = all", "ours"),
+    key("checkpoint.wait_for_room_s", Kind::Real(WAIT), Decides::No, "seconds",
+        "how long the checkpoint at the end of a run or before a stop is tried again while the disk or a quota is full; any \
+         other is left out then",
+        "ours"),
 
     key("eval.path", Kind::Path { may_be_empty: true }, Decides::No, "path",
         "labelled images to classify; empty = `test/`, `testing/`, `val/`, `valid/` or `validation/` beside the training split, \

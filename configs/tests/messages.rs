@@ -55,7 +55,7 @@ fn unknown_keys_name_the_nearest_known_one() {
     says(
         "[checkpoint]\nzzzzzzzz = 1\n",
         "unknown key `checkpoint.zzzzzzzz` in my.toml (line 2): [checkpoint] has every_epochs, every_steps, \
-         keep",
+         keep, wait_for_room_s",
     );
     says(
         "[views]\n[views.crop]\narea = 1\n",

@@ -379,6 +379,7 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
         "checkpoint.every_epochs",
         "checkpoint.every_steps",
         "checkpoint.keep",
+        "checkpoint.wait_for_room_s",
         "eval.path",
         "eval.knn_every_epochs",
         "eval.knn_k",

@@ -224,8 +224,13 @@ impl CheckpointError {
 
     /// Whether there is no room for it: the disk, a quota or a limit on a file's size.
     pub fn is_no_room(&self) -> bool {
+        let too_large = |source: &io::Error| source.kind() == io::ErrorKind::FileTooLarge;
+        self.is_full() || matches!(self, CheckpointError::Io { source, .. } if too_large(source))
+    }
+
+    /// Whether the disk or a quota is full, where others can make room while a process waits.
+    pub fn is_full(&self) -> bool {
         let CheckpointError::Io { source, .. } = self else { return false };
-        let kinds = [io::ErrorKind::StorageFull, io::ErrorKind::QuotaExceeded, io::ErrorKind::FileTooLarge];
-        kinds.contains(&source.kind())
+        matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
 }

@@ -33,7 +33,7 @@ pub fn on_recipe(collectives: &dyn Collectives, recipe: &Recipe) -> Result<(), W
 }
 
 /// What every rank has of `what`.
-fn gather<T: serde::Serialize + serde::de::DeserializeOwned>(
+pub fn gather<T: serde::Serialize + serde::de::DeserializeOwned>(
     collectives: &dyn Collectives,
     step: u64,
     own: &T,

@@ -38,6 +38,11 @@ use crate::snapshot::Share;
 /// How often rank 0 looks for a verdict that is late, when nothing else is to be done.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 
+/// Between two tries of the last checkpoint on a full disk.
+const TRY_EVERY: Duration = Duration::from_secs(2);
+/// Between two lines that say so.
+const SAY_EVERY: Duration = Duration::from_secs(60);
+
 /// The folder of a run's checkpoints.
 pub fn folder(run_dir: &Path) -> PathBuf {
     run_dir.join("checkpoints")
@@ -56,11 +61,13 @@ pub struct Settings {
     pub keep: u64,
     /// How long rank 0 waits for the other ranks' shares.
     pub patience: Duration,
+    /// How long the last checkpoint is tried again while the disk is full.
+    pub wait_for_room: Duration,
     /// Names this start of the run: the same on all its ranks, and on those of no other start.
     pub attempt: String,
     /// Step and epoch are those of the checkpoint.
     pub meta: Meta,
-    /// Steps whose checkpoint is to find no room (see `faults.rs`).
+    /// Steps whose checkpoint is to find no room, once for each time that it stands here (see `faults.rs`).
     pub without_room: Vec<u64>,
 }
 
@@ -75,6 +82,7 @@ impl Settings {
             steps_per_epoch: plan.steps_per_epoch,
             keep: recipe.checkpoint.keep,
             patience: Duration::from_secs_f64(recipe.parallel.timeout_s),
+            wait_for_room: Duration::from_secs_f64(recipe.checkpoint.wait_for_room_s),
             attempt,
             without_room: Vec::new(),
             meta: Meta {
@@ -195,7 +203,7 @@ impl Checkpoints {
     }
 
     /// Reports what has become complete, and saves the state after `step` updates if that is due. When `is_last`, it is,
-    /// and on return the checkpoint is complete.
+    /// and on return the checkpoint is complete; on a full disk it is tried again, as there is no step to go on with.
     ///
     /// # Errors
     /// When this rank could not write a checkpoint. If there was no room for it, only when it is the last: before that,
@@ -215,7 +223,60 @@ impl Checkpoints {
         if !self.is_due(step, is_last) {
             return Ok(());
         }
-        reporter.phase(Phase::Checkpoint);
+        let (begin, mut said) = (Instant::now(), None);
+        loop {
+            reporter.phase(Phase::Checkpoint);
+            match self.save(step, is_last, state, probe, metrics, reporter) {
+                Err(error) if is_last && self.finds_room_later(step, &error, begin, &mut said)? => {}
+                result => return result,
+            }
+            reporter.phase(Phase::Update); // another phase: whoever watches sees that it goes on
+            thread::sleep(TRY_EVERY);
+        }
+    }
+
+    /// Whether all ranks are to save the last checkpoint once more: some rank's disk is full, and none has waited long
+    /// enough since `begin`.
+    fn finds_room_later(
+        &self,
+        step: u64,
+        error: &WorkerError,
+        begin: Instant,
+        said: &mut Option<Instant>,
+    ) -> Result<bool, WorkerError> {
+        let (waited, wait) = (begin.elapsed(), self.settings.wait_for_room);
+        if self.collectives.world_size() > 1 && !error.is_known() {
+            return Ok(false); // the others may be gone
+        }
+        let own = (error.of_full_disk().map(ToString::to_string), waited >= wait);
+        let all: Vec<(Option<String>, bool)> =
+            agree::gather(&*self.collectives, step, &own, "word on its disk")?;
+        let full = all.iter().enumerate().find_map(|(rank, (full, _))| full.as_ref().map(|why| (rank, why)));
+        let again = full.is_some() && all.iter().all(|(_, is_too_long)| !is_too_long);
+        if let Some((rank, why)) = full.filter(|_| again && self.collectives.rank() == 0)
+            && said.is_none_or(|at| at.elapsed() >= SAY_EVERY)
+        {
+            let seconds = (wait - waited).as_secs();
+            let rank = if rank == 0 { String::new() } else { format!("rank {rank}: ") };
+            tracing::warn!(
+                step,
+                "no checkpoint of step {step} yet: {rank}{why}; free some space: it is tried again for {seconds} s"
+            );
+            *said = Some(Instant::now());
+        }
+        Ok(again)
+    }
+
+    /// Saves the state after `step` updates; when `is_last`, it is complete on return.
+    fn save(
+        &mut self,
+        step: u64,
+        is_last: bool,
+        state: &State,
+        probe: Option<&OnlineProbe>,
+        metrics: &mut Metrics,
+        reporter: &mut Reporter,
+    ) -> Result<(), WorkerError> {
         let waiting = Instant::now();
         let mut copy = loop {
             match self.copy.take() {
@@ -484,13 +545,14 @@ impl Writer {
     }
 
     /// Writes this rank's file; none when there are more ranks than tensors.
-    fn write_share(&self, step: u64, copy: &mut [u8]) -> Result<Option<FileEntry>, CheckpointError> {
+    fn write_share(&mut self, step: u64, copy: &mut [u8]) -> Result<Option<FileEntry>, CheckpointError> {
         let tensors = self.share.tensors(copy);
         if tensors.is_empty() {
             return Ok(None);
         }
         let name = checkpoint::file_name(self.rank, self.world_size);
-        if self.settings.without_room.contains(&step) {
+        if let Some(n) = self.settings.without_room.iter().position(|without| *without == step) {
+            self.settings.without_room.remove(n);
             let (action, source) = ("write", std::io::ErrorKind::StorageFull.into());
             return Err(CheckpointError::Io { action, path: name.into(), source });
         }
@@ -627,6 +689,7 @@ mod tests {
             steps_per_epoch: 10,
             keep: 9,
             patience: Duration::from_millis(50),
+            wait_for_room: Duration::ZERO,
             attempt: "a".into(),
             meta: Meta {
                 step: 0,

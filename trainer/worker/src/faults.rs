@@ -7,7 +7,7 @@
 //! slow:rank=1,step=9,times=3                                 from that step on its own work takes so many times as long
 //! hang:rank=1,step=9                                         never ends that step; in the first start of a run only
 //! stop:rank=1,step=9                                         stops its process as SIGSTOP does; in the first start only
-//! full:rank=1,step=6                                         no room for this rank's share of the checkpoint of that step
+//! full:rank=1,step=6                                         no room for this rank's share of the checkpoint of that step, once
 //! ```
 
 use std::time::Duration;
