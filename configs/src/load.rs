@@ -21,6 +21,7 @@ const BUILT_IN: &[(&str, &str)] = recipes![
     "byol-imagenet-resnet50-300ep",
     "byol-imagenet-resnet50-1000ep",
     "demo",
+    "mocov3-cifar10-small",
     "mocov3-imagenet-resnet50",
     "simsiam-cifar10-resnet18",
     "simsiam-imagenet-resnet50",

@@ -177,6 +177,14 @@ fn defaults_follow_what_is_given() {
 }
 
 #[test]
+fn the_small_recipes_differ_in_the_method_alone() {
+    let changed = load("byol-cifar10-small", &["method.name=mocov3", "method.temperature=0.2"]).unwrap();
+    let mocov3 = load("mocov3-cifar10-small", &[]).unwrap();
+    assert_eq!(mocov3.first_difference(&changed), None);
+    assert_eq!((&mocov3.parallel, &mocov3.eval), (&changed.parallel, &changed.eval));
+}
+
+#[test]
 fn a_preset_that_is_not_the_methods_is_taken_as_it_is() {
     let byol = load("byol-cifar10-small", &[]).unwrap();
     let mocov3 = load("byol-cifar10-small", &["method.name=mocov3"]).unwrap();
