@@ -174,6 +174,8 @@ def loss_of(recipe, student, teacher, views):
 @torch.no_grad()
 def update(recipe, rates, student, momentum):
     optimizer = recipe["optimizer"]
+    if optimizer["clip_norm"] > 0:
+        nn.utils.clip_grad_norm_(student.parameters(), optimizer["clip_norm"])
     for name, p in student.named_parameters():
         if not p.requires_grad:
             continue

@@ -46,6 +46,12 @@ fn byol_with_lars_is_pytorchs() {
 }
 
 #[test]
+fn a_clipped_gradient_is_pytorchs() {
+    // A hundredth of the norm that it has.
+    assert_within(&differences(&[("optimizer.clip_norm", "0.05")]), 1e-9);
+}
+
+#[test]
 fn simsiam_with_sgd_is_pytorchs() {
     let sgd = [
         ("method.name", "\"simsiam\""),

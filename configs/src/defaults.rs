@@ -73,6 +73,19 @@ pub(crate) fn fill(entries: &mut Entries, path: &Path, name: &str) -> Result<(),
     }
 }
 
+/// What held before some keys came.
+///
+/// # Panics
+/// Never: the text is part of the program, and tests read it.
+pub(crate) fn before() -> Entries {
+    layer(layers!["before"], "before").expect("a layer of this program")
+}
+
+/// Adds what an older plan lacks.
+pub(crate) fn fill_from_before(plan: &mut Entries) {
+    add(plan, before());
+}
+
 /// A layer of that name, each value marked as a default.
 pub(crate) fn layer(layers: &[(&str, &str)], name: &str) -> Result<Entries, ConfigError> {
     let (name, text) = layers

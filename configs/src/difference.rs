@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use crate::defaults;
 use crate::error::ConfigError;
-use crate::recipe::{DataOrder, Recipe};
+use crate::recipe::Recipe;
 use crate::schema::{Decides, KEYS, Key};
 
 /// What every machine may have its own of: where things lie, and how many threads it gives them.
@@ -16,17 +17,15 @@ impl Recipe {
     /// `parallel.sync_batch_norm`. Not the data (its own digest says what it is), not names, paths, threads,
     /// logging, checkpoints or evaluation; nor `views.preset`, as the values that it stands for are in there.
     ///
-    /// # Panics As [`Recipe::to_toml`].
+    /// # Panics
+    /// As [`Recipe::to_toml`].
     pub fn hash(&self) -> String {
         let mut hasher = blake3::Hasher::new();
-        // These came after the first hashes: what there was before leaves them as they were.
-        let as_before = |key: &str| match key {
-            "data.order" => self.data.order == DataOrder::Global,
-            "model.init" => self.model.init.as_os_str().is_empty(),
-            "method.temperature" => self.method.temperature == 1.0,
-            _ => false,
-        };
-        for (key, value) in self.deciding().into_iter().filter(|(key, _)| !as_before(key)) {
+        let before = defaults::before();
+        for (key, value) in self.deciding() {
+            if before.0.get(key).is_some_and(|entry| entry.value.to_string() == value) {
+                continue; // as it was when there was no such key: so is the hash
+            }
             hasher.update(format!("{key} = {value}\n").as_bytes());
         }
         hasher.finalize().to_hex()[..16].to_owned()

@@ -57,7 +57,8 @@ impl Recipe {
     }
 
     /// Reads a `plan.toml`: like a recipe, but every key must be there, as a default may change between
-    /// versions of mentee and a run's plan may not.
+    /// versions of mentee and a run's plan may not. Keys that came after it was written have the values that stand in
+    /// `configs/defaults/before.toml`.
     ///
     /// # Errors [`ConfigError::Missing`] for a key that is not there, else as [`Recipe::load`].
     pub fn from_plan(path: &Path) -> Result<Recipe, ConfigError> {
@@ -71,7 +72,8 @@ impl Recipe {
     /// # Errors
     /// As [`Recipe::from_plan`].
     pub fn from_plan_text(text: &str, path: &Path) -> Result<Recipe, ConfigError> {
-        let entries = Entries::parse(text, path)?;
+        let mut entries = Entries::parse(text, path)?;
+        defaults::fill_from_before(&mut entries);
         if let Some(key) = schema::KEYS.iter().find(|key| !entries.0.contains_key(key.path)) {
             return Err(ConfigError::Missing {
                 key: key.path.to_owned(),
@@ -133,8 +135,10 @@ impl Recipe {
 
 fn resolve(text: &str, path: &Path, name: &str, sets: &[String]) -> Result<Recipe, ConfigError> {
     let mut entries = Entries::parse(text, path)?;
-    // A plan holds every key, also those that nobody asked for.
-    let is_plan = schema::KEYS.iter().all(|key| entries.0.contains_key(key.path));
+    // A plan holds every key of its time, also those that nobody asked for.
+    let later = defaults::before();
+    let is_there = |key: &schema::Key| entries.0.contains_key(key.path) || later.0.contains_key(key.path);
+    let is_plan = schema::KEYS.iter().all(is_there);
     for argument in sets {
         entries.set(argument)?;
     }

@@ -311,6 +311,8 @@ pub struct Optimizer {
     pub exclude_bias_and_norm: bool,
     /// AdamW's moment decay rates.
     pub betas: [f64; 2],
+    /// The longest that the gradient of all parameters together may be; 0 = any.
+    pub clip_norm: f64,
 }
 
 /// An update rule.

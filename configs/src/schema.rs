@@ -234,6 +234,9 @@ pub(crate) const KEYS: &[Key] = &[
         "biases and norm parameters get no weight decay and no LARS adaptation", BYOL_CODE),
     key("optimizer.betas", Kind::Reals { len: 2, each: UNIT_OPEN_ABOVE, ordered: false }, Decides::Yes, "",
         "decay rates of `adamw`'s moments", "arXiv:1412.6980, algorithm 1"),
+    key("optimizer.clip_norm", Kind::Real(NOT_NEGATIVE), Decides::Yes, "",
+        "a mean gradient over the global batch that is longer than this, all parameters together, is scaled down to it; 0 = off",
+        "`torch.nn.utils.clip_grad_norm_`; off in the codes of all methods here"),
 
     key("schedule.epochs", Kind::Count { min: 1, max: 1_000_000 }, Decides::Yes, "epochs",
         "length of the run", BYOL_CODE),

@@ -60,6 +60,7 @@ fn byol_on_imagenet_has_deepminds_presets() {
                 lars_eta: 1e-3,
                 exclude_bias_and_norm: true,
                 betas: [0.9, 0.999],
+                clip_norm: 0.0,
             }
         );
         assert_eq!(
@@ -128,6 +129,7 @@ fn simsiam_has_the_official_values() {
         lars_eta: 1e-3,
         exclude_bias_and_norm: false,
         betas: [0.9, 0.999],
+        clip_norm: 0.0,
     };
     assert_eq!(recipe.optimizer, sgd(0.05, 1e-4));
     let Method { projector_layers, projector_hidden, projector_out, predictor_hidden, .. } = recipe.method;
@@ -331,16 +333,19 @@ fn other_value(key: &str, value: &Value) -> Value {
         Value::String(_) => Value::String(word.into()),
         Value::Integer(whole) if key == "eval.knn_bank" => Value::Integer(whole + 1000),
         Value::Integer(whole) => Value::Integer(whole + 1),
-        Value::Float(real) => Value::Float(real * 0.75),
+        Value::Float(real) => Value::Float(other_real(*real)),
         Value::Boolean(switch) => Value::Boolean(!switch),
         Value::Array(items) => {
             let mut items = items.clone();
-            let first = items[0].as_float().unwrap();
-            items[0] = Value::Float(if first == 0.0 { 0.125 } else { first * 0.75 });
+            items[0] = Value::Float(other_real(items[0].as_float().unwrap()));
             Value::Array(items)
         }
         other => panic!("{key} = {other}"),
     }
+}
+
+fn other_real(real: f64) -> f64 {
+    if real == 0.0 { 0.125 } else { real * 0.75 }
 }
 
 #[test]

@@ -162,6 +162,16 @@ impl State {
         Ok(mentee_torch_ext::norm(&self.gradients.flat)?)
     }
 
+    /// Scales the gradient, whose norm is `norm`, down to `longest` where that is less (0: never), as
+    /// `torch.nn.utils.clip_grad_norm_` does.
+    pub fn clip_gradients(&mut self, norm: f64, longest: f64) -> Result<(), SslError> {
+        let scale = longest / (norm + 1e-6);
+        if longest > 0.0 && scale < 1.0 {
+            let _ = no_grad(|| self.gradients.flat.f_mul_scalar_(scale))?;
+        }
+        Ok(())
+    }
+
     /// The first parameter whose gradient holds a value that is not finite; empty when all are.
     pub fn non_finite_gradient(&self) -> Result<String, SslError> {
         for place in self.student.weights.layout.params() {

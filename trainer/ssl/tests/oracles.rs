@@ -223,6 +223,23 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
 }
 
 #[test]
+fn a_gradient_that_is_too_long_is_scaled_and_no_other_is_touched() {
+    let _turn = serial();
+    let (method, mut state) = mentee_ssl::state::new(&recipe(&[])).unwrap();
+    let out = state.loss(&*method, &views(4, 7), 4, NormStatistics::Batch, None).unwrap();
+    backward(&mut state, &out.loss);
+    let (norm, gradient) = (state.grad_norm().unwrap(), state.gradients.flat.copy());
+    for longest in [0.0, norm + 1e-5] {
+        state.clip_gradients(norm, longest).unwrap();
+        assert!(state.gradients.flat.equal(&gradient), "{longest}");
+    }
+    state.clip_gradients(norm, norm / 4.0).unwrap();
+    let (clipped, expected) = (state.grad_norm().unwrap(), norm / (norm + 1e-6) * norm / 4.0);
+    assert!((clipped - expected).abs() < 1e-12 * norm, "{norm}: {clipped}");
+    assert!(max_difference(&state.gradients.flat, &(gradient * (expected / norm))) < 1e-14);
+}
+
+#[test]
 fn sgd_and_adamw_follow_pytorchs_equations() {
     let _turn = serial();
     for optimizer in ["sgd", "adamw"] {

@@ -334,8 +334,10 @@ impl Rig {
         let backward = start.elapsed();
         let communication = reducer.finish(state, n)?;
         self.loss = agree::on_step(&**collectives, n, &out, false)?.loss;
-        agree::on_gradient(&**collectives, n, state, || reducer.own_was_finite(&state.gradients))?;
+        let grad_norm =
+            agree::on_gradient(&**collectives, n, state, || reducer.own_was_finite(&state.gradients))?;
         let updating = start.elapsed();
+        state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
         state.update(&rates, n).map_err(at_step)?;
         state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;
         wait()?;

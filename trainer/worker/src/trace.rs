@@ -150,6 +150,8 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         write(&folder.join("gradients.safetensors"), gradients)?;
 
         let Rates { lr, predictor_lr, tau, weight_decay } = schedule.at(step);
+        let grad_norm = state.grad_norm().map_err(at_step)?;
+        state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
         state.update(&schedule.at(step), step).map_err(at_step)?;
         let epoch_ends = (step + 1).is_multiple_of(plan.steps_per_epoch);
         state.move_teacher(recipe.method.teacher, &schedule.at(step), epoch_ends).map_err(at_step)?;

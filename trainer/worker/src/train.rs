@@ -85,6 +85,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             probe.step(&*run.collectives, step, &parts, &batch.ids, &run.rank_share)?;
         }
         reporter.phase(Phase::Update);
+        run.state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
         run.state.update(&rates, step).map_err(at_step)?;
         run.next_step = step + 1;
         let epoch_ends = run.next_step.is_multiple_of(run.plan.steps_per_epoch);
