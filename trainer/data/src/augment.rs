@@ -34,6 +34,7 @@ use std::ops::Range;
 use mentee_config::recipe::{Definition, Views};
 
 use crate::blur::Blur;
+pub use crate::colour::ColourOp;
 use crate::colour::{Mean, Planes, clip};
 pub use crate::decode::CropBox;
 use crate::decode::{PlanarImage, RgbImage};
@@ -52,19 +53,6 @@ pub struct ViewKey {
     pub sample: u64,
     /// 0 or 1.
     pub view: u8,
-}
-
-/// One colour operation with its drawn strength.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum ColourOp {
-    /// Byol: added to every channel; Torchvision: multiplied.
-    Brightness(f32),
-    /// Factor about the mean.
-    Contrast(f32),
-    /// Factor of saturation.
-    Saturation(f32),
-    /// Rotation of hue, in turns.
-    Hue(f32),
 }
 
 /// Everything random about one view, decided.

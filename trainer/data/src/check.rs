@@ -9,8 +9,10 @@ use serde::Serialize;
 
 use crate::decode::{CropBox, PlanarImage, RgbImage, encode_png};
 use crate::error::DataError;
+use crate::open::{self, Part};
+use crate::reader::Reader;
 use crate::resize::{Area, Resizer, TILE};
-use crate::source::{self, Part, Reader, Source, Split};
+use crate::source::{Source, Split};
 use crate::tar::TarShards;
 
 /// What [`stats`] found in one part of a data set.
@@ -74,7 +76,7 @@ impl Part {
     }
 
     fn open(&self) -> Result<Arc<dyn Source>, DataError> {
-        source::open_as(&self.path, self.format, self.split)
+        open::open_as(&self.path, self.format, self.split)
     }
 }
 
@@ -83,7 +85,7 @@ impl Part {
 /// # Errors
 /// [`DataError`]: nothing there, or an image among those decoded is damaged.
 pub fn stats(path: &Path, format: DataFormat, threads: usize) -> Result<Vec<Stats>, DataError> {
-    let parts = source::parts(path, format)?;
+    let parts = open::parts(path, format)?;
     parts.iter().map(|part| part_stats(part.name(), &*part.open()?, threads)).collect()
 }
 
@@ -163,7 +165,7 @@ const THUMB: u32 = 96;
 /// # Errors
 /// [`DataError`]: nothing there, or an image among them is damaged.
 pub fn contact_sheet(path: &Path, format: DataFormat) -> Result<Vec<u8>, DataError> {
-    let sources = source::parts(path, format)?.iter().map(Part::open).collect::<Result<Vec<_>, _>>()?;
+    let sources = open::parts(path, format)?.iter().map(Part::open).collect::<Result<Vec<_>, _>>()?;
     let total: u64 = sources.iter().map(|source| source.len()).sum();
     let count = total.min(u64::from(SHEET * SHEET));
     let columns = (count.isqrt() + u64::from(count.isqrt().pow(2) < count)).max(1) as u32;
@@ -231,7 +233,7 @@ pub fn verify(
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Report, DataError> {
     let mut report = Report { samples: 0, files: 0, bytes: 0, problems: Vec::new(), notes: Vec::new() };
-    for part in source::parts(path, format)? {
+    for part in open::parts(path, format)? {
         let mut note = |error: DataError| {
             report.problems.push(error.to_string());
             Ok(())

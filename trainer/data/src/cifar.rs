@@ -66,7 +66,7 @@ pub(crate) fn has(dir: &Path, split: Split) -> bool {
 impl Cifar {
     /// Opens the files of one split, or (`None`) of both: training, then test.
     pub(crate) fn open(dir: &Path, split: Option<Split>) -> Result<Self, DataError> {
-        let entries = crate::source::sorted_entries(dir)?;
+        let entries = crate::listing::sorted_entries(dir)?;
         let names: Vec<String> = entries
             .iter()
             .filter_map(|entry| entry.file_name().into_string().ok())

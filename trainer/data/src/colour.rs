@@ -7,7 +7,18 @@ use std::ops::Range;
 
 use mentee_config::recipe::Definition;
 
-use crate::augment::ColourOp;
+/// One colour operation with its drawn strength.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ColourOp {
+    /// Byol: added to every channel; Torchvision: multiplied.
+    Brightness(f32),
+    /// Factor about the mean.
+    Contrast(f32),
+    /// Factor of saturation.
+    Saturation(f32),
+    /// Rotation of hue, in turns.
+    Hue(f32),
+}
 
 /// Weights of red, green and blue in gray: JAX and torchvision tensors; PIL (ITU-R 601-2).
 pub(crate) const GRAY_TENSOR: [f32; 3] = [0.2989, 0.5870, 0.1140];

@@ -11,8 +11,9 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, counted, shown};
+use crate::listing::{Names, is_image_name, sorted_entries};
 use crate::passed_over::{PassedOver, extension, image_patterns};
-use crate::source::{self, Encoding, Names, Source, is_image_name, sorted_entries};
+use crate::source::{Encoding, Source};
 
 /// Folders within folders that are followed; a link that leads back to its parent ends here.
 const MAX_DEPTH: usize = 16;
@@ -94,7 +95,6 @@ impl ImageFolder {
                 ),
             });
         }
-        source::refuse_parts_as_classes(root, &classes)?;
         let digest = found.hasher.finalize().to_hex().to_string();
         Ok(Self {
             root: root.to_owned(),

@@ -1,6 +1,7 @@
 //! Images in memory: interleaved ([`RgbImage`]), or as planes of a part ([`PlanarImage`]).
 
-use crate::resize::OVERREAD;
+/// Pixels a plane must have behind its last one, so that whole registers can be loaded.
+pub(crate) const OVERREAD: usize = 32;
 
 /// A part of an image, whole pixels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

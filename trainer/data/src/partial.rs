@@ -19,8 +19,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 
 use crate::error::DataError;
-use crate::shard::{INDEX_FILE, IndexShard};
-use crate::source::sorted_entries;
+use crate::index::{INDEX_FILE, IndexShard};
+use crate::listing::sorted_entries;
 
 /// Name of the folder within an `OUT` that was there.
 const WITHIN: &str = ".partial";

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use crate::decode::{PlanarImage, RgbImage};
 use crate::error::DataError;
-use crate::source::Reader;
+use crate::reader::Reader;
 use crate::{augment, eval};
 
 /// What to fill batches with.

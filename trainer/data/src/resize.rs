@@ -13,16 +13,13 @@
 
 use mentee_config::recipe::Interpolation;
 
-use crate::image::{CropBox, PlanarImage};
+use crate::image::{CropBox, OVERREAD, PlanarImage};
 
 /// Rows of the view made together.
 pub(crate) const TILE: usize = 8;
 
 /// Columns loaded together.
 const CHUNK: usize = 16;
-
-/// Pixels a plane must have behind its last one, so that whole registers can be loaded.
-pub(crate) const OVERREAD: usize = 32;
 
 /// What is resized: an area of an image, in pixels and parts of pixels.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -17,10 +17,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::DataError;
+use crate::index::{INDEX_FILE, Index};
+use crate::listing::{Names, is_image_name, sorted_entries};
 use crate::partial::is_unfinished;
 use crate::passed_over::{PassedOver, image_patterns};
-use crate::shard::{INDEX_FILE, Index};
-use crate::source::{Encoding, Names, Source, is_image_name, sorted_entries};
+use crate::source::{Encoding, Source};
 
 /// Size of a tar block: headers are one, data is padded to a multiple.
 pub(crate) const BLOCK: u64 = 512;

@@ -6,8 +6,7 @@ use super::colour::{self, Rows};
 use super::huffman::{Class, END_OF_BLOCK, Lookup, Table};
 use super::idct::{self, Block, Place};
 use super::markers::{Component, Header, Tables, ZIGZAG, next_scan, segment};
-use crate::image::{CropBox, PlanarImage};
-use crate::resize::OVERREAD;
+use crate::image::{CropBox, OVERREAD, PlanarImage};
 
 /// Scans of a progressive file, at most: encoders write about ten. Bounds the time a hostile file can take.
 const MAX_SCANS: usize = 200;

@@ -1,0 +1,46 @@
+//! Folders and the names in them.
+
+use std::fs;
+use std::path::Path;
+
+use crate::error::DataError;
+
+/// Names of the entries of a folder, sorted by bytes.
+pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError> {
+    let mut entries = fs::read_dir(dir)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| DataError::io("list", dir, &e))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    Ok(entries)
+}
+
+/// How the names of images end that can be decoded.
+pub(crate) const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "ppm"];
+
+/// Whether a file name ends like an image that can be decoded.
+pub(crate) fn is_image_name(extension: &str) -> bool {
+    IMAGE_NAMES.iter().any(|known| extension.eq_ignore_ascii_case(known))
+}
+
+/// Texts one after the other in one buffer: 8 bytes of overhead each.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    text: String,
+    ends: Vec<u64>,
+}
+
+impl Names {
+    pub(crate) fn push(&mut self, name: &str) {
+        self.text.push_str(name);
+        self.ends.push(self.text.len() as u64);
+    }
+
+    pub(crate) fn get(&self, index: usize) -> &str {
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        &self.text[start as usize..self.ends[index] as usize]
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.ends.len()
+    }
+}
