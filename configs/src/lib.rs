@@ -22,6 +22,7 @@ mod load;
 pub mod plan;
 pub mod recipe;
 pub mod reference;
+pub mod replace;
 pub mod say;
 mod schema;
 pub mod usage;

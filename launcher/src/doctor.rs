@@ -12,13 +12,10 @@
 mod files;
 
 use std::ffi::OsString;
-use std::io::Read;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
 use mentee_cluster::server::hostname;
 use mentee_config::recipe::Device;
@@ -26,6 +23,7 @@ use mentee_config::{Plan, Recipe, exit_code, say};
 use mentee_data::{DataError, Split, open_split};
 use serde::{Deserialize, Serialize};
 
+use crate::child;
 use crate::engine::{self, Engine, Layout};
 use crate::failure::Failure;
 use crate::rundir::RunDir;
@@ -348,8 +346,8 @@ fn facts(args: &DoctorArgs, engine: Engine, workers: u32, layout: &Layout) -> Re
     command.args(&line.arguments).envs(line.set);
     let patience = Duration::from_secs(args.timeout.into()) + START_PATIENCE;
     let what = line.program.display().to_string();
-    let said =
-        outcome(command, patience).map_err(|error| Finding::fault(part, format!("{what}: {error}"), ""))?;
+    let said = child::ask(command, patience)
+        .map_err(|error| Finding::fault(part, format!("{what}: {error}"), ""))?;
     if said.timed_out {
         let says =
             format!("{workers} workers did not finish one small all-reduce in {} s", patience.as_secs());
@@ -367,59 +365,6 @@ fn facts(args: &DoctorArgs, engine: Engine, workers: u32, layout: &Layout) -> Re
             let code = said.code.filter(|code| *code != 0).unwrap_or(exit_code::FAILED);
             Err(Finding { exit_code: code, ..Finding::fault(part, format!("{what}: {first}"), "") })
         }
-    }
-}
-
-struct Said {
-    code: Option<i32>,
-    out: String,
-    err: String,
-    timed_out: bool,
-}
-
-/// Runs a command, in a process group of its own so that all it started can be ended with it.
-fn outcome(mut command: Command, patience: Duration) -> std::io::Result<Said> {
-    let began = Instant::now();
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()?;
-    let (out, err) = (reader(child.stdout.take()), reader(child.stderr.take()));
-    let mut timed_out = false;
-    let status = loop {
-        if let Some(status) = child.try_wait()? {
-            break status;
-        }
-        if began.elapsed() >= patience {
-            timed_out = true;
-            end_group(&child);
-            break child.wait()?;
-        }
-        thread::sleep(Duration::from_millis(20));
-    };
-    // Also what the command left behind, which would keep the pipes open.
-    end_group(&child);
-    let text = |thread: thread::JoinHandle<String>| thread.join().unwrap_or_default();
-    Ok(Said { code: status.code(), out: text(out), err: text(err), timed_out })
-}
-
-fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            // What was read until an error is what there is.
-            let _ = pipe.read_to_end(&mut bytes);
-        }
-        String::from_utf8_lossy(&bytes).into_owned()
-    })
-}
-
-fn end_group(child: &Child) {
-    if let Ok(group) = libc::pid_t::try_from(child.id()) {
-        // SAFETY: sends a signal to the group this process made; one that is gone is no harm.
-        unsafe { libc::killpg(group, libc::SIGKILL) };
     }
 }
 
@@ -713,24 +658,6 @@ mod tests {
         let note = Finding::note("devices", "none", "");
         assert_eq!(verdict(&[note.clone(), data, Finding::fault("port", "", "")]), exit_code::DATA);
         assert_eq!(verdict(&[note]), exit_code::DONE);
-    }
-
-    #[test]
-    fn a_command_that_hangs_ends_with_all_it_started() {
-        let mut command = Command::new("sh");
-        command.args(["-c", "echo begun; sleep 1000 & wait"]);
-        let began = Instant::now();
-        let said = outcome(command, Duration::from_millis(300)).expect("sh");
-        assert!(said.timed_out && said.out == "begun\n", "{}", said.out);
-        assert!(began.elapsed() < Duration::from_secs(60));
-        let mut quick = Command::new("sh");
-        quick.args(["-c", "echo out; echo error: it broke >&2; exit 3"]);
-        let said = outcome(quick, Duration::from_secs(60)).expect("sh");
-        assert_eq!(
-            (said.code, said.out.as_str(), said.err.as_str()),
-            (Some(3), "out\n", "error: it broke\n")
-        );
-        assert!(!said.timed_out);
     }
 
     #[test]

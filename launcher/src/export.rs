@@ -19,7 +19,8 @@ use serde_json::{Value, json};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
-use crate::rundir::{RunDir, write_atomically};
+use crate::rundir::RunDir;
+use mentee_config::replace::write_atomically;
 
 /// ResNet-20 (trainer/ssl/src/encoder/resnet.rs) under the names that both libraries give a ResNet.
 const RESNET20: &str = r#"import torch

@@ -10,7 +10,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::rundir::{RunDir, write_atomically};
+use crate::rundir::RunDir;
+use mentee_config::replace::write_atomically;
 
 const SHARED_MEMORY: &str = "/dev/shm/";
 

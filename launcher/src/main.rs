@@ -6,6 +6,7 @@
 
 mod bench;
 mod checkpoints;
+mod child;
 mod curve;
 mod data;
 mod demo;

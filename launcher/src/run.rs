@@ -31,10 +31,11 @@ use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::prometheus::{self, Exported};
 use crate::report;
-use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
 use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
+use mentee_config::replace::write_atomically;
 
 /// Lines of the workers' output that are kept for a failure report.
 const TAIL: usize = 20;
@@ -733,6 +734,9 @@ fn is_ignored(signal: libc::c_int) -> bool {
 /// A run that was asked to stop: after `step` steps, with a checkpoint of `newest` (0: none).
 fn how_stopped(step: u64, newest: u64) -> String {
     match newest {
+        0 if step == 0 => {
+            "stopped before the first step on request; the same command starts it again".to_owned()
+        }
         _ if newest >= step => format!("stopped at step {newest} on request; the same command continues it"),
         0 => format!(
             "stopped at step {step} on request, before the first checkpoint; the same command starts it again"

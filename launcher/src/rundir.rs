@@ -7,12 +7,13 @@
 //! RUN/.lock         held by the supervisor as long as it lives
 //! ```
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use mentee_cluster::{Lock, LockError};
+use mentee_config::replace::is_left_of;
 use mentee_config::{Recipe, complain};
 
 use crate::failure::Failure;
@@ -184,13 +185,12 @@ impl RunDir {
     /// Removes what `write_atomically` left of supervisors that were killed.
     fn sweep(&self) {
         let written = [self.plan(), self.status(), self.slurm(), self.script(), self.report()];
-        let of = |name: &str| {
-            let (name, process) = name.strip_suffix(".tmp")?.rsplit_once('.')?;
-            process.parse::<u32>().ok()?;
-            written.iter().find(|path| path.file_name().is_some_and(|own| own == name))
+        let is_left = |name: &str| {
+            let names = written.iter().filter_map(|path| path.file_name()?.to_str());
+            names.into_iter().any(|of| is_left_of(name, of))
         };
         for entry in fs::read_dir(&self.0).into_iter().flatten().flatten() {
-            if entry.file_name().to_str().and_then(of).is_some() {
+            if entry.file_name().to_str().is_some_and(is_left) {
                 let _ = fs::remove_file(entry.path()); // it takes room and does no other harm
             }
         }
@@ -239,42 +239,6 @@ impl RunDir {
             })
             .collect()
     }
-}
-
-/// Writes a file so that a reader, and a machine that loses its power, sees the old or the new one, never half of it.
-///
-/// # Errors
-/// The system's.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let Some(name) = path.file_name() else { return Err(io::ErrorKind::InvalidInput.into()) };
-    // The whole name and this process: a file of the user's, or of another command at work here, has another name.
-    let mut aside = name.to_owned();
-    aside.push(format!(".{}.tmp", std::process::id()));
-    let aside = path.with_file_name(aside);
-    // status.json is written every second while ranks report: nothing waits there for a disk, and the next one replaces it.
-    let lasts = name != "status.json";
-    let written = (|| {
-        let mut file = File::create(&aside)?;
-        file.write_all(bytes)?;
-        if lasts {
-            file.sync_all()?;
-        }
-        fs::rename(&aside, path)
-    })();
-    if written.is_err() {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&aside);
-    }
-    written?;
-    if lasts {
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        match File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()) {
-            // There are file systems that cannot, and need not be asked.
-            Err(e) if matches!(e.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {}
-            synced => synced?,
-        }
-    }
-    Ok(())
 }
 
 /// Seconds since 1970.
@@ -365,23 +329,5 @@ mod tests {
         left.retain(|name| name.to_string_lossy().ends_with(".tmp"));
         left.sort();
         assert_eq!(left, ["mine.77.tmp", "plan.toml.x.tmp"]);
-    }
-
-    #[test]
-    fn a_file_is_written_beside_whatever_else_lies_there() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let (page, own) = (folder.path().join("keep.html"), folder.path().join("keep.tmp"));
-        fs::write(&own, "the user's").expect("written");
-        write_atomically(&page, b"old").expect("written");
-        write_atomically(&page, b"new").expect("written");
-        assert_eq!(
-            (fs::read(&page).unwrap(), fs::read(&own).unwrap()),
-            (b"new".to_vec(), b"the user's".to_vec())
-        );
-        // A folder is in the way: the error is told, and nothing is left behind.
-        let taken = folder.path().join("taken");
-        fs::create_dir_all(taken.join("full")).expect("made");
-        write_atomically(&taken, b"x").expect_err("a folder");
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 3);
     }
 }

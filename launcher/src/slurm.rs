@@ -2,18 +2,19 @@
 //! `RUN/slurm.json`, by which a run directory knows its job.
 
 use std::collections::BTreeMap;
-use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
 use mentee_config::{complain, say};
 use serde::{Deserialize, Serialize};
 
+use crate::child;
 use crate::failure::Failure;
-use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::rundir::{RunDir, unix_time};
 use crate::supervise::StopSignal;
+use mentee_config::replace::write_atomically;
 
 /// Slurm's commands wait long for a controller that does not answer; nobody here does.
 const DEADLINE: Duration = Duration::from_secs(15);
@@ -310,53 +311,51 @@ pub fn end_step(job: &str, name: &str, patience: Duration) -> Result<(), String>
     Ok(())
 }
 
+/// Why a command of Slurm's gave no answer, in one line.
+#[derive(Debug, thiserror::Error)]
+pub enum NoAnswer {
+    /// It was not started, or refused.
+    #[error("{0}")]
+    Refused(String),
+    /// It was ended for its lateness: what it was asked for may have been done.
+    #[error("{program} did not answer within {} s", DEADLINE.as_secs())]
+    Late {
+        /// Which.
+        program: String,
+    },
+}
+
 /// Runs one of Slurm's commands; its standard output, or in one line why there is none.
 ///
 /// # Errors
 /// The last line the command wrote to standard error, or that it could not be started or did not end.
 pub fn ask(program: &str, arguments: &[&str]) -> Result<String, String> {
-    let mut child = Command::new(program)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(|error| match error.kind() {
+    request(program, arguments).map_err(|why| why.to_string())
+}
+
+/// The same of one that does something.
+///
+/// # Errors
+/// As [`ask`].
+pub fn request(program: &str, arguments: &[&str]) -> Result<String, NoAnswer> {
+    let mut command = Command::new(program);
+    command.args(arguments);
+    let said = child::ask(command, DEADLINE).map_err(|error| {
+        NoAnswer::Refused(match error.kind() {
             std::io::ErrorKind::NotFound => format!("{program} is not on PATH: load your site's Slurm"),
             _ => format!("{program}: {error}"),
-        })?;
-    let reader = |stream: Option<Box<dyn Read + Send>>| {
-        std::thread::spawn(move || {
-            let mut text = Vec::new();
-            if let Some(mut stream) = stream {
-                let _ = stream.read_to_end(&mut text);
-            }
-            String::from_utf8_lossy(&text).into_owned()
         })
-    };
-    let stdout = reader(child.stdout.take().map(|stream| Box::new(stream) as _));
-    let stderr = reader(child.stderr.take().map(|stream| Box::new(stream) as _));
-    let since = Instant::now();
-    let status = loop {
-        match child.try_wait() {
-            Ok(Some(status)) => break status,
-            Ok(None) if since.elapsed() < DEADLINE => std::thread::sleep(Duration::from_millis(5)),
-            Ok(None) => {
-                let _ = child.kill();
-                let _ = child.wait();
-                return Err(format!("{program} did not answer within {} s", DEADLINE.as_secs()));
-            }
-            Err(error) => return Err(format!("{program}: {error}")),
-        }
-    };
-    let (stdout, stderr) = (stdout.join().unwrap_or_default(), stderr.join().unwrap_or_default());
-    if status.success() {
-        return Ok(stdout);
+    })?;
+    if said.timed_out {
+        return Err(NoAnswer::Late { program: program.to_owned() });
     }
-    let last = stderr.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    if said.code == Some(0) {
+        return Ok(said.out);
+    }
+    let last = said.err.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
     // "sbatch: error: why" is one prefix for a reader.
     let why = last.trim().trim_start_matches(&format!("{program}: ")).trim_start_matches("error: ");
-    Err(format!("{program}: {why}"))
+    Err(NoAnswer::Refused(format!("{program}: {why}")))
 }
 
 #[cfg(test)]

@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::clock;
-use crate::rundir::{RunDir, unix_time, write_atomically};
+use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
+use mentee_config::replace::write_often;
 
 /// What a run is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,7 +169,7 @@ impl Status {
     pub fn write(&mut self, run: &RunDir) {
         self.updated = unix_time();
         let text = serde_json::to_vec_pretty(self).expect("a status is JSON");
-        if let Err(error) = write_atomically(&run.status(), &text) {
+        if let Err(error) = write_often(&run.status(), &text) {
             tracing::warn!("cannot write {}: {error}", run.status().display());
         }
     }

@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine;
 use crate::failure::Failure;
-use crate::rundir::{RunDir, write_atomically};
+use crate::rundir::RunDir;
 use crate::site::Site;
 use crate::slurm::{self, Record};
+use mentee_config::replace::write_atomically;
 
 /// Seconds before the time limit at which the run is to stop, unless told otherwise.
 const STOP_LEAD: u32 = 120;
@@ -446,10 +447,18 @@ fn refuse_second(run: &RunDir, jobs: &mut slurm::Jobs) -> Result<(), Failure> {
 /// `new`: plans that were not there before.
 fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathBuf]) -> Result<(), Failure> {
     let path = dir.script();
-    let said = slurm::ask("sbatch", &["--parsable", &path.display().to_string()]).map_err(|why| {
-        // The next try may be of another recipe.
-        new.iter().for_each(|plan| drop(std::fs::remove_file(plan)));
-        Failure::failed(format!("{why}; nothing was submitted, the script is {}", path.display()))
+    let asked = slurm::request("sbatch", &["--parsable", &path.display().to_string()]);
+    let said = asked.map_err(|why| match why {
+        slurm::NoAnswer::Refused(why) => {
+            // The next try may be of another recipe.
+            new.iter().for_each(|plan| drop(std::fs::remove_file(plan)));
+            Failure::failed(format!("{why}; nothing was submitted, the script is {}", path.display()))
+        }
+        late @ slurm::NoAnswer::Late { .. } => Failure::failed(format!(
+            "{late}; whether the job was submitted is not known: look at squeue --name={}, the script is {}",
+            script.name,
+            path.display()
+        )),
     })?;
     // `ID`, or `ID;CLUSTER`.
     let job = said.trim().split(';').next().unwrap_or_default().to_owned();

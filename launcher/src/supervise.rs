@@ -36,8 +36,12 @@ const SETTLE: Duration = Duration::from_millis(300);
 /// The same when all that is known is that ranks missed another: the cause is still to come, of a machine whose last
 /// packets are late.
 const SETTLE_LONGER: Duration = Duration::from_secs(2);
+/// So many steps are waited for after the first signal, where they take longer than that: the one under way, and the next.
+const STOP_STEPS: u32 = 3;
 /// Schedulers send SIGTERM twice at once (Slurm does); only a later one means impatience.
 const REPEAT: Duration = Duration::from_secs(2);
+/// `timeout` sends its signal to the process and to its group: faster than anyone presses Ctrl-C twice.
+const SAME_INTERRUPT: Duration = Duration::from_millis(250);
 /// Failures on one node before it is left out.
 const NODE_FAILURES: u32 = 2;
 /// Before the first restart; doubled each time.
@@ -257,6 +261,8 @@ pub struct Supervisor {
     generation: u32,
     restarts: u32,
     stop: Option<(Duration, StopSignal)>,
+    /// How long a step takes in this start of the gang, as far as it is known.
+    step_time: Duration,
     /// The workers have been told to end.
     ending: bool,
     /// The coordinator speaks of this start of the gang, no more of the last.
@@ -282,6 +288,7 @@ impl Supervisor {
             generation: 0,
             restarts: 0,
             stop: None,
+            step_time: Duration::ZERO,
             ending: false,
             in_step: true,
             culprit: None,
@@ -378,10 +385,16 @@ impl Supervisor {
                     Vec::new()
                 }
             }
-            Output::Gathering { .. }
-            | Output::Progress { .. }
-            | Output::Event { .. }
-            | Output::Refused { ours: false, .. } => Vec::new(),
+            Output::Progress { progress, .. } => {
+                if let Some(time) = progress.step_ms.and_then(|ms| Duration::try_from_secs_f64(ms / 1e3).ok())
+                {
+                    self.step_time = time;
+                }
+                Vec::new()
+            }
+            Output::Gathering { .. } | Output::Event { .. } | Output::Refused { ours: false, .. } => {
+                Vec::new()
+            }
         }
     }
 
@@ -444,7 +457,7 @@ impl Supervisor {
                     }
                     State::Running => vec![
                         Action::RequestStop { reason: name.into() },
-                        Action::Arm(Timer::End, STOP_GRACE),
+                        Action::Arm(Timer::End, self.stop_grace()),
                         Action::Say(format!(
                             "{name}: the ranks stop at the next step with a checkpoint (once more: kill them)"
                         )),
@@ -457,9 +470,7 @@ impl Supervisor {
                 self.stop = Some((now, signal));
                 Vec::new()
             }
-            Some((first, _)) if signal != StopSignal::Interrupt && now.saturating_sub(first) < REPEAT => {
-                Vec::new()
-            }
+            Some((first, _)) if now.saturating_sub(first) < repeat(signal) => Vec::new(),
             Some(_) if signal == StopSignal::Warning => Vec::new(),
             Some(_) if self.state == State::Running => vec![
                 Action::Say(format!("{name} again: the workers are killed; the last checkpoint stands")),
@@ -470,6 +481,11 @@ impl Supervisor {
         }
     }
 
+    /// How long the ranks have from the first signal to the end of their step and its checkpoint.
+    fn stop_grace(&self) -> Duration {
+        STOP_GRACE.max(self.step_time * STOP_STEPS)
+    }
+
     fn due(&mut self, timer: Timer) -> Vec<Action> {
         match (timer, self.state) {
             (Timer::End, State::Running) => {
@@ -478,7 +494,7 @@ impl Supervisor {
                 if self.stop.is_some() && self.culprit.is_none() && self.finished.is_none() {
                     let line = format!(
                         "no stop within {} s: the workers are ended; the last checkpoint stands",
-                        STOP_GRACE.as_secs()
+                        self.stop_grace().as_secs()
                     );
                     actions.insert(0, Action::Say(line));
                 }
@@ -597,6 +613,11 @@ fn describe_pace(pace: &Pace, host: &str) -> String {
     }
 }
 
+/// How soon after the first signal this one is no second one.
+fn repeat(signal: StopSignal) -> Duration {
+    if signal == StopSignal::Interrupt { SAME_INTERRUPT } else { REPEAT }
+}
+
 /// Whether a worker's line (`rank 3: …`) is the word of another rank than this one.
 fn is_anothers(line: &str, rank: Option<u32>) -> bool {
     let speaker = line.strip_prefix("rank ").and_then(|rest| rest.split_once(':'));
@@ -606,7 +627,7 @@ fn is_anothers(line: &str, rank: Option<u32>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mentee_cluster::Hello;
+    use mentee_cluster::{Hello, Progress};
 
     fn hello(rank: u32) -> Hello {
         Hello {
@@ -950,6 +971,26 @@ mod tests {
     }
 
     #[test]
+    fn a_stop_waits_for_steps_that_take_long() {
+        let grace = |step_ms: f64| {
+            let progress = Progress { step: 7, step_ms: Some(step_ms), ..Progress::default() };
+            let events = vec![
+                go(),
+                Event::Coordinator(Output::Progress { rank: 0, progress }),
+                Event::Signal(StopSignal::Warning),
+            ];
+            let arms = run(3, events).into_iter().find_map(|action| match action {
+                Action::Arm(Timer::End, grace) => Some(grace),
+                _ => None,
+            });
+            arms.expect("a time limit")
+        };
+        assert_eq!(grace(2_000.0), STOP_GRACE);
+        assert_eq!(grace(100_000.0), Duration::from_secs(300));
+        assert_eq!(grace(f64::INFINITY), STOP_GRACE);
+    }
+
+    #[test]
     fn a_schedulers_double_sigterm_is_one() {
         let (mut supervisor, _) = Supervisor::new(0, false, 1);
         let mut send = |milliseconds, signal| {
@@ -962,6 +1003,11 @@ mod tests {
         assert!(!supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt)).is_empty());
         let again = supervisor.handle_event(Duration::from_millis(300), Event::Signal(StopSignal::Interrupt));
         assert!(again.contains(&Action::Kill), "a person pressing Ctrl-C twice means it");
+        // `timeout` signals the process and then its group.
+        let (mut supervisor, _) = Supervisor::new(0, false, 1);
+        supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt));
+        let twice = supervisor.handle_event(Duration::from_millis(2), Event::Signal(StopSignal::Interrupt));
+        assert_eq!(twice, []);
     }
 
     #[test]

@@ -18,9 +18,10 @@ use crate::curve::Points;
 use crate::failure::Failure;
 use crate::metrics::{Line, Metrics, Step};
 use crate::progress::clock;
-use crate::rundir::{RunDir, write_atomically};
+use crate::rundir::RunDir;
 use crate::snapshot::{self, Part};
 use crate::status::{State, Status};
+use mentee_config::replace::write_atomically;
 
 const STYLE: &str = include_str!("style.css");
 /// Checkpoints that are marked on the curves; of more, the newest.

@@ -1,10 +1,10 @@
 //! The run directory: made on the first start, checked on every other, and one run's at a time.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mentee_cluster::{Lock, LockError};
+use mentee_config::replace::write_atomically;
 use mentee_config::{Recipe, complain};
 
 use crate::error::WorkerError;
@@ -30,14 +30,7 @@ pub fn create(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
     if std::fs::read_to_string(&path).is_ok_and(|there| there == text) {
         return Ok(());
     }
-    let partial = run_dir.join(format!(".plan.toml.{}", std::process::id()));
-    let write = || {
-        let mut file = std::fs::File::create(&partial)?;
-        file.write_all(text.as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&partial, &path)
-    };
-    write().map_err(WorkerError::io("write", &path))
+    write_atomically(&path, text.as_bytes()).map_err(WorkerError::io("write", &path))
 }
 
 /// How long a process that was killed may take to be gone.

@@ -1,0 +1,92 @@
+//! Commands that are asked something, and given a time to answer in.
+
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How a command ended, and what it wrote.
+#[derive(Debug)]
+pub struct Said {
+    /// Its exit code; none when a signal ended it.
+    pub code: Option<i32>,
+    /// Standard output.
+    pub out: String,
+    /// Standard error.
+    pub err: String,
+    /// It did not end in time, and was killed.
+    pub timed_out: bool,
+}
+
+/// Runs a command, in a process group of its own so that all it started is ended with it.
+///
+/// # Errors
+/// When it cannot be started.
+pub fn ask(mut command: Command, patience: Duration) -> std::io::Result<Said> {
+    let began = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .spawn()?;
+    let (out, err) = (reader(child.stdout.take()), reader(child.stderr.take()));
+    let mut timed_out = false;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if began.elapsed() >= patience {
+            timed_out = true;
+            end_group(&child);
+            break child.wait()?;
+        }
+        thread::sleep(Duration::from_millis(5));
+    };
+    // Also what the command left behind, which would keep the pipes open.
+    end_group(&child);
+    let text = |thread: thread::JoinHandle<String>| thread.join().unwrap_or_default();
+    Ok(Said { code: status.code(), out: text(out), err: text(err), timed_out })
+}
+
+fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
+    thread::spawn(move || {
+        let mut bytes = Vec::new();
+        if let Some(mut pipe) = pipe {
+            // What was read until an error is what there is.
+            let _ = pipe.read_to_end(&mut bytes);
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    })
+}
+
+fn end_group(child: &Child) {
+    if let Ok(group) = libc::pid_t::try_from(child.id()) {
+        // SAFETY: sends a signal to the group this process made; one that is gone is no harm.
+        unsafe { libc::killpg(group, libc::SIGKILL) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sh(text: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", text]);
+        command
+    }
+
+    #[test]
+    fn what_a_command_leaves_behind_holds_nobody_up() {
+        let long = Duration::from_secs(60);
+        let began = Instant::now();
+        let said = ask(sh("sleep 60 & echo one; echo two >&2; exit 3"), long).unwrap();
+        assert_eq!((said.code, said.out.as_str(), said.err.as_str()), (Some(3), "one\n", "two\n"));
+        assert!(!said.timed_out && began.elapsed() < long / 2);
+        let said = ask(sh("echo one; sleep 60 & sleep 60"), Duration::from_millis(200)).unwrap();
+        assert_eq!((said.code, said.out.as_str()), (None, "one\n"));
+        assert!(said.timed_out && began.elapsed() < long / 2);
+    }
+}
