@@ -11,6 +11,8 @@ use mentee_config::say;
 #[derive(Debug)]
 pub struct Display {
     bar: Option<ProgressBar>,
+    /// Lines on stdout: where there is no bar, or where stdout is a file beside it.
+    lines: bool,
     started: Instant,
     last_line: Option<Instant>,
     last_step: Option<u64>,
@@ -18,16 +20,16 @@ pub struct Display {
 }
 
 impl Display {
-    /// On stderr when that is a terminal, else lines on stdout.
+    /// A bar on stderr when that is a terminal that can show one; lines on stdout when that is none, or there is no bar.
     pub fn new() -> Display {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let bar = ProgressBar::new(0);
-            let style = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}")
-                .expect("the template is constant and valid");
-            bar.set_style(style);
-            bar
-        });
-        Display { bar, started: Instant::now(), last_line: None, last_step: None, eta: Eta::default() }
+        let bar = ProgressBar::new(0);
+        let style = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}")
+            .expect("the template is constant and valid");
+        bar.set_style(style);
+        // TERM=dumb is a terminal too.
+        let bar = Some(bar).filter(|bar| !bar.is_hidden());
+        let lines = bar.is_none() || !std::io::stdout().is_terminal();
+        Display { bar, lines, started: Instant::now(), last_line: None, last_step: None, eta: Eta::default() }
     }
 
     /// Takes rank 0's newest state.
@@ -41,9 +43,10 @@ impl Display {
             bar.set_length(progress.total_steps);
             bar.set_position(progress.step);
             bar.set_message(self.describe(progress));
-            return;
         }
-        if let Some(line) = self.line(now, progress) {
+        if self.lines
+            && let Some(line) = self.line(now, progress)
+        {
             say!("{line}");
         }
     }
@@ -76,20 +79,24 @@ impl Display {
 
     /// A line for people, above the bar where there is one.
     pub fn say(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(line),
-            None => say!("{line}"),
+        self.print(line, line);
+    }
+
+    /// The same line for the bar's terminal and for a file.
+    fn print(&self, shown: &str, line: &str) {
+        if let Some(bar) = &self.bar {
+            bar.println(shown);
+        }
+        if self.lines {
+            say!("{line}");
         }
     }
 
     /// A warning, in colour where there is one.
     pub fn warn(&self, line: &str) {
-        match &self.bar {
-            Some(bar) if std::env::var_os("NO_COLOR").is_none() => {
-                bar.println(format!("\x1b[33m{line}\x1b[0m"))
-            }
-            _ => self.say(line),
-        }
+        let in_colour = std::env::var_os("NO_COLOR").is_none();
+        let shown = if in_colour { format!("\x1b[33m{line}\x1b[0m") } else { line.to_owned() };
+        self.print(&shown, line);
     }
 
     /// The gang starts again: speeds are measured anew.
@@ -232,8 +239,14 @@ mod tests {
     #[test]
     fn a_line_is_of_the_step_whose_loss_it_gives() {
         let start = Instant::now();
-        let mut display =
-            Display { bar: None, started: start, last_line: None, last_step: None, eta: Eta::default() };
+        let mut display = Display {
+            bar: None,
+            lines: true,
+            started: start,
+            last_line: None,
+            last_step: None,
+            eta: Eta::default(),
+        };
         let at = |step, logged| Progress {
             step,
             logged,

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::error::DataError;
+use crate::source::MAX_CLASSES;
 
 /// Name of the index within a folder of shards.
 pub const INDEX_FILE: &str = "index.json";
@@ -89,6 +90,13 @@ impl Index {
             }
             if shard.offsets.len() != shard.lengths.len() || shard.offsets.len() != shard.labels.len() {
                 return Err(bad(format!("{}: offsets, lengths and labels differ in number", shard.file)));
+            }
+            if let Some(label) = shard.labels.iter().flatten().find(|&&label| label >= MAX_CLASSES) {
+                let most = MAX_CLASSES - 1;
+                return Err(bad(format!(
+                    "{}: label {label}, and {most} is the largest there may be",
+                    shard.file
+                )));
             }
             let outside = shard.offsets.iter().zip(&shard.lengths).any(|(&offset, &length)| {
                 offset.checked_add(u64::from(length)).is_none_or(|end| end > shard.bytes)

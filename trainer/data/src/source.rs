@@ -26,6 +26,9 @@ pub enum Encoding {
     },
 }
 
+/// Labels are below this: evaluation has a place for every class.
+pub(crate) const MAX_CLASSES: u32 = 1 << 20;
+
 /// One sample as it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Sample {

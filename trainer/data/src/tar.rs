@@ -21,7 +21,7 @@ use crate::index::{INDEX_FILE, Index};
 use crate::listing::{Names, is_image_name, sorted_entries};
 use crate::partial::is_unfinished;
 use crate::passed_over::{PassedOver, image_patterns};
-use crate::source::{Encoding, Source};
+use crate::source::{Encoding, MAX_CLASSES, Source};
 
 /// Size of a tar block: headers are one, data is padded to a multiple.
 pub(crate) const BLOCK: u64 = 512;
@@ -233,8 +233,7 @@ impl TarShards {
             }
         }
         let most = set.labels.iter().filter(|&&label| label != NO_LABEL).max();
-        set.classes =
-            (0..most.map_or(0, |&label| u64::from(label) + 1).min(1 << 20)).map(|i| i.to_string()).collect();
+        set.classes = (0..most.map_or(0, |&label| label + 1)).map(|i| i.to_string()).collect();
         set.keys = Keys::Named(keys);
         set.digest = hasher.finalize().to_hex().to_string();
         Ok(set)
@@ -497,13 +496,14 @@ impl<'a> Members<'a> {
         self.read_at(member.offset, &mut bytes)?;
         let text = String::from_utf8_lossy(&bytes);
         match text.trim().parse::<u32>() {
-            Ok(label) if label != NO_LABEL => Ok(label),
+            Ok(label) if label < MAX_CLASSES => Ok(label),
             _ => Err(DataError::bad_file(
                 self.path,
                 format!(
-                    "member {}: label `{}` is not a whole number from 0",
+                    "member {}: label `{}` is not a whole number from 0 to {}",
                     member.name,
-                    text.trim().escape_debug()
+                    text.trim().escape_debug(),
+                    MAX_CLASSES - 1
                 ),
             )),
         }

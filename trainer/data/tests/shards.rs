@@ -179,6 +179,10 @@ fn a_false_index_is_refused() {
         "an image beyond the end of the shard",
     );
     refuse(text.replacen("\"offsets\":[512,", "\"offsets\":[", 1), "differ in number");
+    refuse(
+        text.replacen("\"labels\":[0", "\"labels\":[1048576", 1),
+        "label 1048576, and 1048575 is the largest",
+    );
     refuse(text.replace("00001.tar", "00009.tar"), "cannot open");
     fs::write(&path, &text).unwrap();
     assert!(open(&out, DataFormat::Auto).is_ok());

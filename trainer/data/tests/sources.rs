@@ -722,6 +722,7 @@ fn hostile_tars_are_refused_with_the_place() {
     for (label, expected) in [
         ("cat", "label `cat` is not"),
         ("-1", "label `-1` is not"),
+        ("1048576", "label `1048576` is not a whole number from 0 to 1048575"),
         ("4294967295", "label `4294967295` is not"),
     ] {
         let mut tar = good.clone();
