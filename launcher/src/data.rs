@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use mentee_config::recipe::DataFormat;
 use mentee_config::{Plan, Recipe, exit_code, plan, say, show};
 use mentee_data::digest::{OrderDigest, Running};
-use mentee_data::{DataError, OnError, Split, check, counted, open_split, order as order_of};
+use mentee_data::{OnError, check, counted, open_training, order as order_of};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
@@ -167,9 +167,7 @@ fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
 
 fn order(args: &OrderArgs) -> Result<(), Failure> {
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
-    let path = recipe.data.path.clone();
-    let source = open_split(&path, recipe.data.format, Split::Train)?
-        .ok_or(DataError::Missing { key: "data.path".into(), path })?;
+    let source = open_training(&recipe)?;
     let plan = Plan::new(recipe, source.len(), args.world)?;
     let Plan { recipe, steps_per_epoch, .. } = &plan;
     let batch = recipe.schedule.global_batch;

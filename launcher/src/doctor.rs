@@ -20,12 +20,13 @@ use std::time::Duration;
 use mentee_cluster::server::hostname;
 use mentee_config::recipe::Device;
 use mentee_config::{Plan, Recipe, exit_code, say};
-use mentee_data::{DataError, Split, open_split};
+use mentee_data::open_training;
 use serde::{Deserialize, Serialize};
 
 use crate::child;
 use crate::engine::{self, Engine, Layout};
 use crate::failure::Failure;
+use crate::ready;
 use crate::rundir::RunDir;
 use crate::slurm;
 
@@ -156,9 +157,24 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
         let (finding, found) = data(recipe);
         images = found;
         say(vec![finding]);
+        // Those that are given beside it: what is wrong with `data.path` has been said.
+        let beside = [
+            ("eval", &recipe.eval.path, ready::held_out(recipe)),
+            ("weights", &recipe.model.init, ready::weights(recipe)),
+        ];
+        say(beside
+            .into_iter()
+            .filter(|(_, path, _)| !path.as_os_str().is_empty())
+            .map(|(part, path, result)| match result {
+                Ok(()) => Finding::ok(part, format!("{} ({})", path.display(), files::kind_of(path))),
+                Err(failure) => Finding::of(part, &failure),
+            })
+            .collect());
     }
     let run_dir = RunDir::at(&run_dir)?;
-    say(vec![run(&run_dir, recipe.as_ref())]);
+    if recipe.is_some() || args.run_dir.is_some() {
+        say(vec![run(&run_dir, recipe.as_ref())]);
+    }
     let probe = files::probe(run_dir.path());
     say(files::judge(&probe));
     say(vec![port(engine == Engine::Srun)]);
@@ -216,8 +232,7 @@ fn checkpoints_due(recipe: &Recipe, images: u64, from: u64) -> Option<u64> {
 /// What there is to train on, and how many images when they can be read.
 fn data(recipe: &Recipe) -> (Finding, Option<u64>) {
     let path = &recipe.data.path;
-    let missing = || DataError::Missing { key: "data.path".into(), path: path.clone() };
-    let source = open_split(path, recipe.data.format, Split::Train).and_then(|it| it.ok_or_else(missing));
+    let source = open_training(recipe);
     let images = source.as_ref().ok().map(|source| source.len());
     let finding = match source {
         Ok(source) if source.len() < recipe.schedule.global_batch => Finding {

@@ -24,6 +24,7 @@ mod monitor;
 mod place;
 mod progress;
 mod prometheus;
+mod ready;
 mod report;
 mod run;
 mod rundir;

@@ -14,7 +14,6 @@ use mentee_checkpoint::{self as checkpoint, Entry};
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Output, WorkerEvent, server};
 use mentee_config::{Plan, Recipe, complain, exit_code, say};
-use mentee_data::{DataError, Split, open_split};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
@@ -30,6 +29,7 @@ use crate::logs;
 use crate::metrics::Metrics;
 use crate::progress::Display;
 use crate::prometheus::{self, Exported};
+use crate::ready;
 use crate::report;
 use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Record};
@@ -124,8 +124,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let dir = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.run.name));
     let dir = RunDir::at(&dir)?;
     dir.check_recipe(&recipe)?;
-    let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
-        .ok_or_else(|| DataError::Missing { key: "data.path".into(), path: recipe.data.path.clone() })?;
+    let source = ready::check(&recipe)?;
     let plan = Plan::new(recipe, source.len(), args.workers)?;
     let images = source.digest();
     drop(source);

@@ -5,11 +5,11 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use mentee_config::{Plan, Recipe, complain, say, show};
-use mentee_data::{Split, open_split};
 use serde::{Deserialize, Serialize};
 
 use crate::engine;
 use crate::failure::Failure;
+use crate::ready;
 use crate::rundir::RunDir;
 use crate::site::Site;
 use crate::slurm::{self, Record};
@@ -329,10 +329,8 @@ fn resolve(args: &SubmitArgs, more: &[String]) -> Result<Recipe, Failure> {
 /// Whether so many workers can run it, as far as can be told here.
 fn check(recipe: &Recipe, workers: u32) -> Result<(), Failure> {
     // The data may be on the compute nodes alone; where it can be seen, it is checked before the job waits for hours.
-    if recipe.data.path.exists()
-        && let Some(source) = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
-    {
-        Plan::new(recipe.clone(), source.len(), workers)?;
+    if recipe.data.path.exists() {
+        Plan::new(recipe.clone(), ready::check(recipe)?.len(), workers)?;
     }
     Ok(())
 }

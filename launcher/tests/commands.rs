@@ -456,4 +456,26 @@ fn doctor_says_what_is_wrong_and_ends_with_the_code_a_run_would() {
 
     assert_eq!(doctor(&["no-such-recipe"]).0, Some(2));
     assert_eq!(doctor(&["--set", "run.seed=1"]).0, Some(2));
+
+    // What lies beside the data is looked at by both, and a run that lacks it writes nothing.
+    let images = folder.path().join("images");
+    fs::create_dir(&images).expect("made");
+    for index in 0..3 {
+        fs::write(images.join(format!("{index}.ppm")), b"P6 1 1 255\nabc").expect("written");
+    }
+    let data = format!("data.path={}", images.display());
+    for (set, part, code) in
+        [("model.init=/nowhere/a.safetensors", "weights", 2), ("eval.path=/nowhere/b", "eval", 3)]
+    {
+        let sets = ["byol-cifar10-small", "--set", &data, "--set", "schedule.global_batch=2", "--set", set];
+        let (_, out, _) = doctor(&sets);
+        let fault = format!("FAULT {part:<12}");
+        assert!(out.lines().any(|line| line.starts_with(&fault) && line.contains("/nowhere")), "{out}");
+        let run_dir = folder.path().join("runs/none");
+        let mut command = Command::new(&alone);
+        let (ended, _, err) = run(command.arg("run").args(sets).arg("--run-dir").arg(&run_dir));
+        assert_eq!(ended, Some(code), "{err}");
+        assert!(err.contains(set.split('=').next().expect("a key")) && err.contains("/nowhere"), "{err}");
+        assert!(!run_dir.exists());
+    }
 }

@@ -55,7 +55,7 @@ pub use classes::with_classes_of;
 pub use decode::{CropBox, PlanarImage, RgbImage, decode};
 pub use error::{DataError, counted};
 pub use loader::{Batch, Damaged, Loader, LoaderConfig, OnError, Skipped};
-pub use open::{open, open_split};
+pub use open::{open, open_held_out, open_split, open_training};
 pub use order::Order;
 pub use source::{Encoding, Sample, Source, Split, order};
 pub use splits::more_held_out;

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use mentee_config::Recipe;
 use mentee_config::recipe::DataFormat;
 
 use crate::error::DataError;
@@ -52,6 +53,32 @@ pub fn open_split(
         Split::Train => open(&train, format).map(Some),
         Split::Eval => held_out(&base)?.first().map(|dir| open(dir, format)).transpose(),
     }
+}
+
+/// The images that a run trains on.
+///
+/// # Errors
+/// As [`open`], in the words of the recipe.
+pub fn open_training(recipe: &Recipe) -> Result<Arc<dyn Source>, DataError> {
+    let path = &recipe.data.path;
+    open_split(path, recipe.data.format, Split::Train)?
+        .ok_or_else(|| DataError::Missing { key: "data.path".to_owned(), path: path.clone() })
+}
+
+/// The images that a run classifies: those at `eval.path`, else the held-out part of `data.path`; `None` when that has none.
+///
+/// # Errors
+/// As [`open_training`].
+pub fn open_held_out(recipe: &Recipe) -> Result<Option<Arc<dyn Source>>, DataError> {
+    let (path, format) = (&recipe.eval.path, recipe.data.format);
+    if path.as_os_str().is_empty() {
+        return open_split(&recipe.data.path, format, Split::Eval);
+    }
+    let source = match open_split(path, format, Split::Eval) {
+        Ok(None) => open(path, format).map(Some),
+        source => source,
+    };
+    source.map_err(|error| error.with_key("eval.path"))
 }
 
 /// One part of a data set.

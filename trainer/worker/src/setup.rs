@@ -14,7 +14,7 @@ use mentee_collectives::shm::Shm;
 use mentee_collectives::{Buffer, CollectiveError, Collectives, Single};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
-use mentee_data::{Loader, LoaderConfig, OnError, Source, Split, open_split, order};
+use mentee_data::{Loader, LoaderConfig, OnError, Source, open_training, order};
 use mentee_ssl::layers::{Gather, Reduce};
 use mentee_ssl::{Method, Schedule, SslError, State};
 use tch::Tensor;
@@ -179,8 +179,7 @@ fn read_recipe(args: &TrainArgs) -> Result<Recipe, WorkerError> {
 fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local, WorkerError> {
     let run_dir = args.run_dir.clone().unwrap_or_else(|| run_dir::default_path(&recipe));
     run_dir::check(&run_dir, &recipe)?;
-    let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
-        .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
+    let source = open_training(&recipe)?;
     let plan = Plan::new(recipe, source.len(), identity.world_size)?;
     // Before `plan.toml` names them.
     let entries = mentee_checkpoint::list(&checkpoints::folder(&run_dir))?;

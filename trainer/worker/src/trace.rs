@@ -16,7 +16,7 @@ use std::sync::Arc;
 use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
 use mentee_config::{Plan, Recipe, exit_code, say};
-use mentee_data::{Loader, LoaderConfig, OnError, Split, open_split, order};
+use mentee_data::{Loader, LoaderConfig, OnError, open_training, order};
 use mentee_ssl::params::view;
 use mentee_ssl::{Rates, Schedule};
 use tch::Tensor;
@@ -87,8 +87,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
             "a trace records one pass a step: set parallel.micro_batches=1".into(),
         ));
     }
-    let source = open_split(&recipe.data.path, recipe.data.format, Split::Train)?
-        .ok_or_else(|| WorkerError::Usage("data.path holds no training images".into()))?;
+    let source = open_training(&recipe)?;
     let plan = Plan::new(recipe, source.len(), 1)?;
     let recipe = &plan.recipe;
     new_folder(&args.out)?;

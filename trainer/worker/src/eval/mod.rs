@@ -14,7 +14,9 @@ use mentee_collectives::{Collectives, Single};
 use mentee_config::recipe::MethodName;
 use mentee_config::{Recipe, complain, exit_code, show};
 use mentee_data::eval::{EvalOptions, all_labelled, eval_images, training_images};
-use mentee_data::{Damaged, DataError, OnError, Order, Source, Split, open, open_split, with_classes_of};
+use mentee_data::{
+    Damaged, DataError, OnError, Order, Source, open_held_out, open_training, with_classes_of,
+};
 use mentee_ssl::{Method, State};
 use tch::{Device, Kind, Tensor};
 
@@ -216,18 +218,7 @@ impl Evaluator {
         if (0..train.len()).all(|index| train.label(index).is_none()) {
             all_labelled(&*train, &[0])?;
         }
-        let held_out = if recipe.eval.path.as_os_str().is_empty() {
-            open_split(&recipe.data.path, recipe.data.format, Split::Eval)?
-        } else {
-            let source = open_split(&recipe.eval.path, recipe.data.format, Split::Eval)
-                .map_err(|error| error.with_key("eval.path"))?;
-            Some(match source {
-                Some(source) => source,
-                None => open(&recipe.eval.path, recipe.data.format)
-                    .map_err(|error| error.with_key("eval.path"))?,
-            })
-        };
-        Self::from_sources(recipe, train, held_out, threads, device)
+        Self::from_sources(recipe, train, open_held_out(recipe)?, threads, device)
     }
 
     /// What makes every accuracy look perfect.
@@ -660,9 +651,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "eval" };
     let device = device::of_recipe(&recipe, &alone)?;
     tch::set_num_threads(cores as i32);
-    let train = open_split(&recipe.data.path, recipe.data.format, Split::Train)
-        .map_err(|error| error.with_key("--data"))?
-        .ok_or_else(|| WorkerError::Usage("--data holds no training images for the bank".into()))?;
+    let train = open_training(&recipe).map_err(|error| error.with_key("--data"))?;
     let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
     evaluator.warn = |what| complain!("warning: {what}");
     evaluator.warn_of_one_class();
@@ -1013,7 +1002,7 @@ mod tests {
             set(name);
         }
         let train: Arc<dyn Source> =
-            open(&dir.path().join("named"), mentee_config::recipe::DataFormat::Auto).unwrap();
+            mentee_data::open(&dir.path().join("named"), mentee_config::recipe::DataFormat::Auto).unwrap();
         // The held-out images of the last rank's machine are these; the other's are good.
         let on_one = |name: &str| -> Vec<Result<bool, i32>> {
             on_ranks(2, |rank| {
