@@ -1,7 +1,7 @@
 //! What programs say to people. `println!` ends a program whose reader is gone (`mentee run | tee log`, Ctrl-C) or whose disk is
 //! full; what is said must not end what is done.
 
-use std::io::{ErrorKind, Write};
+use std::io::{BufWriter, ErrorKind, Stdout, Write};
 
 /// A line on standard output, for what goes on whether it is read or not.
 #[macro_export]
@@ -30,7 +30,38 @@ pub fn line(to: &mut impl Write, words: std::fmt::Arguments<'_>) {
 /// For [`show!`].
 pub fn result(words: std::fmt::Arguments<'_>) {
     let mut out = std::io::stdout();
-    match out.write_all(format!("{words}\n").as_bytes()).and_then(|()| out.flush()) {
+    end_unless_heard(out.write_all(format!("{words}\n").as_bytes()).and_then(|()| out.flush()));
+}
+
+/// Many lines as [`show!`] takes one: written when there are enough of them, or at [`Results::flush`].
+#[derive(Debug)]
+pub struct Results(BufWriter<Stdout>);
+
+impl Results {
+    /// None yet.
+    #[expect(clippy::new_without_default, reason = "it stands for standard output")]
+    pub fn new() -> Self {
+        Self(BufWriter::new(std::io::stdout()))
+    }
+
+    /// One line.
+    pub fn line(&mut self, words: std::fmt::Arguments<'_>) {
+        end_unless_heard(writeln!(self.0, "{words}"));
+    }
+
+    /// Text with its own ends of lines.
+    pub fn text(&mut self, text: &[u8]) {
+        end_unless_heard(self.0.write_all(text));
+    }
+
+    /// Writes what has not been.
+    pub fn flush(&mut self) {
+        end_unless_heard(self.0.flush());
+    }
+}
+
+fn end_unless_heard(written: std::io::Result<()>) {
+    match written {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::BrokenPipe => std::process::exit(crate::exit_code::DONE),
         Err(error) => {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use mentee_config::recipe::DataFormat;
+use mentee_config::say::Results;
 use mentee_config::{Plan, Recipe, exit_code, plan, say, show};
 use mentee_data::digest::{OrderDigest, Running};
 use mentee_data::{OnError, check, counted, open_training, order as order_of};
@@ -18,6 +19,7 @@ pub enum DataCommand {
     /// Reads every shard and decodes every image; names everything that is wrong
     Verify {
         /// A data set
+        #[arg(value_name = "DIR")]
         path: PathBuf,
         /// What it is, when it cannot be told by looking
         #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
@@ -26,6 +28,7 @@ pub enum DataCommand {
     /// Says what is in a data set: classes, sizes, colours
     Stats {
         /// A data set
+        #[arg(value_name = "DIR")]
         path: PathBuf,
         /// What it is, when it cannot be told by looking
         #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
@@ -210,17 +213,14 @@ fn order(args: &OrderArgs) -> Result<(), Failure> {
         show!("{}", running.finish());
         return Ok(());
     }
-    use std::io::Write;
-    let mut out = std::io::BufWriter::new(std::io::stdout().lock());
+    let mut out = Results::new();
     for step in steps {
         for (rank, share) in shares.iter().enumerate() {
             let (epoch, ids) = order.share(step, share.clone());
             let ids: Vec<String> = ids.iter().map(u64::to_string).collect();
-            if writeln!(out, "step {step} epoch {epoch} rank {rank}: {}", ids.join(" ")).is_err() {
-                return Ok(()); // the reader has seen enough (`| head`)
-            }
+            out.line(format_args!("step {step} epoch {epoch} rank {rank}: {}", ids.join(" ")));
         }
     }
-    let _ = out.flush();
+    out.flush();
     Ok(())
 }

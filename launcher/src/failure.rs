@@ -32,10 +32,14 @@ impl Failure {
 
 /// What the argument parser has to say: help, or one line about a bad command line. Returns the exit code.
 pub fn parser_said(error: &clap::Error) -> i32 {
-    // Nothing to do about a closed terminal.
     match mentee_config::usage::one_line(&error.to_string()) {
         Some(line) => complain!("{line}"),
-        None => drop(error.print()),
+        None => match error.print() {
+            Err(lost) if !error.use_stderr() && lost.kind() != std::io::ErrorKind::BrokenPipe => {
+                return exit_code::FAILED;
+            }
+            _ => {} // nothing to do about a closed terminal
+        },
     }
     if error.use_stderr() { exit_code::USAGE } else { exit_code::DONE }
 }

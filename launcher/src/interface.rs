@@ -5,11 +5,11 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::failure::Failure;
 
-/// The address that `name` means here.
+/// The address that `name`, given by `option`, means here.
 ///
 /// # Errors
 /// [`Failure`] with exit code 2 that lists the interfaces there are.
-pub fn address(name: &str) -> Result<IpAddr, Failure> {
+pub fn address(option: &str, name: &str) -> Result<IpAddr, Failure> {
     if let Ok(address) = name.parse() {
         return Ok(address);
     }
@@ -23,9 +23,10 @@ pub fn address(name: &str) -> Result<IpAddr, Failure> {
     };
     of_name(true).or_else(|| of_name(false)).ok_or_else(|| {
         let mut names: Vec<&str> = all.iter().map(|(interface, _)| interface.as_str()).collect();
+        names.sort_unstable();
         names.dedup();
         Failure::usage(format!(
-            "--interface {name} is no address and no interface of this machine, which has {}",
+            "{option} {name} is no address and no interface of this machine, which has {}",
             names.join(", ")
         ))
     })
@@ -77,10 +78,18 @@ mod tests {
 
     #[test]
     fn an_address_is_itself_and_a_name_is_looked_up() {
-        assert_eq!(address("10.1.2.3").expect("an address"), IpAddr::V4(Ipv4Addr::new(10, 1, 2, 3)));
-        assert!(address("lo").expect("every machine has it").is_loopback());
-        let failure = address("no-such0").expect_err("not there");
+        assert_eq!(
+            address("--interface", "10.1.2.3").expect("an address"),
+            IpAddr::V4(Ipv4Addr::new(10, 1, 2, 3))
+        );
+        assert!(address("--interface", "lo").expect("every machine has it").is_loopback());
+        let failure = address("--there", "no-such0").expect_err("not there");
         assert_eq!(failure.exit_code, 2);
-        assert!(failure.line.contains("which has lo"), "{}", failure.line);
+        assert!(failure.line.starts_with("--there no-such0 is no address"), "{}", failure.line);
+        let listed = failure.line.split_once("which has ").expect("a list").1;
+        let mut names: Vec<_> = listed.split(", ").collect();
+        assert!(names.contains(&"lo"), "{listed}");
+        names.dedup();
+        assert_eq!(names.join(", "), listed, "each once");
     }
 }

@@ -8,13 +8,14 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Seek, SeekFrom, Write};
+use std::io::{BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::Duration;
 
 use mentee_config::complain;
+use mentee_config::say::Results;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 use tracing_subscriber::filter::filter_fn;
@@ -516,7 +517,7 @@ pub fn each(
 fn merged(
     run: &RunDir,
     args: &LogsArgs,
-    mut show: impl FnMut(Entry) -> bool,
+    mut show: impl FnMut(Entry),
 ) -> Result<BTreeMap<(u64, u64), Tailed>, Failure> {
     let mut streams = Stream::of(run, !args.follow, |file| args.rank.is_none() || args.rank == file.rank)?;
     // One file of each process is open; where that many are not allowed, opening says so.
@@ -541,8 +542,8 @@ fn merged(
         order.extend(following.as_ref().map(|entry| Reverse((entry.time.clone(), index))));
         let Some(entry) = std::mem::replace(&mut next[index], following) else { continue };
         // Parsed whole, a line may turn out to be another.
-        if args.shows(entry.level, &entry.target) && !show(entry) {
-            break;
+        if args.shows(entry.level, &entry.target) {
+            show(entry);
         }
     }
     Ok(streams.into_iter().flat_map(|stream| stream.read).collect())
@@ -608,26 +609,22 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
         let whose = args.rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
         return Err(Failure::failed(format!("no log{whose} in {}", run.logs().display())));
     }
-    let mut out = BufWriter::new(std::io::stdout().lock());
-    // False when the reader has seen enough (`| head`).
-    let mut write = |line: &str| writeln!(out, "{line}").is_ok();
+    let mut out = Results::new();
     let shown = |entry: &Entry| if args.json { entry.json() } else { entry.show(colour) };
     if !args.json {
         let causes = causes(&run, Status::read(&run).as_ref(), &Metrics::read(&run.metrics())?)?;
         let (on, off) = if colour { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
         for line in &causes {
-            write(&format!("{on}{line}{off}"));
+            out.line(format_args!("{on}{line}{off}"));
         }
         if !causes.is_empty() {
-            write("");
+            out.line(format_args!(""));
         }
     }
     let mut last = VecDeque::new();
-    let mut enough = false;
     let tailed = merged(&run, args, |entry| {
         let Some(count) = args.lines else {
-            enough = !write(&shown(&entry));
-            return !enough;
+            return out.line(format_args!("{}", shown(&entry)));
         };
         if last.len() == count {
             last.pop_front();
@@ -635,25 +632,23 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
         if count > 0 {
             last.push_back(entry);
         }
-        true
     })?;
     for entry in &last {
-        enough = enough || !write(&shown(entry));
+        out.line(format_args!("{}", shown(entry)));
     }
-    if enough || out.flush().is_err() || !args.follow {
+    out.flush();
+    if !args.follow {
         return Ok(());
     }
     let mut reader = Reader { tailed, rank: args.rank, last_bytes: None };
     loop {
         std::thread::sleep(FOLLOW_EVERY);
         for entry in reader.more(&run, false)? {
-            if args.shows(entry.level, &entry.target) && writeln!(out, "{}", shown(&entry)).is_err() {
-                return Ok(());
+            if args.shows(entry.level, &entry.target) {
+                out.line(format_args!("{}", shown(&entry)));
             }
         }
-        if out.flush().is_err() {
-            return Ok(());
-        }
+        out.flush();
     }
 }
 
@@ -758,7 +753,6 @@ mod tests {
         let mut all = Vec::new();
         let tailed = merged(&run, &args, |entry| {
             all.push(format!("{}: {}", entry.who, entry.message));
-            true
         });
         assert_eq!(all, ["rank 3: 1", "launcher: 2", "rank 3: 2", "rank 3: 3", "rank 4: 4"]);
         let mut reader = Reader { tailed: tailed.expect("read"), ..Reader::default() };
@@ -767,11 +761,7 @@ mod tests {
         assert_eq!(seen(reader.more(&run, false).expect("read")), ["half a line", "5"]);
         args.rank = Some(4);
         let mut of_four = Vec::new();
-        merged(&run, &args, |entry| {
-            of_four.push(entry.message);
-            true
-        })
-        .expect("read");
+        merged(&run, &args, |entry| of_four.push(entry.message)).expect("read");
         assert_eq!(of_four, ["4"]);
     }
 

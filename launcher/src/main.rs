@@ -42,6 +42,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use mentee_config::say::Results;
 use mentee_config::{complain, exit_code};
 
 use crate::engine::{Engine, Layout};
@@ -172,9 +173,10 @@ fn man(command: Option<&str>, out: Option<&Path>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// A reader that has seen enough (`| head`) is no failure.
 fn print(text: &[u8]) {
-    let _ = std::io::Write::write_all(&mut std::io::stdout(), text);
+    let mut out = Results::new();
+    out.text(text);
+    out.flush();
 }
 
 /// Arguments that `mentee-worker` understands.

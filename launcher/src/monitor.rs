@@ -5,6 +5,8 @@
 
 use std::io::IsTerminal;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::Phase;
@@ -16,6 +18,7 @@ use ratatui::style::{Color, Style, Stylize};
 use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph, Widget};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::curve::{self, Points};
 use crate::failure::Failure;
@@ -59,8 +62,13 @@ pub fn command(args: &MonitorArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let cannot = |error: std::io::Error| Failure::failed(format!("cannot use the terminal: {error}"));
+    // Whoever ends it so wants the terminal back as well.
+    let ended = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGHUP, SIGINT] {
+        signal_hook::flag::register(signal, ended.clone()).map_err(cannot)?;
+    }
     let mut terminal = ratatui::try_init().map_err(cannot)?;
-    let result = show(&mut terminal, &mut watch);
+    let result = show(&mut terminal, &mut watch, &ended);
     ratatui::restore();
     result
 }
@@ -74,13 +82,20 @@ pub struct View {
     curve: usize,
 }
 
-fn show(terminal: &mut ratatui::DefaultTerminal, watch: &mut Watch) -> Result<(), Failure> {
+fn show(
+    terminal: &mut ratatui::DefaultTerminal,
+    watch: &mut Watch,
+    ended: &AtomicBool,
+) -> Result<(), Failure> {
     let cannot = |error: std::io::Error| Failure::failed(format!("cannot use the terminal: {error}"));
     let mut view = View::default();
     loop {
         let snapshot = watch.look()?;
         let looked = Instant::now();
         loop {
+            if ended.load(Ordering::Relaxed) {
+                return Ok(());
+            }
             terminal.draw(|frame| draw(snapshot, view, frame.area(), frame.buffer_mut())).map_err(cannot)?;
             let left = LOOK_EVERY.saturating_sub(looked.elapsed());
             if left.is_zero() || !event::poll(left).map_err(cannot)? {

@@ -55,7 +55,7 @@ pub fn address(text: &str) -> Result<SocketAddr, Failure> {
     let (name, port) = parts.filter(|(name, _)| !name.is_empty()).ok_or_else(|| {
         Failure::usage(format!("--metrics-address {text}: give PORT or ADDRESS:PORT, as 0.0.0.0:9477"))
     })?;
-    Ok(SocketAddr::new(interface::address(name)?, port))
+    Ok(SocketAddr::new(interface::address("--metrics-address", name)?, port))
 }
 
 /// Takes `address` (port 0: any).

@@ -109,7 +109,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let allocation = slurm::allocation();
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
     let interface = match &args.interface {
-        Some(interface) => Some(interface::address(interface)?),
+        Some(interface) => Some(interface::address("--interface", interface)?),
         None if engine == Engine::Srun => None,
         None => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
     };

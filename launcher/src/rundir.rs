@@ -54,6 +54,12 @@ impl RunDir {
     /// # Errors
     /// [`Failure`] with exit code 2 when there is none.
     pub fn existing(path: &Path) -> Result<RunDir, Failure> {
+        if path.is_file() {
+            return Err(Failure::usage(format!(
+                "{} is a file: give the folder of `mentee run --run-dir`",
+                path.display()
+            )));
+        }
         let dir = RunDir::at(path)?;
         if dir.plan().is_file() || dir.metrics().is_file() || dir.checkpoints().is_dir() {
             return Ok(dir);

@@ -479,3 +479,13 @@ fn doctor_says_what_is_wrong_and_ends_with_the_code_a_run_would() {
         assert!(!run_dir.exists());
     }
 }
+
+#[test]
+fn output_that_is_lost_is_an_error() {
+    for words in [&["completions", "bash"][..], &["man"], &["--help"]] {
+        let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a full device");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_mentee"));
+        let ended = command.args(words).stdout(full).stderr(Stdio::null()).status().expect("it runs");
+        assert_eq!(ended.code(), Some(1), "{words:?}");
+    }
+}
