@@ -145,7 +145,10 @@ impl Metrics {
         let Ok(Head { kind, step }) = serde_json::from_str(line) else { return };
         if kind == "train" {
             let Ok(train) = serde_json::from_str::<Step>(line) else { return };
+            // What a stretch that was lost had measured and saved goes with it.
             self.train.split_off(&step);
+            self.eval.split_off(&step);
+            self.checkpoints.split_off(&step);
             self.train.insert(step, train);
         }
         let object = || serde_json::from_str(line).map(|object| Line { step, object });
@@ -243,6 +246,9 @@ mod tests {
             "{\"kind\":\"train\",\"step\":1,\"loss\":2.0,\"world_size\":4}\n\
              {\"kind\":\"train\",\"step\":2,\"loss\":1.5,\"world_size\":4}\n\
              {\"kind\":\"train\",\"step\":3,\"loss\":1.4,\"world_size\":4}\n\
+             {\"kind\":\"checkpoint\",\"step\":1}\n\
+             {\"kind\":\"checkpoint\",\"step\":3}\n\
+             {\"kind\":\"eval\",\"step\":3,\"knn_top1\":99}\n\
              {\"kind\":\"train\",\"step\":4,\"lo\n\
              {\"kind\":\"restart\",\"step\":1,\"generation\":1}\n\
              {\"kind\":\"train\",\"step\":2,\"loss\":1.25,\"world_size\":2}\n\
@@ -252,6 +258,7 @@ mod tests {
         let losses: Vec<f64> = metrics.train().filter_map(|line| line.loss).collect();
         assert_eq!(losses, [2.0, 1.25], "the run stands at step 2");
         assert_eq!(metrics.last_train().expect("one").step, 2);
+        assert_eq!(metrics.checkpoints.keys().collect::<Vec<_>>(), [&1], "that of step 3 was lost with it");
         assert_eq!(metrics.restarts().len(), 1);
         assert_eq!(metrics.world_changes(), [(2, 4, 2)]);
         let eval = metrics.last_eval().expect("one");

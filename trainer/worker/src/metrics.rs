@@ -1,8 +1,8 @@
-//! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (README, "A run directory"). The
-//! numbers of every line go to TensorBoard too.
+//! `RUN/metrics.jsonl`: one JSON object a line, appended by rank 0. Keys are a contract (docs/monitoring.md,
+//! "The numbers"). The numbers of every line go to TensorBoard too.
 
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -182,10 +182,15 @@ pub fn append(path: &Path, line: &str) -> Result<(), WorkerError> {
 
 /// For appending; a line that a crash cut in half is ended.
 fn open(path: &Path) -> Result<File, WorkerError> {
-    let torn = std::fs::read(path).is_ok_and(|text| text.last().is_some_and(|&byte| byte != b'\n'));
-    let mut file =
-        OpenOptions::new().create(true).append(true).open(path).map_err(WorkerError::io("open", path))?;
-    if torn {
+    let mut file = OpenOptions::new()
+        .create(true)
+        .append(true)
+        .read(true)
+        .open(path)
+        .map_err(WorkerError::io("open", path))?;
+    let mut last = [b'\n'];
+    let _ = file.seek(SeekFrom::End(-1)).and_then(|_| file.read(&mut last)); // an empty file has none
+    if last != *b"\n" {
         file.write_all(b"\n").map_err(WorkerError::io("write", path))?;
     }
     Ok(file)
@@ -194,12 +199,20 @@ fn open(path: &Path) -> Result<File, WorkerError> {
 /// Whether the run has an evaluation of `step`. What cannot be read as a line is none.
 pub fn has_eval(run_dir: &Path, step: u64) -> Result<bool, WorkerError> {
     let path = run_dir.join("metrics.jsonl");
-    let text = std::fs::read(&path).map_err(WorkerError::io("read", &path))?;
     let is_it = |line: &[u8]| {
         let line: Value = serde_json::from_slice(line).unwrap_or_default();
         line["kind"] == "eval" && line["step"] == step && line.get("knn_top1").is_some()
     };
-    Ok(text.split(|&byte| byte == b'\n').any(is_it))
+    // A run of a million steps has hundreds of megabytes of other lines.
+    let mut lines = BufReader::new(File::open(&path).map_err(WorkerError::io("open", &path))?);
+    let mut line = Vec::new();
+    while lines.read_until(b'\n', &mut line).map_err(WorkerError::io("read", &path))? > 0 {
+        if line.windows(6).any(|word| word == b"\"eval\"") && is_it(&line) {
+            return Ok(true);
+        }
+        line.clear();
+    }
+    Ok(false)
 }
 
 /// Sums over the steps between two lines.
@@ -269,4 +282,84 @@ fn status_kib(key: &str) -> f64 {
             text.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse().ok())
         })
         .unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_stands_in_the_table_for_readers() {
+        let page = include_str!("../../../docs/monitoring.md");
+        let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split(" | ").next());
+        let documented: Vec<&str> =
+            rows.flat_map(|keys| keys.split("`, `")).map(|key| key.trim_end_matches('`')).collect();
+        let train = TrainLine {
+            kind: "train",
+            step: 1,
+            epoch: 0,
+            time: now(),
+            loss: 1.0,
+            lr: 0.1,
+            tau: 0.9,
+            grad_norm: 1.0,
+            z_std: 1.0,
+            online_top1: Some(1.0),
+            images_per_s: 1.0,
+            step_ms: 1.0,
+            data_wait_ms: 1.0,
+            comm_total_ms: 1.0,
+            comm_exposed_ms: 1.0,
+            forward_ms: 1.0,
+            backward_ms: 1.0,
+            comm_ms: 1.0,
+            update_ms: 1.0,
+            world_size: 1,
+            rss_mb: 1.0,
+        };
+        let floors =
+            |k| GridPoint { k, temperature: 0.1, knn_top1: 1.0, knn_random_init: 1.0, knn_raw_pixels: 1.0 };
+        let eval = EvalLine {
+            knn_top1: Some(1.0),
+            knn_random_init: Some(1.0),
+            knn_raw_pixels: Some(1.0),
+            knn_grid: vec![floors(1)],
+            linear_top1: Some(1.0),
+            linear_random_init: Some(1.0),
+            linear_raw_pixels: Some(1.0),
+            spectrum: vec![1.0],
+            effective_rank: Some(1.0),
+            ..EvalLine::new(1, 0)
+        };
+        let checkpoint = CheckpointLine {
+            kind: "checkpoint",
+            step: 1,
+            epoch: 0,
+            time: now(),
+            digest: String::new(),
+            write_ms: 1.0,
+            wait_ms: 1.0,
+            copy_ms: 1.0,
+        };
+        let lines =
+            [serde_json::to_value(train), serde_json::to_value(eval), serde_json::to_value(checkpoint)];
+        for line in lines {
+            for key in line.unwrap().as_object().unwrap().keys() {
+                assert!(documented.contains(&key.as_str()), "{key}: {documented:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_torn_line_is_ended_and_an_evaluation_is_found_among_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        append(&path, r#"{"kind":"eval","step":8,"linear_top1":50.0}"#).unwrap();
+        append(&path, r#"{"kind":"train","step":8,"knn_top1":"\"eval\""}"#).unwrap();
+        assert!(!has_eval(dir.path(), 8).unwrap());
+        std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + r#"{"kind":"eval","st"#).unwrap();
+        append(&path, r#"{"kind":"eval","step":8,"knn_top1":50.0}"#).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 4);
+        assert!(has_eval(dir.path(), 8).unwrap() && !has_eval(dir.path(), 7).unwrap());
+    }
 }
