@@ -16,6 +16,9 @@ const LOOK: Duration = Duration::from_millis(50);
 #[must_use = "the directory is another's as soon as this is dropped"]
 pub struct Lock {
     _file: File,
+    path: PathBuf,
+    /// What this process wrote into it.
+    line: String,
     /// A line to say where nothing keeps others out: a file system that has no locks is no reason not to train.
     pub warning: Option<String>,
 }
@@ -57,13 +60,14 @@ impl Lock {
             OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)
         };
         let mut file = open().map_err(|source| LockError::Io { path: path.clone(), source })?;
+        let line = format!("process {} on {}\n", std::process::id(), server::hostname());
         let begin = Instant::now();
         while let Err(error) = flock(&file, libc::LOCK_EX) {
             if error.kind() != ErrorKind::WouldBlock {
                 let run_dir = run_dir.display();
                 let warning =
                     format!("warning: {run_dir}: cannot be locked ({error}); start no second run there");
-                return Ok(Self { _file: file, warning: Some(warning) });
+                return Ok(Self { _file: file, path, line, warning: Some(warning) });
             }
             if begin.elapsed() >= patience {
                 let mut holder = String::new();
@@ -75,9 +79,17 @@ impl Lock {
         }
         // For whoever is refused: nothing but that line depends on it.
         let _ = file.set_len(0);
-        let _ =
-            file.write_all(format!("process {} on {}\n", std::process::id(), server::hostname()).as_bytes());
-        Ok(Self { _file: file, warning: None })
+        let _ = file.write_all(line.as_bytes());
+        Ok(Self { _file: file, path, line, warning: None })
+    }
+
+    /// Whether the directory was removed since, and perhaps made again by another run: the lock is of a file that is no more.
+    pub fn is_lost(&self) -> bool {
+        match fs::read_to_string(&self.path) {
+            // Empty: it found no room, or another is about to write.
+            Ok(line) => !line.is_empty() && line != self.line && self.warning.is_none(),
+            Err(error) => error.kind() == ErrorKind::NotFound,
+        }
     }
 
     /// Whether another process holds it.
@@ -124,8 +136,14 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         drop(lock);
         let lock = waiting.join().unwrap().unwrap();
-        assert!(Lock::is_held(&run_dir));
-        drop(lock);
+        assert!(Lock::is_held(&run_dir) && !lock.is_lost());
+        // Removed, and made again by another.
+        fs::remove_dir_all(&run_dir).unwrap();
+        assert!(lock.is_lost());
+        let another = Lock::take(&run_dir, Duration::ZERO).unwrap();
+        fs::write(file_of(&run_dir), "process 1 on elsewhere\n").unwrap();
+        assert!(lock.is_lost() && another.is_lost());
+        drop((lock, another));
         assert!(!Lock::is_held(&run_dir));
         fs::remove_dir_all(&run_dir).unwrap();
     }

@@ -1,6 +1,6 @@
 //! `mentee run`: prepares the run directory, then feeds [`Supervisor`] with what happens and does what it says.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use mentee_checkpoint::{self as checkpoint, Entry};
 use mentee_cluster::identity::Allocation;
-use mentee_cluster::{Agreement, CoordinatorHandle, Output, WorkerEvent, server};
+use mentee_cluster::{Agreement, CoordinatorHandle, Lock, Output, WorkerEvent, server};
 use mentee_config::{Plan, Recipe, complain, exit_code, say};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt};
@@ -41,6 +41,8 @@ use mentee_config::replace::write_atomically;
 const TAIL: usize = 20;
 /// Longest line of the workers' output, bytes; the rest becomes the next line.
 const MAX_LINE: usize = 16 * 1024;
+/// How long workers that were killed, and their launcher, get to be gone.
+const ABANDON_GRACE: Duration = Duration::from_secs(5);
 /// How often `status.json` is written.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// How long the step of an srun that has ended gets to be gone from all machines before the next start.
@@ -133,7 +135,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     server::allow_open_files(args.workers).map_err(|error| Failure::failed(error.to_string()))?;
     // The machine that a job was taken from may still hold it: a file system gives up the locks of one it does not hear in minutes.
     let came_back = allocation.as_ref().is_some_and(|allocation| allocation.restarts > 0);
-    let _lock = dir.lock(if came_back { LOCK_PATIENCE } else { Duration::ZERO })?;
+    let lock = dir.lock(if came_back { LOCK_PATIENCE } else { Duration::ZERO })?;
     dir.check_recipe(&plan.recipe)?;
     end_leftovers(&dir)?;
     left_memory::clean(&dir);
@@ -167,6 +169,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         Layout { nodes: allocation.as_ref().map_or(1, |it| it.nodes.len() as u32), left_out: Vec::new() };
     let job = Job {
         dir: &dir,
+        lock: &lock,
         plan: &plan,
         tools,
         engine,
@@ -187,6 +190,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
 
 struct Job<'a> {
     dir: &'a RunDir,
+    lock: &'a Lock,
     plan: &'a Plan,
     tools: Tools,
     engine: Engine,
@@ -303,6 +307,9 @@ async fn supervise(
     let mut status_due = tokio::time::interval(STATUS_EVERY);
     loop {
         for action in std::mem::take(&mut actions) {
+            if shell.job.lock.is_lost() {
+                return Err(shell.abandon().await);
+            }
             if let Some(outcome) = shell.perform(action).await? {
                 return Ok((shell.end(outcome)?, stopped_by));
             }
@@ -332,6 +339,9 @@ async fn supervise(
                 continue;
             }
             _ = status_due.tick() => {
+                if shell.job.lock.is_lost() {
+                    return Err(shell.abandon().await);
+                }
                 shell.write_status();
                 continue;
             }
@@ -474,6 +484,34 @@ impl Shell<'_> {
         });
     }
 
+    /// The directory is gone, or another run's: ends the workers of this one, and nothing that is found by the directory's name.
+    async fn abandon(&mut self) -> Failure {
+        self.kill_step();
+        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
+            // Not asked to stop: there is no place for a checkpoint. Ranks first, so that an mpirun ends by itself.
+            kill_all(&descendants(pid as libc::pid_t));
+            if self.job.engine == Engine::Direct {
+                self.kill_group();
+            }
+        }
+        if self.child.is_some() && tokio::time::timeout(ABANDON_GRACE, wait(&mut self.child)).await.is_err() {
+            self.kill_group();
+        }
+        self.display.finish();
+        Failure::failed(format!(
+            "{}: was removed while the run went on, with its checkpoints; the workers have been ended: start it again in a \
+             directory that stays",
+            self.job.dir.path().display()
+        ))
+    }
+
+    fn kill_group(&self) {
+        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
+            // SAFETY: the child has not been waited for, so the group id is still its own.
+            unsafe { libc::kill(-(pid as libc::pid_t), libc::SIGKILL) };
+        }
+    }
+
     /// SIGKILL to every rank of this machine; the next time to the process group too. An `mpirun` that is killed at once
     /// would leave its temporary files, and ranks that it cannot end any more.
     fn kill(&mut self) {
@@ -483,10 +521,7 @@ impl Shell<'_> {
         if first && self.job.engine == Engine::Mpirun && kill_all(&self.job.dir.leftovers()) {
             return;
         }
-        if let Some(pid) = self.child.as_ref().and_then(Child::id) {
-            // SAFETY: the child has not been waited for, so the group id is still its own.
-            unsafe { libc::kill(-(pid as libc::pid_t), libc::SIGKILL) };
-        }
+        self.kill_group();
         kill_all(&self.job.dir.leftovers());
     }
 
@@ -837,6 +872,28 @@ fn end_workers(dir: &RunDir, grace: Duration) -> Result<(), String> {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+/// The processes that descend from `root`, those without children of their own.
+fn descendants(root: libc::pid_t) -> Vec<libc::pid_t> {
+    let mut children: BTreeMap<libc::pid_t, Vec<libc::pid_t>> = BTreeMap::new();
+    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // `pid (name) state parent …`, where the name may hold anything.
+        let parent = std::fs::read_to_string(entry.path().join("stat"))
+            .ok()
+            .and_then(|stat| stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<libc::pid_t>().ok());
+        children.entry(parent.unwrap_or(0)).or_default().push(pid);
+    }
+    let (mut leaves, mut open) = (Vec::new(), vec![root]);
+    while let Some(pid) = open.pop() {
+        match children.remove(&pid) {
+            Some(below) => open.extend(below),
+            None if pid != root => leaves.push(pid),
+            None => {}
+        }
+    }
+    leaves
 }
 
 /// Whether there were any.

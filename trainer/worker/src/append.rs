@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
 use crate::error::WorkerError;
@@ -23,6 +24,17 @@ impl Appended {
     /// `file` is open for appending.
     pub fn new(file: File, path: PathBuf) -> Self {
         Self { file, path, pending: Vec::new() }
+    }
+
+    /// An error when the file has been removed: what is written to it is lost then.
+    pub fn check_is_there(&self) -> Result<(), WorkerError> {
+        match self.file.metadata() {
+            Ok(file) if file.nlink() == 0 => Err(WorkerError::Failed(format!(
+                "{}: was removed while the run went on: start it again in a directory that stays",
+                self.path.display()
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// Writes at once, or with what comes later if there is no room now.
@@ -65,6 +77,18 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+
+    #[test]
+    fn a_file_that_was_removed_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut file = Appended::new(File::create(&path).unwrap(), path.clone());
+        file.write(b"a line\n").unwrap();
+        file.check_is_there().unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let error = file.check_is_there().unwrap_err().to_string();
+        assert!(error.contains("metrics.jsonl: was removed"), "{error}");
+    }
 
     #[test]
     fn what_never_found_room_is_an_error_at_the_end() {

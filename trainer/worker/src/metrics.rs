@@ -162,6 +162,8 @@ impl Metrics {
         let failed = |error: serde_json::Error| WorkerError::Failed(error.to_string());
         let mut text = serde_json::to_string(line).map_err(failed)?;
         text.push('\n');
+        // With its directory, most likely, which may be another run's by now: nothing more of this one may go there.
+        file.check_is_there()?;
         file.write(text.as_bytes())?;
         match serde_json::to_value(line).map_err(failed)? {
             Value::Object(object) => events.write(&object),
