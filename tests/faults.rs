@@ -1,8 +1,14 @@
 //! Faults of memory and of the network: found, named, and never trained on.
 
+use std::io::{BufRead, BufReader, Read};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
-use system_tests::process::{Outcome, binary, finish, mpirun};
+use system_tests::process::{LIMIT, Outcome, binary, finish, mpirun};
 use system_tests::recipe::{TinyRecipe, write_images};
 use system_tests::run_dir::losses;
 use system_tests::{machine, temp_dir};
@@ -28,7 +34,7 @@ fn a_flipped_bit_names_rank_and_tensor_within_one_check_interval() {
     let outcome = run(dir.path(), 3, faults, &sets).expect(1);
     let error = outcome.error_line();
     assert!(
-        error.starts_with("step 5: teacher.backbone.conv1.weight on rank 1 is not what the other ranks hold"),
+        error.starts_with("step 6: teacher.backbone.conv1.weight on rank 1 is not what the other ranks hold"),
         "{error}"
     );
     assert!(!dir.path().join("run/checkpoints").exists(), "a checkpoint of weights that differ");
@@ -40,7 +46,7 @@ fn a_flipped_bit_never_reaches_a_checkpoint() {
     let dir = temp_dir();
     let faults = "flip:rank=1,step=5,tensor=student.backbone.layer1.0.conv1.weight";
     let outcome = run(dir.path(), 2, faults, &["parallel.check_every_steps=0"]).expect(1);
-    assert!(outcome.error_line().starts_with("step 5: "), "{}", outcome.told());
+    assert!(outcome.error_line().starts_with("step 6: "), "{}", outcome.told());
     assert!(dir.path().join("run/checkpoints/step-00000003").exists());
     assert!(!dir.path().join("run/checkpoints/step-00000006").exists());
 }
@@ -51,7 +57,7 @@ fn a_nan_in_one_ranks_gradient_updates_no_rank() {
     let dir = temp_dir();
     let outcome = run(dir.path(), 2, "nan:rank=1,step=4", &[]).expect(6);
     let error = outcome.error_line();
-    assert!(error.starts_with("step 4: the gradient of student."), "{error}");
+    assert!(error.starts_with("after step 4: the gradient of student."), "{error}");
     assert!(error.contains("it comes from rank 1") && error.contains("no rank was updated"), "{error}");
     assert_eq!(losses(&dir.path().join("run")).keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4]);
 }
@@ -96,4 +102,47 @@ fn a_skipped_bucket_ends_the_run_also_when_calls_are_not_compared() {
     };
     assert!(waited("0", "1") || waited("1", "0"), "{told}");
     assert_eq!(losses(&dir.path().join("run")).keys().copied().collect::<Vec<_>>(), [1, 2]);
+}
+
+#[test]
+fn a_rank_whose_launcher_is_gone_does_not_wait_for_mpi() {
+    let _machine = machine();
+    let dir = temp_dir();
+    // A launcher that never answers: MPI waits for it, and the shell between is what started the rank.
+    let (launcher, rank) = UnixStream::pair().expect("two sockets");
+    launcher.set_read_timeout(Some(LIMIT)).expect("a time limit");
+    let (rank, there) = (rank.as_raw_fd(), rank);
+    let mut shell = Command::new("sh");
+    shell.arg("-c").arg("\"$@\" 2>\"$0\" & echo $!; wait").arg(dir.path().join("said"));
+    shell.arg(binary("mentee-worker")).arg("demo").arg("--run-dir").arg(dir.path().join("run"));
+    shell.envs([("PMI_RANK", "0"), ("PMI_SIZE", "2"), ("PMI_FD", &rank.to_string())]);
+    shell.envs([("MPI_LOCALRANKID", "0"), ("MPI_LOCALNRANKS", "2")]);
+    // SAFETY: fcntl is async-signal-safe; the socket stays open in the child.
+    unsafe {
+        shell.pre_exec(move || {
+            if libc::fcntl(rank, libc::F_SETFD, 0) == 0 {
+                Ok(())
+            } else {
+                Err(std::io::Error::last_os_error())
+            }
+        })
+    };
+    let mut shell = shell.stdout(Stdio::piped()).spawn().expect("sh");
+    drop(there);
+    let mut pid = String::new();
+    BufReader::new(shell.stdout.take().expect("piped")).read_line(&mut pid).expect("a line");
+    let process = Path::new("/proc").join(pid.trim());
+    let mut word = [0; 4];
+    (&launcher).read_exact(&mut word).expect("MPI asks its launcher");
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(process.join("exe").exists(), "it waits");
+    shell.kill().expect("killed");
+    shell.wait().expect("gone");
+    let since = Instant::now();
+    while process.join("exe").exists() {
+        assert!(since.elapsed() < LIMIT, "it waits for ever");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let said = std::fs::read_to_string(dir.path().join("said")).expect("a file");
+    assert!(said.contains("is gone while MPI starts"), "{said}");
 }

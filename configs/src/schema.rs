@@ -111,7 +111,9 @@ pub(crate) const KEYS: &[Key] = &[
         "one train line in `metrics.jsonl` every so many steps", "ours"),
 
     key("run.collapse_z_std", Kind::Real(NOT_NEGATIVE), Decides::No, "",
-        "projections with a `z_std` below this for `collapse_steps` steps have collapsed; 1 is healthy, 0 a constant",
+        "projections with a `z_std` below this for `collapse_steps` steps have collapsed; 1 is healthy, 0 a constant. Where \
+         projectors end in a plain norm (`simsiam`, `mocov3`) a constant leaves f = 2 sqrt((1 - 1/B) / B) of B samples, and the \
+         bound is f + this (1 - f)",
         "arXiv:2011.10566, section 4.1"),
     key("run.collapse_steps", ANY_COUNT, Decides::No, "steps",
         "0 = off", "ours"),
@@ -519,6 +521,10 @@ fn describe(value: &Value) -> String {
 pub(crate) fn one_line(value: &Value) -> String {
     match value {
         Value::String(text) => format!("{text:?}"),
+        // Which TOML writes with all its zeros.
+        Value::Float(real) if real.is_finite() && *real != 0.0 && !(1e-6..1e15).contains(&real.abs()) => {
+            format!("{real:e}")
+        }
         value => value.to_string(),
     }
 }

@@ -139,7 +139,7 @@ fn in_range(key: &schema::Key, value: &Value, place: impl Fn() -> Place) -> Resu
         None => Ok(()),
         Some(allowed) => Err(ConfigError::Range {
             key: key.path.to_owned(),
-            value: value.to_string(),
+            value: schema::one_line(value),
             place: place(),
             allowed,
         }),

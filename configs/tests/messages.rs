@@ -219,6 +219,11 @@ fn ranges_name_key_value_and_range() {
         ("run", "log_every_steps = 0", "`run.log_every_steps` = 0 in my.toml (line 6): must be at least 1"),
         (
             "run",
+            r#"name = "a\nb""#,
+            r#"`run.name` = "a\nb" in my.toml (line 6): must be a name without `/`, control characters or a leading dot"#,
+        ),
+        (
+            "run",
             "name = \"a/b\"",
             "`run.name` = \"a/b\" in my.toml (line 6): must be a name without `/`, control characters or a \
              leading dot",

@@ -351,6 +351,7 @@ fn checkpoints_are_listed_and_verified() {
             plan_toml: String::new(),
             data_digest: "data".into(),
             mentee_version: "0.1.0".into(),
+            counts: mentee_checkpoint::Counts::default(),
         };
         let bytes = [0, 1, 2, 3, 4, 5, 6, step as u8];
         let state = vec![Tensor::new("student.w", Dtype::F32, &[2], &bytes)];

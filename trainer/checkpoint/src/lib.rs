@@ -14,7 +14,7 @@
 //! ```
 //!
 //! ```
-//! use mentee_checkpoint::{Dtype, Meta, Tensor};
+//! use mentee_checkpoint::{Counts, Dtype, Meta, Tensor};
 //!
 //! # let folder = tempfile::tempdir().unwrap();
 //! # let folder = folder.path().join("checkpoints");
@@ -26,6 +26,7 @@
 //!     plan_toml: "[run]\nseed = 0\n".into(),
 //!     data_digest: "d1".into(),
 //!     mentee_version: "0.1.0".into(),
+//!     counts: Counts::default(),
 //! };
 //! let weights: Vec<u8> = [1.0f32, 2.0].iter().flat_map(|x| x.to_le_bytes()).collect();
 //! let state = vec![Tensor::new("student.backbone.fc.bias", Dtype::F32, &[2], &weights)];
@@ -47,7 +48,7 @@ mod write;
 
 pub use disk::{FileSystem, LocalDisk, NewFile};
 pub use error::CheckpointError;
-pub use manifest::{FileEntry, MANIFEST_NAME, Manifest, Meta, VERSION};
+pub use manifest::{Counts, FileEntry, MANIFEST_NAME, Manifest, Meta, VERSION};
 pub use read::{Checkpoint, Entry, Newest, clean, list, newest, open, refusal_of_images, retain};
 pub use share::{file_name, split};
 pub use tensor::{Dtype, OwnedTensor, Tensor};

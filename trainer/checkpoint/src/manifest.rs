@@ -33,6 +33,27 @@ pub struct Meta {
     pub data_digest: String,
     /// The version of the program that wrote the checkpoint.
     pub mentee_version: String,
+    /// What goes on being counted.
+    #[serde(default, skip_serializing_if = "Counts::are_zero")]
+    pub counts: Counts,
+}
+
+/// What a run counts over several steps, so that it comes to the same wherever it was interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Counts {
+    /// Steps on end in which the projections looked collapsed.
+    pub collapsed_steps: u64,
+    /// Views that the online probe has told right since its accuracy was last logged,
+    pub online_correct: u64,
+    /// of so many.
+    pub online_views: u64,
+}
+
+impl Counts {
+    fn are_zero(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// One file of tensors.

@@ -352,6 +352,7 @@ fn meta(step: u64) -> Meta {
         plan_toml: String::new(),
         data_digest: "d".into(),
         mentee_version: "0.1.0".into(),
+        counts: mentee_checkpoint::Counts::default(),
     }
 }
 

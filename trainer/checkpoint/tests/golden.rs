@@ -39,6 +39,7 @@ fn meta() -> Meta {
         plan_toml: "[run]\nseed = 0\n".into(),
         data_digest: "d1".into(),
         mentee_version: "0.1.0".into(),
+        counts: mentee_checkpoint::Counts::default(),
     }
 }
 

@@ -37,6 +37,7 @@ proptest! {
             plan_toml: text.clone(),
             data_digest: text.clone(),
             mentee_version: text,
+            counts: mentee_checkpoint::Counts::default(),
         };
         let tensors = |wanted: Option<usize>| -> Vec<Tensor<'_>> {
             state

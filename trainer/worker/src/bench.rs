@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use mentee_checkpoint::Counts;
 use mentee_collectives::{Collectives, bench};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code, show};
@@ -13,7 +14,7 @@ use mentee_ssl::{Method, Schedule, State};
 use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoints::{Checkpoints, Settings};
+use crate::checkpoints::{Checkpoints, Content, Settings};
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::kernels::{Kernel, Kernels};
@@ -469,10 +470,22 @@ fn write_checkpoints(
             }
             first = if stalls.is_empty() { Instant::now() } else { first };
             let start = Instant::now();
-            checkpoints.maybe_save(n, false, &rig.state, None, &mut metrics, &mut reporter)?;
+            checkpoints.maybe_save(
+                n,
+                false,
+                Content { state: &rig.state, probe: None, counts: Counts::default() },
+                &mut metrics,
+                &mut reporter,
+            )?;
             stalls.push(start.elapsed().as_secs_f64() * 1e3);
         } else if n > 0 {
-            checkpoints.maybe_save(n, false, &rig.state, None, &mut metrics, &mut reporter)?;
+            checkpoints.maybe_save(
+                n,
+                false,
+                Content { state: &rig.state, probe: None, counts: Counts::default() },
+                &mut metrics,
+                &mut reporter,
+            )?;
         }
         let written_beside = checkpoints.is_under_way();
         let step_ms = rig.step(args.warmup + n)?[4];

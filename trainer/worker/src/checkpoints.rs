@@ -21,7 +21,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use mentee_checkpoint::{
-    self as checkpoint, CheckpointError, Committed, FileEntry, LocalDisk, Meta, Staging,
+    self as checkpoint, CheckpointError, Committed, Counts, FileEntry, LocalDisk, Meta, Staging,
 };
 use mentee_cluster::{self as cluster, NoCommit, Phase, ShareFile, Shares, Verdict, WorkerEvent};
 use mentee_collectives::Collectives;
@@ -65,7 +65,7 @@ pub struct Settings {
     pub wait_for_room: Duration,
     /// Names this start of the run: the same on all its ranks, and on those of no other start.
     pub attempt: String,
-    /// Step and epoch are those of the checkpoint.
+    /// Step, epoch and counts are those of the checkpoint.
     pub meta: Meta,
     /// Steps whose checkpoint is to find no room, once for each time that it stands here (see `faults.rs`).
     pub without_room: Vec<u64>,
@@ -93,6 +93,7 @@ impl Settings {
                 plan_toml: recipe.to_toml(),
                 data_digest: data_digest.to_owned(),
                 mentee_version: env!("CARGO_PKG_VERSION").into(),
+                counts: Counts::default(),
             },
         }
     }
@@ -154,10 +155,19 @@ pub struct Stall {
     pub copy: Duration,
 }
 
+/// What a checkpoint is of.
+#[derive(Clone, Copy)]
+pub struct Content<'a> {
+    pub state: &'a State,
+    pub probe: Option<&'a OnlineProbe>,
+    pub counts: Counts,
+}
+
 /// A checkpoint under way.
 #[derive(Debug, Clone, Copy)]
 struct UnderWay {
     step: u64,
+    counts: Counts,
     /// The training thread waits for it.
     is_last: bool,
     since: Instant,
@@ -212,8 +222,7 @@ impl Checkpoints {
         &mut self,
         step: u64,
         is_last: bool,
-        state: &State,
-        probe: Option<&OnlineProbe>,
+        content: Content<'_>,
         metrics: &mut Metrics,
         reporter: &mut Reporter,
     ) -> Result<(), WorkerError> {
@@ -226,7 +235,7 @@ impl Checkpoints {
         let (begin, mut said) = (Instant::now(), None);
         loop {
             reporter.phase(Phase::Checkpoint);
-            match self.save(step, is_last, state, probe, metrics, reporter) {
+            match self.save(step, is_last, content, metrics, reporter) {
                 Err(error) if is_last && self.finds_room_later(step, &error, begin, &mut said)? => {}
                 result => return result,
             }
@@ -272,8 +281,7 @@ impl Checkpoints {
         &mut self,
         step: u64,
         is_last: bool,
-        state: &State,
-        probe: Option<&OnlineProbe>,
+        Content { state, probe, counts }: Content<'_>,
         metrics: &mut Metrics,
         reporter: &mut Reporter,
     ) -> Result<(), WorkerError> {
@@ -287,7 +295,7 @@ impl Checkpoints {
         let since = Instant::now();
         self.share.copy(state, probe, &mut copy)?;
         let stall = Stall { wait: since - waiting, copy: since.elapsed() };
-        let of = UnderWay { step, is_last, since, stall };
+        let of = UnderWay { step, counts, is_last, since, stall };
         self.under_way = Some(of);
         self.jobs.send(Job { copy, of }).map_err(|_| writer_ended())?;
         if is_last {
@@ -331,7 +339,7 @@ impl Checkpoints {
             Outcome::New | Outcome::Written => None,
             Outcome::Committed(committed) => Some(committed),
             Outcome::Gather(share) => {
-                let committed = self.commit_together(step, share)?;
+                let committed = self.commit_together(of, share)?;
                 // Whoever is here has written all shares before this one.
                 overdue.iter().for_each(|of| self.settings.abandon(of.step));
                 committed
@@ -392,10 +400,10 @@ impl Checkpoints {
     /// All ranks tell each other what they wrote; rank 0 commits, and has it then. When any of them failed, all do.
     fn commit_together(
         &self,
-        step: u64,
+        of: UnderWay,
         share: Result<Option<FileEntry>, CheckpointError>,
     ) -> Result<Option<Committed>, WorkerError> {
-        let (collectives, first) = (&*self.collectives, self.collectives.rank() == 0);
+        let (collectives, first, step) = (&*self.collectives, self.collectives.rank() == 0, of.step);
         let not_saved = |source| WorkerError::NotSaved { step, source };
         let file = match agree::together(collectives, share.map_err(not_saved)) {
             Ok(file) => file,
@@ -414,7 +422,7 @@ impl Checkpoints {
         for bytes in &all {
             files.extend(serde_json::from_slice::<Option<FileEntry>>(bytes).map_err(json)?);
         }
-        let committed = first.then(|| self.settings.commit(step, files).map_err(not_saved));
+        let committed = first.then(|| self.settings.commit(of, files).map_err(not_saved));
         agree::together(collectives, committed.transpose())
     }
 }
@@ -494,7 +502,7 @@ impl Writer {
         let share = self.write_share(step, copy);
         if self.world_size == 1 {
             return match share {
-                Ok(file) => self.commit(step, file.into_iter().collect()),
+                Ok(file) => self.commit(of, file.into_iter().collect()),
                 Err(error) => {
                     self.settings.abandon(step);
                     Outcome::Failed(error)
@@ -532,13 +540,13 @@ impl Writer {
             (Ok(_), None) => Outcome::Written,
             (Ok(_), Some(Err(no @ NoCommit::TimedOut(_)))) => Outcome::Overdue(no.to_string()),
             (Ok(_), Some(Err(no))) => Outcome::Abandoned(no.to_string()),
-            (Ok(_), Some(Ok(files))) => self.commit(step, files.into_iter().map(from_wire).collect()),
+            (Ok(_), Some(Ok(files))) => self.commit(of, files.into_iter().map(from_wire).collect()),
         }
     }
 
     /// Nothing is abandoned when it fails: that is done already, or the folder aside holds the checkpoint of before.
-    fn commit(&self, step: u64, files: Vec<FileEntry>) -> Outcome {
-        match self.settings.commit(step, files) {
+    fn commit(&self, of: UnderWay, files: Vec<FileEntry>) -> Outcome {
+        match self.settings.commit(of, files) {
             Ok(committed) => Outcome::Committed(committed),
             Err(error) => Outcome::Failed(error),
         }
@@ -578,7 +586,7 @@ impl Overdue {
         }
         let of = self.waiting.remove(0);
         let Ok(files) = verdict else { return self.settings.abandon(step) };
-        match self.settings.commit(step, files.into_iter().map(from_wire).collect()) {
+        match self.settings.commit(of, files.into_iter().map(from_wire).collect()) {
             Ok(committed) => self.complete.push(Complete { of, committed, at: Instant::now() }),
             Err(error) => tracing::warn!(step, "no checkpoint of step {step}: {error}; training goes on"),
         }
@@ -603,8 +611,12 @@ impl Settings {
     }
 
     /// Makes the checkpoint of these files count, and drops those beyond `keep`.
-    fn commit(&self, step: u64, files: Vec<FileEntry>) -> Result<Committed, CheckpointError> {
-        let meta = Meta { step, epoch: self.epoch(step), ..self.meta.clone() };
+    fn commit(
+        &self,
+        UnderWay { step, counts, .. }: UnderWay,
+        files: Vec<FileEntry>,
+    ) -> Result<Committed, CheckpointError> {
+        let meta = Meta { step, epoch: self.epoch(step), counts, ..self.meta.clone() };
         // Who loses power and goes on from here has the lines of all steps before. (A disk that refuses spoils no checkpoint.)
         let metrics = std::fs::File::open(self.folder.with_file_name("metrics.jsonl"));
         let _ = metrics.and_then(|file| file.sync_data());
@@ -644,7 +656,13 @@ mod tests {
     const LONG: Duration = Duration::from_secs(20);
 
     fn of(step: u64) -> UnderWay {
-        UnderWay { step, is_last: false, since: Instant::now(), stall: Stall::default() }
+        UnderWay {
+            step,
+            counts: Counts::default(),
+            is_last: false,
+            since: Instant::now(),
+            stall: Stall::default(),
+        }
     }
 
     /// The names in the folder.
@@ -699,6 +717,7 @@ mod tests {
                 plan_toml: String::new(),
                 data_digest: String::new(),
                 mentee_version: String::new(),
+                counts: Counts::default(),
             },
             without_room,
         };

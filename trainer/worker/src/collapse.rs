@@ -1,6 +1,7 @@
 //! Watches for collapse: projections that hardly differ from image to image (arXiv:2011.10566, section 4.1).
 
-use mentee_config::recipe::{self, OnCollapse};
+use mentee_config::Recipe;
+use mentee_config::recipe::{MethodName, NormStatistics, OnCollapse};
 
 use crate::error::WorkerError;
 
@@ -10,14 +11,16 @@ pub struct CollapseWatch {
     /// 0 = off.
     patience: u64,
     then: OnCollapse,
-    below: u64,
+    /// So many so far.
+    pub below: u64,
 }
 
 impl CollapseWatch {
-    /// As `[run]` says.
-    pub fn new(settings: &recipe::Run) -> Self {
+    /// As `[run]` says, of so many ranks.
+    pub fn new(recipe: &Recipe, world_size: u32) -> Self {
+        let (settings, floor) = (&recipe.run, floor(recipe, world_size));
         Self {
-            threshold: settings.collapse_z_std,
+            threshold: floor + settings.collapse_z_std * (1.0 - floor),
             patience: settings.collapse_steps,
             then: settings.on_collapse,
             below: 0,
@@ -45,14 +48,32 @@ impl CollapseWatch {
     }
 }
 
+/// Samples below which a norm makes the healthy look as the collapsed do.
+const LEAST_ROWS: f64 = 8.0;
+
+/// What is left of `z_std` when projections are constant. SimSiam's and MoCo v3's end in a norm without scale and offset, which makes the
+/// mean of each channel 0 over its B rows: of rows that hardly differ one is blown up, and stands opposite the others. So
+/// p = 1/B of them point the other way, and the deviation of such a direction is 2 sqrt(p (1 - p)).
+fn floor(recipe: &Recipe, world_size: u32) -> f64 {
+    let (method, parallel, schedule) = (&recipe.method, &recipe.parallel, &recipe.schedule);
+    let ends_in_norm = matches!(method.name, MethodName::Simsiam | MethodName::Mocov3);
+    let ranks = if parallel.sync_batch_norm { 1 } else { world_size };
+    let rows = schedule.global_batch as f64 / parallel.micro_batches as f64 / f64::from(ranks);
+    if !ends_in_norm || parallel.norm_statistics == NormStatistics::Running || rows < LEAST_ROWS {
+        return 0.0;
+    }
+    2.0 * (1.0 / rows * (1.0 - 1.0 / rows)).sqrt()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn watch(then: OnCollapse, values: &[f64]) -> Option<u64> {
-        let mut recipe = mentee_config::Recipe::load("demo", &[]).unwrap().run;
-        (recipe.collapse_z_std, recipe.collapse_steps, recipe.on_collapse) = (0.1, 3, then);
-        let mut watch = CollapseWatch::new(&recipe);
+        let mut recipe = Recipe::load("demo", &[]).unwrap();
+        let run = &mut recipe.run;
+        (run.collapse_z_std, run.collapse_steps, run.on_collapse) = (0.1, 3, then);
+        let mut watch = CollapseWatch::new(&recipe, 1);
         (0u64..).zip(values).find(|(step, z_std)| watch.watch(*step, **z_std).is_err()).map(|(step, _)| step)
     }
 
@@ -62,5 +83,39 @@ mod tests {
         assert_eq!(watch(OnCollapse::Stop, &[0.05, 0.05, 0.2, 0.05, 0.05]), None);
         assert_eq!(watch(OnCollapse::Stop, &[0.0, 0.05, 0.2, 0.05, 0.05, 0.05]), Some(5));
         assert_eq!(watch(OnCollapse::Warn, &[0.0; 9]), None);
+    }
+
+    #[test]
+    fn what_a_last_norm_leaves_of_a_constant_counts_as_collapsed() {
+        use tch::{Device, Kind, Tensor};
+
+        // Projections of one view that differ by rounding: in one row.
+        let (rows, dim) = (64, 32);
+        let z = Tensor::ones([rows, dim], (Kind::Double, Device::Cpu));
+        let mut first = z.get(0);
+        first += Tensor::randn([dim], (Kind::Double, Device::Cpu)) * 1e-3;
+        let z = (&z - z.mean_dim([0i64].as_slice(), true, Kind::Double))
+            / z.std_dim([0i64].as_slice(), false, true);
+        let z = mentee_ssl::loss::l2_normalise(&z).unwrap();
+        let z_std = z.std_dim([0i64].as_slice(), false, false).mean(Kind::Double).double_value(&[]);
+        let z_std = z_std * (dim as f64).sqrt();
+
+        let load = |name: &str, sets: &[&str]| {
+            let mut all = vec!["schedule.global_batch=64"];
+            all.extend(sets);
+            Recipe::load(name, &all.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap()
+        };
+        let simsiam = load("simsiam-cifar10-resnet18", &[]);
+        assert!((z_std - floor(&simsiam, 1)).abs() < 1e-9, "{z_std}");
+        let threshold = |recipe: &Recipe, ranks| CollapseWatch::new(recipe, ranks).threshold;
+        assert!(threshold(&simsiam, 1) > z_std && threshold(&simsiam, 1) < 0.4);
+        assert_eq!(threshold(&simsiam, 2), threshold(&simsiam, 1), "norms over all ranks");
+        assert_eq!(threshold(&load("byol-cifar10-resnet18", &[]), 1), 0.1);
+        let mocov3 = load("mocov3-cifar10-small", &["parallel.micro_batches=2"]);
+        let smaller = load("mocov3-cifar10-small", &["schedule.global_batch=32"]);
+        assert_eq!(threshold(&mocov3, 1), threshold(&smaller, 1));
+        let apart = load("mocov3-cifar10-small", &["parallel.sync_batch_norm=false"]);
+        assert_eq!(threshold(&apart, 2), threshold(&smaller, 1));
+        assert_eq!(threshold(&load("mocov3-cifar10-small", &["schedule.global_batch=4"]), 1), 0.1);
     }
 }

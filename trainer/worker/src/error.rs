@@ -9,7 +9,8 @@ use mentee_config::{ConfigError, exit_code};
 use mentee_data::DataError;
 use mentee_ssl::SslError;
 
-/// Everything a worker can fail with: one line each.
+/// Everything a worker can fail with: one line each. Fields `step` are the updates done when the step began, as everywhere;
+/// what is found behind its update is told with the number that `metrics.jsonl` gives that.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     #[error("{0}")]
@@ -62,19 +63,20 @@ pub enum WorkerError {
     #[error(transparent)]
     Ssl(#[from] SslError),
     #[error(
-        "step {step}: the loss on rank {ranks} is not finite, no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs"
+        "after step {step}: the loss on rank {ranks} is not finite, no rank was updated; {}", against_infinity(*.step)
     )]
     LossNotFinite { step: u64, ranks: String },
     #[error(
-        "step {step}: the gradient of {tensor} is not finite (it comes from rank {ranks}), no rank was updated; lower optimizer.base_lr, or lengthen schedule.warmup_epochs"
+        "after step {step}: the gradient of {tensor} is not finite (it comes from rank {ranks}), no rank was updated; {}",
+        against_infinity(*.step)
     )]
     GradientNotFinite { step: u64, tensor: String, ranks: String },
     #[error(
-        "step {step}: z_std is {z_std:.3}, below {threshold} for {steps} steps: the projections have collapsed; see the asymmetries in [method], or set run.on_collapse"
+        "step {}: z_std is {z_std:.3}, below {threshold:.3} for {steps} steps: the projections have collapsed; see the asymmetries in [method], or set run.on_collapse", .step + 1
     )]
     Collapsed { step: u64, z_std: f64, threshold: f64, steps: u64 },
     #[error(
-        "step {step}: {tensor} on rank {ranks} is not what the other ranks hold; no checkpoint was written of it, start again from the last one (a fault of memory or of the network: watch those ranks' machines)"
+        "step {}: {tensor} on rank {ranks} is not what the other ranks hold; no checkpoint was written of it, start again from the last one (a fault of memory or of the network: watch those ranks' machines)", .step + 1
     )]
     WeightsDiffer { step: u64, tensor: String, ranks: String },
     #[error(
@@ -107,6 +109,17 @@ fn advice(error: &CheckpointError) -> &'static str {
         _ if error.is_passing() => "; see to that and start again: the checkpoints may be intact",
         CheckpointError::NoneUsable { .. } => "", // says it
         _ => "; restore or remove that checkpoint to go on from an older one",
+    }
+}
+
+/// What to do about values that are not finite.
+fn against_infinity(step: u64) -> &'static str {
+    match step {
+        // Nothing has been learned yet that could have been too much.
+        0 => {
+            "it is the first update: look at the images (mentee data verify), model.init, views.mean, views.std and method.temperature"
+        }
+        _ => "lower optimizer.base_lr, or lengthen schedule.warmup_epochs",
     }
 }
 

@@ -22,6 +22,7 @@ mod link;
 mod logging;
 mod metrics;
 mod online;
+mod orphan;
 mod passes;
 mod reducer;
 mod run_dir;

@@ -32,7 +32,7 @@ pub struct OnlineProbe {
     params: [Tensor; 2],
     momentum: [Tensor; 2],
     lr: f64,
-    /// Correct and all views since somebody asked.
+    /// Correct and all views since somebody asked: whole numbers.
     since: [f64; 2],
 }
 
@@ -110,6 +110,16 @@ impl OnlineProbe {
     pub fn take_top1(&mut self) -> Option<f64> {
         let [correct, rows] = std::mem::take(&mut self.since);
         (rows > 0.0).then(|| 100.0 * correct / rows)
+    }
+
+    /// Correct and all views since somebody asked.
+    pub fn counts(&self) -> [u64; 2] {
+        self.since.map(|count| count as u64)
+    }
+
+    /// Goes on counting from there.
+    pub fn count_on(&mut self, counts: [u64; 2]) {
+        self.since = counts.map(|count| count as f64);
     }
 
     /// What a checkpoint holds of it.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use mentee_checkpoint::{LocalDisk, Meta};
+use mentee_checkpoint::{Counts, LocalDisk, Meta};
 use mentee_cluster::{Identity, Phase, Shares, identity};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::mpi::{self, Mpi};
@@ -20,6 +20,7 @@ use mentee_ssl::{Method, Schedule, SslError, State};
 use tch::Tensor;
 
 use crate::checkpoints::{self, Checkpoints, Settings};
+use crate::collapse::CollapseWatch;
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
@@ -28,6 +29,7 @@ use crate::feed::Feed;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
+use crate::orphan::ParentWatch;
 use crate::passes::Passes;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
@@ -62,9 +64,18 @@ pub struct Run {
     pub group: Option<DeviceGroup>,
     pub metrics: Metrics,
     pub checkpoints: Checkpoints,
+    pub collapse: CollapseWatch,
     pub stop: StopFlag,
     /// Updates done so far.
     pub next_step: u64,
+}
+
+impl Run {
+    /// What is counted over several steps.
+    pub fn counts(&self) -> Counts {
+        let [online_correct, online_views] = self.probe.as_ref().map_or([0; 2], OnlineProbe::counts);
+        Counts { collapsed_steps: self.collapse.below, online_correct, online_views }
+    }
 }
 
 /// Who this rank is and the network it is part of.
@@ -88,7 +99,9 @@ pub fn place() -> Result<Place, WorkerError> {
         let exchange = "nothing: one rank".into();
         return Ok(Place { identity, collectives: Arc::new(Single::new()), waits, exchange });
     }
+    let launcher_is_there = ParentWatch::start(identity.rank);
     let mpi = Mpi::initialize(Some((identity.rank, identity.world_size)))?;
+    drop(launcher_is_there); // from here on waits have deadlines
     let (group, exchange) =
         exchange(Arc::new(mpi)).map_err(|source| WorkerError::Collective { step: 0, source })?;
     Ok(Place { identity, collectives: Arc::new(Watched::new(group, waits.clone())), waits, exchange })
@@ -257,7 +270,12 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         tracing::warn!("{left}: it takes room and does no other harm");
     }
     let resumed = resume(&mut state, probe.as_mut(), &run_dir, &plan);
-    let next_step = agree::together(&*collectives, resumed)?;
+    let (next_step, counts) = agree::together(&*collectives, resumed)?;
+    if let Some(probe) = &mut probe {
+        probe.count_on([counts.online_correct, counts.online_views]);
+    }
+    let mut collapse = CollapseWatch::new(recipe, identity.world_size);
+    collapse.below = counts.collapsed_steps;
     let own = agree::Start {
         version: env!("CARGO_PKG_VERSION").into(),
         plan_hash,
@@ -308,6 +326,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         rank_share: rank_share.clone(),
         stat_reduce: stat_reduce(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
+        collapse,
         stop,
         identity,
         collectives,
@@ -323,16 +342,16 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
 }
 
 /// Takes the state from the newest checkpoint, if there is one, else the backbone from `model.init`; the number of updates
-/// done.
+/// done, and what has been counted.
 fn resume(
     state: &mut State,
     probe: Option<&mut OnlineProbe>,
     run_dir: &Path,
     plan: &Plan,
-) -> Result<u64, WorkerError> {
+) -> Result<(u64, Counts), WorkerError> {
     let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else {
         import::of_recipe(state, &plan.recipe)?;
-        return Ok(0);
+        return Ok((0, Counts::default()));
     };
     for (path, reason) in &newest.rejected {
         tracing::warn!(path = %path.display(), %reason, "passing over a checkpoint that cannot be used");
@@ -342,10 +361,10 @@ fn resume(
     if let Some(difference) = other_recipe(meta, &plan.recipe) {
         return Err(WorkerError::OtherRecipesCheckpoint { checkpoint: checkpoint.folder, difference });
     }
-    let step = meta.step;
+    let (step, counts) = (meta.step, meta.counts);
     snapshot::load(state, probe, &checkpoint)?;
     tracing::info!(step, "resumed from a checkpoint");
-    Ok(step)
+    Ok((step, counts))
 }
 
 /// How the recipe that a checkpoint was made by differs from this one in what decides the numbers.
@@ -378,6 +397,7 @@ mod tests {
             plan_toml: recipe.to_toml(),
             data_digest: String::new(),
             mentee_version: String::new(),
+            counts: mentee_checkpoint::Counts::default(),
         };
         let own = recipe(&[]);
         assert_eq!(other_recipe(&meta(&recipe(&["checkpoint.keep=9"])), &own), None);

@@ -7,7 +7,7 @@ use mentee_config::exit_code;
 use mentee_ssl::StepLoss;
 
 use crate::agree::{self, Agreed};
-use crate::collapse::CollapseWatch;
+use crate::checkpoints::Content;
 use crate::error::WorkerError;
 use crate::link::Reporter;
 use crate::metrics::{self, Meter, TrainLine};
@@ -29,7 +29,6 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
     let recipe = run.plan.recipe.clone();
     let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
     let mut meter = Meter::default();
-    let mut collapse = CollapseWatch::new(&recipe.run);
     if run.next_step < end && agree::any(&*run.collectives, run.next_step, wants_stop(run, reporter))? {
         return Ok(preempted(run, reporter, "stopping before the first step")); // nothing was done since the last checkpoint
     }
@@ -106,9 +105,9 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             agree::on_statistics(&*run.collectives, step, &recipe, &mut run.state)?;
             agree::on_weights(&*run.collectives, step, &run.state)?;
         }
-        collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
-        let (state, probe) = (&run.state, run.probe.as_ref());
-        run.checkpoints.maybe_save(run.next_step, is_last, state, probe, &mut run.metrics, reporter)?;
+        run.collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
+        let content = Content { state: &run.state, probe: run.probe.as_ref(), counts: run.counts() };
+        run.checkpoints.maybe_save(run.next_step, is_last, content, &mut run.metrics, reporter)?;
         if agreed.stop && run.next_step < end {
             return Ok(preempted(run, reporter, "stopping with a checkpoint"));
         }

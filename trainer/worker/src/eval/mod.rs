@@ -730,7 +730,11 @@ fn print(line: &EvalLine) {
             show!(
                 "{:>6}{:>8}   {:>10.2} %{:>12.2} %{:>11.2} %",
                 point.k,
-                point.temperature,
+                if point.temperature < 1e-3 {
+                    format!("{:e}", point.temperature)
+                } else {
+                    point.temperature.to_string()
+                },
                 point.knn_top1,
                 point.knn_random_init,
                 point.knn_raw_pixels
