@@ -141,7 +141,7 @@ fn the_worker_is_given_the_same_arguments() {
     let here = folder.path().join("a place");
     fs::create_dir(&here).expect("made");
     put(Path::new(env!("CARGO_BIN_EXE_mentee")), &here.join("mentee"));
-    script(&here.join("mentee-worker"), "printf '<%s>' \"$@\"; printf '\\n'");
+    script(&here.join("mentee-worker"), "IFS='|'; printf '|%s|\\n' \"$*\"");
     for (words, workers) in [
         (&["eval", "a run", "--data", "my data", "--k", "1,2", "--knn"][..], 1),
         (&["trace", "my recipe.toml", "--out=a trace", "--set", "data.path=\"my data\""], 1),
@@ -152,7 +152,7 @@ fn the_worker_is_given_the_same_arguments() {
     ] {
         let (code, out, err) = run(Command::new(here.join("mentee")).args(words));
         assert_eq!(code, Some(0), "{words:?}: {err}");
-        let expected: String = words.iter().map(|word| format!("<{word}>")).collect();
+        let expected = format!("|{}|", words.join("|"));
         assert_eq!(out.lines().collect::<Vec<_>>(), vec![expected; workers], "{words:?}: {err}");
     }
 }
