@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
-use system_tests::process::{Outcome, finish, mentee};
+use system_tests::process::{Outcome, finish, mentee, worker};
 use system_tests::recipe::{NUM_TEST, NUM_TRAIN, TinyRecipe, image, write_images};
 use system_tests::run_dir::{losses, metrics};
 use system_tests::{machine, temp_dir};
@@ -200,9 +200,15 @@ fn the_demo_removes_nothing_that_it_did_not_draw() {
 #[test]
 fn benches_print_one_json_value() {
     let _machine = machine();
-    let rows = json(&run(&[&"bench", &"allreduce", &"demo", &"--json", &"--seconds", &"0.001"]).expect(0));
+    let all_reduce = run(&[&"bench", &"allreduce", &"demo", &"--json", &"--seconds", &"0.001"]);
+    let rows = json(&all_reduce.expect(0));
     let rows = rows.as_array().expect("an array");
     assert_eq!(rows.len(), 10);
+    assert_eq!(rows[0]["ranks"], 2);
+    let mut alone = worker();
+    alone.args(["bench", "allreduce", "demo"]);
+    let refused = finish(alone).expect(2);
+    assert!(refused.error_line().contains("--workers 2"), "{}", refused.told());
     for row in rows {
         let number = |key: &str| row[key].as_f64().unwrap_or_else(|| panic!("no {key} in {row}"));
         let expected = number("bytes") / number("seconds") / 1e9;

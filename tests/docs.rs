@@ -229,7 +229,8 @@ fn every_path_in_code_exists() {
     for name in DOCUMENTS {
         for span in document(name).split('`').skip(1).step_by(2) {
             let top = span.split('/').next().unwrap_or("");
-            let is_ours = ["ci", ".ci", "configs", "cluster", "launcher", "trainer", "tests"].contains(&top);
+            let is_ours = ["ci", ".ci", "configs", "cluster", "commands", "launcher", "trainer", "tests"]
+                .contains(&top);
             let is_path =
                 span.contains('/') && !span.contains(|c: char| c.is_whitespace() || "{}*…<>".contains(c));
             if is_ours && is_path {

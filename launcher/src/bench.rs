@@ -3,23 +3,44 @@
 
 mod coordinator;
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Parser;
 use mentee_config::recipe::DataFormat;
 use mentee_config::{Recipe, show};
-use mentee_data::bench::{LoaderBench, LoaderReport, loader};
-use mentee_data::{DataError, Split, open_split};
+use mentee_data::bench::{LoaderBench, LoaderReport};
+use mentee_data::{DataError, Split, bench, open_split};
 
-use crate::failure::{Failure, parser_said};
+use crate::failure::Failure;
 use crate::progress::Counter;
 use crate::shard::format;
 
-/// `mentee bench loader`: how fast this machine decodes and augments.
-#[derive(Debug, Parser)]
-#[command(name = "mentee bench loader", disable_version_flag = true)]
-struct LoaderArgs {
+pub use coordinator::command as coordinator;
+
+/// Shown below the help of `mentee bench`.
+pub const EXAMPLES: &str = "Examples:
+  mentee bench step byol-cifar10-resnet18 --set parallel.precision=bf16
+  mentee bench allreduce --workers 4
+  mentee bench loader --data data/shards --threads 1,2,4";
+
+/// More images than anyone waits for.
+const MOST_IMAGES: u64 = 1_000_000_000;
+/// More threads than any machine has processors.
+const MOST_THREADS: i64 = 4096;
+
+/// What to measure.
+#[derive(Debug, clap::Subcommand)]
+pub enum BenchCommand {
+    /// Reading, decoding and augmenting, alone and by the whole loader
+    Loader(LoaderArgs),
+    #[command(flatten)]
+    Worker(mentee_commands::BenchCommand),
+    /// How many workers one supervisor can look after
+    Coordinator(coordinator::CoordinatorArgs),
+}
+
+/// `mentee bench loader`.
+#[derive(Debug, clap::Args)]
+pub struct LoaderArgs {
     /// A recipe: the path of a .toml file, or the name of a built-in one
     #[arg(default_value = "byol-imagenet-resnet50-100ep")]
     recipe: String,
@@ -30,13 +51,13 @@ struct LoaderArgs {
     #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
     format: DataFormat,
     /// Images in each measurement [default: what takes about a second]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_IMAGES))]
     images: Option<u64>,
     /// Measurements of everything, in turns; medians are reported
     #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// Numbers of decode threads to measure the whole loader with [default: 1, 2, 4, … up to the processors]
-    #[arg(long, value_delimiter = ',', value_name = "N,…", value_parser = clap::value_parser!(u32).range(0..))]
+    #[arg(long, value_delimiter = ',', value_name = "N,…", value_parser = clap::value_parser!(u32).range(0..=MOST_THREADS))]
     threads: Option<Vec<u32>>,
     /// As one JSON object
     #[arg(long)]
@@ -46,54 +67,25 @@ struct LoaderArgs {
     sets: Vec<String>,
 }
 
-/// Whether these arguments of `bench` are served here.
-pub fn is_here(arguments: &[OsString]) -> bool {
-    arguments.first().is_some_and(|first| first == "loader" || first == "coordinator")
-}
-
-/// How many workers the arguments of `bench` ask for; what cannot be read is left to the worker to refuse.
-pub fn workers(arguments: &[OsString]) -> u32 {
-    let mut words = arguments.iter().filter_map(|word| word.to_str());
-    while let Some(word) = words.next() {
-        let value = match word.split_once('=') {
-            Some(("--workers", value)) => Some(value),
-            None if word == "--workers" => words.next(),
-            _ => None,
-        };
-        if let Some(value) = value {
-            return value.parse().unwrap_or(1);
-        }
-    }
-    1
-}
-
-/// `mentee bench loader …` or `mentee bench coordinator …`; `arguments` begin with that word. Returns the exit code of the
-/// argument parser when that has said all there is to say.
+/// `mentee bench loader …`.
 ///
 /// # Errors
 /// [`Failure`] with exit code 2 for a bad recipe, 3 for bad data.
-pub fn command(arguments: &[OsString]) -> Result<Option<i32>, Failure> {
-    if arguments.first().is_some_and(|first| first == "coordinator") {
-        return coordinator::command(arguments);
-    }
-    let args = match LoaderArgs::try_parse_from(arguments) {
-        Ok(args) => args,
-        Err(error) => return Ok(Some(parser_said(&error))),
-    };
+pub fn loader(args: &LoaderArgs) -> Result<(), Failure> {
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
-    let (path, data_format) = match args.data {
-        Some(path) => (path, args.format),
+    let (path, data_format) = match &args.data {
+        Some(path) => (path.clone(), args.format),
         None => (recipe.data.path.clone(), recipe.data.format),
     };
     let source = open_split(&path, data_format, Split::Train)?
         .ok_or(DataError::Missing { key: "data.path".into(), path })?;
     let images = args.images.unwrap_or(if recipe.views.size > 64 { 400 } else { 20_000 });
     let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match args.threads {
-        Some(threads) => threads.into_iter().filter(|&n| n > 0).map(|n| n as usize).collect(),
+    let threads = match &args.threads {
+        Some(threads) => threads.iter().filter(|&&n| n > 0).map(|&n| n as usize).collect(),
         None => std::iter::successors(Some(1), |n| Some(n * 2)).take_while(|&n| n <= processors).collect(),
     };
-    let bench = LoaderBench {
+    let what = LoaderBench {
         source,
         views: recipe.views,
         seed: recipe.run.seed,
@@ -102,10 +94,10 @@ pub fn command(arguments: &[OsString]) -> Result<Option<i32>, Failure> {
         threads,
     };
     let mut counter = Counter::new("measurements");
-    let report = loader(&bench, &mut |done, total| counter.at(done, total));
+    let report = bench::loader(&what, &mut |done, total| counter.at(done, total));
     counter.finish();
     print(&report?, args.json);
-    Ok(None)
+    Ok(())
 }
 
 fn print(report: &LoaderReport, json: bool) {
@@ -135,20 +127,5 @@ fn print(report: &LoaderReport, json: bool) {
             line.images_per_s,
             line.images_per_cpu_s
         );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn workers_wherever_they_stand() {
-        let of = |line: &str| workers(&line.split(' ').map(OsString::from).collect::<Vec<_>>());
-        assert_eq!(of("step --steps 3 --workers 2 --json"), 2);
-        assert_eq!(of("allreduce --workers=4"), 4);
-        assert_eq!(of("step"), 1);
-        assert_eq!(of("step --workers many"), 1);
-        assert_eq!(of("step --workers"), 1);
     }
 }

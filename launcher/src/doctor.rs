@@ -40,6 +40,9 @@ const CONNECT_PATIENCE: Duration = Duration::from_secs(3);
 
 /// `mentee doctor`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mentee doctor
+  mentee doctor my-recipe.toml --workers 4 --run-dir runs/try-3")]
 pub struct DoctorArgs {
     /// The recipe that is to run here: the path of a .toml file, or the name of a built-in one; without it, data and the
     /// size of a checkpoint are left out

@@ -70,6 +70,9 @@ pub enum Network {
 
 /// `mentee export`
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mentee export runs/try-3 --out backbone.safetensors
+  mentee export runs/try-3/checkpoints/step-00001000 --layout torchvision --out backbone.safetensors")]
 pub struct ExportArgs {
     /// A run directory (its newest checkpoint) or a checkpoint directory
     checkpoint: PathBuf,

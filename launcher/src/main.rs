@@ -36,12 +36,12 @@ mod status;
 mod submit;
 mod supervise;
 
-use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use mentee_commands::{EvalArgs, HELP_WIDTH, TraceArgs};
 use mentee_config::say::Results;
 use mentee_config::{complain, exit_code};
 
@@ -52,7 +52,7 @@ use crate::failure::Failure;
 #[derive(Debug, Parser)]
 #[command(
     version,
-    max_term_width = 110,
+    max_term_width = HELP_WIDTH,
     after_help = "Exit codes: 0 done, 1 failed, 2 bad usage or recipe, 3 bad data, \
     4 checkpoint unusable, 5 a rank failed too often, 6 diverged or collapsed, 75 stopped on request (resumable)."
 )]
@@ -105,15 +105,11 @@ enum Command {
     Place(place::PlaceArgs),
     /// Says whether this machine is fit to train: libraries, devices, files, cores, one small all-reduce
     Doctor(doctor::DoctorArgs),
-    /// Evaluates frozen features: kNN and linear probes, with their floors and protocols
-    #[command(disable_help_flag = true)]
-    Eval(Forwarded),
-    /// Records views, weights, losses and gradients of a few steps, for checks against another implementation
-    #[command(disable_help_flag = true)]
-    Trace(Forwarded),
+    Eval(EvalArgs),
+    Trace(TraceArgs),
     /// Measures this machine: loader, step, checkpoint, allreduce, coordinator
-    #[command(disable_help_flag = true)]
-    Bench(Forwarded),
+    #[command(subcommand, after_help = bench::EXAMPLES)]
+    Bench(bench::BenchCommand),
     /// Prints completions for a shell: bash, zsh or fish
     Completions {
         /// The shell
@@ -121,8 +117,8 @@ enum Command {
     },
     /// Prints the manual page, of mentee or of one of its commands
     Man {
-        /// A command of mentee
-        command: Option<String>,
+        /// A command of mentee, or a command of that: `mentee man data order`
+        command: Vec<String>,
         /// Write the pages of all commands into this folder instead
         #[arg(long, value_name = "DIR", conflicts_with = "command")]
         out: Option<PathBuf>,
@@ -150,23 +146,24 @@ fn completions(shell: Shell) {
 }
 
 /// Prints one manual page, or writes all of them into a folder.
-fn man(command: Option<&str>, out: Option<&Path>) -> Result<(), Failure> {
-    let mut cli = Cli::command();
+fn man(command: &[String], out: Option<&Path>) -> Result<(), Failure> {
+    // `mentee help` and its like would have a page for every command once more.
+    let mut cli = Cli::command().disable_help_subcommand(true);
     cli.build();
     if let Some(out) = out {
         let failed = |error: std::io::Error| Failure::io("write", out, &error);
         std::fs::create_dir_all(out).map_err(failed)?;
         return clap_mangen::generate_to(cli, out).map_err(failed);
     }
-    let page = match command {
-        None => cli,
-        Some(name) => cli
-            .find_subcommand(name)
-            .cloned()
-            .ok_or_else(|| Failure::usage(format!("mentee has no command {name}: see mentee --help")))?,
-    };
+    let mut page = &cli;
+    for name in command {
+        page = page.find_subcommand(name).ok_or_else(|| {
+            let parent = page.get_bin_name().unwrap_or("mentee");
+            Failure::usage(format!("{parent} has no command {name}: see {parent} --help"))
+        })?;
+    }
     let mut text = Vec::new();
-    clap_mangen::Man::new(page)
+    clap_mangen::Man::new(page.clone())
         .render(&mut text)
         .map_err(|error| Failure::failed(format!("cannot write the manual page: {error}")))?;
     print(&text);
@@ -177,13 +174,6 @@ fn print(text: &[u8]) {
     let mut out = Results::new();
     out.text(text);
     out.flush();
-}
-
-/// Arguments that `mentee-worker` understands.
-#[derive(Debug, clap::Args)]
-struct Forwarded {
-    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
-    arguments: Vec<OsString>,
 }
 
 fn main() -> ExitCode {
@@ -218,24 +208,18 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Logs(args) => logs::command(&args)?,
         Command::Place(args) => place::command(&args)?,
         Command::Completions { shell } => completions(shell),
-        Command::Man { command, out } => man(command.as_deref(), out.as_deref())?,
-        Command::Eval(forwarded) => return Err(forward("eval", &forwarded, 1)),
-        Command::Trace(forwarded) => return Err(forward("trace", &forwarded, 1)),
-        Command::Bench(forwarded) if bench::is_here(&forwarded.arguments) => {
-            return Ok(bench::command(&forwarded.arguments)?.unwrap_or(exit_code::DONE));
-        }
-        Command::Bench(forwarded) => {
-            let workers = bench::workers(&forwarded.arguments);
-            return Err(forward("bench", &forwarded, workers));
-        }
+        Command::Man { command, out } => man(&command, out.as_deref())?,
+        Command::Eval(_) | Command::Trace(_) => return Err(forward(1)),
+        Command::Bench(bench::BenchCommand::Loader(args)) => bench::loader(&args)?,
+        Command::Bench(bench::BenchCommand::Coordinator(args)) => bench::coordinator(&args)?,
+        Command::Bench(bench::BenchCommand::Worker(what)) => return Err(forward(what.workers())),
     }
     Ok(exit_code::DONE)
 }
 
-/// Becomes `mentee-worker COMMAND ARGUMENTS`, or the `mpirun` of several; returns only when that cannot be.
-fn forward(command: &str, forwarded: &Forwarded, workers: u32) -> Failure {
-    let mut arguments = vec![OsString::from(command)];
-    arguments.extend_from_slice(&forwarded.arguments);
+/// Becomes `mentee-worker` with the arguments of this process, or the `mpirun` of several; returns only when that cannot be.
+fn forward(workers: u32) -> Failure {
+    let arguments: Vec<_> = std::env::args_os().skip(1).collect();
     let engine = if workers > 1 { Engine::Mpirun } else { Engine::Direct };
     let line = match engine::find_tools(engine, &[]) {
         Ok(tools) => {
@@ -247,10 +231,6 @@ fn forward(command: &str, forwarded: &Forwarded, workers: u32) -> Failure {
     let mut command = std::process::Command::new(&line.program);
     for name in &line.clear {
         command.env_remove(name);
-    }
-    // Its help speaks of the command that was typed.
-    if engine == Engine::Direct {
-        command.arg0("mentee");
     }
     let error = command.args(&line.arguments).envs(line.set).exec();
     Failure::failed(format!("cannot start {}: {error}", line.program.display()))

@@ -11,6 +11,11 @@ use crate::progress::Counter;
 
 /// `mentee shard`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mentee shard photos --out data/shards
+  mentee shard photos --out data/shards --shorter-side 256 --quality 90
+
+The same command carries on with what was stopped.")]
 pub struct ShardArgs {
     /// An image folder, CIFAR binary files, IDX files or tar files
     pub source: PathBuf,

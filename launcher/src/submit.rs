@@ -22,6 +22,10 @@ const MAX_VARIANTS: usize = 1000;
 
 /// `mentee submit`.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  mentee submit my-recipe.toml --nodes 2 --workers-per-node 8 --gpus-per-node 8 --time 12:00:00
+  mentee submit my-recipe.toml --nodes 1 --workers-per-node 4 --sweep optimizer.base_lr=0.2,0.4
+  mentee submit my-recipe.toml --nodes 2 --workers-per-node 8 --dry-run")]
 pub struct SubmitArgs {
     /// A recipe: the path of a .toml file, or the name of a built-in one
     pub recipe: String,

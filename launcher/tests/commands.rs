@@ -66,9 +66,145 @@ fn completions_and_manual_pages_name_every_command_and_option() {
     let (_, out, _) = mentee(&["man", "run"]);
     assert!(out.contains(".TH mentee-run 1") && out.contains("max\\-restarts"), "{out}");
     assert_eq!(mentee(&["man", "nonsense"]).0, Some(2));
+    let (code, out, err) = mentee(&["man", "data", "order"]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains(".TH mentee-data-order 1") && out.contains("from\\-step"), "{out}");
+    let (_, out, _) = mentee(&["man", "bench", "step"]);
+    assert!(out.contains(".TH mentee-bench-step 1") && out.contains("warmup"), "{out}");
+    let (code, _, err) = mentee(&["man", "data", "nonsense"]);
+    assert_eq!(code, Some(2));
+    assert_eq!(err.trim_end(), "error: mentee data has no command nonsense: see mentee data --help");
     let folder = tempfile::tempdir().expect("a folder");
     assert_eq!(mentee(&["man", "--out", text(folder.path())]).0, Some(0));
-    assert!(folder.path().join("mentee-data-verify.1").is_file());
+    let pages: Vec<String> = fs::read_dir(folder.path())
+        .expect("a folder")
+        .map(|entry| entry.expect("an entry").file_name().into_string().expect("UTF-8"))
+        .collect();
+    for page in ["mentee-data-verify.1", "mentee-eval.1", "mentee-bench-allreduce.1"] {
+        assert!(pages.iter().any(|it| it == page), "{page} in {pages:?}");
+    }
+    assert!(pages.iter().all(|page| !page.contains("help")), "{pages:?}");
+    let page = fs::read_to_string(folder.path().join("mentee.1")).expect("a page");
+    assert!(!page.contains("mentee\\-help"), "{page}");
+}
+
+/// What the worker does is explained, completed and refused without it.
+#[test]
+fn commands_of_the_worker_are_known_here() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let alone = folder.path().join("mentee");
+    put(Path::new(env!("CARGO_BIN_EXE_mentee")), &alone);
+    let alone = |line: &str| run(Command::new(&alone).args(line.split(' ')).env("PATH", "/nowhere"));
+    for (line, parts) in [
+        ("eval --help", &["Usage: mentee eval [OPTIONS] <CHECKPOINT>", "--data <DIR>", "Examples:"][..]),
+        (
+            "trace --help",
+            &["Usage: mentee trace [OPTIONS] --out <DIR> <RECIPE>", "Replaces a value", "Examples:"],
+        ),
+        ("bench --help", &["loader", "step", "checkpoint", "allreduce", "coordinator", "Examples:"]),
+        ("bench step --help", &["Usage: mentee bench step [OPTIONS] [RECIPE]", "Replaces a value"]),
+        ("bench loader --help", &["Usage: mentee bench loader [OPTIONS] [RECIPE]"]),
+        ("bench coordinator --help", &["Usage: mentee bench coordinator [OPTIONS] [RECIPE]"]),
+        ("help bench allreduce", &["Usage: mentee bench allreduce [OPTIONS] [RECIPE]"]),
+    ] {
+        let (code, out, err) = alone(line);
+        assert_eq!(code, Some(0), "{line}: {err}");
+        for part in parts {
+            assert!(out.contains(part), "{line}: {part} in {out}");
+        }
+    }
+    for line in [
+        "eval",
+        "eval run --nonsense",
+        "trace demo --steps 0 --out x",
+        "bench nonsense",
+        "bench step --steps 0",
+        "bench checkpoint --every 18446744073709551615",
+        "bench allreduce --seconds nan",
+        "bench allreduce --workers 1",
+        "bench loader --images 18446744073709551615",
+    ] {
+        let (code, _, err) = alone(line);
+        assert_eq!(code, Some(2), "{line}: {err}");
+        assert!(err.starts_with("error: ") && err.lines().count() == 1, "{line}: {err}");
+    }
+    // What is well said fails for want of the worker.
+    let (code, _, err) = alone("eval run --knn");
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.contains("mentee-worker is neither in"), "{err}");
+}
+
+/// The worker, or several under the real mpirun, gets every word as it was typed.
+#[test]
+fn the_worker_is_given_the_same_arguments() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let here = folder.path().join("a place");
+    fs::create_dir(&here).expect("made");
+    put(Path::new(env!("CARGO_BIN_EXE_mentee")), &here.join("mentee"));
+    script(&here.join("mentee-worker"), "IFS='|'; printf '|%s|\\n' \"$*\"");
+    for (words, workers) in [
+        (&["eval", "a run", "--data", "my data", "--k", "1,2", "--knn"][..], 1),
+        (&["trace", "my recipe.toml", "--out=a trace", "--set", "data.path=\"my data\""], 1),
+        (&["bench", "step", "--steps", "1", "--set", "run.name=$HOME 'x'"], 1),
+        (&["bench", "step", "demo", "--workers", "3", "--set", "data.path=my data"], 3),
+        (&["bench", "checkpoint", "--workers=2", "--out", "a folder"], 2),
+        (&["bench", "allreduce", "--json"], 2),
+    ] {
+        let (code, out, err) = run(Command::new(here.join("mentee")).args(words));
+        assert_eq!(code, Some(0), "{words:?}: {err}");
+        let expected = format!("|{}|", words.join("|"));
+        assert_eq!(out.lines().collect::<Vec<_>>(), vec![expected; workers], "{words:?}: {err}");
+    }
+}
+
+/// Every command, and every command of those.
+fn all_commands() -> Vec<String> {
+    let named = |line: &str| -> Vec<String> {
+        let words = line.split(' ').filter(|word| !word.is_empty()).chain(["--help"]);
+        let (code, out, err) = mentee(&words.collect::<Vec<_>>());
+        assert_eq!(code, Some(0), "{line}: {err}");
+        let lines = out.lines().skip_while(|line| *line != "Commands:").skip(1);
+        let names = lines.take_while(|line| !line.is_empty()).filter(|line| !line.starts_with("   "));
+        names.filter_map(|line| Some(line.split_whitespace().next()?.to_owned())).collect()
+    };
+    let mut all = Vec::new();
+    for command in named("") {
+        all.push(command.clone());
+        if command != "help" {
+            all.extend(named(&command).iter().map(|own| format!("{command} {own}")));
+        }
+    }
+    all
+}
+
+#[test]
+fn help_fits_a_terminal_and_says_the_same_of_the_same_option() {
+    let all = all_commands();
+    assert!(all.iter().any(|command| command == "bench allreduce"), "{all:?}");
+    let help = |command: &str, columns: &str| {
+        let words = command.split(' ').chain(["--help"]);
+        let mut mentee = Command::new(env!("CARGO_BIN_EXE_mentee"));
+        let (code, out, err) = run(mentee.args(words).env("COLUMNS", columns));
+        assert_eq!(code, Some(0), "{command}: {err}");
+        out
+    };
+    for command in all.iter().filter(|command| !command.split(' ').any(|word| word == "help")) {
+        for (columns, most) in [("80", 80), ("100", 100), ("300", 110)] {
+            for line in help(command, columns).lines().filter(|line| !line.starts_with("Usage: ")) {
+                assert!(line.chars().count() <= most, "{command}: {line}");
+            }
+        }
+        let out = help(command, "300");
+        if let Some((_, after)) = out.split_once("--set <SECTION.KEY=VALUE>") {
+            let says: Vec<&str> = after.split_whitespace().take(5).collect();
+            assert!(matches!(says[..], ["Replaces", "a", "value", "of", "the"]), "{command}: {out}");
+        }
+    }
+    for command in ["run", "submit", "shard", "report", "export", "doctor", "eval", "trace", "bench"] {
+        let out = help(command, "300");
+        let (_, examples) = out.split_once("\nExamples:\n").unwrap_or_else(|| panic!("{command}: {out}"));
+        assert!(examples.contains(&format!("  mentee {command}")), "{command}: {examples}");
+    }
 }
 
 /// bash itself, with what `mentee completions bash` prints.
@@ -83,6 +219,10 @@ fn bash_completes_a_command_and_its_options() {
     };
     assert_eq!(complete("moni"), "monitor");
     assert_eq!(complete("run --max"), "--max-restarts");
+    assert_eq!(complete("eval --linear-p"), "--linear-protocol");
+    assert_eq!(complete("eval x --linear-protocol"), "--linear-protocol");
+    assert_eq!(complete("bench al"), "allreduce");
+    assert_eq!(complete("bench step --warm"), "--warmup");
 }
 
 #[test]

@@ -9,7 +9,6 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
 use mentee_cluster::identity::{COORDINATOR, TOKEN};
 use mentee_cluster::link::report_every;
 use mentee_cluster::message::{PROTOCOL, ToCoordinator, ToWorker};
@@ -20,7 +19,7 @@ use serde::Serialize;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::failure::{Failure, parser_said};
+use crate::failure::Failure;
 use crate::limits;
 use crate::rundir::unix_time;
 
@@ -33,10 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// Worlds of the table.
 const WORLDS: [u32; 4] = [64, 256, 1024, 4096];
 
-/// `mentee bench coordinator`: how many workers one supervisor can look after.
-#[derive(Debug, Parser)]
-#[command(name = "mentee bench coordinator", disable_version_flag = true)]
-struct Args {
+/// `mentee bench coordinator`.
+#[derive(Debug, clap::Args)]
+pub struct CoordinatorArgs {
     /// The recipe that the workers say they run
     #[arg(default_value = "byol-cifar10-small")]
     recipe: String,
@@ -83,16 +81,11 @@ struct Report {
     n: u32,
 }
 
-/// `mentee bench coordinator …`; `arguments` begin with `coordinator`. Returns the exit code of the argument parser when
-/// that has said all there is to say.
+/// `mentee bench coordinator …`.
 ///
 /// # Errors
 /// [`Failure`] when the machine does not allow so many connections, or the workers do not come.
-pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure> {
-    let args = match Args::try_parse_from(arguments) {
-        Ok(args) => args,
-        Err(error) => return Ok(Some(parser_said(&error))),
-    };
+pub fn command(args: &CoordinatorArgs) -> Result<(), Failure> {
     let worlds = match (args.workers, args.json) {
         (Some(workers), _) => vec![workers],
         (None, true) => vec![WORLDS[WORLDS.len() - 1]],
@@ -104,11 +97,11 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("cannot start: {error}")))?;
-    if let Some(plan_hash) = args.swarm {
+    if let Some(plan_hash) = &args.swarm {
         runtime
-            .block_on(swarm(most, &plan_hash))
+            .block_on(swarm(most, plan_hash))
             .map_err(|error| Failure::failed(format!("a worker: {error}")))?;
-        return Ok(None);
+        return Ok(());
     }
     let plan_hash = Recipe::load(&args.recipe, &args.sets)?.hash();
     if !args.json {
@@ -136,7 +129,7 @@ pub fn command(arguments: &[std::ffi::OsString]) -> Result<Option<i32>, Failure>
             );
         }
     }
-    Ok(None)
+    Ok(())
 }
 
 fn medians(rounds: &[Report]) -> Report {

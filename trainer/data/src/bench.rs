@@ -168,12 +168,12 @@ pub fn loader(bench: &LoaderBench, progress: &mut dyn FnMut(u64, u64)) -> Result
     })
 }
 
-/// Processor and wall seconds of the loader for as many whole batches as `bench.images` fill, and how many images.
+/// Processor and wall seconds of the loader for as many whole batches as `bench.images` fill, and how many images: from its
+/// start to the last batch, with none made before or beyond, so that a queue of ready batches counts for nothing.
 fn whole(bench: &LoaderBench, threads: usize) -> Result<(f64, f64, f64), DataError> {
     let batch = 64.min(bench.images).min(bench.source.len()).max(1);
     let steps = (bench.images / batch).max(1);
-    // Two batches for the threads to start up.
-    let warm = 2;
+    let (wall, cpu) = (Instant::now(), cpu_time());
     let mut loader = Loader::new(LoaderConfig {
         source: Arc::clone(&bench.source),
         order: Order::new(bench.seed, bench.source.len(), batch),
@@ -181,22 +181,14 @@ fn whole(bench: &LoaderBench, threads: usize) -> Result<(f64, f64, f64), DataErr
         seed: bench.seed,
         rank_share: 0..batch,
         first_step: 0,
-        last_step: u64::MAX,
+        last_step: steps,
         threads,
         on_error: OnError::Fail,
         queue_steps: 2,
     })?;
-    let mut take = |steps| -> Result<(), DataError> {
-        for _ in 0..steps {
-            if let Some(batch) = loader.next()? {
-                loader.recycle(batch);
-            }
-        }
-        Ok(())
-    };
-    take(warm)?;
-    let (wall, cpu) = (Instant::now(), cpu_time());
-    take(steps)?;
+    while let Some(batch) = loader.next()? {
+        loader.recycle(batch);
+    }
     Ok((seconds(cpu_time() - cpu), seconds(wall.elapsed()), (steps * batch) as f64))
 }
 

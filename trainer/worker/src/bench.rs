@@ -1,11 +1,13 @@
 //! `mentee-worker bench`: the training step on made-up views, without loader; the all-reduce; what checkpoints cost.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use mentee_checkpoint::Counts;
 use mentee_collectives::{Collectives, bench};
+use mentee_commands::BenchCommand;
+use mentee_commands::bench::{AllreduceArgs, CheckpointArgs, Gain, StepArgs};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code, show};
 use mentee_ssl::layers::Reduce;
@@ -23,113 +25,6 @@ use crate::metrics::{self, Metrics};
 use crate::passes::Passes;
 use crate::reducer::GradientReducer;
 use crate::{agree, setup};
-
-/// What to measure.
-#[derive(clap::Subcommand)]
-pub enum BenchCommand {
-    /// The training step: forward, backward, reduction, update, teacher.
-    Step(StepArgs),
-    /// What checkpoints cost the training step.
-    Checkpoint(CheckpointArgs),
-    /// The all-reduce over the ranks of this world, from 4 KiB to 400 MiB.
-    Allreduce(AllreduceArgs),
-}
-
-/// `bench allreduce`
-#[derive(clap::Args)]
-pub struct AllreduceArgs {
-    /// The recipe whose device is measured.
-    #[arg(default_value = "byol-cifar10-small")]
-    recipe: String,
-    /// Changes one key of the recipe.
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    sets: Vec<String>,
-    /// About how long each size is measured, seconds.
-    #[arg(long, default_value_t = 1.0)]
-    seconds: f64,
-    /// How many ranks take part; `mentee bench` starts them.
-    #[arg(long, value_name = "N")]
-    workers: Option<u32>,
-    /// Whose memory is summed instead of that of the recipe's device: `cuda` is that of the ranks' devices, over NCCL.
-    #[arg(long, value_name = "DEVICE", value_parser = ["cpu", "cuda"])]
-    device: Option<String>,
-    /// One JSON array, an object a size.
-    #[arg(long)]
-    json: bool,
-}
-
-/// What makes a step fast and can be left out. (A message a tensor instead of large buckets is
-/// `--set parallel.bucket_mib=1e-9`.)
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Gain {
-    /// Sums gradients after the backward pass instead of beside it.
-    Overlap,
-    /// Launches a device's kernels one by one instead of as one graph.
-    Graph,
-    /// Passes the two views through each network one after the other.
-    OnePass,
-}
-
-/// `bench step`
-#[derive(clap::Args)]
-pub struct StepArgs {
-    /// The recipe whose networks, batch and precision are measured.
-    #[arg(default_value = "byol-cifar10-small")]
-    recipe: String,
-    /// Changes one key of the recipe.
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    sets: Vec<String>,
-    /// Measured steps.
-    #[arg(long, default_value_t = 10)]
-    steps: u64,
-    /// Steps before those.
-    #[arg(long, default_value_t = 3)]
-    warmup: u64,
-    /// How many ranks share the batch; `mentee bench` starts them.
-    #[arg(long, value_name = "N")]
-    workers: Option<u32>,
-    /// Leaves out what makes the step fast, to see what it buys.
-    #[arg(long, value_enum, value_name = "WHAT")]
-    without: Vec<Gain>,
-    /// Waits for the device after each phase, so that the breakdown is the device's own; the step itself gets slower.
-    #[arg(long)]
-    profile: bool,
-    /// Measures as many steps again and lists what ran on the device, or libtorch's operators on the processor.
-    #[arg(long)]
-    kernels: bool,
-    /// One JSON object.
-    #[arg(long)]
-    json: bool,
-}
-
-/// `bench checkpoint`
-#[derive(clap::Args)]
-pub struct CheckpointArgs {
-    /// The recipe whose networks, batch and precision are measured.
-    #[arg(default_value = "byol-imagenet-resnet50-100ep")]
-    recipe: String,
-    /// Changes one key of the recipe.
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    sets: Vec<String>,
-    /// Steps from one checkpoint to the next, and before the first.
-    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u64).range(1..))]
-    every: u64,
-    /// Checkpoints to write.
-    #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u64).range(1..))]
-    checkpoints: u64,
-    /// Steps before the measured ones.
-    #[arg(long, default_value_t = 3)]
-    warmup: u64,
-    /// Where they are written: a folder that is not there, and is removed afterwards.
-    #[arg(long, value_name = "FOLDER")]
-    out: Option<PathBuf>,
-    /// How many ranks share the batch and the checkpoint; `mentee bench` starts them.
-    #[arg(long, value_name = "N")]
-    workers: Option<u32>,
-    /// One JSON object.
-    #[arg(long)]
-    json: bool,
-}
 
 /// Medians over the measured steps.
 #[derive(serde::Serialize)]
@@ -189,17 +84,18 @@ pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
 
 fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerError> {
     check_workers(args.workers, place)?;
+    if place.identity.world_size == 1 {
+        return Err(WorkerError::Usage(
+            "a world of one has nobody to sum with: use `mentee bench allreduce --workers 2`, or mpirun with several ranks"
+                .into(),
+        ));
+    }
     let mut sets = args.sets.clone();
     sets.extend(args.device.iter().map(|device| format!("parallel.device={device}")));
     let recipe = Recipe::load(&args.recipe, &sets)?;
     let device = device::of_recipe(&recipe, &place.identity)?;
     let rows = match DeviceGroup::start(&place.collectives, &recipe, device)? {
         Some(group) => all_reduce_devices(group, device, args.seconds, place)?,
-        None if device.is_cuda() && args.device.is_some() => {
-            return Err(WorkerError::Usage(
-                "a world of one has nobody to sum with: give --workers 2 or more".into(),
-            ));
-        }
         None => bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
             .map_err(|source| WorkerError::Collective { step: 0, source })?,
     };

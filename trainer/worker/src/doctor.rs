@@ -24,14 +24,14 @@ const ELEMENTS: usize = 1 << 18;
 /// `mentee-worker doctor`
 #[derive(clap::Args)]
 pub struct DoctorArgs {
-    /// The recipe that is to run here.
+    /// The recipe that is to run here
     #[arg(default_value = "byol-cifar10-small")]
     recipe: String,
-    /// Changes one key of the recipe.
+    /// Replaces a value of the recipe; may be given several times
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     sets: Vec<String>,
-    /// How long ranks wait for one another, seconds.
-    #[arg(long, default_value_t = 30.0)]
+    /// How long ranks wait for one another, seconds
+    #[arg(long, default_value_t = 30.0, value_name = "S")]
     timeout: f64,
 }
 

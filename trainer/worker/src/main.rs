@@ -40,13 +40,14 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use mentee_commands::{BenchCommand, EvalArgs, HELP_WIDTH, TraceArgs};
 use mentee_config::{complain, exit_code};
 
 use crate::error::WorkerError;
 
-/// One rank of a mentee run.
+/// One rank of a mentee run
 #[derive(Parser)]
-#[command(name = "mentee-worker", version, args_conflicts_with_subcommands = true)]
+#[command(name = "mentee-worker", version, max_term_width = HELP_WIDTH, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
@@ -57,29 +58,25 @@ struct Cli {
 /// Which run this rank is part of.
 #[derive(Args)]
 pub struct TrainArgs {
-    /// A recipe file, the name of a built-in recipe, or a run's plan.toml.
+    /// A recipe: the path of a .toml file, as a run's plan.toml, or the name of a built-in one
     recipe: String,
-    /// Where the run lives; an existing run is resumed [default: runs/<name>].
-    #[arg(long)]
+    /// Where the run lives; a run that is there already is resumed [default: runs/<name of the recipe>]
+    #[arg(long, value_name = "DIR")]
     run_dir: Option<PathBuf>,
-    /// Changes one key of the recipe.
+    /// Replaces a value of the recipe; may be given several times
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     sets: Vec<String>,
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Evaluate frozen features of a run or checkpoint.
-    Eval(eval::EvalArgs),
-    /// Record what a few steps read and make, for checks against another implementation.
-    Trace(trace::TraceArgs),
-    /// Say what this machine has, for `mentee doctor`.
+    Eval(EvalArgs),
+    Trace(TraceArgs),
+    /// Says what this machine has, for `mentee doctor`
     Doctor(doctor::DoctorArgs),
-    /// Measure this machine.
-    Bench {
-        #[command(subcommand)]
-        what: bench::BenchCommand,
-    },
+    /// Measures this machine: step, checkpoint, allreduce
+    #[command(subcommand)]
+    Bench(BenchCommand),
 }
 
 fn main() -> ExitCode {
@@ -100,7 +97,7 @@ fn main() -> ExitCode {
         (Some(Command::Eval(args)), _) => eval::command(&args),
         (Some(Command::Trace(args)), _) => trace::command(&args),
         (Some(Command::Doctor(args)), _) => doctor::command(&args),
-        (Some(Command::Bench { what }), _) => bench::command(&what),
+        (Some(Command::Bench(what)), _) => bench::command(&what),
         (None, Some(args)) => train::command(&args),
         (None, None) => Err(WorkerError::Usage("no recipe given: mentee-worker RECIPE, or --help".into())),
     };

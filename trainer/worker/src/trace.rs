@@ -10,11 +10,12 @@
 //! ```
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
+use mentee_commands::TraceArgs;
 use mentee_config::{Plan, Recipe, exit_code, say};
 use mentee_data::{Loader, LoaderConfig, OnError, open_training, order};
 use mentee_ssl::params::view;
@@ -28,22 +29,6 @@ use crate::{device, import, setup, snapshot};
 
 /// Batches decoded ahead.
 const QUEUE_STEPS: usize = 1;
-
-/// `mentee-worker trace`
-#[derive(clap::Args)]
-pub struct TraceArgs {
-    /// A recipe file, the name of a built-in recipe, or a run's plan.toml.
-    recipe: String,
-    /// Steps to record.
-    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..))]
-    steps: u64,
-    /// A new folder, or an empty one.
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-    /// Changes one key of the recipe.
-    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
-    sets: Vec<String>,
-}
 
 /// `trace.json`
 #[derive(serde::Serialize)]

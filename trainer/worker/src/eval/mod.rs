@@ -11,6 +11,8 @@ use std::sync::Arc;
 
 use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
+use mentee_commands::EvalArgs;
+use mentee_commands::eval::LinearProtocol;
 use mentee_config::recipe::MethodName;
 use mentee_config::{Recipe, complain, exit_code, show};
 use mentee_data::eval::{EvalOptions, all_labelled, eval_images, training_images};
@@ -31,66 +33,6 @@ const BATCH: usize = 250;
 /// Raw pixels of views from this side on are averaged to [`POOLED`] x [`POOLED`] first: their floor would not fit into memory.
 const POOL_FROM: u32 = 64;
 const POOLED: i64 = 32;
-
-/// `mentee-worker eval`
-#[derive(clap::Args)]
-pub struct EvalArgs {
-    /// A run directory (its newest checkpoint) or a checkpoint directory.
-    checkpoint: PathBuf,
-    /// Labelled images: a data set with `train` and a held-out part; of one without, a tenth is classified by the rest
-    /// [default: the recipe's].
-    #[arg(long)]
-    data: Option<PathBuf>,
-    /// Weighted k-nearest-neighbour classification (the default).
-    #[arg(long)]
-    knn: bool,
-    /// Neighbours that vote; several give a table [default: the recipe's eval.knn_k].
-    #[arg(long, value_delimiter = ',', value_parser = clap::value_parser!(u64).range(1..))]
-    k: Vec<u64>,
-    /// A vote weighs exp(cosine / T); several give a table [default: the recipe's eval.knn_temperature].
-    #[arg(long, value_delimiter = ',', value_parser = positive)]
-    temperature: Vec<f64>,
-    /// A linear classifier on frozen features.
-    #[arg(long)]
-    linear: bool,
-    /// How it is trained [default: logistic; with --linear-augment that of the run's method].
-    #[arg(long, value_enum, requires = "linear")]
-    linear_protocol: Option<LinearProtocol>,
-    /// Trains it on random crops and flips of the images, as the official protocols do, instead of features computed
-    /// once: slower by the number of epochs.
-    #[arg(long, requires = "linear")]
-    linear_augment: bool,
-    /// Epochs of an official protocol [default: its own, 80 or 90].
-    #[arg(long, requires = "linear", value_parser = clap::value_parser!(u64).range(1..))]
-    linear_epochs: Option<u64>,
-    /// Also adds the result to the run's metrics.jsonl, where report and export find it; measures kNN too.
-    #[arg(long)]
-    record: bool,
-    /// Also writes the features and labels of bank and queries, for other programs.
-    #[arg(long, value_name = "FILE.safetensors")]
-    features: Option<PathBuf>,
-    /// One JSON object instead of a table.
-    #[arg(long)]
-    json: bool,
-}
-
-/// How a linear classifier is trained.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum LinearProtocol {
-    /// the best there is: logistic regression to its optimum
-    Logistic,
-    /// BYOL's official one: SGD with Nesterov momentum
-    Byol,
-    /// SimSiam's official one: SGD with LARC
-    Simsiam,
-}
-
-fn positive(text: &str) -> Result<f64, String> {
-    match text.parse::<f64>() {
-        Ok(value) if value > 0.0 && value.is_finite() => Ok(value),
-        _ => Err("a number greater than 0 is needed".into()),
-    }
-}
 
 /// The images of an evaluation and what it has to beat.
 pub struct Evaluator {
