@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use system_tests::process::{LIMIT, Outcome, binary, finish, mpirun};
+use system_tests::process::{LIMIT, Outcome, binary, finish, mentee, mpirun, start};
 use system_tests::recipe::{TinyRecipe, write_images};
 use system_tests::run_dir::losses;
 use system_tests::{machine, temp_dir};
@@ -145,4 +145,34 @@ fn a_rank_whose_launcher_is_gone_does_not_wait_for_mpi() {
     }
     let said = std::fs::read_to_string(dir.path().join("said")).expect("a file");
     assert!(said.contains("is gone while MPI starts"), "{said}");
+}
+
+#[test]
+fn a_run_whose_directory_is_removed_ends_and_leaves_alone_what_comes_there() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images"))
+        .set("schedule.epochs", "100000")
+        .set("eval.knn_every_epochs", "0")
+        .write(dir.path().join("tiny.toml"));
+    let run_dir = dir.path().join("run");
+    let command = |sets: &[&str]| {
+        let mut command = mentee();
+        command.arg("run").arg(&recipe).arg("--run-dir").arg(&run_dir).args(["--workers", "2"]).args(sets);
+        command
+    };
+    let first = start(command(&[]));
+    let since = Instant::now();
+    while !run_dir.join("metrics.jsonl").exists() || losses(&run_dir).len() < 5 {
+        assert!(since.elapsed() < LIMIT, "no steps within {LIMIT:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // As a user does who forgets it. What is being written meanwhile may make a removal fail.
+    while std::fs::remove_dir_all(&run_dir).is_err() {}
+    let second = finish(command(&["--set", "run.seed=9", "--set", "schedule.max_steps=8"])).expect(0);
+    assert!(losses(&run_dir).len() >= 8, "{}", second.told());
+    let first = first.finish().expect(1);
+    assert!(first.error_line().contains("was removed while the run went on"), "{}", first.told());
+    assert_eq!(losses(&run_dir).keys().copied().collect::<Vec<_>>(), [1, 2, 3, 4, 5, 6, 7, 8]);
 }

@@ -31,3 +31,4 @@ mod validate;
 pub use error::{ConfigError, Place};
 pub use plan::Plan;
 pub use recipe::Recipe;
+pub use say::counted;

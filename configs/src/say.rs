@@ -3,6 +3,17 @@
 
 use std::io::{BufWriter, ErrorKind, Stdout, Write};
 
+/// `1 image`, `2 images`, `2 classes`.
+#[must_use]
+pub fn counted(number: u64, what: &str) -> String {
+    let ending = match what {
+        _ if number == 1 => "",
+        _ if what.ends_with('s') => "es",
+        _ => "s",
+    };
+    format!("{number} {what}{ending}")
+}
+
 /// A line on standard output, for what goes on whether it is read or not.
 #[macro_export]
 macro_rules! say {
@@ -68,5 +79,19 @@ fn end_unless_heard(written: std::io::Result<()>) {
             complain!("error: cannot write to standard output: {error}");
             std::process::exit(crate::exit_code::FAILED);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_is_no_plural() {
+        let said = [(0, "step"), (1, "step"), (2, "step"), (1, "class"), (2, "class")];
+        assert_eq!(
+            said.map(|(n, what)| counted(n, what)),
+            ["0 steps", "1 step", "2 steps", "1 class", "2 classes"]
+        );
     }
 }

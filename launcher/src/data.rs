@@ -5,9 +5,9 @@ use std::sync::Mutex;
 
 use mentee_config::recipe::DataFormat;
 use mentee_config::say::Results;
-use mentee_config::{Plan, Recipe, exit_code, plan, say, show};
+use mentee_config::{Plan, Recipe, counted, exit_code, plan, say, show};
 use mentee_data::digest::{OrderDigest, Running};
-use mentee_data::{OnError, check, counted, open_training, order as order_of};
+use mentee_data::{OnError, check, open_training, order as order_of};
 
 use crate::failure::Failure;
 use crate::progress::Counter;

@@ -7,11 +7,14 @@
 //! | `srun` | `srun --nodes=K --ntasks=N --kill-on-bad-exit=1 … mentee-worker …` | MPI through Slurm's PMI |
 
 use std::ffi::OsString;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use mentee_cluster::CoordinatorAddress;
 use mentee_cluster::identity::{self, Allocation, COORDINATOR, GENERATION, TOKEN};
 
+use crate::child;
 use crate::failure::Failure;
 
 /// What a start's step is called in a Slurm job: neither another start's nor that of another run in the same allocation is
@@ -259,21 +262,25 @@ pub fn find_tools(engine: Engine, more: &[String]) -> Result<Tools, Failure> {
     Ok(Tools { worker, mpirun, root, more: more.to_vec() })
 }
 
+/// How long an mpirun may take to say which it is: from a slow network file system.
+const VERSION_PATIENCE: Duration = Duration::from_secs(30);
+
 /// The `mpirun` of the MPI that the worker was built with (beside its compiler wrapper), else the one on `PATH`: a
 /// worker under another MPI's `mpirun` would be a world of one.
 fn find_mpirun() -> Option<(PathBuf, Flavour)> {
     let built_with = option_env!("MPICC").map(|mpicc| Path::new(mpicc).with_file_name("mpirun"));
     let path = built_with.filter(|path| path.is_file()).or_else(|| on_path("mpirun"))?;
-    let version = std::process::Command::new(&path).arg("--version").output().ok()?;
-    let flavour = Flavour::of(&String::from_utf8_lossy(&version.stdout));
-    Some((path, flavour))
+    let mut version = std::process::Command::new(&path);
+    version.arg("--version");
+    let said = child::ask(version, VERSION_PATIENCE).ok()?;
+    Some((path, Flavour::of(&said.out)))
 }
 
 /// Finds an executable on `PATH`.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     std::env::split_paths(&std::env::var_os("PATH")?)
         .map(|folder| folder.join(name))
-        .find(|path| path.is_file())
+        .find(|path| path.metadata().is_ok_and(|file| file.is_file() && file.mode() & 0o111 != 0))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use mentee_checkpoint::{self as checkpoint, Checkpoint, Dtype, OwnedTensor};
 use mentee_config::recipe::{Backbone, Stem};
+use mentee_config::replace::write_atomically;
 use mentee_config::{Recipe, complain, exit_code, show};
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
@@ -20,7 +21,6 @@ use serde_json::{Value, json};
 use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::rundir::RunDir;
-use mentee_config::replace::write_atomically;
 
 /// ResNet-20 (trainer/ssl/src/encoder/resnet.rs) under the names that both libraries give a ResNet.
 const RESNET20: &str = r#"import torch

@@ -10,8 +10,9 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use crate::rundir::RunDir;
 use mentee_config::replace::write_atomically;
+
+use crate::rundir::RunDir;
 
 const SHARED_MEMORY: &str = "/dev/shm/";
 

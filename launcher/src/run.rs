@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 use mentee_checkpoint::{self as checkpoint, Entry};
 use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Lock, Output, WorkerEvent, server};
-use mentee_config::{Plan, Recipe, complain, exit_code, say};
+use mentee_config::replace::write_atomically;
+use mentee_config::{Plan, Recipe, complain, counted, exit_code, say};
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
@@ -35,7 +36,6 @@ use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
 use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
-use mentee_config::replace::write_atomically;
 
 /// Lines of the workers' output that are kept for a failure report.
 const TAIL: usize = 20;
@@ -146,7 +146,8 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     }
     let at_end = checkpoints.iter().any(|entry| entry.step >= plan.end_step() && is_intact(entry));
     if at_end && is_evaluated(&dir, &plan)? {
-        say!("{} is finished ({} steps): nothing to do", dir.path().display(), plan.end_step());
+        let steps = counted(plan.end_step(), "step");
+        say!("{} is finished ({steps}): nothing to do", dir.path().display());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
     }
     let text = plan.recipe.to_toml();
@@ -266,11 +267,10 @@ async fn supervise(
     let display = Display::new();
     let name = &job.plan.recipe.run.name;
     display.say(&format!(
-        "{name}: {} worker{} ({}), {} steps, in {}",
-        job.workers,
-        if job.workers == 1 { "" } else { "s" },
+        "{name}: {} ({}), {}, in {}",
+        counted(job.workers.into(), "worker"),
         format!("{:?}", job.engine).to_lowercase(),
-        job.plan.end_step(),
+        counted(job.plan.end_step(), "step"),
         job.dir.path().display()
     ));
     let status = Status::new(name, job.workers);
@@ -717,7 +717,7 @@ impl Shell<'_> {
         } else {
             let loss = last.last_train().and_then(|line| line.number("loss"));
             let loss = loss.map_or(String::new(), |loss| format!(", loss {loss:.4}"));
-            say!("done: {step} steps{loss}; curves: {}", dir.report().display());
+            say!("done: {}{loss}; curves: {}", counted(step, "step"), dir.report().display());
         }
         Ok(exit_code)
     }
@@ -842,7 +842,8 @@ fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
             return Ok(());
         }
         if !told {
-            say!("waiting for {} worker(s) of an earlier run in {}", left.len(), dir.path().display());
+            let workers = counted(left.len() as u64, "worker");
+            say!("waiting for {workers} of an earlier run in {}", dir.path().display());
             told = true;
         }
         if started.elapsed() > 2 * LEFTOVER_GRACE {

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use mentee_config::{recipe::DataFormat, say};
+use mentee_config::{counted, recipe::DataFormat, say};
 use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
-use mentee_data::{DataError, Source, Split, counted, more_held_out, open, open_split};
+use mentee_data::{DataError, Source, Split, more_held_out, open, open_split};
 
 use crate::failure::Failure;
 use crate::progress::Counter;

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use mentee_cluster::identity::Allocation;
+use mentee_config::replace::write_atomically;
 use mentee_config::{complain, say};
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +15,6 @@ use crate::child;
 use crate::failure::Failure;
 use crate::rundir::{RunDir, unix_time};
 use crate::supervise::StopSignal;
-use mentee_config::replace::write_atomically;
 
 /// Slurm's commands wait long for a controller that does not answer; nobody here does.
 const DEADLINE: Duration = Duration::from_secs(15);

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use mentee_checkpoint as checkpoint;
 use mentee_cluster::{Hello, Phase, Progress, StepTimes};
-use mentee_config::show;
+use mentee_config::replace::write_often;
+use mentee_config::{counted, show};
 use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
@@ -15,7 +16,6 @@ use crate::progress::clock;
 use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
-use mentee_config::replace::write_often;
 
 /// What a run is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -284,11 +284,13 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         }
     }
     match checkpoints.last() {
-        Some(step) => show!("  {} checkpoints, the newest at step {step}", checkpoints.len()),
+        Some(step) => {
+            show!("  {}, the newest at step {step}", counted(checkpoints.len() as u64, "checkpoint"))
+        }
         None => show!("  no checkpoint yet"),
     }
     if !metrics.restarts().is_empty() {
-        show!("  {} restarts", metrics.restarts().len());
+        show!("  {}", counted(metrics.restarts().len() as u64, "restart"));
     }
     Ok(())
 }

@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
+use mentee_config::replace::write_atomically;
 use mentee_config::{Plan, Recipe, complain, say, show};
 use serde::{Deserialize, Serialize};
 
@@ -13,7 +14,6 @@ use crate::ready;
 use crate::rundir::RunDir;
 use crate::site::Site;
 use crate::slurm::{self, Record};
-use mentee_config::replace::write_atomically;
 
 /// Seconds before the time limit at which the run is to stop, unless told otherwise.
 const STOP_LEAD: u32 = 120;
@@ -244,15 +244,19 @@ fn seconds(time: &str) -> Result<Option<u64>, Failure> {
     };
     let parts: Vec<u64> =
         rest.split(':').map(|part| part.parse().map_err(|_| bad())).collect::<Result<_, _>>()?;
-    let total = match (days, parts.as_slice()) {
-        (Some(_), [hours]) => hours * 3600,
-        (Some(_), [hours, minutes]) => hours * 3600 + minutes * 60,
-        (None, [minutes]) => minutes * 60,
-        (None, [minutes, seconds]) => minutes * 60 + seconds,
-        (_, [hours, minutes, seconds]) => hours * 3600 + minutes * 60 + seconds,
+    let (hours, minutes, seconds) = match (days, parts.as_slice()) {
+        (Some(_), &[hours]) => (hours, 0, 0),
+        (Some(_), &[hours, minutes]) => (hours, minutes, 0),
+        (None, &[minutes]) => (0, minutes, 0),
+        (None, &[minutes, seconds]) => (0, minutes, seconds),
+        (_, &[hours, minutes, seconds]) => (hours, minutes, seconds),
         _ => return Err(bad()),
     };
-    Ok(Some(days.unwrap_or(0) * 86_400 + total))
+    [(days.unwrap_or(0), 86_400), (hours, 3600), (minutes, 60), (seconds, 1)]
+        .into_iter()
+        .try_fold(0u64, |total, (count, unit)| total.checked_add(count.checked_mul(unit)?))
+        .map(Some)
+        .ok_or_else(bad)
 }
 
 /// Cuts `section.key=v1,v2,…` at the commas outside of brackets and quotes, into one `--set` each.
@@ -605,7 +609,7 @@ exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
         for (time, expected) in table {
             assert_eq!(seconds(time).expect(time), expected, "{time}");
         }
-        for bad in ["", "1h", "1:2:3:4", "1-", "-1"] {
+        for bad in ["307445734561825861", "99999999999999999-00", "", "1h", "1:2:3:4", "1-", "-1"] {
             assert!(seconds(bad).is_err(), "{bad}");
         }
     }

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mentee_checkpoint::{self as checkpoint, Manifest};
 use mentee_cluster::StepTimes;
+use mentee_config::replace::write_atomically;
 use mentee_config::show;
 
 use self::chart::{COLOURS, Chart, Mark, MarkKind, Series};
@@ -21,7 +22,6 @@ use crate::progress::clock;
 use crate::rundir::RunDir;
 use crate::snapshot::{self, Part};
 use crate::status::{State, Status};
-use mentee_config::replace::write_atomically;
 
 const STYLE: &str = include_str!("style.css");
 /// Checkpoints that are marked on the curves; of more, the newest.

@@ -1,5 +1,6 @@
 //! What can be wrong with data, each with the place and the remedy. A caller maps every one to exit code 3.
 
+use mentee_config::counted;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -170,17 +171,6 @@ pub(crate) fn shown(path: &Path) -> String {
         chunk.invalid().iter().for_each(|byte| text.push_str(&format!("\\x{byte:02x}")));
     }
     text
-}
-
-/// `1 image`, `2 images`, `2 classes`.
-#[must_use]
-pub fn counted(number: u64, what: &str) -> String {
-    let ending = match what {
-        _ if number == 1 => "",
-        _ if what.ends_with('s') => "es",
-        _ => "s",
-    };
-    format!("{number} {what}{ending}")
 }
 
 impl DataError {

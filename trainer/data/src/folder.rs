@@ -10,7 +10,9 @@ use std::io::Read;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
-use crate::error::{DataError, counted, shown};
+use mentee_config::counted;
+
+use crate::error::{DataError, shown};
 use crate::listing::{Names, is_image_name, sorted_entries};
 use crate::passed_over::{PassedOver, extension, image_patterns};
 use crate::source::{Encoding, Source};

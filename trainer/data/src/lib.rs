@@ -53,7 +53,7 @@ mod tar;
 
 pub use classes::with_classes_of;
 pub use decode::{CropBox, PlanarImage, RgbImage, decode};
-pub use error::{DataError, counted};
+pub use error::DataError;
 pub use loader::{Batch, Damaged, Loader, LoaderConfig, OnError, Skipped};
 pub use open::{open, open_held_out, open_split, open_training};
 pub use order::Order;

@@ -350,6 +350,10 @@ fn resume(
     plan: &Plan,
 ) -> Result<(u64, Counts), WorkerError> {
     let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else {
+        if run_dir.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0) {
+            let run_dir = run_dir.display();
+            tracing::warn!("{run_dir} has steps and no checkpoint of them: the run begins again at step 0");
+        }
         import::of_recipe(state, &plan.recipe)?;
         return Ok((0, Counts::default()));
     };

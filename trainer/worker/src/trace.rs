@@ -16,7 +16,7 @@ use std::sync::Arc;
 use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
 use mentee_commands::TraceArgs;
-use mentee_config::{Plan, Recipe, exit_code, say};
+use mentee_config::{Plan, Recipe, counted, exit_code, say};
 use mentee_data::{Loader, LoaderConfig, OnError, open_training, order};
 use mentee_ssl::params::view;
 use mentee_ssl::{Rates, Schedule};
@@ -150,9 +150,9 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         serde_json::to_string_pretty(&trace).map_err(|error| WorkerError::Failed(error.to_string()))?;
     std::fs::write(&path, text).map_err(WorkerError::io("write", &path))?;
     say!(
-        "{}: {} steps; `tests/replay.py {}` repeats them in PyTorch",
+        "{}: {}; `python tests/replay.py {}`, with PyTorch, repeats them",
         path.display(),
-        steps,
+        counted(steps, "step"),
         args.out.display()
     );
     Ok(exit_code::DONE)
