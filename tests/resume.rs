@@ -1,5 +1,6 @@
 //! A run that was killed and started again equals one that was not, to the last bit.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -200,4 +201,51 @@ fn a_torn_newest_checkpoint_costs_only_its_steps() {
     assert!(told.contains("step-00000007"), "nothing was said of the torn checkpoint:\n{}", said.told());
     assert_eq!(losses(&torn), losses(&whole));
     assert_eq!(final_state(&torn), final_state(&whole));
+}
+
+#[test]
+fn what_is_counted_over_steps_comes_to_the_same() {
+    let _machine = machine();
+    let dir = temp_dir();
+    let recipe = recipe(dir.path());
+    let (whole, run_dir) = (dir.path().join("whole"), dir.path().join("run"));
+    let command = || {
+        let mut command = worker();
+        command.args(["--set", "eval.online_probe=true", "--set", "run.log_every_steps=4"]);
+        command
+    };
+    let accuracies = |run_dir: &Path| {
+        let lines = metrics(run_dir).into_iter().filter(|line| line["kind"] == "train");
+        let all: BTreeMap<u64, f64> = lines
+            .map(|line| {
+                (line["step"].as_u64().expect("a step"), line["online_top1"].as_f64().expect("a number"))
+            })
+            .collect();
+        all
+    };
+    finish(with_run_dir(command(), &recipe, &whole)).expect(0);
+    // There are checkpoints of steps 3, 6, …: between two lines.
+    killed_after(1, command, &recipe, &run_dir, &whole);
+    assert_eq!(accuracies(&run_dir).keys().copied().collect::<Vec<_>>(), [4, 8, 12, 14]);
+    assert_eq!(accuracies(&run_dir), accuracies(&whole));
+
+    // Twelve steps on end are too many, whichever start they are in; and a run that has ended so ends so again.
+    let collapsing = |run_dir: &Path, until: usize, code: i32| {
+        let mut command = with_run_dir(worker(), &recipe, run_dir);
+        let sets = [
+            "run.collapse_z_std=10",
+            "run.collapse_steps=12",
+            "run.on_collapse=\"stop\"",
+            "run.log_every_steps=1",
+        ];
+        command.args(sets.iter().flat_map(|set| ["--set", set]));
+        command.args(["--set", &format!("schedule.max_steps={until}")]);
+        finish(command).expect(code).stderr
+    };
+    let (whole, parts) = (dir.path().join("collapses"), dir.path().join("collapses-in-parts"));
+    let said = collapsing(&whole, STEPS, 6);
+    assert!(said.contains("error: step 12: z_std is "), "{said}");
+    assert_eq!(collapsing(&whole, STEPS, 6), said);
+    collapsing(&parts, 5, 0);
+    assert_eq!(collapsing(&parts, STEPS, 6), said);
 }
