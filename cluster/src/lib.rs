@@ -21,6 +21,7 @@ pub mod server;
 pub mod vitals;
 pub mod watch;
 pub mod wire;
+pub mod words;
 
 pub use coordinator::{Agreement, Coordinator, Output};
 pub use identity::{Identity, IdentityError, discover};

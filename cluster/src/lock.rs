@@ -83,12 +83,16 @@ impl Lock {
         Ok(Self { _file: file, path, line, warning: None })
     }
 
-    /// Whether the directory was removed since, and perhaps made again by another run: the lock is of a file that is no more.
-    pub fn is_lost(&self) -> bool {
+    /// Whether the directory was removed since, `witness` being another file that it always holds, or made again by another
+    /// run: the lock is of a file that is no more. (The lock's file alone may have been tidied away.)
+    pub fn is_lost(&self, witness: &Path) -> bool {
         match fs::read_to_string(&self.path) {
             // Empty: it found no room, or another is about to write.
             Ok(line) => !line.is_empty() && line != self.line && self.warning.is_none(),
-            Err(error) => error.kind() == ErrorKind::NotFound,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                fs::metadata(witness).is_err_and(|error| error.kind() == ErrorKind::NotFound)
+            }
+            Err(_) => false,
         }
     }
 
@@ -136,13 +140,17 @@ mod tests {
         std::thread::sleep(Duration::from_millis(20));
         drop(lock);
         let lock = waiting.join().unwrap().unwrap();
-        assert!(Lock::is_held(&run_dir) && !lock.is_lost());
+        let plan = run_dir.join("plan.toml");
+        fs::write(&plan, "").unwrap();
+        assert!(Lock::is_held(&run_dir) && !lock.is_lost(&plan));
+        fs::remove_file(file_of(&run_dir)).unwrap();
+        assert!(!lock.is_lost(&plan), "tidied away");
         // Removed, and made again by another.
         fs::remove_dir_all(&run_dir).unwrap();
-        assert!(lock.is_lost());
+        assert!(lock.is_lost(&plan));
         let another = Lock::take(&run_dir, Duration::ZERO).unwrap();
         fs::write(file_of(&run_dir), "process 1 on elsewhere\n").unwrap();
-        assert!(lock.is_lost() && another.is_lost());
+        assert!(lock.is_lost(&plan) && another.is_lost(&plan));
         drop((lock, another));
         assert!(!Lock::is_held(&run_dir));
         fs::remove_dir_all(&run_dir).unwrap();

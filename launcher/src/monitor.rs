@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use mentee_cluster::Phase;
+use mentee_cluster::words::clock;
 use mentee_config::show;
 use ratatui::buffer::Buffer;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
@@ -24,7 +25,6 @@ use crate::curve::{self, Points};
 use crate::failure::Failure;
 use crate::logs::Level;
 use crate::metrics::{Metrics, Step};
-use crate::progress::clock;
 use crate::rundir::RunDir;
 use crate::snapshot::{RankRow, Snapshot, Watch};
 use crate::status::State;

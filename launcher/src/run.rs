@@ -307,7 +307,7 @@ async fn supervise(
     let mut status_due = tokio::time::interval(STATUS_EVERY);
     loop {
         for action in std::mem::take(&mut actions) {
-            if shell.job.lock.is_lost() {
+            if shell.job.lock.is_lost(&shell.job.dir.plan()) {
                 return Err(shell.abandon().await);
             }
             if let Some(outcome) = shell.perform(action).await? {
@@ -339,7 +339,7 @@ async fn supervise(
                 continue;
             }
             _ = status_due.tick() => {
-                if shell.job.lock.is_lost() {
+                if shell.job.lock.is_lost(&shell.job.dir.plan()) {
                     return Err(shell.abandon().await);
                 }
                 shell.write_status();

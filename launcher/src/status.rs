@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use mentee_checkpoint as checkpoint;
+use mentee_cluster::words::clock;
 use mentee_cluster::{Hello, Phase, Progress, StepTimes};
 use mentee_config::replace::write_often;
 use mentee_config::{counted, show};
@@ -12,7 +13,6 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
-use crate::progress::clock;
 use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;

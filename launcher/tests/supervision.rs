@@ -528,7 +528,7 @@ fn a_run_can_be_looked_at() {
     let shown = mentee(&["status"]);
     assert_eq!(shown.code, Some(0), "{shown:?}");
     assert!(shown.stdout.contains("demo: done"), "{shown:?}");
-    assert!(shown.stdout.contains("1 restarts"), "{shown:?}");
+    assert!(shown.stdout.contains("1 restart\n"), "{shown:?}");
     let json: Value = serde_json::from_str(&mentee(&["status", "--json"]).stdout).expect("JSON");
     assert_eq!(json["last_train"]["step"], 20);
     assert_eq!(json["status"]["state"], "done");

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mentee_checkpoint::{self as checkpoint, Manifest};
 use mentee_cluster::StepTimes;
+use mentee_cluster::words::clock;
 use mentee_config::replace::write_atomically;
 use mentee_config::show;
 
@@ -18,7 +19,6 @@ use self::chart::{COLOURS, Chart, Mark, MarkKind, Series};
 use crate::curve::Points;
 use crate::failure::Failure;
 use crate::metrics::{Line, Metrics, Step};
-use crate::progress::clock;
 use crate::rundir::RunDir;
 use crate::snapshot::{self, Part};
 use crate::status::{State, Status};

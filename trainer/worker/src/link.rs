@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use mentee_cluster::words::{self, Lines};
 use mentee_cluster::{
     Agreement, CoordinatorAddress, CoordinatorHandle, Hello, LastWords, Link, Phase, Progress, Shares,
     StepTimes, WorkerEvent, coordinator::STALL, server,
@@ -19,9 +20,6 @@ use crate::waits::Waits;
 
 /// All ranks must have said hello by then: loading libraries over a cold network file system takes a while.
 const RENDEZVOUS: Duration = Duration::from_secs(300);
-/// How often progress is printed when nobody else shows it.
-const PRINT_EVERY: Duration = Duration::from_secs(2);
-
 /// The coordinator must have taken in by then why this process ends at once.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -32,10 +30,8 @@ const OTHERS_FIRST: Duration = Duration::from_secs(1);
 pub struct Reporter {
     link: Option<Link>,
     hosted: Option<CoordinatorHandle>,
-    /// When progress was last printed; none when a supervisor shows it or another rank prints it.
-    printed: Option<Instant>,
-    start: Instant,
-    first_step: Option<u64>,
+    /// None when a supervisor shows progress, or another rank prints it.
+    words: Option<Lines>,
     now: Progress,
     clock: Clock,
     waits: Arc<Waits>,
@@ -101,10 +97,10 @@ impl Reporter {
         }
         let prints = supervisor.is_none() && identity.rank == 0;
         let start = Instant::now();
-        let printed = prints.then_some(start);
+        let words = prints.then(|| Lines::new(start));
         let clock = Clock::new(start);
         let (now, waits, began) = (Progress::default(), waits.clone(), (start, Duration::ZERO));
-        Ok(Self { link, hosted, printed, start, first_step: None, now, clock, waits, began })
+        Ok(Self { link, hosted, words, now, clock, waits, began })
     }
 
     /// Whether `mentee run` started this rank, and passes on what it prints.
@@ -177,15 +173,8 @@ impl Reporter {
 
     /// Something that must not be lost.
     pub fn event(&mut self, event: WorkerEvent) {
-        if let (Some(_), WorkerEvent::Eval { knn_top1, knn_random_init, knn_raw_pixels, protocol, .. }) =
-            (self.printed, &event)
-        {
-            let floor = |value: &Option<f64>| value.map_or("–".to_owned(), |v| format!("{v:.1} %"));
-            say!(
-                "kNN {knn_top1:.1} % · random init {} · raw pixels {} · {protocol}",
-                floor(knn_random_init),
-                floor(knn_raw_pixels)
-            );
+        if let Some(line) = words::evaluated(&event).filter(|_| self.words.is_some()) {
+            say!("{line}");
         }
         if let Some(link) = &self.link {
             link.event(event);
@@ -247,24 +236,12 @@ impl Reporter {
     }
 
     fn print(&mut self, progress: &Progress) {
-        let done = progress.step;
-        let first = *self.first_step.get_or_insert(done.saturating_sub(1));
-        let Some(printed) = &mut self.printed else { return };
-        if printed.elapsed() < PRINT_EVERY && done < progress.total_steps {
-            return;
+        let Some(words) = &mut self.words else { return };
+        let (now, progress) = (Instant::now(), Progress { logged: progress.step, ..progress.clone() });
+        words.note(now, &progress);
+        if let Some(line) = words.due(now, &progress) {
+            say!("{line}");
         }
-        *printed = Instant::now();
-        let per_step = self.start.elapsed().as_secs_f64() / (done - first).max(1) as f64;
-        let left = (progress.total_steps - done) as f64 * per_step;
-        say!(
-            "epoch {}/{} · step {done}/{} · loss {:.4} · {:.0} images/s · {} left",
-            (progress.epoch + 1).min(progress.epochs),
-            progress.epochs,
-            progress.total_steps,
-            progress.loss.unwrap_or(f64::NAN),
-            progress.images_per_s.unwrap_or(0.0),
-            human(left),
-        );
     }
 }
 
@@ -290,13 +267,4 @@ fn speak_at_the_end(link: LastWords) {
 
 fn supervisor() -> Option<CoordinatorAddress> {
     CoordinatorAddress::from_env(&|name| std::env::var(name).ok())
-}
-
-fn human(seconds: f64) -> String {
-    let seconds = seconds.round() as u64;
-    match seconds {
-        0..60 => format!("{seconds} s"),
-        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
-        _ => format!("{} h {:02} min", seconds / 3600, seconds % 3600 / 60),
-    }
 }
