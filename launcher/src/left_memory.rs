@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 
 use mentee_config::replace::write_atomically;
 
+use crate::processes::leftovers;
 use crate::rundir::RunDir;
 
 const SHARED_MEMORY: &str = "/dev/shm/";
@@ -25,7 +26,7 @@ fn list(dir: &RunDir) -> PathBuf {
 
 /// Notes what the run's workers on this machine have mapped just now.
 pub fn note(dir: &RunDir) {
-    let workers = dir.leftovers();
+    let workers = leftovers(dir);
     let mut segments = read(dir);
     let known = segments.len();
     for pid in workers {

@@ -22,6 +22,7 @@ mod logs;
 mod metrics;
 mod monitor;
 mod place;
+mod processes;
 mod progress;
 mod prometheus;
 mod ready;

@@ -1,6 +1,6 @@
 //! `mentee run`: prepares the run directory, then feeds [`Supervisor`] with what happens and does what it says.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -28,6 +28,7 @@ use crate::interface;
 use crate::left_memory;
 use crate::logs;
 use crate::metrics::Metrics;
+use crate::processes::{descendants, end_leftovers, end_workers, kill_all, leftovers};
 use crate::progress::Display;
 use crate::prometheus::{self, Exported};
 use crate::ready;
@@ -49,8 +50,6 @@ const STATUS_EVERY: Duration = Duration::from_secs(1);
 const STEP_GRACE: Duration = Duration::from_secs(30);
 /// How long a job that was put back into the queue waits for its directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(300);
-/// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
-const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 
 /// What to run and how.
 #[derive(Debug, clap::Args)]
@@ -518,11 +517,11 @@ impl Shell<'_> {
         left_memory::note(self.job.dir);
         self.kill_step();
         let first = !std::mem::replace(&mut self.killed, true);
-        if first && self.job.engine == Engine::Mpirun && kill_all(&self.job.dir.leftovers()) {
+        if first && self.job.engine == Engine::Mpirun && kill_all(&leftovers(self.job.dir)) {
             return;
         }
         self.kill_group();
-        kill_all(&self.job.dir.leftovers());
+        kill_all(&leftovers(self.job.dir));
     }
 
     /// Takes the timer that is due.
@@ -666,7 +665,7 @@ impl Shell<'_> {
         let Outcome { exit_code, culprit } = outcome;
         let dir = self.job.dir;
         if self.job.engine != Engine::Srun {
-            kill_all(&dir.leftovers());
+            kill_all(&leftovers(dir));
         }
         self.status.exit_code = Some(exit_code);
         self.status.state = match exit_code {
@@ -830,78 +829,4 @@ async fn read_lines(mut stream: impl AsyncRead + Unpin, lines: mpsc::Sender<Vec<
     if !line.is_empty() {
         let _ = lines.send(line).await;
     }
-}
-
-/// Ends what a supervisor that was killed may have left: two gangs in one directory would spoil both.
-fn end_leftovers(dir: &RunDir) -> Result<(), Failure> {
-    let started = Instant::now();
-    let mut told = false;
-    loop {
-        let left = dir.leftovers();
-        if left.is_empty() {
-            return Ok(());
-        }
-        if !told {
-            let workers = counted(left.len() as u64, "worker");
-            say!("waiting for {workers} of an earlier run in {}", dir.path().display());
-            told = true;
-        }
-        if started.elapsed() > 2 * LEFTOVER_GRACE {
-            return Err(Failure::failed(format!(
-                "process {} still works in {}: end it, then run the same command again",
-                left[0],
-                dir.path().display()
-            )));
-        }
-        if started.elapsed() > LEFTOVER_GRACE {
-            kill_all(&left);
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
-/// Ends every worker here, whose `mpirun` has ended.
-fn end_workers(dir: &RunDir, grace: Duration) -> Result<(), String> {
-    let started = Instant::now();
-    loop {
-        let left = dir.leftovers();
-        if !kill_all(&left) {
-            return Ok(());
-        }
-        if started.elapsed() > grace {
-            return Err(format!("process {} does not end", left[0]));
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// The processes that descend from `root`, those without children of their own.
-fn descendants(root: libc::pid_t) -> Vec<libc::pid_t> {
-    let mut children: BTreeMap<libc::pid_t, Vec<libc::pid_t>> = BTreeMap::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // `pid (name) state parent …`, where the name may hold anything.
-        let parent = std::fs::read_to_string(entry.path().join("stat"))
-            .ok()
-            .and_then(|stat| stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse::<libc::pid_t>().ok());
-        children.entry(parent.unwrap_or(0)).or_default().push(pid);
-    }
-    let (mut leaves, mut open) = (Vec::new(), vec![root]);
-    while let Some(pid) = open.pop() {
-        match children.remove(&pid) {
-            Some(below) => open.extend(below),
-            None if pid != root => leaves.push(pid),
-            None => {}
-        }
-    }
-    leaves
-}
-
-/// Whether there were any.
-fn kill_all(processes: &[libc::pid_t]) -> bool {
-    for &pid in processes {
-        // SAFETY: no memory is involved; the process was found a moment ago by its executable and this run directory.
-        unsafe { libc::kill(pid, libc::SIGKILL) };
-    }
-    !processes.is_empty()
 }

@@ -226,25 +226,6 @@ impl RunDir {
         text.push('\n');
         file.write_all(text.as_bytes())
     }
-
-    /// Workers of a run here that have no supervisor: those of one that was killed a moment ago. Their command line has
-    /// `--run-dir` and this directory; what only reads a run (`mentee-worker eval DIR`) is left alone.
-    pub fn leftovers(&self) -> Vec<libc::pid_t> {
-        let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-        let me = std::process::id();
-        processes
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<libc::pid_t>().ok())
-            .filter(|&pid| pid as u32 != me)
-            .filter(|pid| {
-                let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
-                let mut words = command.split(|&byte| byte == 0);
-                let program = words.next().unwrap_or_default();
-                program.ends_with(crate::engine::WORKER.as_bytes())
-                    && words.any(|word| word == b"--run-dir")
-                    && words.next() == Some(self.0.as_os_str().as_encoded_bytes())
-            })
-            .collect()
-    }
 }
 
 /// Seconds since 1970.
@@ -255,33 +236,6 @@ pub fn unix_time() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_leftovers_of_a_run_are_the_workers_that_write_there() {
-        use std::os::unix::process::CommandExt;
-        use std::process::{Child, Command, Stdio};
-
-        let folder = tempfile::tempdir().expect("a folder");
-        let here = folder.path().to_str().expect("UTF-8");
-        // A shell that waits, by the name and with the words of a worker.
-        let waiting = |words: &[&str]| -> Child {
-            let mut command = Command::new("sh");
-            command.arg0(crate::engine::WORKER).args(["-c", "read line", "sh"]).args(words);
-            command.stdin(Stdio::piped()).spawn().expect("sh")
-        };
-        let mut workers = [
-            waiting(&["plan.toml", "--run-dir", here]),
-            waiting(&["eval", here]),
-            waiting(&["plan.toml", "--run-dir", "elsewhere", "--set", here]),
-        ];
-        let expected = vec![workers[0].id() as libc::pid_t];
-        let found = RunDir(folder.path().to_owned()).leftovers();
-        for worker in &mut workers {
-            drop(worker.stdin.take());
-            worker.wait().expect("ended");
-        }
-        assert_eq!(found, expected);
-    }
 
     #[test]
     fn a_directory_has_one_name_before_it_is_made_and_after() {
