@@ -139,6 +139,9 @@ fn resolve(text: &str, path: &Path, name: &str, sets: &[String]) -> Result<Recip
     let later = defaults::before();
     let is_there = |key: &schema::Key| entries.0.contains_key(key.path) || later.0.contains_key(key.path);
     let is_plan = schema::KEYS.iter().all(is_there);
+    if is_plan {
+        defaults::fill_from_before(&mut entries);
+    }
     for argument in sets {
         entries.set(argument)?;
     }

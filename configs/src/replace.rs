@@ -28,8 +28,13 @@ pub fn is_left_of(name: &str, of: &str) -> bool {
 }
 
 fn write(path: &Path, bytes: &[u8], lasts: bool) -> io::Result<()> {
-    if fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir()) {
-        return File::options().write(true).open(path)?.write_all(bytes);
+    // /dev/stdout, whatever it leads to.
+    let is_descriptor = |path: &Path| path.starts_with("/proc") || path.starts_with("/dev/fd");
+    if is_descriptor(path)
+        || fs::read_link(path).is_ok_and(|to| is_descriptor(&to))
+        || fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir())
+    {
+        return File::options().append(true).open(path)?.write_all(bytes);
     }
     let path = match fs::symlink_metadata(path) {
         Ok(there) if there.is_symlink() => match fs::canonicalize(path) {
@@ -115,6 +120,11 @@ mod tests {
         let mut said = String::new();
         io::Read::read_to_string(&mut reader, &mut said).expect("read");
         assert_eq!(said, "said");
+        // A file that is written to already is written to there.
+        let log = File::options().append(true).open(&page).expect("opened");
+        let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&log));
+        write_atomically(Path::new(&path), b", and more").expect("written");
+        assert_eq!(fs::read(&page).unwrap(), b"again, and more");
     }
 
     #[test]

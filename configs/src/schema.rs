@@ -112,8 +112,8 @@ pub(crate) const KEYS: &[Key] = &[
 
     key("run.collapse_z_std", Kind::Real(NOT_NEGATIVE), Decides::No, "",
         "projections with a `z_std` below this for `collapse_steps` steps have collapsed; 1 is healthy, 0 a constant. Where \
-         projectors end in a plain norm (`simsiam`, `mocov3`) a constant leaves f = 2 sqrt((1 - 1/B) / B) of B samples, and the \
-         bound is f + this (1 - f)",
+         projectors end in a plain norm (`simsiam`, `mocov3`) a constant leaves up to f = 4 sqrt((1 - 4/B) / B) of B samples, and \
+         the bound is f + this (1 - f); 0 = never",
         "arXiv:2011.10566, section 4.1"),
     key("run.collapse_steps", ANY_COUNT, Decides::No, "steps",
         "0 = off", "ours"),
@@ -293,8 +293,8 @@ pub(crate) const KEYS: &[Key] = &[
     key("checkpoint.keep", ANY_COUNT, Decides::No, "checkpoints",
         "how many complete ones stay; 0 = all", "ours"),
     key("checkpoint.wait_for_room_s", Kind::Real(WAIT), Decides::No, "seconds",
-        "how long the checkpoint at the end of a run or before a stop is tried again while the disk or a quota is full; any \
-         other is left out then",
+        "how long the checkpoint at the end of a run is tried again while the disk or a quota is full; that before a stop as long \
+         as the stop may take; any other is left out then",
         "ours"),
 
     key("eval.path", Kind::Path { may_be_empty: true }, Decides::No, "path",

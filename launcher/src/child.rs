@@ -3,8 +3,13 @@
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
+
+const LOOK_EVERY: Duration = Duration::from_millis(5);
+/// How long the pipes of a command that has ended are read on, when something else holds them open.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// How a command ended, and what it wrote.
 #[derive(Debug)]
@@ -42,23 +47,43 @@ pub fn ask(mut command: Command, patience: Duration) -> std::io::Result<Said> {
             end_group(&child);
             break child.wait()?;
         }
-        thread::sleep(Duration::from_millis(5));
+        thread::sleep(LOOK_EVERY);
     };
-    // Also what the command left behind, which would keep the pipes open.
+    // Also what the command left behind, which would keep the pipes open; what left the group is not waited for.
     end_group(&child);
-    let text = |thread: thread::JoinHandle<String>| thread.join().unwrap_or_default();
-    Ok(Said { code: status.code(), out: text(out), err: text(err), timed_out })
+    let until = Instant::now() + LAST_WORDS;
+    Ok(Said { code: status.code(), out: out.text(until), err: err.text(until), timed_out })
 }
 
-fn reader(pipe: Option<impl Read + Send + 'static>) -> thread::JoinHandle<String> {
-    thread::spawn(move || {
-        let mut bytes = Vec::new();
-        if let Some(mut pipe) = pipe {
-            // What was read until an error is what there is.
-            let _ = pipe.read_to_end(&mut bytes);
+/// A pipe that is read as it fills.
+struct Reader {
+    bytes: Arc<Mutex<Vec<u8>>>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Reader {
+    /// All of it, or what has come until then.
+    fn text(self, until: Instant) -> String {
+        while !self.thread.is_finished() && Instant::now() < until {
+            thread::sleep(LOOK_EVERY);
         }
+        let bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
         String::from_utf8_lossy(&bytes).into_owned()
-    })
+    }
+}
+
+fn reader(pipe: Option<impl Read + Send + 'static>) -> Reader {
+    let bytes = Arc::new(Mutex::new(Vec::new()));
+    let into = bytes.clone();
+    let thread = thread::spawn(move || {
+        let mut part = [0; 4096];
+        let Some(mut pipe) = pipe else { return };
+        // What was read until an error is what there is.
+        while let Ok(count @ 1..) = pipe.read(&mut part) {
+            into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&part[..count]);
+        }
+    });
+    Reader { bytes, thread }
 }
 
 fn end_group(child: &Child) {
@@ -85,6 +110,8 @@ mod tests {
         let said = ask(sh("sleep 60 & echo one; echo two >&2; exit 3"), long).unwrap();
         assert_eq!((said.code, said.out.as_str(), said.err.as_str()), (Some(3), "one\n", "two\n"));
         assert!(!said.timed_out && began.elapsed() < long / 2);
+        let said = ask(sh("setsid sleep 60 & echo one"), long).unwrap();
+        assert_eq!((said.code, said.out.as_str()), (Some(0), "one\n"), "a session of its own");
         let said = ask(sh("echo one; sleep 60 & sleep 60"), Duration::from_millis(200)).unwrap();
         assert_eq!((said.code, said.out.as_str()), (None, "one\n"));
         assert!(said.timed_out && began.elapsed() < long / 2);

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use mentee_config::recipe::DataFormat;
 use mentee_config::say::Results;
-use mentee_config::{Plan, Recipe, counted, exit_code, plan, say, show};
+use mentee_config::{Plan, Recipe, counted, exit_code, plan, show};
 use mentee_data::digest::{OrderDigest, Running};
 use mentee_data::{OnError, check, open_training, order as order_of};
 
@@ -111,13 +111,13 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
     counter.lock().unwrap_or_else(std::sync::PoisonError::into_inner).finish();
     let report = report.map_err(|error| error.with_key("DIR"))?;
     for line in report.notes.iter().chain(&report.problems) {
-        say!("{line}");
+        show!("{line}");
     }
     let looked_at =
         format!("{}, {}", images_in_files(report.samples, report.files), human_bytes(report.bytes));
     match report.problems.len() {
         0 => {
-            say!("{}: all well: {looked_at}", path.display());
+            show!("{}: all well: {looked_at}", path.display());
             Ok(())
         }
         problems => Err(Failure {

@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use mentee_cluster::server::hostname;
 use mentee_config::recipe::Device;
-use mentee_config::{Plan, Recipe, exit_code, say};
+use mentee_config::{Plan, Recipe, exit_code, show};
 use mentee_data::open_training;
 use serde::{Deserialize, Serialize};
 
@@ -150,7 +150,7 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
     let mut say = |new: Vec<Finding>| {
         for finding in new {
             if !args.json {
-                say!("{}", finding.line());
+                show!("{}", finding.line());
             }
             findings.push(finding);
         }
@@ -160,19 +160,9 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
         let (finding, found) = data(recipe);
         images = found;
         say(vec![finding]);
-        // Those that are given beside it: what is wrong with `data.path` has been said.
-        let beside = [
-            ("eval", &recipe.eval.path, ready::held_out(recipe)),
-            ("weights", &recipe.model.init, ready::weights(recipe)),
-        ];
-        say(beside
-            .into_iter()
-            .filter(|(_, path, _)| !path.as_os_str().is_empty())
-            .map(|(part, path, result)| match result {
-                Ok(()) => Finding::ok(part, format!("{} ({})", path.display(), files::kind_of(path))),
-                Err(failure) => Finding::of(part, &failure),
-            })
-            .collect());
+        if images.is_some() {
+            say(beside(recipe, &run_dir));
+        }
     }
     let run_dir = RunDir::at(&run_dir)?;
     if recipe.is_some() || args.run_dir.is_some() {
@@ -205,7 +195,7 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
     if args.json {
         let text = serde_json::to_string_pretty(&findings)
             .map_err(|error| Failure::failed(format!("cannot write JSON: {error}")))?;
-        say!("{text}");
+        show!("{text}");
     }
     Ok(verdict(&findings))
 }
@@ -253,6 +243,22 @@ fn data(recipe: &Recipe) -> (Finding, Option<u64>) {
         Err(error) => Finding::of("data", &Failure::from(error)),
     };
     (finding, images)
+}
+
+/// What lies beside the training images: those to be classified, and the weights that a new run starts from.
+fn beside(recipe: &Recipe, run_dir: &Path) -> Vec<Finding> {
+    let finding = |part: &'static str, path: &Path, result: Result<(), Failure>| match result {
+        Err(failure) => Some(Finding::of(part, &failure)),
+        Ok(()) if path.as_os_str().is_empty() => None,
+        Ok(()) => Some(Finding::ok(part, format!("{} ({})", path.display(), files::kind_of(path)))),
+    };
+    let is_new = !run_dir.join("checkpoints").is_dir();
+    let weights = if is_new { ready::weights(recipe) } else { Ok(()) };
+    let held_out = ready::held_out(recipe);
+    [finding("eval", &recipe.eval.path, held_out), finding("weights", &recipe.model.init, weights)]
+        .into_iter()
+        .flatten()
+        .collect()
 }
 
 fn run(dir: &RunDir, recipe: Option<&Recipe>) -> Finding {

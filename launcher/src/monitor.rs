@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use mentee_cluster::Phase;
 use mentee_cluster::words::clock;
-use mentee_config::show;
+use mentee_config::{exit_code, show};
 use ratatui::buffer::Buffer;
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyEventKind, KeyModifiers};
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -65,6 +65,9 @@ pub fn command(args: &MonitorArgs) -> Result<(), Failure> {
     // Whoever ends it so wants the terminal back as well.
     let ended = Arc::new(AtomicBool::new(false));
     for signal in [SIGTERM, SIGHUP, SIGINT] {
+        // A second one ends it at once: a file system may not answer.
+        signal_hook::flag::register_conditional_shutdown(signal, exit_code::FAILED, ended.clone())
+            .map_err(cannot)?;
         signal_hook::flag::register(signal, ended.clone()).map_err(cannot)?;
     }
     let mut terminal = ratatui::try_init().map_err(cannot)?;

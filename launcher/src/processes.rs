@@ -99,7 +99,7 @@ pub fn descendants(root: libc::pid_t) -> Vec<libc::pid_t> {
 /// SIGKILL to all of them; whether there were any.
 pub fn kill_all(processes: &[libc::pid_t]) -> bool {
     for &pid in processes {
-        // SAFETY: no memory is involved; the process was found a moment ago by its executable and this run directory.
+        // SAFETY: no memory is involved; the process was found a moment ago to be one of the run's.
         unsafe { libc::kill(pid, libc::SIGKILL) };
     }
     !processes.is_empty()

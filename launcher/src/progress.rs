@@ -1,6 +1,8 @@
 //! How a run looks while it runs: a bar on a terminal, plain lines in a pipe or a log file.
 
+use std::fs::File;
 use std::io::IsTerminal;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -18,7 +20,7 @@ pub struct Display {
 }
 
 impl Display {
-    /// A bar on stderr when that is a terminal that can show one; lines on stdout when that is none, or there is no bar.
+    /// A bar on stderr when that is a terminal that can show one; lines on stdout when that is a file, or there is no bar.
     pub fn new() -> Display {
         let bar = ProgressBar::new(0);
         let style = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}")
@@ -26,7 +28,11 @@ impl Display {
         bar.set_style(style);
         // TERM=dumb is a terminal too.
         let bar = Some(bar).filter(|bar| !bar.is_hidden());
-        let lines = bar.is_none() || !std::io::stdout().is_terminal();
+        let is_file = || {
+            let stdout = std::io::stdout().as_fd().try_clone_to_owned();
+            stdout.is_ok_and(|stdout| File::from(stdout).metadata().is_ok_and(|about| about.is_file()))
+        };
+        let lines = bar.is_none() || is_file();
         Display { bar, lines, words: Lines::new(Instant::now()) }
     }
 

@@ -8,14 +8,17 @@ use mentee_data::{Source, open_held_out, open_training};
 
 use crate::failure::Failure;
 
-/// The training images. Those to be classified and the weights to start from are opened too, where the recipe names any.
+/// The training images; of a run that `is_new`, those to be classified and the weights to start from are opened too, where the
+/// recipe names any.
 ///
 /// # Errors
 /// [`Failure`] with the exit code that the run would end with.
-pub fn check(recipe: &Recipe) -> Result<Arc<dyn Source>, Failure> {
+pub fn check(recipe: &Recipe, is_new: bool) -> Result<Arc<dyn Source>, Failure> {
     let source = open_training(recipe)?;
-    held_out(recipe)?;
-    weights(recipe)?;
+    if is_new {
+        held_out(recipe)?;
+        weights(recipe)?;
+    }
     Ok(source)
 }
 

@@ -125,7 +125,9 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let dir = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&recipe.run.name));
     let dir = RunDir::at(&dir)?;
     dir.check_recipe(&recipe)?;
-    let source = ready::check(&recipe)?;
+    // One that goes on has no need of the weights it started from, nor one that is finished of what it classified.
+    let is_new = checkpoint::list(&dir.checkpoints())?.is_empty();
+    let source = ready::check(&recipe, is_new)?;
     let plan = Plan::new(recipe, source.len(), args.workers)?;
     let images = source.digest();
     drop(source);
@@ -148,6 +150,9 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         let steps = counted(plan.end_step(), "step");
         say!("{} is finished ({steps}): nothing to do", dir.path().display());
         return Ok(Ended { dir, exit_code: exit_code::DONE });
+    }
+    if !is_new {
+        ready::held_out(&plan.recipe)?;
     }
     let text = plan.recipe.to_toml();
     write_atomically(&dir.plan(), text.as_bytes())
@@ -498,8 +503,8 @@ impl Shell<'_> {
         }
         self.display.finish();
         Failure::failed(format!(
-            "{}: was removed while the run went on, with its checkpoints; the workers have been ended: start it again in a \
-             directory that stays",
+            "{}: was removed, renamed or taken by another run while this one went on; its workers have been ended: start it again \
+             in a directory that stays",
             self.job.dir.path().display()
         ))
     }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use mentee_config::replace::write_atomically;
 use mentee_config::{Plan, Recipe, complain, say, show};
+use mentee_data::open_training;
 use serde::{Deserialize, Serialize};
 
 use crate::engine;
@@ -336,9 +337,15 @@ fn resolve(args: &SubmitArgs, more: &[String]) -> Result<Recipe, Failure> {
 
 /// Whether so many workers can run it, as far as can be told here.
 fn check(recipe: &Recipe, workers: u32) -> Result<(), Failure> {
-    // The data may be on the compute nodes alone; where it can be seen, it is checked before the job waits for hours.
+    // What it reads may be on the compute nodes alone; where it can be seen, it is checked before the job waits for hours.
     if recipe.data.path.exists() {
-        Plan::new(recipe.clone(), ready::check(recipe)?.len(), workers)?;
+        Plan::new(recipe.clone(), open_training(recipe)?.len(), workers)?;
+    }
+    if recipe.eval.path.exists() {
+        ready::held_out(recipe)?;
+    }
+    if recipe.model.init.exists() {
+        ready::weights(recipe)?;
     }
     Ok(())
 }

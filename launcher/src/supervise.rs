@@ -263,6 +263,8 @@ pub struct Supervisor {
     stop: Option<(Duration, StopSignal)>,
     /// How long a step takes in this start of the gang, as far as it is known.
     step_time: Duration,
+    /// How long the ranks were given to stop.
+    stop_grace: Duration,
     /// The workers have been told to end.
     ending: bool,
     /// The coordinator speaks of this start of the gang, no more of the last.
@@ -289,6 +291,7 @@ impl Supervisor {
             restarts: 0,
             stop: None,
             step_time: Duration::ZERO,
+            stop_grace: STOP_GRACE,
             ending: false,
             in_step: true,
             culprit: None,
@@ -448,6 +451,7 @@ impl Supervisor {
         match self.stop {
             None => {
                 self.stop = Some((now, signal));
+                self.stop_grace = STOP_GRACE.max(self.step_time.saturating_mul(STOP_STEPS));
                 match self.state {
                     State::Waiting => self.finish(PREEMPTED, None),
                     State::Running if self.ending || self.culprit.is_some() => {
@@ -457,7 +461,7 @@ impl Supervisor {
                     }
                     State::Running => vec![
                         Action::RequestStop { reason: name.into() },
-                        Action::Arm(Timer::End, self.stop_grace()),
+                        Action::Arm(Timer::End, self.stop_grace),
                         Action::Say(format!(
                             "{name}: the ranks stop at the next step with a checkpoint (once more: kill them)"
                         )),
@@ -481,11 +485,6 @@ impl Supervisor {
         }
     }
 
-    /// How long the ranks have from the first signal to the end of their step and its checkpoint.
-    fn stop_grace(&self) -> Duration {
-        STOP_GRACE.max(self.step_time * STOP_STEPS)
-    }
-
     fn due(&mut self, timer: Timer) -> Vec<Action> {
         match (timer, self.state) {
             (Timer::End, State::Running) => {
@@ -494,7 +493,7 @@ impl Supervisor {
                 if self.stop.is_some() && self.culprit.is_none() && self.finished.is_none() {
                     let line = format!(
                         "no stop within {} s: the workers are ended; the last checkpoint stands",
-                        self.stop_grace().as_secs()
+                        self.stop_grace.as_secs()
                     );
                     actions.insert(0, Action::Say(line));
                 }
@@ -505,6 +504,7 @@ impl Supervisor {
                 self.state = State::Running;
                 (self.in_step, self.ending) = (false, false);
                 (self.culprit, self.finished) = (None, None);
+                self.step_time = Duration::ZERO;
                 self.hosts.clear();
                 vec![Action::Start { generation: self.generation }]
             }
@@ -988,6 +988,7 @@ mod tests {
         assert_eq!(grace(2_000.0), STOP_GRACE);
         assert_eq!(grace(100_000.0), Duration::from_secs(300));
         assert_eq!(grace(f64::INFINITY), STOP_GRACE);
+        assert_eq!(grace(1e22), Duration::MAX);
     }
 
     #[test]

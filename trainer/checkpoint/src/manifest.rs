@@ -6,8 +6,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::CheckpointError;
 
-/// The format version that this crate writes. It reads this one and those before.
-pub const VERSION: u64 = 2;
+/// The newest format version that this crate writes. It reads this one and those before.
+pub const VERSION: u64 = 3;
+/// Where there is nothing that this version does not know.
+const VERSION_WITHOUT_COUNTS: u64 = 2;
 /// The manifest's file name.
 pub const MANIFEST_NAME: &str = "manifest.json";
 
@@ -118,6 +120,11 @@ impl Document {
 }
 
 impl Manifest {
+    /// The lowest version that can say what is in `meta`: who does not know a version refuses it with its number.
+    pub(crate) fn version_of(meta: &Meta) -> u64 {
+        if meta.counts.are_zero() { VERSION_WITHOUT_COUNTS } else { VERSION }
+    }
+
     /// Reads a manifest. `path` is for messages.
     ///
     /// # Errors

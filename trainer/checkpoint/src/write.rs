@@ -9,7 +9,6 @@ use std::{
 
 use crate::{
     CheckpointError, FileEntry, FileSystem, LocalDisk, MANIFEST_NAME, Manifest, Meta, NewFile, Tensor,
-    VERSION,
     disk::{Disk, io_error},
     manifest::check_file_names,
     read::{Described, tensor_digests},
@@ -160,8 +159,12 @@ impl<'d> Staging<'d> {
             }
         }
         let state_digest = state.finish();
-        let manifest =
-            Manifest { version: VERSION, meta: meta.clone(), files, state_digest: state_digest.clone() };
+        let manifest = Manifest {
+            version: Manifest::version_of(meta),
+            meta: meta.clone(),
+            files,
+            state_digest: state_digest.clone(),
+        };
         let path = self.aside.join(MANIFEST_NAME);
         let mut file = Hashing::create(self.disk, &path)?;
         file.write(&manifest.to_json())?;

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mentee_checkpoint::{CheckpointError, Dtype, Manifest, Meta, Tensor, newest, open, write};
+use mentee_checkpoint::{CheckpointError, Counts, Dtype, Manifest, Meta, Tensor, newest, open, write};
 use tempfile::TempDir;
 
 /// Version 2: `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger
@@ -39,7 +39,7 @@ fn meta() -> Meta {
         plan_toml: "[run]\nseed = 0\n".into(),
         data_digest: "d1".into(),
         mentee_version: "0.1.0".into(),
-        counts: mentee_checkpoint::Counts::default(),
+        counts: Counts::default(),
     }
 }
 
@@ -133,6 +133,27 @@ fn the_writer_produces_exactly_these_bytes() {
     assert_eq!(folder, run.path().join("step-00001000"));
     assert_eq!(fs::read(folder.join("state.safetensors")).unwrap(), STATE);
     assert_eq!(fs::read_to_string(folder.join("manifest.json")).unwrap(), MANIFEST);
+}
+
+#[test]
+fn counts_make_it_version_3() {
+    let (run, counts) =
+        (TempDir::new().unwrap(), Counts { collapsed_steps: 7, online_correct: 5, online_views: 9 });
+    let meta = Meta { counts, ..meta() };
+    let folder = write(run.path(), &meta, &[("state.safetensors".into(), vec![])]).unwrap();
+    let text = fs::read_to_string(folder.join("manifest.json")).unwrap();
+    let expected = r#"    "mentee_version": "0.1.0",
+    "counts": {
+      "collapsed_steps": 7,
+      "online_correct": 5,
+      "online_views": 9
+    }
+  },"#;
+    assert!(text.contains(expected) && text.contains(r#""version": 3"#), "{text}");
+    assert_eq!(open(&folder).unwrap().manifest.meta, meta);
+    // Part of what the digest is of.
+    fs::write(folder.join("manifest.json"), text.replace(": 7,", ": 8,")).unwrap();
+    assert!(matches!(open(&folder).unwrap_err(), CheckpointError::ManifestAltered { .. }));
 }
 
 #[test]
@@ -246,8 +267,8 @@ fn an_altered_manifest_is_refused() {
 
 #[test]
 fn another_version_is_refused_with_both_numbers() {
-    let error = refused_manifest(r#"{"format": "mentee-checkpoint", "version": 3, "something": "new"}"#);
-    assert!(matches!(error, CheckpointError::UnsupportedVersion { found: 3, supported: 2, .. }), "{error}");
+    let error = refused_manifest(r#"{"format": "mentee-checkpoint", "version": 4, "something": "new"}"#);
+    assert!(matches!(error, CheckpointError::UnsupportedVersion { found: 4, supported: 3, .. }), "{error}");
 }
 
 #[test]

@@ -15,6 +15,8 @@ const MAX_PENDING_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub struct Appended {
     file: File,
+    /// There are file systems that count no links.
+    had_links: bool,
     path: PathBuf,
     /// Not written yet.
     pending: Vec<u8>,
@@ -23,13 +25,14 @@ pub struct Appended {
 impl Appended {
     /// `file` is open for appending.
     pub fn new(file: File, path: PathBuf) -> Self {
-        Self { file, path, pending: Vec::new() }
+        let had_links = file.metadata().is_ok_and(|file| file.nlink() > 0);
+        Self { file, had_links, path, pending: Vec::new() }
     }
 
     /// An error when the file has been removed: what is written to it is lost then.
     pub fn check_is_there(&self) -> Result<(), WorkerError> {
         match self.file.metadata() {
-            Ok(file) if file.nlink() == 0 => Err(WorkerError::Failed(format!(
+            Ok(file) if file.nlink() == 0 && self.had_links => Err(WorkerError::Failed(format!(
                 "{}: was removed while the run went on: start it again in a directory that stays",
                 self.path.display()
             ))),

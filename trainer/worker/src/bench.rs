@@ -24,6 +24,7 @@ use crate::link::Reporter;
 use crate::metrics::{self, Metrics};
 use crate::passes::Passes;
 use crate::reducer::GradientReducer;
+use crate::stop::StopFlag;
 use crate::{agree, setup};
 
 /// Medians over the measured steps.
@@ -351,8 +352,14 @@ fn write_checkpoints(
         every_epochs: 0,
         ..Settings::new(&rig.plan, out, world_size, "made up", attempt)
     };
-    let mut checkpoints =
-        Checkpoints::new(settings, &rig.state, None, rig.collectives.clone(), reporter.shares())?;
+    let mut checkpoints = Checkpoints::new(
+        settings,
+        &rig.state,
+        None,
+        rig.collectives.clone(),
+        reporter.shares(),
+        StopFlag::default(),
+    )?;
     for n in 0..args.warmup {
         rig.step(n)?;
     }

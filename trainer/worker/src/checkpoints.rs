@@ -34,6 +34,7 @@ use crate::link::Reporter;
 use crate::metrics::{self, CheckpointLine, Metrics};
 use crate::online::OnlineProbe;
 use crate::snapshot::Share;
+use crate::stop::StopFlag;
 
 /// How often rank 0 looks for a verdict that is late, when nothing else is to be done.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -167,6 +168,8 @@ pub struct Content<'a> {
 #[derive(Debug, Clone, Copy)]
 struct UnderWay {
     step: u64,
+    /// How often it was tried before.
+    tries: u32,
     counts: Counts,
     /// The training thread waits for it.
     is_last: bool,
@@ -184,6 +187,9 @@ pub struct Checkpoints {
     /// None while the writer has it.
     copy: Option<Vec<u8>>,
     under_way: Option<UnderWay>,
+    /// Why this rank found no room for the last checkpoint, when it has just tried.
+    no_room: Option<String>,
+    stop: StopFlag,
 }
 
 impl Checkpoints {
@@ -194,6 +200,7 @@ impl Checkpoints {
         probe: Option<&OnlineProbe>,
         collectives: Arc<dyn Collectives>,
         shares: Option<Shares>,
+        stop: StopFlag,
     ) -> Result<Self, WorkerError> {
         let (rank, world_size) = (collectives.rank(), collectives.world_size());
         let share = Arc::new(Share::new(state, probe, rank, world_size)?);
@@ -204,7 +211,17 @@ impl Checkpoints {
             .name("checkpoints".into())
             .spawn(move || writer.run(&queue, &back))
             .map_err(|error| WorkerError::Failed(format!("cannot start a thread: {error}")))?;
-        Ok(Self { settings, collectives, share, jobs, done, copy: None, under_way: None })
+        Ok(Self {
+            settings,
+            collectives,
+            share,
+            jobs,
+            done,
+            copy: None,
+            under_way: None,
+            no_room: None,
+            stop,
+        })
     }
 
     /// Whether [`Checkpoints::maybe_save`] will save.
@@ -232,44 +249,50 @@ impl Checkpoints {
         if !self.is_due(step, is_last) {
             return Ok(());
         }
-        let (begin, mut said) = (Instant::now(), None);
-        loop {
+        let (begin, asked) = (Instant::now(), self.is_asked_to_stop(reporter));
+        let mut said = None;
+        for tries in 0.. {
             reporter.phase(Phase::Checkpoint);
-            match self.save(step, is_last, content, metrics, reporter) {
-                Err(error) if is_last && self.finds_room_later(step, &error, begin, &mut said)? => {}
-                result => return result,
+            let Err(error) = self.save(step, is_last, tries, content, metrics, reporter) else { break };
+            // A stop that came later is of somebody who does not want to wait.
+            let enough =
+                begin.elapsed() >= self.settings.wait_for_room || (!asked && self.is_asked_to_stop(reporter));
+            if !is_last || !self.is_tried_again(step, &error, enough, &mut said)? {
+                return Err(error);
             }
             reporter.phase(Phase::Update); // another phase: whoever watches sees that it goes on
             thread::sleep(TRY_EVERY);
         }
+        Ok(())
     }
 
-    /// Whether all ranks are to save the last checkpoint once more: some rank's disk is full, and none has waited long
-    /// enough since `begin`.
-    fn finds_room_later(
-        &self,
+    fn is_asked_to_stop(&self, reporter: &Reporter) -> bool {
+        self.stop.is_set() || reporter.stop_requested()
+    }
+
+    /// Whether all ranks are to save the last checkpoint once more: some rank found its disk full, and none has had `enough`.
+    fn is_tried_again(
+        &mut self,
         step: u64,
         error: &WorkerError,
-        begin: Instant,
+        enough: bool,
         said: &mut Option<Instant>,
     ) -> Result<bool, WorkerError> {
-        let (waited, wait) = (begin.elapsed(), self.settings.wait_for_room);
         if self.collectives.world_size() > 1 && !error.is_known() {
             return Ok(false); // the others may be gone
         }
-        let own = (error.of_full_disk().map(ToString::to_string), waited >= wait);
+        let own = (self.no_room.take(), enough);
         let all: Vec<(Option<String>, bool)> =
             agree::gather(&*self.collectives, step, &own, "word on its disk")?;
         let full = all.iter().enumerate().find_map(|(rank, (full, _))| full.as_ref().map(|why| (rank, why)));
-        let again = full.is_some() && all.iter().all(|(_, is_too_long)| !is_too_long);
+        let again = full.is_some() && all.iter().all(|(_, enough)| !enough);
         if let Some((rank, why)) = full.filter(|_| again && self.collectives.rank() == 0)
             && said.is_none_or(|at| at.elapsed() >= SAY_EVERY)
         {
-            let seconds = (wait - waited).as_secs();
             let rank = if rank == 0 { String::new() } else { format!("rank {rank}: ") };
             tracing::warn!(
                 step,
-                "no checkpoint of step {step} yet: {rank}{why}; free some space: it is tried again for {seconds} s"
+                "no checkpoint of step {step} yet: {rank}{why}; free some space: it is tried again"
             );
             *said = Some(Instant::now());
         }
@@ -281,6 +304,7 @@ impl Checkpoints {
         &mut self,
         step: u64,
         is_last: bool,
+        tries: u32,
         Content { state, probe, counts }: Content<'_>,
         metrics: &mut Metrics,
         reporter: &mut Reporter,
@@ -295,7 +319,7 @@ impl Checkpoints {
         let since = Instant::now();
         self.share.copy(state, probe, &mut copy)?;
         let stall = Stall { wait: since - waiting, copy: since.elapsed() };
-        let of = UnderWay { step, counts, is_last, since, stall };
+        let of = UnderWay { step, tries, counts, is_last, since, stall };
         self.under_way = Some(of);
         self.jobs.send(Job { copy, of }).map_err(|_| writer_ended())?;
         if is_last {
@@ -341,7 +365,7 @@ impl Checkpoints {
             Outcome::Gather(share) => {
                 let committed = self.commit_together(of, share)?;
                 // Whoever is here has written all shares before this one.
-                overdue.iter().for_each(|of| self.settings.abandon(of.step));
+                overdue.iter().for_each(|of| self.settings.abandon(of));
                 committed
             }
             Outcome::Abandoned(reason) => {
@@ -362,7 +386,10 @@ impl Checkpoints {
                 );
                 None
             }
-            Outcome::Failed(source) => return Err(WorkerError::NotSaved { step, source }),
+            Outcome::Failed(source) => {
+                self.note_room(&source);
+                return Err(WorkerError::NotSaved { step, source });
+            }
         };
         let Some(committed) = committed else { return Ok(()) };
         if is_last {
@@ -399,17 +426,19 @@ impl Checkpoints {
 
     /// All ranks tell each other what they wrote; rank 0 commits, and has it then. When any of them failed, all do.
     fn commit_together(
-        &self,
+        &mut self,
         of: UnderWay,
         share: Result<Option<FileEntry>, CheckpointError>,
     ) -> Result<Option<Committed>, WorkerError> {
-        let (collectives, first, step) = (&*self.collectives, self.collectives.rank() == 0, of.step);
+        let collectives = self.collectives.clone();
+        let (collectives, first, step) = (&*collectives, collectives.rank() == 0, of.step);
         let not_saved = |source| WorkerError::NotSaved { step, source };
+        share.as_ref().err().into_iter().for_each(|error| self.note_room(error));
         let file = match agree::together(collectives, share.map_err(not_saved)) {
             Ok(file) => file,
             Err(error) => {
                 if first {
-                    self.settings.abandon(step);
+                    self.settings.abandon(&of);
                 }
                 return Err(error);
             }
@@ -422,8 +451,16 @@ impl Checkpoints {
         for bytes in &all {
             files.extend(serde_json::from_slice::<Option<FileEntry>>(bytes).map_err(json)?);
         }
-        let committed = first.then(|| self.settings.commit(of, files).map_err(not_saved));
-        agree::together(collectives, committed.transpose())
+        let committed = first.then(|| self.settings.commit(of, files)).transpose();
+        committed.as_ref().err().into_iter().for_each(|error| self.note_room(error));
+        agree::together(collectives, committed.map_err(not_saved))
+    }
+
+    /// Every rank remembers its own: of all failures the ranks are told one.
+    fn note_room(&mut self, error: &CheckpointError) {
+        if error.is_full() {
+            self.no_room = Some(error.to_string());
+        }
     }
 }
 
@@ -499,12 +536,12 @@ impl Writer {
 
     fn write(&mut self, of: UnderWay, copy: &mut [u8]) -> Outcome {
         let UnderWay { step, is_last, .. } = of;
-        let share = self.write_share(step, copy);
+        let share = self.write_share(&of, copy);
         if self.world_size == 1 {
             return match share {
                 Ok(file) => self.commit(of, file.into_iter().collect()),
                 Err(error) => {
-                    self.settings.abandon(step);
+                    self.settings.abandon(&of);
                     Outcome::Failed(error)
                 }
             };
@@ -530,7 +567,7 @@ impl Writer {
             Some(Ok(_)) => self.overdue.give_up_before(step),
             Some(Err(NoCommit::ShareFailed(_))) => {
                 self.overdue.give_up_before(step);
-                self.settings.abandon(step); // every rank is done with it
+                self.settings.abandon(&of); // every rank is done with it
             }
             Some(Err(NoCommit::TimedOut(_))) => self.overdue.waiting.push(of),
             Some(Err(NoCommit::CoordinatorLost)) | None => {}
@@ -553,18 +590,18 @@ impl Writer {
     }
 
     /// Writes this rank's file; none when there are more ranks than tensors.
-    fn write_share(&mut self, step: u64, copy: &mut [u8]) -> Result<Option<FileEntry>, CheckpointError> {
+    fn write_share(&mut self, of: &UnderWay, copy: &mut [u8]) -> Result<Option<FileEntry>, CheckpointError> {
         let tensors = self.share.tensors(copy);
         if tensors.is_empty() {
             return Ok(None);
         }
         let name = checkpoint::file_name(self.rank, self.world_size);
-        if let Some(n) = self.settings.without_room.iter().position(|without| *without == step) {
+        if let Some(n) = self.settings.without_room.iter().position(|without| *without == of.step) {
             self.settings.without_room.remove(n);
             let (action, source) = ("write", std::io::ErrorKind::StorageFull.into());
             return Err(CheckpointError::Io { action, path: name.into(), source });
         }
-        self.settings.staging(step)?.write(&name, &tensors).map(Some)
+        self.settings.staging(of)?.write(&name, &tensors).map(Some)
     }
 }
 
@@ -585,7 +622,7 @@ impl Overdue {
             return;
         }
         let of = self.waiting.remove(0);
-        let Ok(files) = verdict else { return self.settings.abandon(step) };
+        let Ok(files) = verdict else { return self.settings.abandon(&of) };
         match self.settings.commit(of, files.into_iter().map(from_wire).collect()) {
             Ok(committed) => self.complete.push(Complete { of, committed, at: Instant::now() }),
             Err(error) => tracing::warn!(step, "no checkpoint of step {step}: {error}; training goes on"),
@@ -596,14 +633,19 @@ impl Overdue {
     /// coordinator speaks of it no more.
     fn give_up_before(&mut self, step: u64) {
         while self.waiting.first().is_some_and(|of| of.step < step) {
-            self.settings.abandon(self.waiting.remove(0).step);
+            self.settings.abandon(&self.waiting.remove(0));
         }
     }
 }
 
 impl Settings {
-    fn staging(&self, step: u64) -> Result<Staging<'static>, CheckpointError> {
-        Staging::open(&LocalDisk, &self.folder, step, &self.attempt)
+    /// A folder of its own for every try, as what is left of the last may still be there.
+    fn staging(&self, of: &UnderWay) -> Result<Staging<'static>, CheckpointError> {
+        let attempt = match of.tries {
+            0 => self.attempt.clone(),
+            tries => format!("{}-{tries}", self.attempt),
+        };
+        Staging::open(&LocalDisk, &self.folder, of.step, &attempt)
     }
 
     fn epoch(&self, step: u64) -> u64 {
@@ -611,16 +653,13 @@ impl Settings {
     }
 
     /// Makes the checkpoint of these files count, and drops those beyond `keep`.
-    fn commit(
-        &self,
-        UnderWay { step, counts, .. }: UnderWay,
-        files: Vec<FileEntry>,
-    ) -> Result<Committed, CheckpointError> {
+    fn commit(&self, of: UnderWay, files: Vec<FileEntry>) -> Result<Committed, CheckpointError> {
+        let UnderWay { step, counts, .. } = of;
         let meta = Meta { step, epoch: self.epoch(step), counts, ..self.meta.clone() };
         // Who loses power and goes on from here has the lines of all steps before. (A disk that refuses spoils no checkpoint.)
         let metrics = std::fs::File::open(self.folder.with_file_name("metrics.jsonl"));
         let _ = metrics.and_then(|file| file.sync_data());
-        let committed = self.staging(step)?.commit(&meta, files)?;
+        let committed = self.staging(&of)?.commit(&meta, files)?;
         let removed = match self.keep {
             0 => Ok(Vec::new()),
             keep => checkpoint::retain(&LocalDisk, &self.folder, keep),
@@ -631,8 +670,8 @@ impl Settings {
         Ok(committed)
     }
 
-    fn abandon(&self, step: u64) {
-        if let Ok(staging) = self.staging(step) {
+    fn abandon(&self, of: &UnderWay) {
+        if let Ok(staging) = self.staging(of) {
             staging.abandon();
         }
     }
@@ -658,6 +697,7 @@ mod tests {
     fn of(step: u64) -> UnderWay {
         UnderWay {
             step,
+            tries: 0,
             counts: Counts::default(),
             is_last: false,
             since: Instant::now(),

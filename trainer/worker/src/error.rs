@@ -175,15 +175,6 @@ impl WorkerError {
         missed(&source.kind)
     }
 
-    /// What this rank could not write on a full disk.
-    pub fn of_full_disk(&self) -> Option<&CheckpointError> {
-        match self {
-            Self::NotSaved { source, .. } if source.is_full() => Some(source),
-            Self::Known { says: Some(error), .. } => error.of_full_disk(),
-            _ => None,
-        }
-    }
-
     /// Whether every rank has found it.
     pub fn is_known(&self) -> bool {
         matches!(self, Self::Known { .. })

@@ -274,6 +274,11 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     if let Some(probe) = &mut probe {
         probe.count_on([counts.online_correct, counts.online_views]);
     }
+    let has_steps = || run_dir.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0);
+    if next_step == 0 && identity.rank == 0 && has_steps() {
+        let run_dir = run_dir.display();
+        tracing::warn!("{run_dir} has steps and no checkpoint of them: the run begins again at step 0");
+    }
     let mut collapse = CollapseWatch::new(recipe, identity.world_size);
     collapse.below = counts.collapsed_steps;
     let own = agree::Start {
@@ -316,7 +321,14 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         ..Settings::new(&plan, &run_dir, identity.world_size, &data_digest, attempt)
     };
     Ok(Run {
-        checkpoints: Checkpoints::new(settings, &state, probe.as_ref(), collectives.clone(), shares)?,
+        checkpoints: Checkpoints::new(
+            settings,
+            &state,
+            probe.as_ref(),
+            collectives.clone(),
+            shares,
+            stop.clone(),
+        )?,
         schedule: Schedule::new(&plan),
         feed: Feed::new(loader, recipe, device)?,
         // Several ranks would have to record their sums as well; several parts differ in size.
@@ -350,10 +362,6 @@ fn resume(
     plan: &Plan,
 ) -> Result<(u64, Counts), WorkerError> {
     let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else {
-        if run_dir.join("metrics.jsonl").metadata().is_ok_and(|file| file.len() > 0) {
-            let run_dir = run_dir.display();
-            tracing::warn!("{run_dir} has steps and no checkpoint of them: the run begins again at step 0");
-        }
         import::of_recipe(state, &plan.recipe)?;
         return Ok((0, Counts::default()));
     };
