@@ -12,7 +12,7 @@ use serde::Serialize;
 
 use crate::augment::Augmenter;
 use crate::error::DataError;
-use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, OnError, two_views};
+use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, OnError, Stage, two_views};
 use crate::order::Order;
 use crate::pool::Scratch;
 use crate::source::Source;
@@ -73,15 +73,6 @@ pub struct Threads {
     pub images_per_s: f64,
     /// Images per second of processor time of all threads.
     pub images_per_cpu_s: f64,
-}
-
-/// Where to stop: each stage does all that is before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Stage {
-    Read,
-    Decode,
-    Resize,
-    Full,
 }
 
 const STAGES: [Stage; 4] = [Stage::Read, Stage::Decode, Stage::Resize, Stage::Full];

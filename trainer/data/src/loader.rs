@@ -8,7 +8,6 @@ use std::time::Duration;
 use mentee_config::recipe::Views;
 
 use crate::augment::{Augmenter, ViewDraw, ViewKey};
-use crate::bench::Stage;
 use crate::decode::CropBox;
 use crate::error::DataError;
 use crate::order::Order;
@@ -177,6 +176,15 @@ impl Work for TwoViews {
         let Self { config, augmenter, .. } = self;
         two_views(&*config.source, augmenter, config.seed, scratch, epoch, id, Stage::Full, out)
     }
+}
+
+/// Where to stop: each stage does all that is before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Stage {
+    Read,
+    Decode,
+    Resize,
+    Full,
 }
 
 /// Makes both views of sample `id`, up to `stage`: decodes what the two crops cover together, once.

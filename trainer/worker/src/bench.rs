@@ -367,28 +367,20 @@ fn write_checkpoints(
     let mut first = Instant::now();
     for n in 0..args.every * (args.checkpoints + 1) {
         // After so many steps: none after the last one, which would have no steps beside it.
-        if checkpoints.is_due(n, false) && n > 0 {
-            if world_size > 1 {
-                agree::on_weights(&*rig.collectives, n, &rig.state)?;
-            }
-            first = if stalls.is_empty() { Instant::now() } else { first };
-            let start = Instant::now();
-            checkpoints.maybe_save(
-                n,
-                false,
-                Content { state: &rig.state, probe: None, counts: Counts::default() },
-                &mut metrics,
-                &mut reporter,
-            )?;
+        let is_due = checkpoints.is_due(n, false) && n > 0;
+        if is_due && world_size > 1 {
+            agree::on_weights(&*rig.collectives, n, &rig.state)?;
+        }
+        if is_due && stalls.is_empty() {
+            first = Instant::now();
+        }
+        let start = Instant::now();
+        if n > 0 {
+            let content = Content { state: &rig.state, probe: None, counts: Counts::default() };
+            checkpoints.maybe_save(n, false, content, &mut metrics, &mut reporter)?;
+        }
+        if is_due {
             stalls.push(start.elapsed().as_secs_f64() * 1e3);
-        } else if n > 0 {
-            checkpoints.maybe_save(
-                n,
-                false,
-                Content { state: &rig.state, probe: None, counts: Counts::default() },
-                &mut metrics,
-                &mut reporter,
-            )?;
         }
         let written_beside = checkpoints.is_under_way();
         let step_ms = rig.step(args.warmup + n)?[4];

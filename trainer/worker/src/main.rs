@@ -9,6 +9,7 @@ mod append;
 mod bench;
 mod checkpoints;
 mod collapse;
+mod dense;
 mod device;
 mod doctor;
 mod error;

@@ -24,7 +24,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
 use crate::metrics::{self, EvalLine, GridPoint};
-use crate::{affinity, agree, checkpoints, device, snapshot, trace};
+use crate::{affinity, agree, checkpoints, dense, device, snapshot};
 
 /// The seed by which images are chosen, whatever that of the run: evaluations of different runs are of the same images.
 const CHOICE: u64 = 0;
@@ -617,7 +617,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
             let of = |what: &str, tensor: &Tensor| (format!("{name}.{what}"), tensor.shallow_clone());
             [of("features", &part.features), of("labels", &part.labels)]
         });
-        trace::write(path, tensors)?;
+        dense::write(path, tensors)?;
     }
     let linear = linear(trained.bank.len() as u64)?; // without the damaged
     let mut line = EvalLine::new(meta.step, meta.epoch);
