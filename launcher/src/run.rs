@@ -306,6 +306,9 @@ async fn supervise(
     };
     let started = Instant::now();
     let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes);
+    if shell.job.dir.newest_step() > 0 {
+        supervisor.goes_on();
+    }
     let mut stopped_by = Vec::new();
     let mut actions = first;
     let mut status_due = tokio::time::interval(STATUS_EVERY);

@@ -260,6 +260,8 @@ pub struct Supervisor {
     state: State,
     generation: u32,
     restarts: u32,
+    /// There is a checkpoint to go on from.
+    has_checkpoint: bool,
     stop: Option<(Duration, StopSignal)>,
     /// How long a step takes in this start of the gang, as far as it is known.
     step_time: Duration,
@@ -289,6 +291,7 @@ impl Supervisor {
             state: State::Running,
             generation: 0,
             restarts: 0,
+            has_checkpoint: false,
             stop: None,
             step_time: Duration::ZERO,
             stop_grace: STOP_GRACE,
@@ -301,6 +304,11 @@ impl Supervisor {
             failures: BTreeMap::new(),
         };
         (supervisor, vec![Action::Start { generation: 0 }])
+    }
+
+    /// The run goes on from a checkpoint, from its first start on.
+    pub fn goes_on(&mut self) {
+        self.has_checkpoint = true;
     }
 
     /// Takes one event at time `now` (since any fixed moment) and says what to do.
@@ -393,6 +401,10 @@ impl Supervisor {
                 {
                     self.step_time = time;
                 }
+                Vec::new()
+            }
+            Output::Event { event: WorkerEvent::Checkpoint { .. }, .. } => {
+                self.has_checkpoint = true;
                 Vec::new()
             }
             Output::Gathering { .. } | Output::Event { .. } | Output::Refused { ours: false, .. } => {
@@ -568,9 +580,14 @@ impl Supervisor {
         self.generation += 1;
         self.state = State::Waiting;
         let line = format!(
-            "{culprit}; restart {} of {} from the last checkpoint in {:.1} s",
+            "{culprit}; restart {} of {} from {} in {:.1} s",
             self.restarts,
             self.max_restarts,
+            if self.has_checkpoint {
+                "the last checkpoint"
+            } else {
+                "step 0, as there is no checkpoint yet,"
+            },
             wait.as_secs_f64()
         );
         let bad = culprit
@@ -968,6 +985,26 @@ mod tests {
         let actions = run(3, vec![go(), Event::Signal(StopSignal::Terminate), Event::Due(Timer::End)]);
         assert!(actions.contains(&Action::RequestStop { reason: "SIGTERM".into() }));
         assert!(actions.ends_with(&[Action::Terminate, Action::Arm(Timer::Kill, KILL_GRACE)]), "{actions:?}");
+    }
+
+    #[test]
+    fn a_restart_says_whether_there_is_something_to_go_on_from() {
+        let saved = WorkerEvent::Checkpoint { step: 3, path: String::new(), digest: String::new() };
+        let saved = Event::Coordinator(Output::Event { rank: 0, event: saved });
+        let said = |events: Vec<Event>| {
+            let says = |action| match action {
+                Action::Say(line) if line.contains("restart 1 of 1") => Some(line),
+                _ => None,
+            };
+            run(1, events).into_iter().find_map(says).expect("a restart")
+        };
+        let line = said(vec![go(), lost(1), KILLED, SETTLED]);
+        assert!(
+            line.contains("restart 1 of 1 from step 0, as there is no checkpoint yet, in 0.5 s"),
+            "{line}"
+        );
+        let line = said(vec![go(), saved, lost(1), KILLED, SETTLED]);
+        assert!(line.contains("restart 1 of 1 from the last checkpoint in 0.5 s"), "{line}");
     }
 
     #[test]
