@@ -2,6 +2,8 @@
 
 use std::fs::{self, File};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Writes a file so that a reader, and a machine that loses its power, sees the old or the new one, never half of it. Behind a
@@ -34,7 +36,12 @@ fn write(path: &Path, bytes: &[u8], lasts: bool) -> io::Result<()> {
         || fs::read_link(path).is_ok_and(|to| is_descriptor(&to))
         || fs::metadata(path).is_ok_and(|there| !there.is_file() && !there.is_dir())
     {
-        return File::options().append(true).open(path)?.write_all(bytes);
+        let mut file = File::options().append(true).open(path)?;
+        // Where this process goes on writing its own lines, they are to come behind.
+        if is_same_file(&file, &io::stdout()) {
+            return io::stdout().write_all(bytes).and_then(|()| io::stdout().flush());
+        }
+        return file.write_all(bytes);
     }
     let path = match fs::symlink_metadata(path) {
         Ok(there) if there.is_symlink() => match fs::canonicalize(path) {
@@ -66,6 +73,12 @@ fn write(path: &Path, bytes: &[u8], lasts: bool) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn is_same_file(file: &File, other: &impl AsFd) -> bool {
+    let about = |file: &File| file.metadata().map(|file| (file.dev(), file.ino())).ok();
+    let other = other.as_fd().try_clone_to_owned().map(File::from).ok();
+    about(file).is_some_and(|file| other.and_then(|other| about(&other)) == Some(file))
 }
 
 /// The whole name and this process: a file of the user's, or of another command at work here, has another name.

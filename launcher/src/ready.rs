@@ -1,31 +1,16 @@
-//! What a run needs beside its directory, looked at before anything is written or started.
+//! What a run needs beside its training images, looked at before anything is written or started.
 
 use std::fs::File;
-use std::sync::Arc;
 
 use mentee_config::Recipe;
-use mentee_data::{Source, open_held_out, open_training};
+use mentee_data::open_held_out;
 
 use crate::failure::Failure;
-
-/// The training images; of a run that `is_new`, those to be classified and the weights to start from are opened too, where the
-/// recipe names any.
-///
-/// # Errors
-/// [`Failure`] with the exit code that the run would end with.
-pub fn check(recipe: &Recipe, is_new: bool) -> Result<Arc<dyn Source>, Failure> {
-    let source = open_training(recipe)?;
-    if is_new {
-        held_out(recipe)?;
-        weights(recipe)?;
-    }
-    Ok(source)
-}
 
 /// Whether there is what the run is to classify.
 ///
 /// # Errors
-/// As [`check`].
+/// [`Failure`] with the exit code that the run would end with.
 pub fn held_out(recipe: &Recipe) -> Result<(), Failure> {
     if recipe.eval.knn_every_epochs > 0 {
         open_held_out(recipe)?;
@@ -36,7 +21,7 @@ pub fn held_out(recipe: &Recipe) -> Result<(), Failure> {
 /// Whether there is what the run starts from.
 ///
 /// # Errors
-/// As [`check`].
+/// As [`held_out`].
 pub fn weights(recipe: &Recipe) -> Result<(), Failure> {
     let path = &recipe.model.init;
     if path.as_os_str().is_empty() {

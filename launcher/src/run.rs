@@ -15,6 +15,7 @@ use mentee_cluster::identity::Allocation;
 use mentee_cluster::{Agreement, CoordinatorHandle, Lock, Output, WorkerEvent, server};
 use mentee_config::replace::write_atomically;
 use mentee_config::{Plan, Recipe, complain, counted, exit_code, say};
+use mentee_data::open_training;
 use serde_json::json;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
@@ -127,7 +128,11 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     dir.check_recipe(&recipe)?;
     // One that goes on has no need of the weights it started from, nor one that is finished of what it classified.
     let is_new = checkpoint::list(&dir.checkpoints())?.is_empty();
-    let source = ready::check(&recipe, is_new)?;
+    let source = open_training(&recipe)?;
+    if is_new {
+        ready::held_out(&recipe)?;
+        ready::weights(&recipe)?;
+    }
     let plan = Plan::new(recipe, source.len(), args.workers)?;
     let images = source.digest();
     drop(source);
