@@ -287,8 +287,11 @@ fn what_is_passed_over_is_said() {
     let set = folder.path().join("set");
     fs::create_dir_all(set.join("cat")).expect("made");
     fs::write(set.join("cat/a.png"), images).expect("written");
-    fs::write(set.join("cat/b.TIF"), "not read").expect("written");
-    let line = format!("passed over in {}: 1 .tif (read are JPEG, PNG, WebP and PPM)", set.display());
+    fs::write(set.join("cat/b.DCM"), "not read").expect("written");
+    let line = format!(
+        "passed over in {}: 1 .dcm (read are JPEG, PNG, WebP, TIFF, BMP, PPM and PGM)",
+        set.display()
+    );
     for arguments in [&["verify", text(&set)][..], &["stats", text(&set)], &["stats", "--json", text(&set)]] {
         let (code, said, err) = mentee(&[&["data"], arguments].concat());
         assert_eq!(code, Some(0), "{err}");

@@ -1,4 +1,4 @@
-//! Feeds damaged files to everything that reads files: `fuzz TARGET [EXECUTIONS] [SEED]`, TARGET one of jpeg, image, tar, index.
+//! Feeds damaged files to everything that reads files: `fuzz TARGET [EXECUTIONS] [SEED]`, TARGET one of jpeg, image, tiff, tar, index.
 //!
 //! Starts from small valid files and the hostile ones of the tests, changes, cuts, repeats and splices bytes, and counts what is
 //! accepted and refused. A panic or an execution of more than five seconds ends it and leaves the file in `fuzz-TARGET.bin`.
@@ -22,21 +22,25 @@ fn main() {
     let number =
         |at: usize, default: u64| arguments.get(at).map_or(default, |text| text.parse().expect("a number"));
     let (executions, seed) = (number(2, 1_000_000), number(3, 1));
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/jpeg");
-    let jpegs = || -> Vec<Vec<u8>> {
-        let mut paths: Vec<_> = std::fs::read_dir(&fixtures)
+    let fixtures = |folder: &str, ending: &str| -> Vec<Vec<u8>> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(folder);
+        let mut paths: Vec<_> = std::fs::read_dir(&folder)
             .expect("fixtures")
             .map(|entry| entry.expect("readable").path())
+            .filter(|path| path.to_string_lossy().contains(ending))
             .collect();
         paths.sort();
         paths.into_iter().map(|path| std::fs::read(path).expect("readable")).collect()
     };
     let (mut seeds, mut run): (Vec<Vec<u8>>, Target) = match target {
-        "jpeg" => (jpegs(), Box::new(image())),
-        "image" => (other_images(), Box::new(image())),
+        "jpeg" => (fixtures("jpeg", ".jpg"), Box::new(image())),
+        "image" => {
+            ([other_images(), fixtures("files", ".bmp"), fixtures("files", ".p")].concat(), Box::new(image()))
+        }
+        "tiff" => (fixtures("files", ".tif"), Box::new(image())),
         "tar" => (tars(), Box::new(in_folder("00000.tar"))),
         "index" => (indices(), Box::new(in_folder("index.json"))),
-        other => panic!("no target {other}: one of jpeg, image, tar, index"),
+        other => panic!("no target {other}: one of jpeg, image, tiff, tar, index"),
     };
     for file in &seeds {
         run(file);

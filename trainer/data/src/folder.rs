@@ -3,7 +3,7 @@
 //! Labels are the sub-folders of the root, sorted by name (torchvision's `ImageFolder`). A root that holds images of
 //! its own, and no sub-folder with any, is unlabelled. Within a class files are taken in the order of their paths.
 //! Names that start with a dot, `__MACOSX` and `lost+found` are passed over, and run directories, whose example views are no images of
-//! the set; extensions other than jpg, jpeg, png, webp and ppm too, but counted.
+//! the set; names that end otherwise than images do too, but counted.
 
 use std::fs;
 use std::io::Read;
@@ -12,8 +12,9 @@ use std::path::{Path, PathBuf};
 
 use mentee_config::counted;
 
+use crate::decode::{FORMATS, is_image_name};
 use crate::error::{DataError, shown};
-use crate::listing::{Names, is_image_name, sorted_entries};
+use crate::listing::{Names, sorted_entries};
 use crate::passed_over::{PassedOver, extension, image_patterns};
 use crate::source::{Encoding, Source};
 
@@ -313,6 +314,6 @@ impl Source for ImageFolder {
 
     fn passed_over(&self) -> Option<String> {
         let list = self.passed.list()?;
-        Some(format!("passed over in {}: {list} (read are JPEG, PNG, WebP and PPM)", shown(&self.root)))
+        Some(format!("passed over in {}: {list} (read are {FORMATS})", shown(&self.root)))
     }
 }

@@ -14,14 +14,6 @@ pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError>
     Ok(entries)
 }
 
-/// How the names of images end that can be decoded.
-pub(crate) const IMAGE_NAMES: [&str; 5] = ["jpg", "jpeg", "png", "webp", "ppm"];
-
-/// Whether a file name ends like an image that can be decoded.
-pub(crate) fn is_image_name(extension: &str) -> bool {
-    IMAGE_NAMES.iter().any(|known| extension.eq_ignore_ascii_case(known))
-}
-
 /// Texts one after the other in one buffer: 8 bytes of overhead each.
 #[derive(Debug, Default)]
 pub(crate) struct Names {

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::listing::IMAGE_NAMES;
+use crate::decode::IMAGE_NAMES;
 
 /// What is written of a file that is packed, before what packed it: `.tar.gz`, `.nii.gz`.
 const PACKED: [&str; 6] = ["gz", "xz", "bz2", "zst", "lz4", "z"];

@@ -1,7 +1,7 @@
 //! Writing tar shards, and the index that goes with them.
 //!
 //! ```text
-//! OUT/00000.tar   KEY.jpg | .png | .webp | .ppm, then KEY.cls when labelled; KEY is the sample's number, eight digits or more
+//! OUT/00000.tar   KEY.jpg (.png, .webp, .tif, .bmp, .ppm, .pgm), then KEY.cls when labelled; KEY is the sample's number, eight digits or more
 //! OUT/00001.tar   …
 //! OUT/index.json  written last
 //! ```
@@ -19,7 +19,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use crate::decode::{RgbImage, encode_png};
+use crate::decode::{Format, RgbImage, encode_png};
 use crate::error::DataError;
 pub use crate::index::{INDEX_FILE, Index, IndexShard};
 use crate::partial::Partial;
@@ -54,7 +54,7 @@ pub struct ShardOptions {
 /// What is stored of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Store {
-    /// JPEG, PNG and WebP files as they are; raw pixels as PNG.
+    /// Image files as they are; raw pixels as PNG.
     AsIs,
     /// JPEG, made anew.
     Jpeg {
@@ -375,25 +375,14 @@ impl ShardWriter {
         })
     }
 
-    /// Adds one sample: a JPEG, PNG, WebP or PPM file and its label.
+    /// Adds one sample: an image file and its label.
     ///
     /// # Errors
-    /// [`DataError`] when it is neither, or the disk refuses.
+    /// [`DataError`] when it is none, or the disk refuses.
     pub fn add(&mut self, image: &[u8], label: Option<u32>) -> Result<(), DataError> {
         let key = numbered_key(self.samples);
-        let extension = match image {
-            [0xFF, 0xD8, ..] => "jpg",
-            [0x89, b'P', b'N', b'G', ..] => "png",
-            [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => "webp",
-            [b'P', b'6', b'#' | b' ' | b'\t'..=b'\r', ..] => "ppm",
-            _ => {
-                return Err(DataError::BadSample {
-                    sample: key,
-                    reason: if image.is_empty() { "the file is empty" } else { "neither JPEG, PNG nor WebP" }
-                        .to_owned(),
-                });
-            }
-        };
+        let format = Format::of(image)
+            .map_err(|error| DataError::BadSample { sample: key.clone(), reason: error.to_string() })?;
         let length = u32::try_from(image.len()).map_err(|_| DataError::BadSample {
             sample: key.clone(),
             reason: format!("{} bytes: an image must be below 4 GiB", image.len()),
@@ -405,7 +394,7 @@ impl ShardWriter {
             Some(shard) => shard,
             None => self.open_shard()?,
         };
-        let offset = shard.member(&format!("{key}.{extension}"), image)?;
+        let offset = shard.member(&format!("{key}.{}", format.extension()), image)?;
         if let Some(label) = label {
             shard.member(&format!("{key}.cls"), label.to_string().as_bytes())?;
         }

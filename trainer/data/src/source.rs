@@ -15,7 +15,7 @@ use crate::order::Order;
 /// How the bytes of a sample stand for an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
-    /// A JPEG, PNG, WebP or PPM file.
+    /// An image file of a format that is read.
     File,
     /// `[height, width, 3]` pixels.
     Raw {

@@ -3,7 +3,7 @@
 //! ```text
 //! 00000.tar   00000000.jpg  00000000.cls  00000001.png  00000001.cls  …
 //! ```
-//! The image is the member whose extension is exactly jpg, jpeg, png, webp or ppm; `.cls` holds the label as decimal digits;
+//! The image is the member whose extension is exactly that of an image (`jpg`, `png` and so on); `.cls` holds the label as decimal digits;
 //! other members are passed over. With an `index.json` beside the shards (see [`crate::shard`]) nothing is scanned;
 //! without one the headers are read once, at 512 bytes a member.
 //!
@@ -16,9 +16,10 @@ use std::io::{BufReader, Read, Seek};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use crate::decode::is_image_name;
 use crate::error::DataError;
 use crate::index::{INDEX_FILE, Index};
-use crate::listing::{Names, is_image_name, sorted_entries};
+use crate::listing::{Names, sorted_entries};
 use crate::partial::is_unfinished;
 use crate::passed_over::{PassedOver, image_patterns};
 use crate::source::{Encoding, MAX_CLASSES, Source};

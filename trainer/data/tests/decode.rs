@@ -259,9 +259,10 @@ fn ppm_headers() {
         }
     }
     for (file, reason) in [
-        ("P6 2 1 65535 ............", "damaged PPM: values up to 65535: only those up to 255 are read"),
-        ("P6 2 x 255 ......", "damaged PPM: no header of width, height and 255"),
-        ("P6 99999999999 1 255 .", "damaged PPM: no header of width, height and 255"),
+        ("P6 2 1 65535 ...........", "truncated PPM: the file ends before the image does"),
+        ("P5 2 1 100 ab", "PGM with values up to 100 is not read: scale it to 255 or 65535"),
+        ("P6 2 x 255 ......", "damaged PPM: no header of width, height and largest value"),
+        ("P6 99999999999 1 255 .", "damaged PPM: no header of width, height and largest value"),
         ("P6 0 1 255 .", "0 x 1 pixels: an image without any"),
     ] {
         assert_eq!(decode(file.as_bytes()).unwrap_err().to_string(), reason, "{file}");
@@ -296,4 +297,128 @@ fn crc32(bytes: &[u8]) -> u32 {
             |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xEDB8_8320 } else { crc >> 1 },
         )
     })
+}
+
+/// A little-endian TIFF of one strip; tags are (number, type, values).
+fn tiff(tags: &[(u16, u16, &[u32])], strip: &[u8]) -> Vec<u8> {
+    let mut file = [b"II\x2a\0", &(8 + strip.len() as u32).to_le_bytes()[..], strip].concat();
+    let (at, count) = ([8], [strip.len() as u32]);
+    let mut tags = tags.to_vec();
+    if !tags.iter().any(|&(tag, ..)| tag == 273) {
+        tags.extend([(273, 4, &at[..]), (279, 4, &count[..])]);
+    }
+    let mut beyond = file.len() + 2 + 12 * tags.len() + 4;
+    let mut more = Vec::new();
+    file.extend((tags.len() as u16).to_le_bytes());
+    for (tag, kind, values) in tags {
+        file.extend([tag.to_le_bytes(), kind.to_le_bytes()].concat());
+        file.extend((values.len() as u32).to_le_bytes());
+        let mut bytes: Vec<u8> = match kind {
+            3 => values.iter().flat_map(|&v| (v as u16).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        };
+        if bytes.len() > 4 {
+            file.extend((beyond as u32).to_le_bytes());
+            beyond += bytes.len();
+            more.extend(bytes);
+        } else {
+            bytes.resize(4, 0);
+            file.extend(bytes);
+        }
+    }
+    file.extend([0; 4]);
+    file.extend(more);
+    file
+}
+
+#[test]
+fn a_tiff_that_is_not_read_says_why() {
+    type Tags<'a> = &'a [(u16, u16, &'a [u32])];
+    let with = |more: Tags<'_>| {
+        let mut tags: Vec<(u16, u16, &[u32])> =
+            vec![(256, 3, &[2]), (257, 3, &[1]), (258, 3, &[8]), (262, 3, &[1])];
+        tags.retain(|(tag, ..)| !more.iter().any(|(other, ..)| other == tag));
+        tags.extend(more.iter().filter(|(_, _, values)| !values.is_empty()));
+        tiff(&tags, &[7, 9, 0, 0, 0, 0])
+    };
+    assert_eq!(pixels(&with(&[])), [7, 7, 7, 9, 9, 9]);
+    // Without a length of the strip, and with one that is beyond the file, as some programs write what is not packed.
+    assert_eq!(pixels(&with(&[(273, 4, &[8])])), [7, 7, 7, 9, 9, 9]);
+    assert_eq!(pixels(&with(&[(273, 4, &[8]), (279, 4, &[9999])])), [7, 7, 7, 9, 9, 9]);
+    let cases: [(Tags<'_>, &str); 28] = [
+        (
+            &[(258, 3, &[32]), (339, 3, &[3])],
+            "TIFF with signed or floating-point numbers is not read: scale them to 8 or 16 bits without sign",
+        ),
+        (&[(258, 3, &[32])], "TIFF with 32 bits a sample is not read: scale it to 8 or 16"),
+        (
+            &[(258, 3, &[8, 16, 8]), (262, 3, &[2]), (277, 3, &[3])],
+            "TIFF with channels of unlike depths is not read: write all of them with 8 bits",
+        ),
+        (
+            &[(277, 3, &[13]), (258, 3, &[8; 13])],
+            "TIFF with 13 bands and no colours is not read: write the three that stand for red, green and blue as RGB",
+        ),
+        (&[(259, 3, &[50_000])], "TIFF with Zstandard is not read: write it with LZW or Deflate"),
+        (&[(259, 3, &[4])], "TIFF with fax compression is not read: write it with LZW or Deflate"),
+        (&[(259, 3, &[6])], "TIFF with JPEG of before 1995 is not read: write it with LZW or Deflate"),
+        (&[(259, 3, &[999])], "TIFF with compression 999 is not read: write it with LZW or Deflate"),
+        (&[(262, 3, &[8])], "TIFF with colours of CIE L*a*b* is not read: write it as RGB"),
+        (&[(262, 3, &[6])], "TIFF with YCbCr colours outside JPEG is not read: write it as RGB"),
+        (&[(266, 3, &[2])], "TIFF with bits from the right (FillOrder 2) is not read: write it anew"),
+        (&[(317, 3, &[3])], "TIFF with a predictor for floating-point numbers is not read: write it anew"),
+        (&[(258, 3, &[4]), (317, 3, &[2])], "TIFF with differences of 4 bits is not read: write it with 8"),
+        (
+            &[(259, 3, &[7]), (262, 3, &[5]), (277, 3, &[4])],
+            "TIFF with JPEG of other than grey or three colours of 8 bits together is not read: write it anew",
+        ),
+        (&[(256, 3, &[])], "damaged TIFF: no width (tag 256)"),
+        (&[(262, 3, &[])], "damaged TIFF: no colour space (tag 262)"),
+        (&[(256, 2, &[2])], "damaged TIFF: tag 256 is of type 2"),
+        (&[(256, 3, &[0])], "0 x 1 pixels: an image without any"),
+        (
+            &[(256, 4, &[20_000]), (257, 4, &[20_000])],
+            "20000 x 20000 pixels, more than 100 megapixels: cut it into tiles, or shrink it",
+        ),
+        (&[(262, 3, &[2])], "damaged TIFF: 1 samples a pixel, fewer than its colours have"),
+        (&[(262, 3, &[3])], "damaged TIFF: a palette image without palette (tag 320)"),
+        (&[(262, 3, &[3]), (320, 3, &[1; 300])], "damaged TIFF: 100 of 256 colours in the palette"),
+        (&[(278, 3, &[0])], "damaged TIFF: strips of 2 x 0 pixels, 1 channels"),
+        (
+            &[(322, 4, &[1 << 31]), (323, 4, &[1 << 31]), (324, 4, &[8])],
+            "damaged TIFF: tiles of 2147483648 x 2147483648 pixels, 1 channels",
+        ),
+        (
+            &[(257, 3, &[3]), (278, 3, &[1])],
+            "damaged TIFF: the image has 3 strips, of which not all are listed",
+        ),
+        (&[(257, 3, &[4])], "truncated TIFF: the file ends before the image does"),
+        (&[(257, 3, &[40]), (259, 3, &[5])], "truncated TIFF: the file ends before the image does"),
+        (&[(259, 3, &[8])], "damaged TIFF: corrupt deflate stream"),
+    ];
+    for (tags, message) in cases {
+        assert_eq!(decode(&with(tags)).unwrap_err().to_string(), message, "{tags:?}");
+    }
+    assert_eq!(
+        decode(b"BM, said the text.").unwrap_err(),
+        DecodeError::UnknownFormat("42 4d 2c 20".to_owned())
+    );
+}
+
+/// Of the files in `fixtures/files`, no part has other pixels than the whole.
+#[test]
+fn other_files_cut_anywhere_are_errors() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/files");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let file = std::fs::read(&path).unwrap();
+        let whole = decode(&file).unwrap();
+        for length in (0..file.len()).step_by(3) {
+            match decode(&file[..length]) {
+                // What stands behind the first image may be missing.
+                Ok(part) => assert!(part == whole, "{}: {length} of {}", path.display(), file.len()),
+                Err(error) => assert!(!error.to_string().contains('\n'), "{error}"),
+            }
+        }
+    }
 }

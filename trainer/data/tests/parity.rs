@@ -199,11 +199,22 @@ fn crc32(bytes: &[u8]) -> u64 {
 
 #[test]
 fn jpeg_pixels_are_libjpeg_turbos() {
-    let text = std::fs::read_to_string(fixtures().join("jpeg.json")).unwrap();
+    are_as_listed("jpeg", 42);
+}
+
+/// TIFF, BMP, PPM and PGM; of 16 bits the high byte.
+#[test]
+fn other_files_are_pillows_pixels() {
+    are_as_listed("files", 47);
+}
+
+/// Decodes the `count` files of a folder that the JSON file beside it lists with sizes and checksums.
+fn are_as_listed(folder: &str, count: usize) {
+    let text = std::fs::read_to_string(fixtures().join(folder).with_extension("json")).unwrap();
     let files: BTreeMap<String, BTreeMap<String, u64>> = serde_json::from_str(&text).unwrap();
-    assert_eq!(files.len(), 42);
+    assert_eq!(files.len(), count);
     for (name, expected) in &files {
-        let bytes = std::fs::read(fixtures().join("jpeg").join(name)).unwrap();
+        let bytes = std::fs::read(fixtures().join(folder).join(name)).unwrap();
         let image = decode(&bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!(
             (u64::from(image.width), u64::from(image.height), crc32(&image.data)),

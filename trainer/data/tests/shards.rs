@@ -125,6 +125,30 @@ fn raw_pixels_become_png() {
 }
 
 #[test]
+fn every_format_goes_into_shards_as_it_is() {
+    let dir = TempDir::new().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/files");
+    let source = open(&folder, DataFormat::Auto).unwrap();
+    assert_eq!(source.len(), fs::read_dir(&folder).unwrap().count() as u64, "all are images of the set");
+    let out = dir.path().join("out");
+    write_shards(&*source, &out, 1 << 20, &mut quiet()).unwrap();
+    let indexed = open(&out, DataFormat::Auto).unwrap();
+    fs::remove_file(out.join(INDEX_FILE)).unwrap();
+    let bare = open(&out, DataFormat::Auto).unwrap();
+    for i in 0..source.len() {
+        let file = source.read(i).unwrap().bytes;
+        assert!(decode(&file).is_ok(), "{}", source.key(i));
+        assert_eq!(indexed.read(i).unwrap().bytes, file);
+        assert_eq!(bare.read(i).unwrap().bytes, file);
+    }
+    let tar = fs::read(out.join("00000.tar")).unwrap();
+    for extension in ["tif", "bmp", "ppm", "pgm"] {
+        let end = format!(".{extension}\0");
+        assert!(tar.windows(5).any(|name| name == end.as_bytes()), "{extension}");
+    }
+}
+
+#[test]
 fn a_failed_write_leaves_nothing_and_nothing_is_overwritten() {
     let dir = TempDir::new().unwrap();
     let out = dir.path().join("out");
@@ -138,7 +162,7 @@ fn a_failed_write_leaves_nothing_and_nothing_is_overwritten() {
         error,
         DataError::BadSample {
             sample: "memory:2".to_owned(),
-            reason: "neither JPEG, PNG nor WebP".to_owned()
+            reason: "none of JPEG, PNG, WebP, TIFF, BMP, PPM and PGM (it starts with 47 49 46 38)".to_owned()
         }
     );
     assert!(names(dir.path()).is_empty(), "{:?}", names(dir.path()));
@@ -240,7 +264,7 @@ fn verify_names_damaged_files_of_a_folder() {
         lines,
         [
             "DIR/train/a/empty.jpg: the file is empty",
-            "DIR/train/b/text.jpg: neither JPEG, PNG nor WebP (it starts with 68 65 6c 6c)",
+            "DIR/train/b/text.jpg: none of JPEG, PNG, WebP, TIFF, BMP, PPM and PGM (it starts with 68 65 6c 6c)",
             "DIR/test/a/cut.jpg: truncated JPEG: the file ends before the image does",
         ]
     );

@@ -70,20 +70,19 @@ fn what_is_passed_over_is_said() {
     };
     put(root, "cat/x.ppm", b"not looked at");
     put(root, "dog/x.webp", b"not looked at");
-    put(root, "dog/.hidden.tif", b"");
-    put(root, ".cache/x.tif", b"");
+    put(root, "dog/.hidden.nii", b"");
+    put(root, ".cache/x.nii", b"");
     let whole = open(root, DataFormat::Auto).unwrap();
     assert_eq!((whole.len(), said(&*whole)), (2, None));
-    put(root, "cat/deep/a.tif", b"");
-    put(root, "cat/b.TIF", b"");
+    put(root, "cat/deep/a.nii", b"");
+    put(root, "cat/b.NII", b"");
     put(root, "dog/left.tar", b"");
     put(root, "empty/c.dcm", b"");
     put(root, "README", b"");
     put(root, "labels.csv", b"");
     put(root, "IM.0017", b"");
     let source = open(root, DataFormat::Auto).unwrap();
-    let line =
-        "passed over in DIR: 2 .tif, 1 without extension, 1 .dcm, 1 .tar (read are JPEG, PNG, WebP and PPM)";
+    let line = "passed over in DIR: 2 .nii, 1 without extension, 1 .dcm, 1 .tar (read are JPEG, PNG, WebP, TIFF, BMP, PPM and PGM)";
     assert_eq!(said(&*source).as_deref(), Some(line));
     assert_eq!(source.digest(), whole.digest(), "they are no part of the set");
     let held_out = with_classes_of(&*whole, source).unwrap();
@@ -97,26 +96,26 @@ fn what_is_passed_over_is_said() {
     let nothing = |advice: &str, seen: &str| {
         format!(
             "no image found in `DIR`, but {seen}: looked for tar shards (*.tar), CIFAR binary (data_batch_1.bin), IDX \
-             (train-images-idx3-ubyte), images (*.jpg, *.jpeg, *.png, *.webp, *.ppm) in class folders or at the top: {advice}"
+             (train-images-idx3-ubyte), images (*.jpg, *.jpeg, *.png, *.webp, *.tif, *.tiff, *.bmp, *.ppm, *.pgm) in class folders or at the top: {advice}"
         )
     };
     assert_eq!(
         error(root, DataFormat::Auto),
-        nothing("convert images of other formats first", "2 .tif, 1 without extension, 1 .dcm")
+        nothing("convert images of other formats first", "2 .nii, 1 without extension, 1 .dcm")
     );
     put(root, "images.tar.gz", b"");
     assert_eq!(
         error(root, DataFormat::Auto),
-        nothing("unpack archives first", "2 .tif, 1 without extension, 1 .dcm, 1 .tar.gz")
+        nothing("unpack archives first", "2 .nii, 1 without extension, 1 .dcm, 1 .tar.gz")
     );
     let mut tar = Vec::new();
-    member(&mut tar, "a.tif", b"", b'0');
+    member(&mut tar, "a.nii", b"", b'0');
     member(&mut tar, "a.cls", b"1", b'0');
     put(root, "set/a.tar", &tar);
     assert_eq!(
         error(&root.join("set"), DataFormat::Auto),
-        "no image found in `DIR`, but members 1 .tif: looked for *.tar with members named KEY.jpg, KEY.jpeg, KEY.png, \
-         KEY.webp, KEY.ppm"
+        "no image found in `DIR`, but members 1 .nii: looked for *.tar with members named KEY.jpg, KEY.jpeg, KEY.png, \
+         KEY.webp, KEY.tif, KEY.tiff, KEY.bmp, KEY.ppm, KEY.pgm"
     );
 }
 

@@ -220,15 +220,17 @@ mod x86 {
     }
 }
 
-/// Inverted CMYK to RGB in place, as Pillow: ink · black / 255, rounded.
+/// Inverted CMYK to RGB in place.
 fn cmyk(r: &mut [u8], g: &mut [u8], b: &mut [u8], k: &[u8]) {
-    for (channel, k) in [r, g, b].into_iter().flat_map(|plane| plane.iter_mut().zip(k)) {
-        // Pillow's MULDIV255 of 255 − ink and 255 − black, both of which are stored inverted.
-        let ink = u32::from(255 - *channel);
-        let white = u32::from(*k);
-        let product = ink * white + 128;
-        *channel = (white - ((product + (product >> 8)) >> 8).min(white)) as u8;
+    for (channel, &k) in [r, g, b].into_iter().flat_map(|plane| plane.iter_mut().zip(k)) {
+        *channel = without_ink(255 - *channel, k);
     }
+}
+
+/// What is left of `white` (255 without black) behind `ink`, as Pillow has it: the product by MULDIV255, rounded.
+pub(crate) fn without_ink(ink: u8, white: u8) -> u8 {
+    let product = u32::from(ink) * u32::from(white) + 128;
+    white.saturating_sub(((product + (product >> 8)) >> 8) as u8)
 }
 
 #[cfg(test)]

@@ -66,6 +66,10 @@ pub(crate) struct Header {
 }
 
 impl Header {
+    pub(crate) fn channels(&self) -> usize {
+        self.components.len()
+    }
+
     pub(super) fn mcus_across(&self) -> usize {
         (self.width as usize).div_ceil(8 * self.hmax)
     }

@@ -28,6 +28,7 @@ use thiserror::Error;
 
 use crate::image::{CropBox, PlanarImage};
 use bits::Segments;
+pub(crate) use colour::without_ink;
 use markers::Tables;
 pub(crate) use markers::{Header, exif_orientation, reaches_end};
 
@@ -41,7 +42,7 @@ pub(crate) enum JpegError {
     #[error("{0}")]
     Damaged(&'static str),
     /// As the standard says, and not supported.
-    #[error("{0}: not supported")]
+    #[error("{0} is not read")]
     Unsupported(&'static str),
 }
 

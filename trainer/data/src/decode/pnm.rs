@@ -1,0 +1,80 @@
+//! Binary PPM and PGM (netpbm's ppm(5), pgm(5)): colours and grey without compression.
+
+use super::{DecodeError, check_size, spread};
+use crate::image::RgbImage;
+
+/// What stands before the pixels.
+struct Header<'a> {
+    format: &'static str,
+    channels: usize,
+    width: u32,
+    height: u32,
+    /// The value of white.
+    most: u32,
+    pixels: &'a [u8],
+}
+
+/// One whitespace character ends the header; before it, what begins with `#` is a comment up to the end of its line, also in the
+/// middle of a number.
+fn header(bytes: &[u8]) -> Result<Header<'_>, DecodeError> {
+    let (format, channels) = if bytes.get(1) == Some(&b'5') { ("PGM", 1) } else { ("PPM", 3) };
+    let mut at = 2;
+    let mut next = || -> Option<u8> {
+        if bytes.get(at) == Some(&b'#') {
+            at += bytes[at..].iter().position(|byte| b"\r\n".contains(byte))?;
+        }
+        at += 1;
+        bytes.get(at - 1).copied()
+    };
+    let mut numbers = [0u32; 3];
+    for number in &mut numbers {
+        let mut digits = 0;
+        loop {
+            match next().ok_or(DecodeError::Truncated(format))? {
+                space if space.is_ascii_whitespace() && digits == 0 => {}
+                space if space.is_ascii_whitespace() => break,
+                digit if digit.is_ascii_digit() && digits < 9 => {
+                    *number = *number * 10 + u32::from(digit - b'0');
+                    digits += 1;
+                }
+                _ => {
+                    let reason = "no header of width, height and largest value".to_owned();
+                    return Err(DecodeError::Damaged { format, reason });
+                }
+            }
+        }
+    }
+    let [width, height, most] = numbers;
+    Ok(Header { format, channels, width, height, most, pixels: &bytes[at..] })
+}
+
+/// Whether values take two bytes.
+pub(super) fn is_deep(bytes: &[u8]) -> bool {
+    header(bytes).is_ok_and(|header| header.most > 255)
+}
+
+/// Decodes; what EXIF's orientation would say is 1.
+pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
+    let Header { format, channels, width, height, most, pixels } = header(bytes)?;
+    let deep = match most {
+        255 => false,
+        65_535 => true,
+        _ => {
+            let what = format!("values up to {most}");
+            return Err(DecodeError::NotRead { format, what, instead: "scale it to 255 or 65535" });
+        }
+    };
+    let count = check_size(u64::from(width), u64::from(height))?;
+    let values = count * channels;
+    let pixels = pixels.get(..values << u32::from(deep)).ok_or(DecodeError::Truncated(format))?;
+    (image.width, image.height) = (width, height);
+    image.data.clear();
+    if deep {
+        // The high byte comes first.
+        image.data.extend(pixels.iter().step_by(2));
+    } else {
+        image.data.extend_from_slice(pixels);
+    }
+    spread(image, count, channels);
+    Ok(1)
+}

@@ -1,0 +1,459 @@
+//! TIFF 6.0, with Technical Note 2's JPEG, and BigTIFF: the first image of a file.
+//!
+//! ```text
+//!  tags ─► Layout ─► strips or tiles ─► unpacked bytes ─► samples ─► RGB
+//!  (directory.rs)                       (unpack.rs, jpeg)
+//! ```
+//! Grey, RGB, palettes and CMYK of 1, 2, 4, 8 or 16 bits a sample, pixel by pixel or plane by plane. Channels beyond those of the
+//! colour (alpha, near infrared) are dropped, as the file says which come first. What cannot become 8-bit RGB by one rule for
+//! all images, as floating-point numbers or bands without colours, is refused by name, with what to do.
+
+mod directory;
+mod unpack;
+
+use std::borrow::Cow;
+
+use super::{DecodeError, MAX_PIXELS, check_size, has_end};
+use crate::image::{CropBox, PlanarImage, RgbImage};
+use crate::jpeg;
+use directory::Directory;
+use unpack::{Packing, unpack};
+
+fn truncated() -> DecodeError {
+    DecodeError::Truncated("TIFF")
+}
+
+fn damaged(reason: &str) -> DecodeError {
+    DecodeError::Damaged { format: "TIFF", reason: reason.to_owned() }
+}
+
+fn not_read(what: &str, instead: &'static str) -> DecodeError {
+    DecodeError::NotRead { format: "TIFF", what: what.to_owned(), instead }
+}
+
+/// Whether samples have 16 bits.
+pub(super) fn is_deep(bytes: &[u8]) -> bool {
+    Directory::first(bytes).and_then(|tags| tags.one(258, 1)).is_ok_and(|bits| bits == 16)
+}
+
+/// Decodes as stored, and returns the orientation.
+pub(super) fn decode(
+    bytes: &[u8],
+    jpeg: &mut jpeg::Decoder,
+    image: &mut RgbImage,
+) -> Result<u8, DecodeError> {
+    let tags = Directory::first(bytes)?;
+    let layout = Layout::of(&tags)?;
+    (image.width, image.height) = (layout.width as u32, layout.height as u32);
+    image.data.clear();
+    image.data.resize(layout.width * layout.height * 3, 0);
+    let mut work = Work::default();
+    for down in 0..layout.height.div_ceil(layout.chunk.1) {
+        for across in 0..layout.across() {
+            match layout.packing {
+                Some(packing) => layout.chunk(bytes, packing, (across, down), &mut work, image)?,
+                None => layout.jpeg_chunk(bytes, (across, down), jpeg, &mut work, image)?,
+            }
+        }
+    }
+    Ok(u8::try_from(tags.one(274, 1)?).ok().filter(|turn| (1..=8).contains(turn)).unwrap_or(1))
+}
+
+/// What a pixel's first samples say (tag 262).
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Colour {
+    Gray {
+        white_is_zero: bool,
+    },
+    Rgb,
+    /// Red, green, blue of each index.
+    Palette(Vec<[u8; 3]>),
+    Cmyk,
+    /// Within JPEG, whose decoder makes it RGB.
+    YCbCr,
+}
+
+impl Colour {
+    /// Samples of a pixel that count.
+    fn channels(&self) -> usize {
+        match self {
+            Self::Gray { .. } | Self::Palette(_) => 1,
+            Self::Rgb | Self::YCbCr => 3,
+            Self::Cmyk => 4,
+        }
+    }
+}
+
+/// Where the samples of an image stand.
+#[derive(Debug)]
+struct Layout<'a> {
+    width: usize,
+    height: usize,
+    colour: Colour,
+    /// Samples of a pixel, those that do not count among them.
+    samples: usize,
+    /// Of a sample: 1, 2, 4, 8 or 16.
+    bits: usize,
+    big_endian: bool,
+    /// Each sample has strips or tiles of its own.
+    planar: bool,
+    /// Samples are differences to the pixel on the left.
+    differences: bool,
+    /// `None`: JPEG.
+    packing: Option<Packing>,
+    /// JPEG tables that hold for all strips or tiles.
+    tables: &'a [u8],
+    /// Columns and rows of a strip or tile.
+    chunk: (usize, usize),
+    /// The last strip ends with the image; tiles are whole.
+    tiled: bool,
+    offsets: Vec<u64>,
+    /// Bytes, packed; unknown where it is empty.
+    lengths: Vec<u64>,
+}
+
+/// Memory that is used again from strip to strip.
+#[derive(Debug, Default)]
+struct Work {
+    /// Samples of a row that count, of all planes.
+    line: Vec<u16>,
+    /// Samples of a row.
+    row: Vec<u16>,
+    /// A JPEG file made of tables and a strip.
+    file: Vec<u8>,
+    planes: PlanarImage,
+}
+
+impl<'a> Layout<'a> {
+    fn of(tags: &Directory<'a>) -> Result<Self, DecodeError> {
+        let (width, height) = (tags.required(256, "width")?, tags.required(257, "height")?);
+        check_size(width, height)?;
+        let (width, height) = (width as usize, height as usize);
+        let samples = tags.one(277, 1)?.max(1) as usize;
+        if tags.all(339)?.unwrap_or_default().iter().any(|&format| !matches!(format, 1 | 4)) {
+            return Err(not_read(
+                "signed or floating-point numbers",
+                "scale them to 8 or 16 bits without sign",
+            ));
+        }
+        let bits = tags.all(258)?.unwrap_or(vec![1]);
+        if bits.iter().any(|&other| other != bits[0]) {
+            return Err(not_read("channels of unlike depths", "write all of them with 8 bits"));
+        }
+        let bits = bits[0] as usize;
+        if !matches!(bits, 1 | 2 | 4 | 8 | 16) {
+            return Err(not_read(&format!("{bits} bits a sample"), "scale it to 8 or 16"));
+        }
+        if tags.one(266, 1)? == 2 {
+            return Err(not_read("bits from the right (FillOrder 2)", "write it anew"));
+        }
+        let packing = match tags.one(259, 1)? {
+            1 => Some(Packing::None),
+            5 => Some(Packing::Lzw),
+            7 => None,
+            8 | 32_946 => Some(Packing::Deflate),
+            32_773 => Some(Packing::PackBits),
+            other => return Err(not_read(&compression(other), "write it with LZW or Deflate")),
+        };
+        let colour = match tags.required(262, "colour space")? {
+            kind @ (0 | 1) => Colour::Gray { white_is_zero: kind == 0 },
+            2 => Colour::Rgb,
+            3 => palette(tags, bits)?,
+            5 => Colour::Cmyk,
+            6 if packing.is_none() => Colour::YCbCr,
+            other => {
+                let name = match other {
+                    4 => "a transparency mask for an image",
+                    6 => "YCbCr colours outside JPEG",
+                    8..=10 => "colours of CIE L*a*b*",
+                    32_803 => "the raw pixels of a camera",
+                    _ => return Err(not_read(&format!("colour space {other}"), "write it as RGB")),
+                };
+                return Err(not_read(name, "write it as RGB"));
+            }
+        };
+        if samples < colour.channels() {
+            return Err(damaged(&format!("{samples} samples a pixel, fewer than its colours have")));
+        }
+        if matches!(colour, Colour::Gray { .. }) && samples > 2 {
+            let what = format!("{samples} bands and no colours");
+            return Err(not_read(&what, "write the three that stand for red, green and blue as RGB"));
+        }
+        let planar = match tags.one(284, 1)? {
+            1 => false,
+            2 => samples > 1,
+            other => return Err(damaged(&format!("planes of kind {other} (tag 284)"))),
+        };
+        let in_jpeg = match colour {
+            Colour::Gray { white_is_zero: false } => samples == 1,
+            Colour::Rgb | Colour::YCbCr => samples == 3 && !planar,
+            Colour::Gray { .. } | Colour::Palette(_) | Colour::Cmyk => false,
+        };
+        if packing.is_none() && !(in_jpeg && bits == 8) {
+            return Err(not_read(
+                "JPEG of other than grey or three colours of 8 bits together",
+                "write it anew",
+            ));
+        }
+        let differences = match tags.one(317, 1)? {
+            2 if packing.is_some() => true,
+            1 | 2 => false,
+            _ => return Err(not_read("a predictor for floating-point numbers", "write it anew")),
+        };
+        if differences && bits < 8 {
+            return Err(not_read(&format!("differences of {bits} bits"), "write it with 8"));
+        }
+        let tiled = tags.bytes(324)?.is_some();
+        let chunk = if tiled {
+            (tags.required(322, "tile width")?, tags.required(323, "tile height")?)
+        } else {
+            (width as u64, tags.one(278, height as u64)?.min(height as u64))
+        };
+        let (offsets, lengths, name) = if tiled { (324, 325, "tile") } else { (273, 279, "strip") };
+        let (chunk, wanted) = fitting(chunk, (width, height), samples, bits).ok_or_else(|| {
+            damaged(&format!("{name}s of {} x {} pixels, {samples} channels", chunk.0, chunk.1))
+        })?;
+        // Those of every sample's plane, one plane after the other.
+        let wanted = if planar { wanted * samples } else { wanted };
+        let layout = Self {
+            width,
+            height,
+            colour,
+            samples,
+            bits,
+            big_endian: tags.big_endian,
+            planar,
+            differences,
+            packing,
+            tables: tags.bytes(347)?.unwrap_or_default(),
+            chunk,
+            tiled,
+            offsets: tags
+                .all(offsets)?
+                .ok_or_else(|| damaged(&format!("no {name} offsets (tag {offsets})")))?,
+            lengths: tags.all(lengths)?.unwrap_or_default(),
+        };
+        if layout.offsets.len() < wanted || !layout.lengths.is_empty() && layout.lengths.len() < wanted {
+            return Err(damaged(&format!("the image has {wanted} {name}s, of which not all are listed")));
+        }
+        Ok(layout)
+    }
+
+    /// Strips or tiles beside one another.
+    fn across(&self) -> usize {
+        self.width.div_ceil(self.chunk.0)
+    }
+
+    fn per_plane(&self) -> usize {
+        self.across() * self.height.div_ceil(self.chunk.1)
+    }
+
+    /// Columns and rows of the image that the strip or tile at `(across, down)` holds.
+    fn within(&self, (across, down): (usize, usize)) -> (usize, usize) {
+        let (columns, rows) = self.chunk;
+        (columns.min(self.width - across * columns), rows.min(self.height - down * rows))
+    }
+
+    /// The bytes of strip or tile number `index`, packed. The length of what is not packed is known without being said, and some
+    /// programs say it wrong.
+    fn packed<'f>(&self, file: &'f [u8], index: usize) -> Result<&'f [u8], DecodeError> {
+        let start = usize::try_from(self.offsets[index]).map_err(|_| truncated())?;
+        let rest = file.get(start..).ok_or_else(truncated)?;
+        let Some(&length) = self.lengths.get(index) else { return Ok(rest) };
+        match usize::try_from(length).ok().and_then(|length| rest.get(..length)) {
+            None if self.packing == Some(Packing::None) => Ok(rest),
+            found => found.ok_or_else(truncated),
+        }
+    }
+
+    /// Unpacks the strip or tile at `at` into `image`.
+    fn chunk(
+        &self,
+        file: &[u8],
+        packing: Packing,
+        at: (usize, usize),
+        work: &mut Work,
+        image: &mut RgbImage,
+    ) -> Result<(), DecodeError> {
+        let (columns, rows) = self.within(at);
+        let together = if self.planar { 1 } else { self.samples };
+        let row_bytes = (self.chunk.0 * together * self.bits).div_ceil(8);
+        let stored_rows = if self.tiled { self.chunk.1 } else { rows };
+        let channels = self.colour.channels();
+        let planes: Vec<Cow<'_, [u8]>> = (0..if self.planar { channels } else { 1 })
+            .map(|plane| {
+                let index = plane * self.per_plane() + at.1 * self.across() + at.0;
+                unpack(packing, self.packed(file, index)?, row_bytes * stored_rows)
+            })
+            .collect::<Result<_, _>>()?;
+        let plain = self.colour == Colour::Rgb && self.bits == 8 && together == 3 && !self.differences;
+        for y in 0..rows {
+            let row = y * row_bytes..(y + 1) * row_bytes;
+            let to = 3 * ((at.1 * self.chunk.1 + y) * self.width + at.0 * self.chunk.0);
+            let to = &mut image.data[to..to + 3 * columns];
+            if plain {
+                to.copy_from_slice(&planes[0][row][..3 * columns]);
+                continue;
+            }
+            work.line.resize(columns * channels, 0);
+            for (plane, bytes) in planes.iter().enumerate() {
+                self.samples_of(&bytes[row.clone()], together, &mut work.row);
+                for (to, from) in work.line.chunks_exact_mut(channels).zip(work.row.chunks_exact(together)) {
+                    let counted = together.min(channels);
+                    to[plane..plane + counted].copy_from_slice(&from[..counted]);
+                }
+            }
+            self.to_rgb(&work.line, to);
+        }
+        Ok(())
+    }
+
+    /// Samples of a stored row, `together` a pixel.
+    fn samples_of(&self, bytes: &[u8], together: usize, row: &mut Vec<u16>) {
+        row.clear();
+        match self.bits {
+            16 if self.big_endian => {
+                row.extend(bytes.chunks_exact(2).map(|two| u16::from_be_bytes([two[0], two[1]])));
+            }
+            16 => row.extend(bytes.chunks_exact(2).map(|two| u16::from_le_bytes([two[0], two[1]]))),
+            8 => row.extend(bytes.iter().map(|&byte| u16::from(byte))),
+            bits => row.extend(bytes.iter().flat_map(|&byte| {
+                (1..=8 / bits).map(move |k| u16::from(byte) >> (8 - k * bits) & ((1 << bits) - 1))
+            })),
+        }
+        if self.differences {
+            let mask = u16::MAX >> (16 - self.bits);
+            for i in together..row.len() {
+                row[i] = row[i].wrapping_add(row[i - together]) & mask;
+            }
+        }
+    }
+
+    /// Samples that count to RGB.
+    fn to_rgb(&self, line: &[u16], to: &mut [u8]) {
+        // 16 bits keep their high byte, fewer than 8 spread over the range.
+        let shrunk = |sample: u16| match self.bits {
+            16 => (sample >> 8) as u8,
+            8 => sample as u8,
+            bits => (sample * 255 / ((1 << bits) - 1)) as u8,
+        };
+        match &self.colour {
+            Colour::Gray { white_is_zero } => {
+                let flip = if *white_is_zero { 255 } else { 0 };
+                to.chunks_exact_mut(3).zip(line).for_each(|(rgb, &gray)| rgb.fill(shrunk(gray) ^ flip));
+            }
+            Colour::Palette(colours) => {
+                to.chunks_exact_mut(3)
+                    .zip(line)
+                    .for_each(|(rgb, &index)| rgb.copy_from_slice(&colours[usize::from(index)]));
+            }
+            Colour::Rgb | Colour::YCbCr => {
+                to.iter_mut().zip(line).for_each(|(value, &sample)| *value = shrunk(sample));
+            }
+            Colour::Cmyk => {
+                for (rgb, inks) in to.chunks_exact_mut(3).zip(line.chunks_exact(4)) {
+                    let white = 255 - shrunk(inks[3]);
+                    for (value, &ink) in rgb.iter_mut().zip(inks) {
+                        *value = jpeg::without_ink(shrunk(ink), white);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Decodes the strip or tile at `at`, a JPEG file but for its tables, into `image`.
+    fn jpeg_chunk(
+        &self,
+        file: &[u8],
+        at: (usize, usize),
+        jpeg: &mut jpeg::Decoder,
+        work: &mut Work,
+        image: &mut RgbImage,
+    ) -> Result<(), DecodeError> {
+        let packed = self.packed(file, at.1 * self.across() + at.0)?;
+        let [0xFF, 0xD8, scan @ ..] = packed else { return Err(damaged("a JPEG strip without its start")) };
+        if !has_end(packed) {
+            return Err(truncated());
+        }
+        let tables = self.tables.strip_suffix(&[0xFF, 0xD9]).unwrap_or(self.tables);
+        work.file.clear();
+        work.file.extend_from_slice(if tables.is_empty() { &[0xFF, 0xD8] } else { tables });
+        // What the colours are is said by TIFF: in Adobe's segment 0 is RGB, 1 YCbCr.
+        if self.samples == 3 {
+            work.file.extend_from_slice(b"\xFF\xEE\x00\x0EAdobe\x00\x64\x00\x00\x00\x00");
+            work.file.push(u8::from(self.colour != Colour::Rgb));
+        }
+        work.file.extend_from_slice(scan);
+        let in_tiff = |error| match DecodeError::from(error) {
+            DecodeError::Truncated(_) => truncated(),
+            DecodeError::NotRead { what, instead, .. } => not_read(&format!("JPEG with {what}"), instead),
+            other => damaged(&other.to_string()),
+        };
+        let header = jpeg.header(&work.file).map_err(in_tiff)?;
+        let (columns, rows) = self.within(at);
+        if header.channels() != self.samples
+            || (header.width as usize) < columns
+            || (header.height as usize) < rows
+        {
+            return Err(damaged("a JPEG strip of another size or number of channels than the image"));
+        }
+        let part = CropBox::whole(columns as u32, rows as u32);
+        jpeg.decode(&work.file, &header, part, &mut work.planes).map_err(in_tiff)?;
+        for y in 0..rows {
+            let row = CropBox { x: 0, y: y as u32, width: columns as u32, height: 1 };
+            let planes: [&[u8]; 3] = std::array::from_fn(|channel| work.planes.from(channel, row));
+            let to = 3 * ((at.1 * self.chunk.1 + y) * self.width + at.0 * self.chunk.0);
+            for (x, rgb) in image.data[to..to + 3 * columns].chunks_exact_mut(3).enumerate() {
+                rgb.copy_from_slice(&planes.map(|plane| plane[x]));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Columns and rows of a strip or tile, and how many of them an image takes; none if they hold no pixels, or all together more
+/// bytes than a decoder should have to unpack.
+fn fitting(
+    (columns, rows): (u64, u64),
+    (width, height): (usize, usize),
+    samples: usize,
+    bits: usize,
+) -> Option<((usize, usize), usize)> {
+    if columns == 0 || rows == 0 {
+        return None;
+    }
+    let count = (width as u64).div_ceil(columns) * (height as u64).div_ceil(rows);
+    let row = columns.checked_mul(samples as u64)?.checked_mul(bits as u64)?.div_ceil(8);
+    let bytes = row.checked_mul(rows)?.checked_mul(count)?;
+    (bytes <= 8 * MAX_PIXELS).then_some(((columns as usize, rows as usize), count as usize))
+}
+
+/// The colours of all indices of `bits` bits (tag 320): 16 bits a colour, all reds first. Some programs write 8 bits.
+fn palette(tags: &Directory<'_>, bits: usize) -> Result<Colour, DecodeError> {
+    if bits > 8 {
+        return Err(damaged(&format!("a palette for indices of {bits} bits")));
+    }
+    let map = tags.all(320)?.ok_or_else(|| damaged("a palette image without palette (tag 320)"))?;
+    let count = 1 << bits;
+    if map.len() < 3 * count {
+        return Err(damaged(&format!("{} of {} colours in the palette", map.len() / 3, count)));
+    }
+    let shift = if map.iter().all(|&value| value < 256) { 0 } else { 8 };
+    let colour = |index: usize| std::array::from_fn(|channel| (map[channel * count + index] >> shift) as u8);
+    Ok(Colour::Palette((0..count).map(colour).collect()))
+}
+
+fn compression(number: u64) -> String {
+    let name = match number {
+        2..=4 => "fax compression",
+        6 => "JPEG of before 1995",
+        33_003 | 33_005 | 34_712 => "JPEG 2000",
+        34_887 => "LERC",
+        34_925 => "LZMA",
+        50_000 => "Zstandard",
+        50_001 => "WebP",
+        50_002 | 52_546 => "JPEG XL",
+        _ => return format!("compression {number}"),
+    };
+    name.to_owned()
+}
