@@ -13,6 +13,7 @@
 // A closed pipe or a full disk ends no program that says its words by [`say`].
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod collapse;
 mod defaults;
 mod difference;
 mod error;

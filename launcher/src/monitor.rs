@@ -281,7 +281,8 @@ fn numbers(snapshot: &Snapshot, width: u16) -> Line<'static> {
             } else {
                 format!("{value:.digits$}")
             };
-            let value = if key == "z_std" && value < 0.2 { text.red() } else { text.bold() };
+            let value =
+                if key == "z_std" && value < snapshot.collapsed_below { text.red() } else { text.bold() };
             let name = format!("{name}{}", if name.is_empty() { "" } else { " " });
             let more = [name.dim(), value, format!("{unit}  ").dim()];
             // What does not fit is left out whole.
@@ -572,6 +573,7 @@ mod tests {
             metrics: Metrics::read(&path).expect("read"),
             total_steps: Some(1000),
             epochs: Some(20),
+            collapsed_below: 0.1,
             ranks: ranks.collect(),
             notes: vec![Note {
                 time: 1090.0,

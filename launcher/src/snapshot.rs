@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use mentee_cluster::{Phase, StepTimes};
+use mentee_config::Recipe;
 
 use crate::failure::Failure;
 use crate::logs::{self, Entry, Level, Reader};
@@ -67,6 +68,8 @@ pub struct Snapshot {
     pub total_steps: Option<u64>,
     /// Epochs of the whole run, when known.
     pub epochs: Option<u64>,
+    /// Below this `z_std` projections have collapsed; 0: not known, or never.
+    pub collapsed_below: f64,
     /// Every rank.
     pub ranks: BTreeMap<u32, RankRow>,
     /// Warnings, errors, restarts, checkpoints and evaluations by time.
@@ -154,6 +157,8 @@ pub struct Watch {
     reader: Reader,
     from_logs: BTreeMap<u32, RankRow>,
     noted: Vec<Note>,
+    /// As soon as there is one.
+    recipe: Option<Recipe>,
     snapshot: Snapshot,
 }
 
@@ -167,6 +172,7 @@ impl Watch {
             reader: Reader::of_the_end(LOG_BYTES),
             from_logs: BTreeMap::new(),
             noted: Vec::new(),
+            recipe: None,
             snapshot,
         }
     }
@@ -201,6 +207,11 @@ impl Watch {
                 snapshot.epochs = Some(status.progress.epochs);
             }
             let world = status.workers;
+            if self.recipe.is_none() {
+                self.recipe = Recipe::from_plan(&self.run.plan()).ok();
+            }
+            snapshot.collapsed_below =
+                self.recipe.as_ref().map_or(0.0, |recipe| recipe.collapsed_below(world));
             snapshot.ranks.retain(|&rank, _| rank < world);
             for (&rank, at) in &status.ranks {
                 let row = snapshot.ranks.entry(rank).or_default();

@@ -1,7 +1,7 @@
 //! Watches for collapse: projections that hardly differ from image to image (arXiv:2011.10566, section 4.1).
 
 use mentee_config::Recipe;
-use mentee_config::recipe::{MethodName, NormStatistics, OnCollapse};
+use mentee_config::recipe::OnCollapse;
 
 use crate::error::WorkerError;
 
@@ -18,14 +18,9 @@ pub struct CollapseWatch {
 impl CollapseWatch {
     /// As `[run]` says, of so many ranks.
     pub fn new(recipe: &Recipe, world_size: u32) -> Self {
-        let (settings, floor) = (&recipe.run, floor(recipe, world_size));
+        let settings = &recipe.run;
         Self {
-            // 0 is never.
-            threshold: if settings.collapse_z_std > 0.0 {
-                floor + settings.collapse_z_std * (1.0 - floor)
-            } else {
-                0.0
-            },
+            threshold: recipe.collapsed_below(world_size),
             patience: settings.collapse_steps,
             then: settings.on_collapse,
             below: 0,
@@ -56,27 +51,6 @@ impl CollapseWatch {
             }
         }
     }
-}
-
-/// Rows that stand opposite the others in runs that had collapsed, at most: one to four were seen at 64 (ResNet-20, no
-/// stop-gradient).
-const OPPOSITE: f64 = 4.0;
-/// Rows below which a norm makes the healthy look as the collapsed do.
-const LEAST_ROWS: f64 = 16.0;
-
-/// What is left of `z_std` when projections are constant. SimSiam's and MoCo v3's end in a norm without scale and offset, which makes the
-/// mean of each channel 0 over its B rows: of rows that hardly differ a few are blown up, and stand opposite the others. Where
-/// they are a share p of all, the deviation of such a direction is 2 sqrt(p (1 - p)).
-fn floor(recipe: &Recipe, world_size: u32) -> f64 {
-    let (method, parallel, schedule) = (&recipe.method, &recipe.parallel, &recipe.schedule);
-    let ends_in_norm = matches!(method.name, MethodName::Simsiam | MethodName::Mocov3);
-    let ranks = if parallel.sync_batch_norm { 1 } else { world_size };
-    let rows = schedule.global_batch as f64 / parallel.micro_batches as f64 / f64::from(ranks);
-    if !ends_in_norm || parallel.norm_statistics == NormStatistics::Running || rows < LEAST_ROWS {
-        return 0.0;
-    }
-    let share = OPPOSITE / rows;
-    2.0 * (share * (1.0 - share)).sqrt()
 }
 
 #[cfg(test)]
@@ -118,23 +92,10 @@ mod tests {
         let z_std = z.std_dim([0i64].as_slice(), false, false).mean(Kind::Double).double_value(&[]);
         let z_std = z_std * (dim as f64).sqrt();
 
-        let load = |name: &str, sets: &[&str]| {
-            let mut all = vec!["schedule.global_batch=64"];
-            all.extend(sets);
-            Recipe::load(name, &all.iter().map(ToString::to_string).collect::<Vec<_>>()).unwrap()
-        };
-        let simsiam = load("simsiam-cifar10-resnet18", &[]);
         assert!((z_std - 2.0 * (1.0 / 64.0 * (63.0f64 / 64.0)).sqrt()).abs() < 1e-9, "{z_std}");
-        let threshold = |recipe: &Recipe, ranks| CollapseWatch::new(recipe, ranks).threshold;
-        assert!(threshold(&simsiam, 1) > 2.0 * z_std && threshold(&simsiam, 1) < 0.6);
-        assert_eq!(threshold(&simsiam, 2), threshold(&simsiam, 1), "norms over all ranks");
-        assert_eq!(threshold(&load("byol-cifar10-resnet18", &[]), 1), 0.1);
-        assert_eq!(threshold(&load("simsiam-cifar10-resnet18", &["run.collapse_z_std=0"]), 1), 0.0);
-        let mocov3 = load("mocov3-cifar10-small", &["parallel.micro_batches=2"]);
-        let smaller = load("mocov3-cifar10-small", &["schedule.global_batch=32"]);
-        assert_eq!(threshold(&mocov3, 1), threshold(&smaller, 1));
-        let apart = load("mocov3-cifar10-small", &["parallel.sync_batch_norm=false"]);
-        assert_eq!(threshold(&apart, 2), threshold(&smaller, 1));
-        assert_eq!(threshold(&load("mocov3-cifar10-small", &["schedule.global_batch=4"]), 1), 0.1);
+        let simsiam =
+            Recipe::load("simsiam-cifar10-resnet18", &["schedule.global_batch=64".to_owned()]).unwrap();
+        let threshold = CollapseWatch::new(&simsiam, 1).threshold;
+        assert!(threshold > 2.0 * z_std && threshold < 0.6);
     }
 }
