@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mentee_config::{counted, recipe::DataFormat, say};
+use mentee_data::decode::Reading;
 use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
 use mentee_data::{DataError, Source, Split, more_held_out, open, open_split};
 
@@ -14,6 +15,7 @@ use crate::progress::Counter;
 #[command(after_help = "Examples:
   mentee shard photos --out data/shards
   mentee shard photos --out data/shards --shorter-side 256 --quality 90
+  mentee shard sentinel --out data/shards --bands 4,3,2 --range 0:3000
 
 The same command carries on with what was stopped.")]
 pub struct ShardArgs {
@@ -37,6 +39,13 @@ pub struct ShardArgs {
     /// Store pixels without compression: nothing to decode; for images of a few pixels
     #[arg(long)]
     pub raw: bool,
+    /// The values that become black and white in images of more than 8 bits (16 or 32 bits, with a sign, floating-point) [default:
+    /// the high byte of 16 bits]
+    #[arg(long, value_name = "LOW:HIGH", value_parser = range, allow_hyphen_values = true)]
+    pub range: Option<[f64; 2]>,
+    /// The bands of TIFF files, from 1, that are red, green and blue [default: those that the file says]
+    #[arg(long, value_name = "R,G,B", value_parser = bands)]
+    pub bands: Option<[u16; 3]>,
     /// What the source is, when it cannot be told by looking
     #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
     pub format: DataFormat,
@@ -54,6 +63,7 @@ impl ShardArgs {
         ShardOptions {
             shard_bytes: self.shard_bytes,
             threads: self.threads.map_or(threads, |threads| threads as usize),
+            reading: Reading { range: self.range, bands: self.bands },
             store,
         }
     }
@@ -66,6 +76,23 @@ pub fn format(text: &str) -> Result<DataFormat, String> {
     use serde::de::value::{Error, StrDeserializer};
     let words: StrDeserializer<'_, Error> = text.into_deserializer();
     DataFormat::deserialize(words).map_err(|_| "one of auto, tar, folder, cifar, idx".into())
+}
+
+/// `0:4095`, `-1000:400`, `0:0.3`.
+fn range(text: &str) -> Result<[f64; 2], String> {
+    let numbers = text.split_once(':').and_then(|(low, high)| Some([low.parse().ok()?, high.parse().ok()?]));
+    numbers
+        .filter(|[low, high]: &[f64; 2]| low < high && (high - low).is_finite())
+        .ok_or_else(|| "two numbers, the smaller one first, as in 0:4095".into())
+}
+
+/// `4,3,2`.
+fn bands(text: &str) -> Result<[u16; 3], String> {
+    let numbers: Option<Vec<u16>> =
+        text.split(',').map(|band| band.parse().ok().filter(|&band| band > 0)).collect();
+    numbers
+        .and_then(|bands| bands.try_into().ok())
+        .ok_or_else(|| "three numbers from 1, for red, green and blue, as in 4,3,2".into())
 }
 
 /// `268435456`, `256MiB`, `256MB`, `1GiB`.
@@ -155,7 +182,7 @@ fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool)
         counted(shards, "shard"),
         human_bytes(bytes),
         &digest[..digest.len().min(16)],
-        options.store.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))
+        options.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))
     );
     if let Some(line) = source.passed_over() {
         say!("  {line}");
@@ -188,6 +215,19 @@ mod tests {
         }
         assert_eq!(human_bytes(1023), "1023 bytes");
         assert_eq!(human_bytes(256 << 20), "256.0 MiB");
+    }
+
+    #[test]
+    fn ranges_and_bands() {
+        assert_eq!(range("0:4095"), Ok([0.0, 4095.0]));
+        assert_eq!(range("-1000:4e2"), Ok([-1000.0, 400.0]));
+        for text in ["", "5", "5:5", "9:1", "0:inf", "nan:1", "0:1:2", "a:b"] {
+            assert!(range(text).is_err(), "{text}");
+        }
+        assert_eq!(bands("4,3,2"), Ok([4, 3, 2]));
+        for text in ["", "4,3", "4,3,2,1", "0,1,2", "-1,2,3", "r,g,b"] {
+            assert!(bands(text).is_err(), "{text}");
+        }
     }
 
     #[test]

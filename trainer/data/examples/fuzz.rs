@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mentee_config::recipe::DataFormat;
-use mentee_data::decode::{CropBox, Decoder, PlanarImage};
+use mentee_data::decode::{CropBox, Decoder, PlanarImage, Reading};
 use mentee_data::rng::{Sequence, Stream};
 use mentee_data::{Encoding, open};
 
@@ -75,9 +75,15 @@ fn main() {
     );
 }
 
-/// Decodes the whole and a part; a large image only by its header, since it is slow for an honest reason.
+/// Decodes a part, with and without a range and bands; a large image only by its header, since it is slow for an honest reason.
 fn image() -> impl FnMut(&[u8]) -> bool {
-    let mut decoder = Decoder::default();
+    let mut plain = part_of(Decoder::default());
+    let reading = Reading { range: Some([-10.0, 900.5]), bands: Some([3, 1, 2]) };
+    let mut told = part_of(Decoder::new(reading));
+    move |file| plain(file) | told(file)
+}
+
+fn part_of(mut decoder: Decoder) -> impl FnMut(&[u8]) -> bool {
     let mut planes = PlanarImage::default();
     move |file| {
         let Ok(opened) = decoder.open(Encoding::File, file) else { return false };

@@ -149,9 +149,10 @@ fn dark(largest: impl Iterator<Item = u8>) -> Option<String> {
     (count > 0 && most < 32).then(|| {
         format!(
             "16-bit images ({count} of those decoded) with no value from {} on: their high byte is kept, which leaves {} levels; \
-             scale them first (docs/own-data.md)",
+             let `mentee shard --range 0:{}` take those values",
             (u32::from(most) + 1) << 8,
-            u32::from(most) + 1
+            u32::from(most) + 1,
+            ((u32::from(most) + 1) << 8) - 1
         )
     })
 }

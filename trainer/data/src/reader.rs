@@ -1,6 +1,9 @@
 //! Reading samples and decoding them, in memory that is used again.
 
-use crate::decode::{CropBox, DecodeError, Decoder, PlanarImage, RgbImage, is_deep};
+use crate::decode::{
+    CropBox, DecodeError, Decoder, PlanarImage, Reading, RgbImage, check_head, encode_png, is_changed,
+    is_deep,
+};
 use crate::error::DataError;
 use crate::source::{Encoding, Source};
 
@@ -12,6 +15,11 @@ pub struct Reader {
 }
 
 impl Reader {
+    /// A reader that takes deep and many-banded images as `reading` says.
+    pub(crate) fn new(reading: Reading) -> Self {
+        Self { decoder: Decoder::new(reading), bytes: Vec::new() }
+    }
+
     /// Reads sample `index` and decodes the part of it that `choose` asks for, given width and height, into `planes`.
     ///
     /// # Errors
@@ -48,6 +56,21 @@ impl Reader {
         source.read_into(index, &mut self.bytes).map(|_| ())
     }
 
+    /// Sample `index` as a file: as it is, unless it holds pixels alone or is to be taken as a [`Reading`] says; as PNG then.
+    pub(crate) fn file(&mut self, source: &dyn Source, index: u64) -> Result<Vec<u8>, DataError> {
+        let encoding = source.read_into(index, &mut self.bytes)?;
+        let bad = |reason: String| DataError::BadSample { sample: source.key(index), reason };
+        if encoding == Encoding::File {
+            check_head(&self.bytes, self.decoder.reading).map_err(|error| bad(error.to_string()))?;
+        }
+        if encoding == Encoding::File && !is_changed(&self.bytes, self.decoder.reading) {
+            return Ok(std::mem::take(&mut self.bytes));
+        }
+        let mut image = RgbImage::default();
+        self.whole(source, index, &mut image)?;
+        encode_png(image.width, image.height, &image.data).map_err(bad)
+    }
+
     fn with(
         &mut self,
         source: &dyn Source,
@@ -64,7 +87,7 @@ impl Reader {
             Ok(Err(error)) => error,
             Err(_) => {
                 // Whatever state it was left in.
-                self.decoder = Decoder::default();
+                self.decoder = Decoder::new(self.decoder.reading);
                 DecodeError::Damaged { format: "image", reason: "the decoder panicked".to_owned() }
             }
         };

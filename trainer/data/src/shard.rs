@@ -19,12 +19,12 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use crate::decode::{Format, RgbImage, encode_png};
+use crate::decode::{Format, Reading, RgbImage};
 use crate::error::DataError;
 pub use crate::index::{INDEX_FILE, Index, IndexShard};
 use crate::partial::Partial;
 use crate::reader::Reader;
-use crate::source::{Encoding, Source};
+use crate::source::Source;
 use crate::tar::{BLOCK, TarShards, numbered_key};
 
 /// What [`write_shards`] wrote.
@@ -47,14 +47,25 @@ pub struct ShardOptions {
     pub shard_bytes: u64,
     /// Threads that read, decode and encode; 0 counts as 1.
     pub threads: usize,
+    /// How deep and many-banded images are taken; those are stored as PNG where others are as they are.
+    pub reading: Reading,
     /// What is stored.
     pub store: Store,
+}
+
+impl ShardOptions {
+    /// What is done to the images, for the index.
+    #[must_use]
+    pub fn changed(&self) -> Option<String> {
+        let words: Vec<String> = self.reading.changed().into_iter().chain(self.store.changed()).collect();
+        (!words.is_empty()).then(|| words.join("; "))
+    }
 }
 
 /// What is stored of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Store {
-    /// Image files as they are; raw pixels as PNG.
+    /// Image files as they are, but for what a [`Reading`] changes; that and raw pixels as PNG.
     AsIs,
     /// JPEG, made anew.
     Jpeg {
@@ -98,7 +109,12 @@ pub fn write_shards(
     shard_bytes: u64,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Written, DataError> {
-    write_shards_with(source, out, &ShardOptions { shard_bytes, threads: 1, store: Store::AsIs }, progress)
+    write_shards_with(
+        source,
+        out,
+        &ShardOptions { shard_bytes, threads: 1, reading: Reading::default(), store: Store::AsIs },
+        progress,
+    )
 }
 
 /// Samples that a thread prepares at a time.
@@ -158,7 +174,8 @@ fn note_text(job: &str, digest: &str) -> String {
 
 /// Everything that decides what is written.
 fn job(source: &dyn Source, options: &ShardOptions) -> String {
-    format!("{} {} {:?}", source.digest(), options.shard_bytes, options.store)
+    let reading = options.reading.changed().map_or(String::new(), |reading| format!(" {reading}"));
+    format!("{} {} {:?}{reading}", source.digest(), options.shard_bytes, options.store)
 }
 
 fn write(
@@ -171,7 +188,7 @@ fn write(
     let job = job(source, options);
     let mut writer = ShardWriter::begin(out, options.shard_bytes, source.classes(), Some(job))?;
     writer.note = note;
-    writer.index.changed = options.store.changed();
+    writer.index.changed = options.changed();
     let total = source.len();
     let first = writer.samples;
     progress(first, total);
@@ -182,7 +199,7 @@ fn write(
             (0..threads).map(|_| std::sync::mpsc::sync_channel::<Piece>(1)).unzip();
         for (thread, sender) in senders.into_iter().enumerate() {
             scope.spawn(move || {
-                let mut work = Prepare::new(options.store);
+                let mut work = Prepare::new(options);
                 let starts = (first..total).step_by(PIECE as usize).skip(thread).step_by(threads);
                 for start in starts {
                     let piece: Piece = (start..(start + PIECE).min(total))
@@ -229,10 +246,10 @@ struct Prepare {
 }
 
 impl Prepare {
-    fn new(store: Store) -> Self {
+    fn new(options: &ShardOptions) -> Self {
         Self {
-            store,
-            reader: Reader::default(),
+            store: options.store,
+            reader: Reader::new(options.reading),
             image: RgbImage::default(),
             smaller: Vec::new(),
             resizer: fast_image_resize::Resizer::new(),
@@ -242,13 +259,7 @@ impl Prepare {
     fn sample(&mut self, source: &dyn Source, index: u64) -> Result<Vec<u8>, DataError> {
         let bad = |reason: String| DataError::BadSample { sample: source.key(index), reason };
         let side = match self.store {
-            Store::AsIs => {
-                let mut bytes = Vec::new();
-                return match source.read_into(index, &mut bytes)? {
-                    Encoding::File => Ok(bytes),
-                    Encoding::Raw { width, height } => encode_png(width, height, &bytes).map_err(bad),
-                };
-            }
+            Store::AsIs => return self.reader.file(source, index),
             Store::Jpeg { shorter_side, .. } | Store::Raw { shorter_side } => shorter_side,
         };
         self.reader.whole(source, index, &mut self.image)?;

@@ -345,19 +345,35 @@ fn a_tiff_that_is_not_read_says_why() {
     // Without a length of the strip, and with one that is beyond the file, as some programs write what is not packed.
     assert_eq!(pixels(&with(&[(273, 4, &[8])])), [7, 7, 7, 9, 9, 9]);
     assert_eq!(pixels(&with(&[(273, 4, &[8]), (279, 4, &[9999])])), [7, 7, 7, 9, 9, 9]);
-    let cases: [(Tags<'_>, &str); 28] = [
+    let cases: [(Tags<'_>, &str); 32] = [
         (
             &[(258, 3, &[32]), (339, 3, &[3])],
-            "TIFF with signed or floating-point numbers is not read: scale them to 8 or 16 bits without sign",
+            "TIFF with floating-point numbers of 32 bits is not read: tell `mentee shard` the values that count (--range LOW:HIGH)",
         ),
-        (&[(258, 3, &[32])], "TIFF with 32 bits a sample is not read: scale it to 8 or 16"),
+        (
+            &[(339, 3, &[2])],
+            "TIFF with signed numbers of 8 bits is not read: tell `mentee shard` the values that count (--range LOW:HIGH)",
+        ),
+        (
+            &[(258, 3, &[32])],
+            "TIFF with whole numbers of 32 bits is not read: tell `mentee shard` the values that count (--range LOW:HIGH)",
+        ),
+        (
+            &[(258, 3, &[16]), (339, 3, &[3])],
+            "TIFF with floating-point numbers of 16 bits is not read: write 8, 16 or 32 bits",
+        ),
+        (&[(258, 3, &[12])], "TIFF with whole numbers of 12 bits is not read: write 8, 16 or 32 bits"),
+        (
+            &[(258, 3, &[64]), (339, 3, &[6])],
+            "TIFF with complex numbers is not read: write what counts of them",
+        ),
         (
             &[(258, 3, &[8, 16, 8]), (262, 3, &[2]), (277, 3, &[3])],
-            "TIFF with channels of unlike depths is not read: write all of them with 8 bits",
+            "TIFF with channels of unlike kinds or depths is not read: write all of them with 8 bits",
         ),
         (
             &[(277, 3, &[13]), (258, 3, &[8; 13])],
-            "TIFF with 13 bands and no colours is not read: write the three that stand for red, green and blue as RGB",
+            "TIFF with 13 bands and no colours is not read: tell `mentee shard` which are red, green and blue (--bands R,G,B)",
         ),
         (&[(259, 3, &[50_000])], "TIFF with Zstandard is not read: write it with LZW or Deflate"),
         (&[(259, 3, &[4])], "TIFF with fax compression is not read: write it with LZW or Deflate"),
@@ -366,8 +382,14 @@ fn a_tiff_that_is_not_read_says_why() {
         (&[(262, 3, &[8])], "TIFF with colours of CIE L*a*b* is not read: write it as RGB"),
         (&[(262, 3, &[6])], "TIFF with YCbCr colours outside JPEG is not read: write it as RGB"),
         (&[(266, 3, &[2])], "TIFF with bits from the right (FillOrder 2) is not read: write it anew"),
-        (&[(317, 3, &[3])], "TIFF with a predictor for floating-point numbers is not read: write it anew"),
-        (&[(258, 3, &[4]), (317, 3, &[2])], "TIFF with differences of 4 bits is not read: write it with 8"),
+        (
+            &[(317, 3, &[3])],
+            "TIFF with differences (kind 3) of 8 bits is not read: write it without a predictor",
+        ),
+        (
+            &[(258, 3, &[4]), (317, 3, &[2])],
+            "TIFF with differences (kind 2) of 4 bits is not read: write it without a predictor",
+        ),
         (
             &[(259, 3, &[7]), (262, 3, &[5]), (277, 3, &[4])],
             "TIFF with JPEG of other than grey or three colours of 8 bits together is not read: write it anew",
@@ -380,7 +402,7 @@ fn a_tiff_that_is_not_read_says_why() {
             &[(256, 4, &[20_000]), (257, 4, &[20_000])],
             "20000 x 20000 pixels, more than 100 megapixels: cut it into tiles, or shrink it",
         ),
-        (&[(262, 3, &[2])], "damaged TIFF: 1 samples a pixel, fewer than its colours have"),
+        (&[(262, 3, &[2])], "damaged TIFF: 1 sample, fewer than its colours have"),
         (&[(262, 3, &[3])], "damaged TIFF: a palette image without palette (tag 320)"),
         (&[(262, 3, &[3]), (320, 3, &[1; 300])], "damaged TIFF: 100 of 256 colours in the palette"),
         (&[(278, 3, &[0])], "damaged TIFF: strips of 2 x 0 pixels, 1 channels"),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use common::views;
 use mentee_config::recipe::{Definition, Interpolation};
 use mentee_data::augment::{Augmenter, ColourOp, CropBox, Scratch, ViewDraw, ViewKey};
-use mentee_data::decode::{Decoder, PlanarImage};
+use mentee_data::decode::{Decoder, PlanarImage, Reading};
 use mentee_data::{Encoding, RgbImage, decode};
 use proptest::prelude::*;
 
@@ -206,6 +206,29 @@ fn jpeg_pixels_are_libjpeg_turbos() {
 #[test]
 fn other_files_are_pillows_pixels() {
     are_as_listed("files", 47);
+}
+
+/// What becomes RGB by a range of values or a choice of bands, and by nothing else.
+#[test]
+fn deep_files_are_taken_as_told() {
+    let text = std::fs::read_to_string(fixtures().join("deep.json")).unwrap();
+    let files: BTreeMap<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
+    assert_eq!(files.len(), 11);
+    for (name, expected) in &files {
+        let bytes = std::fs::read(fixtures().join("deep").join(name)).unwrap();
+        let reading = Reading {
+            range: serde_json::from_value(expected["range"].clone()).unwrap(),
+            bands: serde_json::from_value(expected["bands"].clone()).unwrap(),
+        };
+        let mut image = RgbImage::default();
+        Decoder::new(reading)
+            .decode(Encoding::File, &bytes, &mut image)
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!((image.width, image.height), (37, 29), "{name}");
+        assert_eq!(crc32(&image.data), expected["crc32"], "{name}");
+        let untold = decode(&bytes).map(|image| crc32(&image.data));
+        assert_ne!(untold, Ok(crc32(&image.data)), "{name}");
+    }
 }
 
 /// Decodes the `count` files of a folder that the JSON file beside it lists with sizes and checksums.

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use common::{Memory, jpeg, rgb_png};
 use mentee_config::recipe::DataFormat;
+use mentee_data::decode::{Decoder, Reading, RgbImage};
 use mentee_data::shard::{
     INDEX_FILE, ShardOptions, Store, Written, forget_part, write_part, write_shards, write_shards_with,
 };
@@ -146,6 +147,47 @@ fn every_format_goes_into_shards_as_it_is() {
         let end = format!(".{extension}\0");
         assert!(tar.windows(5).any(|name| name == end.as_bytes()), "{extension}");
     }
+}
+
+#[test]
+fn deep_images_are_stored_as_told_and_others_as_they_are() {
+    let dir = TempDir::new().unwrap();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+    let photo = folder.join("jpeg/16x16-444.jpg");
+    let set = dir.path().join("set");
+    fs::create_dir(&set).unwrap();
+    fs::copy(&photo, set.join("a.jpg")).unwrap();
+    fs::copy(folder.join("files/rgb-raw.tif"), set.join("b.tif")).unwrap();
+    fs::copy(folder.join("deep/grey12.png"), set.join("c.png")).unwrap();
+    fs::copy(folder.join("deep/signed16.tif"), set.join("d.tif")).unwrap();
+    let source = open(&set, DataFormat::Auto).unwrap();
+    let refused = write_shards(&*source, &dir.path().join("no"), 1 << 20, &mut quiet()).unwrap_err();
+    assert!(
+        refused.to_string().contains("d.tif: TIFF with signed numbers of 16 bits is not read"),
+        "{refused}"
+    );
+
+    let reading = Reading { range: Some([-1000.0, 400.0]), bands: None };
+    let options = ShardOptions { reading, ..OPTIONS };
+    let out = dir.path().join("out");
+    write_shards_with(&*source, &out, &options, &mut quiet()).unwrap();
+    let shards = open(&out, DataFormat::Auto).unwrap();
+    assert_eq!(shards.read(0).unwrap().bytes, fs::read(&photo).unwrap());
+    assert_eq!(shards.read(1).unwrap().bytes, source.read(1).unwrap().bytes);
+    for i in 2..4 {
+        let mut told = RgbImage::default();
+        Decoder::new(reading).decode(Encoding::File, &source.read(i).unwrap().bytes, &mut told).unwrap();
+        let stored = shards.read(i).unwrap().bytes;
+        assert!(stored.starts_with(b"\x89PNG"));
+        assert_eq!(decode(&stored).unwrap(), told);
+    }
+    let index = fs::read_to_string(out.join(INDEX_FILE)).unwrap();
+    assert!(index.contains("values -1000 to 400 of deep images as 0 to 255"), "{index}");
+    // Pixels made anew are taken so too.
+    let raw = ShardOptions { store: Store::Raw { shorter_side: None }, ..options };
+    write_shards_with(&*source, &dir.path().join("raw"), &raw, &mut quiet()).unwrap();
+    let again = open(&dir.path().join("raw"), DataFormat::Auto).unwrap();
+    assert_eq!(decode(&again.read(3).unwrap().bytes), decode(&shards.read(3).unwrap().bytes));
 }
 
 #[test]
@@ -303,7 +345,12 @@ fn stats_count_and_measure() {
     assert!(matches!(check::stats(root, DataFormat::Auto, 2), Err(DataError::BadSample { .. })));
 }
 
-const OPTIONS: ShardOptions = ShardOptions { shard_bytes: 4000, threads: 3, store: Store::AsIs };
+const OPTIONS: ShardOptions = ShardOptions {
+    shard_bytes: 4000,
+    threads: 3,
+    reading: Reading { range: None, bands: None },
+    store: Store::AsIs,
+};
 
 /// Sixty images as [`OPTIONS`] says, without a stop: the set, and what the writer says of it.
 fn in_one_go() -> (TempDir, PathBuf, Written) {
@@ -529,7 +576,8 @@ fn changed_images_are_another_data_set() {
     ];
     for (i, (store, changed, extension, size)) in stores.into_iter().enumerate() {
         let out = dir.path().join(i.to_string());
-        let options = |threads| ShardOptions { shard_bytes: 30_000, threads, store };
+        let options =
+            |threads| ShardOptions { shard_bytes: 30_000, threads, reading: Reading::default(), store };
         let written = write_shards_with(&source, &out, &options(2), &mut quiet()).unwrap();
         let again =
             write_shards_with(&source, &dir.path().join(format!("again{i}")), &options(1), &mut quiet());

@@ -163,7 +163,7 @@ fn sixteen_bits_that_eight_would_spoil() {
         notes(),
         [
             "16-bit images (2 of those decoded) with no value from 4096 on: their high byte is kept, which leaves 16 levels; \
-             scale them first (docs/own-data.md)"
+             let `mentee shard --range 0:4095` take those values"
         ]
     );
     put(dir.path(), "b.png", &grey([0, 8191]));

@@ -5,7 +5,8 @@
 //! converted. Of an animation and of several pages the first image counts.
 //!
 //! Samples of 16 bits keep their high byte, whatever the range that is used: the same rule for every image. PIL does so with
-//! colours, and cuts 16-bit grey off at 255, which leaves white. [`crate::check::stats`] tells of data that 8 bits would spoil.
+//! colours, and cuts 16-bit grey off at 255, which leaves white. [`crate::check::stats`] tells of data that 8 bits would spoil, and a
+//! [`Reading`] says what range counts.
 //!
 //! A photograph that EXIF says is lying on its side is set upright, as viewers show it and as PIL's `exif_transpose` does (JPEG's
 //! APP1, PNG's eXIf, WebP's EXIF, TIFF's own tag); PIL's `convert`, and with it torchvision's loaders, leave all but TIFF lying.
@@ -17,6 +18,7 @@ mod bmp;
 mod format;
 mod png;
 mod pnm;
+mod reading;
 mod tiff;
 mod turn;
 mod webp;
@@ -28,6 +30,7 @@ use crate::jpeg::{self, JpegError};
 use crate::source::Encoding;
 pub(crate) use format::{FORMATS, Format, IMAGE_NAMES, is_image_name};
 pub(crate) use png::encode as encode_png;
+pub use reading::Reading;
 use turn::Turn;
 
 /// The largest image that is decoded, pixels (300 MB as RGB): a bound against decompression bombs, and more than
@@ -97,6 +100,7 @@ pub fn decode(bytes: &[u8]) -> Result<RgbImage, DecodeError> {
 /// Memory of one thread that decodes: used again from image to image.
 #[derive(Debug, Default)]
 pub struct Decoder {
+    pub(crate) reading: Reading,
     jpeg: jpeg::Decoder,
     /// Images whose format has no parts.
     whole: RgbImage,
@@ -118,6 +122,12 @@ pub struct Opened<'a> {
 }
 
 impl Decoder {
+    /// A decoder that takes deep and many-banded images as `reading` says.
+    #[must_use]
+    pub fn new(reading: Reading) -> Self {
+        Self { reading, ..Self::default() }
+    }
+
     /// Reads as much of an image as says its size.
     ///
     /// # Errors
@@ -142,11 +152,11 @@ impl Decoder {
                 header = Some(found);
                 1
             }
-            Some(Format::Png) => png::decode(bytes, &mut self.whole)?,
+            Some(Format::Png) => png::decode(bytes, self.reading, &mut self.whole)?,
             Some(Format::WebP) => webp::decode(bytes, &mut self.whole)?,
-            Some(Format::Tiff) => tiff::decode(bytes, &mut self.jpeg, &mut self.whole)?,
+            Some(Format::Tiff) => tiff::decode(bytes, self.reading, &mut self.jpeg, &mut self.whole)?,
             Some(Format::Bmp) => bmp::decode(bytes, &mut self.whole)?,
-            Some(Format::Ppm | Format::Pgm) => pnm::decode(bytes, &mut self.whole)?,
+            Some(Format::Ppm | Format::Pgm) => pnm::decode(bytes, self.reading, &mut self.whole)?,
         };
         self.set_upright(orientation);
         let (width, height) = match &header {
@@ -198,7 +208,7 @@ impl Opened<'_> {
     /// # Panics
     /// If `part` is empty or not within the image.
     pub fn part(self, part: CropBox, out: &mut PlanarImage) -> Result<(), DecodeError> {
-        let Decoder { jpeg, whole, lying } = self.decoder;
+        let Decoder { jpeg, whole, lying, .. } = self.decoder;
         match &self.header {
             None => out.take(whole, part),
             Some(header) if header.orientation == 1 => jpeg.decode(self.bytes, header, part, out)?,
@@ -249,7 +259,7 @@ fn has_end(jpeg: &[u8]) -> bool {
         || jpeg::reaches_end(jpeg)
 }
 
-/// Whether a file has 16 bits a sample.
+/// Whether a file has more than 8 bits a sample.
 pub(crate) fn is_deep(bytes: &[u8]) -> bool {
     match Format::of(bytes) {
         Ok(Format::Png) => png::is_deep(bytes),
@@ -257,6 +267,21 @@ pub(crate) fn is_deep(bytes: &[u8]) -> bool {
         Ok(Format::Ppm | Format::Pgm) => pnm::is_deep(bytes),
         Ok(Format::Jpeg | Format::WebP | Format::Bmp) | Err(_) => false,
     }
+}
+
+/// Refuses a file that will not be read by what stands before its pixels, where that is little work.
+pub(crate) fn check_head(bytes: &[u8], reading: Reading) -> Result<(), DecodeError> {
+    match Format::of(bytes)? {
+        Format::Tiff => tiff::check_head(bytes, reading),
+        Format::Ppm | Format::Pgm => pnm::check_head(bytes),
+        Format::Jpeg | Format::Png | Format::WebP | Format::Bmp => Ok(()),
+    }
+}
+
+/// Whether `reading` makes other pixels of a file.
+pub(crate) fn is_changed(bytes: &[u8], reading: Reading) -> bool {
+    reading.range.is_some() && is_deep(bytes)
+        || reading.bands.is_some() && Format::of(bytes) == Ok(Format::Tiff)
 }
 
 /// EXIF's orientation in a chunk, which some programs begin as JPEG's segment does; 1 when it says nothing that is understood.

@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use super::{DecodeError, MAX_PIXELS, check_size, one_line, orientation, spread};
+use super::{DecodeError, MAX_PIXELS, Reading, check_size, one_line, orientation, spread};
 use crate::image::RgbImage;
 
 /// Whether these bytes are a PNG of 16 bits a sample (PNG, 11.2.2: the depth stands behind width and height).
@@ -11,7 +11,7 @@ pub(super) fn is_deep(bytes: &[u8]) -> bool {
 }
 
 /// Decodes as stored, and returns EXIF's orientation.
-pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
+pub(super) fn decode(bytes: &[u8], reading: Reading, image: &mut RgbImage) -> Result<u8, DecodeError> {
     let fail = |error: png::DecodingError| match error {
         png::DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
             DecodeError::Truncated("PNG")
@@ -20,17 +20,24 @@ pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeErr
     };
     let mut decoder =
         png::Decoder::new_with_limits(Cursor::new(bytes), png::Limits { bytes: 8 * MAX_PIXELS as usize });
-    decoder.set_transformations(png::Transformations::EXPAND | png::Transformations::STRIP_16);
+    decoder.set_transformations(png::Transformations::EXPAND);
     let header = decoder.read_header_info().map_err(fail)?;
     let (width, height) = (header.width, header.height);
     let pixels = check_size(u64::from(width), u64::from(height))?;
     let mut reader = decoder.read_info().map_err(fail)?;
-    let channels = reader.output_color_type().0.samples();
+    let (colour, depth) = reader.output_color_type();
+    let channels = colour.samples();
+    let bytes = if depth == png::BitDepth::Sixteen { 2 } else { 1 };
     image.width = width;
     image.height = height;
-    image.data.resize(pixels * channels.max(3), 0);
-    reader.next_frame(&mut image.data[..pixels * channels]).map_err(fail)?;
+    image.data.resize(pixels * bytes * channels, 0);
+    reader.next_frame(&mut image.data).map_err(fail)?;
     reader.finish().map_err(fail)?;
+    if bytes == 2 {
+        for i in 0..pixels * channels {
+            image.data[i] = reading.of_16(u16::from_be_bytes([image.data[2 * i], image.data[2 * i + 1]]));
+        }
+    }
     spread(image, pixels, channels);
     // It may stand behind the pixels.
     Ok(reader.info().exif_metadata.as_deref().map_or(1, orientation))

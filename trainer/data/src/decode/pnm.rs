@@ -1,6 +1,6 @@
 //! Binary PPM and PGM (netpbm's ppm(5), pgm(5)): colours and grey without compression.
 
-use super::{DecodeError, check_size, spread};
+use super::{DecodeError, Reading, check_size, spread};
 use crate::image::RgbImage;
 
 /// What stands before the pixels.
@@ -12,6 +12,21 @@ struct Header<'a> {
     /// The value of white.
     most: u32,
     pixels: &'a [u8],
+}
+
+impl Header<'_> {
+    /// Whether values take two bytes.
+    fn deep(&self) -> Result<bool, DecodeError> {
+        match self.most {
+            255 => Ok(false),
+            65_535 => Ok(true),
+            most => Err(DecodeError::NotRead {
+                format: self.format,
+                what: format!("values up to {most}"),
+                instead: "scale it to 255 or 65535",
+            }),
+        }
+    }
 }
 
 /// One whitespace character ends the header; before it, what begins with `#` is a comment up to the end of its line, also in the
@@ -53,25 +68,25 @@ pub(super) fn is_deep(bytes: &[u8]) -> bool {
     header(bytes).is_ok_and(|header| header.most > 255)
 }
 
+/// Refuses what will not be read by its header.
+pub(super) fn check_head(bytes: &[u8]) -> Result<(), DecodeError> {
+    header(bytes)?.deep().map(|_| ())
+}
+
 /// Decodes; what EXIF's orientation would say is 1.
-pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
-    let Header { format, channels, width, height, most, pixels } = header(bytes)?;
-    let deep = match most {
-        255 => false,
-        65_535 => true,
-        _ => {
-            let what = format!("values up to {most}");
-            return Err(DecodeError::NotRead { format, what, instead: "scale it to 255 or 65535" });
-        }
-    };
+pub(super) fn decode(bytes: &[u8], reading: Reading, image: &mut RgbImage) -> Result<u8, DecodeError> {
+    let header = header(bytes)?;
+    let deep = header.deep()?;
+    let Header { format, channels, width, height, pixels, .. } = header;
     let count = check_size(u64::from(width), u64::from(height))?;
     let values = count * channels;
     let pixels = pixels.get(..values << u32::from(deep)).ok_or(DecodeError::Truncated(format))?;
     (image.width, image.height) = (width, height);
     image.data.clear();
     if deep {
-        // The high byte comes first.
-        image.data.extend(pixels.iter().step_by(2));
+        image
+            .data
+            .extend(pixels.chunks_exact(2).map(|two| reading.of_16(u16::from_be_bytes([two[0], two[1]]))));
     } else {
         image.data.extend_from_slice(pixels);
     }

@@ -5,18 +5,21 @@
 //!  (directory.rs)                       (unpack.rs, jpeg)
 //! ```
 //! Grey, RGB, palettes and CMYK of 1, 2, 4, 8 or 16 bits a sample, pixel by pixel or plane by plane. Channels beyond those of the
-//! colour (alpha, near infrared) are dropped, as the file says which come first. What cannot become 8-bit RGB by one rule for
-//! all images, as floating-point numbers or bands without colours, is refused by name, with what to do.
+//! colour (alpha, near infrared) are dropped, as the file says which come first. What becomes 8-bit RGB by no rule for all
+//! images is refused by name, with what to do; a [`Reading`] makes such a rule, of numbers with a sign, fractions or 32 and 64 bits,
+//! and of bands without colours.
 
 mod directory;
 mod unpack;
 
 use std::borrow::Cow;
 
-use super::{DecodeError, MAX_PIXELS, check_size, has_end};
+use super::reading::scaled;
+use super::{DecodeError, MAX_PIXELS, Reading, check_size, has_end};
 use crate::image::{CropBox, PlanarImage, RgbImage};
 use crate::jpeg;
 use directory::Directory;
+use mentee_config::counted;
 use unpack::{Packing, unpack};
 
 fn truncated() -> DecodeError {
@@ -31,19 +34,28 @@ fn not_read(what: &str, instead: &'static str) -> DecodeError {
     DecodeError::NotRead { format: "TIFF", what: what.to_owned(), instead }
 }
 
-/// Whether samples have 16 bits.
+/// Whether samples are more than 8 bits without sign.
 pub(super) fn is_deep(bytes: &[u8]) -> bool {
-    Directory::first(bytes).and_then(|tags| tags.one(258, 1)).is_ok_and(|bits| bits == 16)
+    Directory::first(bytes).is_ok_and(|tags| {
+        tags.one(258, 1).is_ok_and(|bits| bits > 8)
+            || tags.one(339, 1).is_ok_and(|kind| !matches!(kind, 1 | 4))
+    })
+}
+
+/// Refuses what will not be read by its tags.
+pub(super) fn check_head(bytes: &[u8], reading: Reading) -> Result<(), DecodeError> {
+    Directory::first(bytes).and_then(|tags| Layout::of(&tags, reading)).map(|_| ())
 }
 
 /// Decodes as stored, and returns the orientation.
 pub(super) fn decode(
     bytes: &[u8],
+    reading: Reading,
     jpeg: &mut jpeg::Decoder,
     image: &mut RgbImage,
 ) -> Result<u8, DecodeError> {
     let tags = Directory::first(bytes)?;
-    let layout = Layout::of(&tags)?;
+    let layout = Layout::of(&tags, reading)?;
     (image.width, image.height) = (layout.width as u32, layout.height as u32);
     image.data.clear();
     image.data.resize(layout.width * layout.height * 3, 0);
@@ -84,21 +96,42 @@ impl Colour {
     }
 }
 
+/// What a sample's bits are (tag 339).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Unsigned,
+    Signed,
+    Float,
+}
+
+/// How samples are written as differences to the pixel on the left (tag 317).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Differences {
+    None,
+    /// Of whole numbers.
+    Whole,
+    /// Of bytes, all first bytes of a row before all second ones: floating-point numbers (Technical Note 3).
+    Bytes,
+}
+
 /// Where the samples of an image stand.
 #[derive(Debug)]
 struct Layout<'a> {
     width: usize,
     height: usize,
     colour: Colour,
+    /// Which samples of a pixel count, in the order of the colour's.
+    picked: Vec<usize>,
     /// Samples of a pixel, those that do not count among them.
     samples: usize,
-    /// Of a sample: 1, 2, 4, 8 or 16.
+    /// Of a sample: 1, 2, 4, 8, 16, 32 or 64.
     bits: usize,
+    kind: Kind,
+    reading: Reading,
     big_endian: bool,
     /// Each sample has strips or tiles of its own.
     planar: bool,
-    /// Samples are differences to the pixel on the left.
-    differences: bool,
+    differences: Differences,
     /// `None`: JPEG.
     packing: Option<Packing>,
     /// JPEG tables that hold for all strips or tiles.
@@ -115,35 +148,26 @@ struct Layout<'a> {
 /// Memory that is used again from strip to strip.
 #[derive(Debug, Default)]
 struct Work {
-    /// Samples of a row that count, of all planes.
-    line: Vec<u16>,
-    /// Samples of a row.
-    row: Vec<u16>,
+    /// Samples of a row that count, of all planes, as 8 bits.
+    line: Vec<u8>,
+    /// Samples of a row as 8 bits.
+    row: Vec<u8>,
+    /// Bits of the samples of a row.
+    deep: Vec<u64>,
+    /// A row whose bytes were differences.
+    bytes: Vec<u8>,
     /// A JPEG file made of tables and a strip.
     file: Vec<u8>,
     planes: PlanarImage,
 }
 
 impl<'a> Layout<'a> {
-    fn of(tags: &Directory<'a>) -> Result<Self, DecodeError> {
+    fn of(tags: &Directory<'a>, reading: Reading) -> Result<Self, DecodeError> {
         let (width, height) = (tags.required(256, "width")?, tags.required(257, "height")?);
         check_size(width, height)?;
         let (width, height) = (width as usize, height as usize);
         let samples = tags.one(277, 1)?.max(1) as usize;
-        if tags.all(339)?.unwrap_or_default().iter().any(|&format| !matches!(format, 1 | 4)) {
-            return Err(not_read(
-                "signed or floating-point numbers",
-                "scale them to 8 or 16 bits without sign",
-            ));
-        }
-        let bits = tags.all(258)?.unwrap_or(vec![1]);
-        if bits.iter().any(|&other| other != bits[0]) {
-            return Err(not_read("channels of unlike depths", "write all of them with 8 bits"));
-        }
-        let bits = bits[0] as usize;
-        if !matches!(bits, 1 | 2 | 4 | 8 | 16) {
-            return Err(not_read(&format!("{bits} bits a sample"), "scale it to 8 or 16"));
-        }
+        let (bits, kind) = depth(tags, reading)?;
         if tags.one(266, 1)? == 2 {
             return Err(not_read("bits from the right (FillOrder 2)", "write it anew"));
         }
@@ -172,13 +196,7 @@ impl<'a> Layout<'a> {
                 return Err(not_read(name, "write it as RGB"));
             }
         };
-        if samples < colour.channels() {
-            return Err(damaged(&format!("{samples} samples a pixel, fewer than its colours have")));
-        }
-        if matches!(colour, Colour::Gray { .. }) && samples > 2 {
-            let what = format!("{samples} bands and no colours");
-            return Err(not_read(&what, "write the three that stand for red, green and blue as RGB"));
-        }
+        let (colour, picked) = picked(colour, samples, reading)?;
         let planar = match tags.one(284, 1)? {
             1 => false,
             2 => samples > 1,
@@ -186,23 +204,25 @@ impl<'a> Layout<'a> {
         };
         let in_jpeg = match colour {
             Colour::Gray { white_is_zero: false } => samples == 1,
-            Colour::Rgb | Colour::YCbCr => samples == 3 && !planar,
+            Colour::Rgb | Colour::YCbCr => samples == 3 && !planar && reading.bands.is_none(),
             Colour::Gray { .. } | Colour::Palette(_) | Colour::Cmyk => false,
         };
-        if packing.is_none() && !(in_jpeg && bits == 8) {
+        if packing.is_none() && !(in_jpeg && (bits, kind) == (8, Kind::Unsigned)) {
             return Err(not_read(
                 "JPEG of other than grey or three colours of 8 bits together",
                 "write it anew",
             ));
         }
         let differences = match tags.one(317, 1)? {
-            2 if packing.is_some() => true,
-            1 | 2 => false,
-            _ => return Err(not_read("a predictor for floating-point numbers", "write it anew")),
+            _ if packing.is_none() => Differences::None,
+            1 => Differences::None,
+            2 if bits >= 8 => Differences::Whole,
+            3 if kind == Kind::Float => Differences::Bytes,
+            other => {
+                let what = format!("differences (kind {other}) of {bits} bits");
+                return Err(not_read(&what, "write it without a predictor"));
+            }
         };
-        if differences && bits < 8 {
-            return Err(not_read(&format!("differences of {bits} bits"), "write it with 8"));
-        }
         let tiled = tags.bytes(324)?.is_some();
         let chunk = if tiled {
             (tags.required(322, "tile width")?, tags.required(323, "tile height")?)
@@ -219,8 +239,11 @@ impl<'a> Layout<'a> {
             width,
             height,
             colour,
+            picked,
             samples,
             bits,
+            kind,
+            reading,
             big_endian: tags.big_endian,
             planar,
             differences,
@@ -279,14 +302,19 @@ impl<'a> Layout<'a> {
         let together = if self.planar { 1 } else { self.samples };
         let row_bytes = (self.chunk.0 * together * self.bits).div_ceil(8);
         let stored_rows = if self.tiled { self.chunk.1 } else { rows };
-        let channels = self.colour.channels();
-        let planes: Vec<Cow<'_, [u8]>> = (0..if self.planar { channels } else { 1 })
+        let channels = self.picked.len();
+        let stored: &[usize] = if self.planar { &self.picked } else { &[0] };
+        let planes: Vec<Cow<'_, [u8]>> = stored
+            .iter()
             .map(|plane| {
                 let index = plane * self.per_plane() + at.1 * self.across() + at.0;
                 unpack(packing, self.packed(file, index)?, row_bytes * stored_rows)
             })
             .collect::<Result<_, _>>()?;
-        let plain = self.colour == Colour::Rgb && self.bits == 8 && together == 3 && !self.differences;
+        let plain = self.colour == Colour::Rgb
+            && (self.bits, self.kind, self.differences) == (8, Kind::Unsigned, Differences::None)
+            && together == 3
+            && self.picked == [0, 1, 2];
         for y in 0..rows {
             let row = y * row_bytes..(y + 1) * row_bytes;
             let to = 3 * ((at.1 * self.chunk.1 + y) * self.width + at.0 * self.chunk.0);
@@ -297,10 +325,14 @@ impl<'a> Layout<'a> {
             }
             work.line.resize(columns * channels, 0);
             for (plane, bytes) in planes.iter().enumerate() {
-                self.samples_of(&bytes[row.clone()], together, &mut work.row);
-                for (to, from) in work.line.chunks_exact_mut(channels).zip(work.row.chunks_exact(together)) {
-                    let counted = together.min(channels);
-                    to[plane..plane + counted].copy_from_slice(&from[..counted]);
+                self.samples_of(&bytes[row.clone()], together, work);
+                let pixels = work.line.chunks_exact_mut(channels).zip(work.row.chunks_exact(together));
+                if self.planar {
+                    pixels.for_each(|(to, from)| to[plane] = from[0]);
+                } else {
+                    pixels.for_each(|(to, from)| {
+                        to.iter_mut().zip(&self.picked).for_each(|(to, &sample)| *to = from[sample]);
+                    });
                 }
             }
             self.to_rgb(&work.line, to);
@@ -308,53 +340,95 @@ impl<'a> Layout<'a> {
         Ok(())
     }
 
-    /// Samples of a stored row, `together` a pixel.
-    fn samples_of(&self, bytes: &[u8], together: usize, row: &mut Vec<u16>) {
+    /// Samples of a stored row, `together` a pixel, as 8 bits: deep ones shrunk, those of fewer bits spread over the range unless
+    /// they count colours.
+    fn samples_of(&self, bytes: &[u8], together: usize, work: &mut Work) {
+        let Work { row, deep, bytes: undone, .. } = work;
         row.clear();
-        match self.bits {
-            16 if self.big_endian => {
-                row.extend(bytes.chunks_exact(2).map(|two| u16::from_be_bytes([two[0], two[1]])));
+        match (self.bits, self.kind) {
+            (8, Kind::Unsigned) => {
+                row.extend_from_slice(bytes);
+                if self.differences == Differences::Whole {
+                    for i in together..row.len() {
+                        row[i] = row[i].wrapping_add(row[i - together]);
+                    }
+                }
             }
-            16 => row.extend(bytes.chunks_exact(2).map(|two| u16::from_le_bytes([two[0], two[1]]))),
-            8 => row.extend(bytes.iter().map(|&byte| u16::from(byte))),
-            bits => row.extend(bytes.iter().flat_map(|&byte| {
-                (1..=8 / bits).map(move |k| u16::from(byte) >> (8 - k * bits) & ((1 << bits) - 1))
-            })),
-        }
-        if self.differences {
-            let mask = u16::MAX >> (16 - self.bits);
-            for i in together..row.len() {
-                row[i] = row[i].wrapping_add(row[i - together]) & mask;
+            (1 | 2 | 4, _) => {
+                let most = (1u8 << self.bits) - 1;
+                let factor = if matches!(self.colour, Colour::Palette(_)) { 1 } else { 255 / most };
+                row.extend(bytes.iter().flat_map(|&byte| {
+                    (1..=8 / self.bits).map(move |k| (byte >> (8 - k * self.bits) & most) * factor)
+                }));
+            }
+            _ => {
+                self.bits_of(bytes, together, undone, deep);
+                row.extend(deep.iter().map(|&bits| self.shrunk(bits)));
             }
         }
     }
 
-    /// Samples that count to RGB.
-    fn to_rgb(&self, line: &[u16], to: &mut [u8]) {
-        // 16 bits keep their high byte, fewer than 8 spread over the range.
-        let shrunk = |sample: u16| match self.bits {
-            16 => (sample >> 8) as u8,
-            8 => sample as u8,
-            bits => (sample * 255 / ((1 << bits) - 1)) as u8,
+    /// Bits of the samples of a stored row.
+    fn bits_of(&self, bytes: &[u8], together: usize, undone: &mut Vec<u8>, deep: &mut Vec<u64>) {
+        let each = self.bits / 8;
+        deep.clear();
+        if self.differences == Differences::Bytes {
+            undone.clear();
+            undone.extend_from_slice(bytes);
+            for i in together..undone.len() {
+                undone[i] = undone[i].wrapping_add(undone[i - together]);
+            }
+            // Whatever the file's order: the byte that counts most comes first.
+            let count = bytes.len() / each;
+            deep.extend(
+                (0..count)
+                    .map(|i| (0..each).fold(0, |bits, byte| bits << 8 | u64::from(undone[byte * count + i]))),
+            );
+            return;
+        }
+        let add = |bits: u64, &byte: &u8| bits << 8 | u64::from(byte);
+        if self.big_endian {
+            deep.extend(bytes.chunks_exact(each).map(|bytes| bytes.iter().fold(0, add)));
+        } else {
+            deep.extend(bytes.chunks_exact(each).map(|bytes| bytes.iter().rev().fold(0, add)));
+        }
+        if self.differences == Differences::Whole {
+            let mask = u64::MAX >> (64 - self.bits);
+            for i in together..deep.len() {
+                deep[i] = deep[i].wrapping_add(deep[i - together]) & mask;
+            }
+        }
+    }
+
+    /// A sample of other than 8 bits without sign.
+    fn shrunk(&self, bits: u64) -> u8 {
+        let Some(range) = self.reading.range else { return (bits >> 8) as u8 }; // of 16 bits without sign
+        let value = match (self.kind, self.bits) {
+            (Kind::Unsigned, _) => bits as f64,
+            (Kind::Signed, width) => ((bits << (64 - width)) as i64 >> (64 - width)) as f64,
+            (Kind::Float, 32) => f64::from(f32::from_bits(bits as u32)),
+            (Kind::Float, _) => f64::from_bits(bits),
         };
+        scaled(value, range)
+    }
+
+    /// Samples that count to RGB.
+    fn to_rgb(&self, line: &[u8], to: &mut [u8]) {
         match &self.colour {
             Colour::Gray { white_is_zero } => {
                 let flip = if *white_is_zero { 255 } else { 0 };
-                to.chunks_exact_mut(3).zip(line).for_each(|(rgb, &gray)| rgb.fill(shrunk(gray) ^ flip));
+                to.chunks_exact_mut(3).zip(line).for_each(|(rgb, &gray)| rgb.fill(gray ^ flip));
             }
             Colour::Palette(colours) => {
                 to.chunks_exact_mut(3)
                     .zip(line)
                     .for_each(|(rgb, &index)| rgb.copy_from_slice(&colours[usize::from(index)]));
             }
-            Colour::Rgb | Colour::YCbCr => {
-                to.iter_mut().zip(line).for_each(|(value, &sample)| *value = shrunk(sample));
-            }
+            Colour::Rgb | Colour::YCbCr => to.copy_from_slice(line),
             Colour::Cmyk => {
                 for (rgb, inks) in to.chunks_exact_mut(3).zip(line.chunks_exact(4)) {
-                    let white = 255 - shrunk(inks[3]);
                     for (value, &ink) in rgb.iter_mut().zip(inks) {
-                        *value = jpeg::without_ink(shrunk(ink), white);
+                        *value = jpeg::without_ink(ink, 255 - inks[3]);
                     }
                 }
             }
@@ -409,6 +483,57 @@ impl<'a> Layout<'a> {
         }
         Ok(())
     }
+}
+
+/// Bits of a sample, and what they are.
+fn depth(tags: &Directory<'_>, reading: Reading) -> Result<(usize, Kind), DecodeError> {
+    const RANGE: &str = "tell `mentee shard` the values that count (--range LOW:HIGH)";
+    let kinds = tags.all(339)?.unwrap_or(vec![1]);
+    let bits = tags.all(258)?.unwrap_or(vec![1]);
+    if [&kinds, &bits].into_iter().any(|all| all.iter().any(|other| *other != all[0])) {
+        return Err(not_read("channels of unlike kinds or depths", "write all of them with 8 bits"));
+    }
+    let (kind, bits) = (kinds[0], bits[0]);
+    let name = match kind {
+        1 | 4 => "whole",
+        2 => "signed",
+        3 => "floating-point",
+        _ => return Err(not_read("complex numbers", "write what counts of them")),
+    };
+    let what = format!("{name} numbers of {bits} bits");
+    let kind = match (kind, bits) {
+        (1 | 4, 1 | 2 | 4 | 8 | 16) => return Ok((bits as usize, Kind::Unsigned)),
+        (1 | 4, 32 | 64) => Kind::Unsigned,
+        (2, 8 | 16 | 32 | 64) => Kind::Signed,
+        (3, 32 | 64) => Kind::Float,
+        _ => return Err(not_read(&what, "write 8, 16 or 32 bits")),
+    };
+    if reading.range.is_none() {
+        return Err(not_read(&what, RANGE));
+    }
+    Ok((bits as usize, kind))
+}
+
+/// The colours of the samples that count, and which those are.
+fn picked(colour: Colour, samples: usize, reading: Reading) -> Result<(Colour, Vec<usize>), DecodeError> {
+    if let Some(bands) = reading.bands {
+        if bands.iter().any(|&band| usize::from(band) > samples) {
+            let [r, g, b] = bands;
+            let what =
+                format!("{}, of which {r}, {g} and {b} were to be taken,", counted(samples as u64, "band"));
+            return Err(not_read(&what, "choose among those (--bands)"));
+        }
+        return Ok((Colour::Rgb, bands.map(|band| usize::from(band) - 1).to_vec()));
+    }
+    if samples < colour.channels() {
+        return Err(damaged(&format!("{}, fewer than its colours have", counted(samples as u64, "sample"))));
+    }
+    if matches!(colour, Colour::Gray { .. }) && samples > 2 {
+        let what = format!("{samples} bands and no colours");
+        return Err(not_read(&what, "tell `mentee shard` which are red, green and blue (--bands R,G,B)"));
+    }
+    let picked = (0..colour.channels()).collect();
+    Ok((colour, picked))
 }
 
 /// Columns and rows of a strip or tile, and how many of them an image takes; none if they hold no pixels, or all together more
