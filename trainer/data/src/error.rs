@@ -50,7 +50,7 @@ pub enum DataError {
         reason: String,
     },
     /// One sample cannot be read or decoded.
-    #[error("bad sample {sample}: {reason}: repair or remove it (`mentee data verify` finds all such)")]
+    #[error("bad sample {sample}: {reason}{} (`mentee data verify` finds all such)", remedy(reason))]
     BadSample {
         /// Shard and key, or the file's path.
         sample: String,
@@ -171,6 +171,12 @@ pub(crate) fn shown(path: &Path) -> String {
         chunk.invalid().iter().for_each(|byte| text.push_str(&format!("\\x{byte:02x}")));
     }
     text
+}
+
+/// What to do about a damaged sample, where the reason does not say it: what is intact is to be made anew, not repaired.
+fn remedy(reason: &str) -> &'static str {
+    let says_it = ["is not read: ", "megapixels: "].iter().any(|words| reason.contains(words));
+    if says_it { "" } else { ": repair or remove it" }
 }
 
 impl DataError {

@@ -162,10 +162,9 @@ fn deep_images_are_stored_as_told_and_others_as_they_are() {
     fs::copy(folder.join("deep/signed16.tif"), set.join("d.tif")).unwrap();
     let source = open(&set, DataFormat::Auto).unwrap();
     let refused = write_shards(&*source, &dir.path().join("no"), 1 << 20, &mut quiet()).unwrap_err();
-    assert!(
-        refused.to_string().contains("d.tif: TIFF with signed numbers of 16 bits is not read"),
-        "{refused}"
-    );
+    let reason = "d.tif: TIFF with signed numbers of 16 bits is not read: tell `mentee shard` the values that count (--range \
+                  LOW:HIGH) (`mentee data verify` finds all such)";
+    assert!(refused.to_string().ends_with(reason), "{refused}");
 
     let reading = Reading { range: Some([-1000.0, 400.0]), bands: None };
     let options = ShardOptions { reading, ..OPTIONS };
