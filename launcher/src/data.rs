@@ -6,12 +6,13 @@ use std::sync::Mutex;
 use mentee_config::recipe::DataFormat;
 use mentee_config::say::Results;
 use mentee_config::{Plan, Recipe, counted, exit_code, plan, show};
+use mentee_data::decode::Reading;
 use mentee_data::digest::{OrderDigest, Running};
 use mentee_data::{OnError, check, open_training, order as order_of};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
-use crate::shard::{format, human_bytes};
+use crate::shard::{ReadingArgs, format, human_bytes};
 
 /// `mentee data`.
 #[derive(Debug, clap::Subcommand)]
@@ -39,6 +40,8 @@ pub enum DataCommand {
         /// Also write a contact sheet of up to 64 images, as PNG
         #[arg(long, value_name = "FILE.png")]
         sheet: Option<PathBuf>,
+        #[command(flatten)]
+        reading: ReadingArgs,
     },
     /// Prints the sample ids each rank gets, step by step
     Order(OrderArgs),
@@ -84,12 +87,14 @@ fn change(text: &str) -> Result<(u64, u32), String> {
 pub fn command(command: &DataCommand) -> Result<(), Failure> {
     match command {
         DataCommand::Verify { path, format } => verify(path, *format),
-        DataCommand::Stats { path, format, json, sheet } => {
+        DataCommand::Stats { path, format, json, sheet, reading } => {
+            let reading = reading.reading();
             if let Some(sheet) = sheet {
-                let png = check::contact_sheet(path, *format).map_err(|error| error.with_key("DIR"))?;
+                let png =
+                    check::contact_sheet(path, *format, reading).map_err(|error| error.with_key("DIR"))?;
                 std::fs::write(sheet, png).map_err(|error| Failure::io("write", sheet, &error))?;
             }
-            stats(path, *format, *json)
+            stats(path, *format, reading, *json)
         }
         DataCommand::Order(args) => order(args),
     }
@@ -131,8 +136,8 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
     }
 }
 
-fn stats(path: &Path, format: DataFormat, json: bool) -> Result<(), Failure> {
-    let parts = check::stats(path, format, threads()).map_err(|error| error.with_key("DIR"))?;
+fn stats(path: &Path, format: DataFormat, reading: Reading, json: bool) -> Result<(), Failure> {
+    let parts = check::stats(path, format, reading, threads()).map_err(|error| error.with_key("DIR"))?;
     if json {
         show!("{:#}", serde_json::json!(parts));
         return Ok(());

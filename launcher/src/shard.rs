@@ -39,6 +39,16 @@ pub struct ShardArgs {
     /// Store pixels without compression: nothing to decode; for images of a few pixels
     #[arg(long)]
     pub raw: bool,
+    #[command(flatten)]
+    pub reading: ReadingArgs,
+    /// What the source is, when it cannot be told by looking
+    #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
+    pub format: DataFormat,
+}
+
+/// How deep and many-banded images are taken.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct ReadingArgs {
     /// The values that become black and white in images of more than 8 bits (16 or 32 bits, with a sign, floating-point) [default:
     /// the high byte of 16 bits]
     #[arg(long, value_name = "LOW:HIGH", value_parser = range, allow_hyphen_values = true)]
@@ -46,9 +56,13 @@ pub struct ShardArgs {
     /// The bands of TIFF files, from 1, that are red, green and blue [default: those that the file says]
     #[arg(long, value_name = "R,G,B", value_parser = bands)]
     pub bands: Option<[u16; 3]>,
-    /// What the source is, when it cannot be told by looking
-    #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
-    pub format: DataFormat,
+}
+
+impl ReadingArgs {
+    /// The same, for a decoder.
+    pub fn reading(self) -> Reading {
+        Reading { range: self.range, bands: self.bands }
+    }
 }
 
 impl ShardArgs {
@@ -63,7 +77,7 @@ impl ShardArgs {
         ShardOptions {
             shard_bytes: self.shard_bytes,
             threads: self.threads.map_or(threads, |threads| threads as usize),
-            reading: Reading { range: self.range, bands: self.bands },
+            reading: self.reading.reading(),
             store,
         }
     }

@@ -9,6 +9,7 @@ use common::{put, script};
 use mentee_checkpoint::{Dtype, Meta, Tensor};
 use mentee_config::recipe::DataFormat;
 use mentee_data::check;
+use mentee_data::decode::Reading;
 use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
 use serde_json::Value;
 
@@ -283,7 +284,8 @@ fn what_is_passed_over_is_said() {
     let data = folder.path().join("data");
     let config = SyntheticConfig { train: 3, test: 1, ..SyntheticConfig::default() };
     write_synthetic(&data.join("drawn"), &config, &mut |_, _| ()).expect("written");
-    let images = check::contact_sheet(&data.join("drawn"), DataFormat::Auto).expect("a PNG");
+    let images =
+        check::contact_sheet(&data.join("drawn"), DataFormat::Auto, Reading::default()).expect("a PNG");
     let set = folder.path().join("set");
     fs::create_dir_all(set.join("cat")).expect("made");
     fs::write(set.join("cat/a.png"), images).expect("written");

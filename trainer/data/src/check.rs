@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use mentee_config::recipe::{DataFormat, Interpolation};
 use serde::Serialize;
 
-use crate::decode::{CropBox, PlanarImage, RgbImage, encode_png};
+use crate::decode::{CropBox, PlanarImage, Reading, RgbImage, Values, encode_png};
 use crate::error::DataError;
 use crate::open::{self, Part};
 use crate::reader::Reader;
@@ -42,7 +42,7 @@ pub struct Stats {
     pub decoded: u64,
     /// Identifies the data set.
     pub digest: String,
-    /// What is worth a look, a line each: files that are passed over, values that 8 bits would spoil.
+    /// What is worth a look, a line each: files that are passed over, the values of deep images.
     pub notes: Vec<String>,
 }
 
@@ -84,12 +84,22 @@ impl Part {
 ///
 /// # Errors
 /// [`DataError`]: nothing there, or an image among those decoded is damaged.
-pub fn stats(path: &Path, format: DataFormat, threads: usize) -> Result<Vec<Stats>, DataError> {
+pub fn stats(
+    path: &Path,
+    format: DataFormat,
+    reading: Reading,
+    threads: usize,
+) -> Result<Vec<Stats>, DataError> {
     let parts = open::parts(path, format)?;
-    parts.iter().map(|part| part_stats(part.name(), &*part.open()?, threads)).collect()
+    parts.iter().map(|part| part_stats(part.name(), &*part.open()?, reading, threads)).collect()
 }
 
-fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats, DataError> {
+fn part_stats(
+    part: String,
+    source: &dyn Source,
+    reading: Reading,
+    threads: usize,
+) -> Result<Stats, DataError> {
     let samples = source.len();
     let mut counts: Vec<(String, u64)> = source.classes().iter().map(|name| (name.clone(), 0)).collect();
     let mut unlabelled = 0;
@@ -101,19 +111,23 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
     }
     let decoded = samples.min(STATS_SAMPLE);
     let found = Mutex::new(Vec::with_capacity(decoded as usize));
-    each_image(source, decoded, |i| i * samples / decoded, threads, &|i, deep, image| {
-        let one = image.map(|image| {
-            // Of a deep image the high bytes; that of the largest value is the largest of them.
-            let largest = deep.then(|| image.data.iter().copied().max().unwrap_or(0));
-            (i, image.width, image.height, moments(image), largest)
-        });
+    let deep = Mutex::new(Values::default());
+    each_image(source, decoded, |i| i * samples / decoded, (reading, threads), &|i, reader, image| {
+        let one = image.map(|image| (i, image.width, image.height, moments(image)));
+        if let Some(values) = reader.deep_values() {
+            deep.lock().unwrap_or_else(PoisonError::into_inner).add(values);
+        }
         found.lock().unwrap_or_else(PoisonError::into_inner).push(one);
     });
-    let mut found = found
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
-        .into_iter()
-        .collect::<Result<Vec<_>, _>>()?;
+    let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut deep = deep.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut found =
+        found.into_iter().collect::<Result<Vec<_>, _>>().map_err(|error| match (error, deep.told()) {
+            (DataError::BadSample { sample, reason }, Some(told)) => {
+                DataError::BadSample { sample, reason: format!("{reason}; {told}") }
+            }
+            (error, _) => error,
+        })?;
     // Sums of floats depend on their order.
     found.sort_by_key(|one| one.0);
     let spread = |mut sides: Vec<u32>| {
@@ -123,7 +137,7 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
     let pixels: f64 = found.iter().map(|one| f64::from(one.1) * f64::from(one.2)).sum();
     let channel = |c: usize, power: usize| found.iter().map(|one| one.3[c][power]).sum::<f64>() / pixels;
     let mean: [f64; 3] = std::array::from_fn(|c| channel(c, 0));
-    let notes = source.passed_over().into_iter().chain(dark(found.iter().filter_map(|one| one.4))).collect();
+    let notes = source.passed_over().into_iter().chain(depth(deep, reading)).collect();
     let (bytes, files) = source.stored();
     Ok(Stats {
         part,
@@ -142,19 +156,17 @@ fn part_stats(part: String, source: &dyn Source, threads: usize) -> Result<Stats
     })
 }
 
-/// A line on images of 16 bits when their largest values (high bytes, one an image) all stay below an eighth of the range: data of
-/// 12 bits, of which 16 levels would be left.
-fn dark(largest: impl Iterator<Item = u8>) -> Option<String> {
-    let (count, most) = largest.fold((0u64, 0), |(count, most), one| (count + 1, most.max(one)));
-    (count > 0 && most < 32).then(|| {
-        format!(
-            "16-bit images ({count} of those decoded) with no value from {} on: their high byte is kept, which leaves {} levels; \
-             let `mentee shard --range 0:{}` take those values",
-            (u32::from(most) + 1) << 8,
-            u32::from(most) + 1,
-            ((u32::from(most) + 1) << 8) - 1
-        )
-    })
+/// A line on what the values of deep images are, and what becomes of them.
+fn depth(mut values: Values, reading: Reading) -> Option<String> {
+    let told = values.told()?;
+    let what = match reading.range {
+        Some([low, high]) => format!("{low} to {high} are taken as 0 to 255 (--range)"),
+        None => {
+            "their high byte is kept, unless `mentee shard` is told otherwise (--range LOW:HIGH)".to_owned()
+        }
+    };
+    let images = values.images;
+    Some(format!("images of more than 8 bits ({images} of those decoded): {told}; {what}"))
 }
 
 /// Images across and down a contact sheet, and the side of each, pixels.
@@ -165,7 +177,7 @@ const THUMB: u32 = 96;
 ///
 /// # Errors
 /// [`DataError`]: nothing there, or an image among them is damaged.
-pub fn contact_sheet(path: &Path, format: DataFormat) -> Result<Vec<u8>, DataError> {
+pub fn contact_sheet(path: &Path, format: DataFormat, reading: Reading) -> Result<Vec<u8>, DataError> {
     let sources = open::parts(path, format)?.iter().map(Part::open).collect::<Result<Vec<_>, _>>()?;
     let total: u64 = sources.iter().map(|source| source.len()).sum();
     let count = total.min(u64::from(SHEET * SHEET));
@@ -173,7 +185,7 @@ pub fn contact_sheet(path: &Path, format: DataFormat) -> Result<Vec<u8>, DataErr
     let (width, height) = (columns * THUMB, (count as u32).div_ceil(columns) * THUMB);
     let mut sheet = vec![255u8; (width * height * 3) as usize];
     let (mut reader, mut planes, mut resizer) =
-        (Reader::default(), PlanarImage::default(), Resizer::default());
+        (Reader::new(reading), PlanarImage::default(), Resizer::default());
     let side = THUMB as usize;
     let mut thumb = vec![0.0; 3 * side * side];
     for i in 0..count {
@@ -254,7 +266,7 @@ pub fn verify(
         let bad = Mutex::new(Vec::new());
         let done = AtomicU64::new(0);
         let total = source.len();
-        each_image(&*source, total, |i| i, threads, &|i, _, image| {
+        each_image(&*source, total, |i| i, (Reading::default(), threads), &|i, _, image| {
             if let Err(error) = image {
                 bad.lock().unwrap_or_else(PoisonError::into_inner).push((i, error));
             }
@@ -272,29 +284,29 @@ pub fn verify(
     Ok(report)
 }
 
-/// Hears of an image: its number, whether it is stored with 16 bits a channel, and its pixels.
-type Visit<'a> = dyn Fn(u64, bool, Result<&RgbImage, DataError>) + Sync + 'a;
+/// Hears of an image: its number, who read it, and its pixels.
+type Visit<'a> = dyn Fn(u64, &mut Reader, Result<&RgbImage, DataError>) + Sync + 'a;
 
 /// Decodes the images `index(0)` … `index(count − 1)` on `threads` threads and hands each, or its error, to `visit`.
 fn each_image(
     source: &dyn Source,
     count: u64,
     index: impl Fn(u64) -> u64 + Sync,
-    threads: usize,
+    (reading, threads): (Reading, usize),
     visit: &Visit<'_>,
 ) {
     let next = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for _ in 0..threads.max(1) {
             scope.spawn(|| {
-                let (mut reader, mut image) = (Reader::default(), RgbImage::default());
+                let (mut reader, mut image) = (Reader::new(reading), RgbImage::default());
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
                     if i >= count {
                         return;
                     }
                     let read = reader.whole(source, index(i), &mut image);
-                    visit(i, reader.was_deep(), read.map(|()| &image));
+                    visit(i, &mut reader, read.map(|()| &image));
                 }
             });
         }

@@ -1,8 +1,8 @@
 //! Reading samples and decoding them, in memory that is used again.
 
 use crate::decode::{
-    CropBox, DecodeError, Decoder, PlanarImage, Reading, RgbImage, check_head, encode_png, is_changed,
-    is_deep,
+    CropBox, DecodeError, Decoder, PlanarImage, Reading, RgbImage, Values, check_head, encode_png,
+    is_changed, is_deep,
 };
 use crate::error::DataError;
 use crate::source::{Encoding, Source};
@@ -46,9 +46,9 @@ impl Reader {
         self.with(source, index, |decoder, encoding, bytes| decoder.decode(encoding, bytes, image))
     }
 
-    /// Whether the sample that was read last is stored with 16 bits a channel.
-    pub(crate) fn was_deep(&self) -> bool {
-        is_deep(&self.bytes)
+    /// The values of the sample that was read last, if it is a file of more than 8 bits a channel.
+    pub(crate) fn deep_values(&mut self) -> Option<Values> {
+        is_deep(&self.bytes).then(|| self.decoder.values_of(&self.bytes).ok()).flatten()
     }
 
     /// Reads sample `index` and leaves it encoded.

@@ -17,7 +17,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::decode::is_image_name;
-use crate::error::DataError;
+use crate::error::{DataError, shown};
+use crate::folder::is_foreign;
 use crate::index::{INDEX_FILE, Index};
 use crate::listing::{Names, sorted_entries};
 use crate::partial::is_unfinished;
@@ -51,6 +52,10 @@ pub(crate) struct TarShards {
     /// Every label has a name in the index.
     named: bool,
     digest: String,
+    /// Members that are no images and no labels, where members were looked at.
+    passed: PassedOver,
+    /// What was opened.
+    path: PathBuf,
 }
 
 #[derive(Debug)]
@@ -143,17 +148,20 @@ impl TarShards {
             ));
         }
         let index = path.join(INDEX_FILE);
-        let mut passed = PassedOver::default();
-        let shards = if index.is_file() {
+        let mut shards = if index.is_file() {
             Self::from_index(path, &Index::load(&index)?, problem)?
         } else {
-            Self::from_headers(path, &mut passed, problem)?
+            Self::from_headers(path, problem)?
         };
+        shards.path = path.to_owned();
         if shards.offsets.is_empty() {
             return Err(DataError::NoImages {
                 path: path.to_owned(),
-                seen: passed.list().map_or(String::new(), |list| format!(", but members {list}")),
-                looked_for: format!("*.tar with members named {}", image_patterns().replace('*', "KEY")),
+                seen: shards.passed.list().map_or(String::new(), |list| format!(", but members {list}")),
+                looked_for: format!(
+                    "*.tar with members named {}; a KEY ends at the first dot",
+                    image_patterns().replace('*', "KEY")
+                ),
             });
         }
         Ok(shards)
@@ -169,6 +177,8 @@ impl TarShards {
             classes: Vec::new(),
             named: false,
             digest: String::new(),
+            passed: PassedOver::default(),
+            path: PathBuf::new(),
         }
     }
 
@@ -210,7 +220,7 @@ impl TarShards {
         Ok(set)
     }
 
-    fn from_headers(path: &Path, passed: &mut PassedOver, problem: OnProblem<'_>) -> Result<Self, DataError> {
+    fn from_headers(path: &Path, problem: OnProblem<'_>) -> Result<Self, DataError> {
         let files = if path.is_dir() { tar_files(path)? } else { vec![path.to_owned()] };
         let mut set = Self::empty();
         let mut keys = Names::default();
@@ -220,7 +230,7 @@ impl TarShards {
             let reader = file.try_clone().map_err(|e| DataError::io("open", &path, &e))?;
             set.push_shard(path.clone(), file, None);
             let from = set.offsets.len();
-            if let Err(error) = set.scan(&path, reader, &mut keys, passed) {
+            if let Err(error) = set.scan(&path, reader, &mut keys) {
                 problem(error)?;
             }
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -241,13 +251,7 @@ impl TarShards {
     }
 
     /// Adds the samples of one tar file.
-    fn scan(
-        &mut self,
-        path: &Path,
-        file: File,
-        keys: &mut Names,
-        passed: &mut PassedOver,
-    ) -> Result<(), DataError> {
+    fn scan(&mut self, path: &Path, file: File, keys: &mut Names) -> Result<(), DataError> {
         let mut members = Members::new(path, file)?;
         let mut sample = Grouped::default();
         while let Some(member) = members.next()? {
@@ -267,8 +271,8 @@ impl TarShards {
                 sample.image = Some((member.offset, length));
             } else if extension.eq_ignore_ascii_case("cls") {
                 sample.label = Some(members.read_label(&member)?);
-            } else {
-                passed.note(&member.name);
+            } else if !member.name.split('/').any(is_foreign) {
+                self.passed.note(&member.name);
             }
         }
         self.close(&mut sample, keys);
@@ -378,6 +382,13 @@ impl Source for TarShards {
 
     fn stored(&self) -> (u64, u64) {
         (self.lengths.iter().map(|&length| u64::from(length)).sum(), self.shards.len() as u64)
+    }
+
+    fn passed_over(&self) -> Option<String> {
+        let list = self.passed.list()?;
+        let read =
+            "read are a KEY's first image (KEY.jpg and so on) and its KEY.cls; a KEY ends at the first dot";
+        Some(format!("passed over in {}: members {list} ({read})", shown(&self.path)))
     }
 }
 

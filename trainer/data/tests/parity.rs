@@ -205,7 +205,7 @@ fn jpeg_pixels_are_libjpeg_turbos() {
 /// TIFF, BMP, PPM and PGM; of 16 bits the high byte.
 #[test]
 fn other_files_are_pillows_pixels() {
-    are_as_listed("files", 47);
+    are_as_listed("files", 54);
 }
 
 /// What becomes RGB by a range of values or a choice of bands, and by nothing else.

@@ -329,7 +329,7 @@ fn stats_count_and_measure() {
         fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
         fs::write(root.join(name), bytes).unwrap();
     }
-    let stats = check::stats(root, DataFormat::Auto, 2).unwrap();
+    let stats = check::stats(root, DataFormat::Auto, Reading::default(), 2).unwrap();
     let [stats] = &stats[..] else { panic!("{stats:?}") };
     assert_eq!((stats.samples, stats.files, stats.unlabelled, stats.decoded), (3, 3, 0, 3));
     assert_eq!(stats.classes, [("a".to_owned(), 2), ("b".to_owned(), 1)]);
@@ -341,7 +341,10 @@ fn stats_count_and_measure() {
         assert!((found - expected).abs() < 1e-6);
     }
     fs::write(root.join("b/3.png"), b"no image").unwrap();
-    assert!(matches!(check::stats(root, DataFormat::Auto, 2), Err(DataError::BadSample { .. })));
+    assert!(matches!(
+        check::stats(root, DataFormat::Auto, Reading::default(), 2),
+        Err(DataError::BadSample { .. })
+    ));
 }
 
 const OPTIONS: ShardOptions = ShardOptions {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use common::{Memory, jpeg, noise, rgb_png};
 use mentee_config::recipe::DataFormat;
+use mentee_data::decode::Reading;
 use mentee_data::shard::write_shards;
 use mentee_data::{DataError, Encoding, Source, Split, check, open, open_split, with_classes_of};
 use tempfile::TempDir;
@@ -115,7 +116,18 @@ fn what_is_passed_over_is_said() {
     assert_eq!(
         error(&root.join("set"), DataFormat::Auto),
         "no image found in `DIR`, but members 1 .nii: looked for *.tar with members named KEY.jpg, KEY.jpeg, KEY.png, \
-         KEY.webp, KEY.tif, KEY.tiff, KEY.bmp, KEY.ppm, KEY.pgm"
+         KEY.webp, KEY.tif, KEY.tiff, KEY.bmp, KEY.ppm, KEY.pgm; a KEY ends at the first dot"
+    );
+    for name in ["b.bmp", "b.tif", "b.json", "slide.r1.tif", "._b.tif", "deep/.x/c.nii"] {
+        member(&mut tar, name, b"not looked at", b'0');
+    }
+    put(root, "set/a.tar", &tar);
+    let source = open(&root.join("set"), DataFormat::Auto).unwrap();
+    assert_eq!(source.len(), 1);
+    assert_eq!(
+        said(&*source).unwrap(),
+        "passed over in DIR/set: members 2 .tif, 1 .nii (read are a KEY's first image (KEY.jpg and so on) and its KEY.cls; a KEY \
+         ends at the first dot)"
     );
 }
 
@@ -149,31 +161,34 @@ fn images_without_classes() {
 }
 
 #[test]
-fn sixteen_bits_that_eight_would_spoil() {
+fn values_of_deep_images_are_told() {
     use png::{BitDepth, ColorType};
     let dir = TempDir::new().unwrap();
     let grey = |values: [u16; 2]| {
         common::png(2, 1, ColorType::Grayscale, BitDepth::Sixteen, &values.map(u16::to_be_bytes).concat())
     };
-    let notes = || check::stats(dir.path(), DataFormat::Auto, 2).unwrap().remove(0).notes;
+    let notes = || check::stats(dir.path(), DataFormat::Auto, Reading::default(), 2).unwrap().remove(0).notes;
     put(dir.path(), "light.png", &rgb_png(3, 3, 1));
     put(dir.path(), "a.png", &grey([0, 4095]));
     put(dir.path(), "b.png", &grey([0, 7]));
-    assert_eq!(
-        notes(),
-        [
-            "16-bit images (2 of those decoded) with no value from 4096 on: their high byte is kept, which leaves 16 levels; \
-             let `mentee shard --range 0:4095` take those values"
-        ]
+    let told = "images of more than 8 bits (2 of those decoded): values from 0 to 4095, 98 % of them from 0 to 4095; ";
+    let unless = "their high byte is kept, unless `mentee shard` is told otherwise (--range LOW:HIGH)";
+    assert_eq!(notes(), [format!("{told}{unless}")]);
+    let reading = Reading { range: Some([0.0, 4095.0]), bands: None };
+    let stats = check::stats(dir.path(), DataFormat::Auto, reading, 2).unwrap().remove(0);
+    assert_eq!(stats.notes, [format!("{told}0 to 4095 are taken as 0 to 255 (--range)")]);
+    // What cannot be read for want of a range is said with its values.
+    let float = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/deep/float64.tif");
+    fs::copy(float, dir.path().join("c.tif")).unwrap();
+    let error = check::stats(dir.path(), DataFormat::Auto, Reading::default(), 1).unwrap_err().to_string();
+    assert!(
+        error.contains("(--range LOW:HIGH); values from -0.0") && error.contains(" % of them from "),
+        "{error}"
     );
-    put(dir.path(), "b.png", &grey([0, 8191]));
-    assert!(notes()[0].contains("leaves 32 levels"), "{:?}", notes());
-    put(dir.path(), "b.png", &grey([0, 8192]));
-    assert!(notes().is_empty(), "{:?}", notes());
     // A dark image of 8 bits loses nothing.
     let dir = TempDir::new().unwrap();
     put(dir.path(), "a.png", &common::png(2, 1, ColorType::Grayscale, BitDepth::Eight, &[0, 3]));
-    assert!(check::stats(dir.path(), DataFormat::Auto, 1).unwrap()[0].notes.is_empty());
+    assert!(check::stats(dir.path(), DataFormat::Auto, Reading::default(), 1).unwrap()[0].notes.is_empty());
 }
 
 #[test]
@@ -369,7 +384,7 @@ fn parts_of_a_set_by_other_names() {
         for path in [&set, &set.join(train)] {
             assert_eq!((count(path, Split::Train), count(path, Split::Eval)), (Some(2), Some(1)), "{path:?}");
         }
-        assert_eq!(check::stats(&set, DataFormat::Auto, 1).unwrap().len(), 2);
+        assert_eq!(check::stats(&set, DataFormat::Auto, Reading::default(), 1).unwrap().len(), 2);
     }
     // The name as it is written first, whatever else is there.
     let set = dir.path().join("both");
@@ -462,7 +477,7 @@ fn folders_without_images_beside_train_are_no_classes() {
         let train = open_split(root, DataFormat::Auto, Split::Train).unwrap().unwrap();
         assert_eq!(train.classes(), ["cat", "dog"], "{foreign}");
         assert!(open_split(root, DataFormat::Auto, Split::Eval).unwrap().is_none());
-        assert_eq!(check::stats(root, DataFormat::Auto, 1).unwrap()[0].classes.len(), 2);
+        assert_eq!(check::stats(root, DataFormat::Auto, Reading::default(), 1).unwrap()[0].classes.len(), 2);
     }
     // Nor are they in a folder of classes.
     put(root, "plane/x.png", &rgb_png(3, 3, 3));
@@ -881,7 +896,7 @@ fn stats_and_verify_look_at_both_parts_of_such_files() {
     put(&cifar, "cifar-10-batches-bin/data_batch_1.bin", &one.repeat(3));
     put(&cifar, "cifar-10-batches-bin/test_batch.bin", &one);
     for (set, train, test) in [(&idx, 2, 2), (&cifar, 3, 1)] {
-        let stats = check::stats(set, DataFormat::Auto, 2).unwrap();
+        let stats = check::stats(set, DataFormat::Auto, Reading::default(), 2).unwrap();
         let [first, second] = &stats[..] else { panic!("{stats:?}") };
         assert_eq!((first.samples, second.samples), (train, test));
         assert!(first.part.ends_with(" (train)") && second.part.ends_with(" (test)"), "{stats:?}");
@@ -899,7 +914,7 @@ fn stats_and_verify_look_at_both_parts_of_such_files() {
     );
     fs::remove_file(idx.join("train-images-idx3-ubyte")).unwrap();
     put(&idx, "t10k-images-idx3-ubyte", &IMAGES);
-    assert_eq!(check::stats(&idx, DataFormat::Idx, 1).unwrap().len(), 1);
+    assert_eq!(check::stats(&idx, DataFormat::Idx, Reading::default(), 1).unwrap().len(), 1);
     fs::remove_file(idx.join("t10k-images-idx3-ubyte")).unwrap();
-    assert!(check::stats(&idx, DataFormat::Idx, 1).is_err());
+    assert!(check::stats(&idx, DataFormat::Idx, Reading::default(), 1).is_err());
 }

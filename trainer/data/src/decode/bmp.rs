@@ -12,11 +12,20 @@ use crate::image::RgbImage;
 pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeError> {
     let fail = |error: ImageError| match error {
         ImageError::IoError(e) if e.kind() == ErrorKind::UnexpectedEof => DecodeError::Truncated("BMP"),
-        ImageError::Unsupported(e) => {
-            DecodeError::NotRead { format: "BMP", what: one_line(&e.to_string()), instead: "convert it" }
-        }
         other => DecodeError::Damaged { format: "BMP", reason: one_line(&other.to_string()) },
     };
+    // The first header has 16 bits a side, all others 32; rows that go down are counted below 0.
+    let side = |at: usize| match bytes.get(14) {
+        Some(12) => {
+            bytes.get(18 + at / 2..20 + at / 2).map(|two| u64::from(u16::from_le_bytes([two[0], two[1]])))
+        }
+        _ => bytes
+            .get(18 + at..22 + at)
+            .map(|four| i32::from_le_bytes([four[0], four[1], four[2], four[3]]).unsigned_abs().into()),
+    };
+    if let (Some(width), Some(height)) = (side(0), side(4)) {
+        check_size(width, height)?;
+    }
     let decoder = BmpDecoder::new(Cursor::new(bytes)).map_err(fail)?;
     let (width, height) = decoder.dimensions();
     let pixels = check_size(u64::from(width), u64::from(height))?;

@@ -35,12 +35,35 @@ impl Format {
             [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Self::WebP,
             // BigTIFF has 43 for 42.
             [b'I', b'I', 42 | 43, 0, ..] | [b'M', b'M', 0, 42 | 43, ..] => Self::Tiff,
-            // Two letters alone begin many texts: behind the sizes stands the length of one of six headers.
-            [b'B', b'M', _, _, _, _, _, _, _, _, _, _, _, _, 12 | 40 | 52 | 56 | 108 | 124, 0, 0, 0, ..] => {
-                Self::Bmp
-            }
+            // Two letters alone begin many texts: behind the sizes stands the length of one of eight headers.
+            [
+                b'B',
+                b'M',
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                _,
+                12 | 16 | 40 | 52 | 56 | 64 | 108 | 124,
+                0,
+                0,
+                0,
+                ..,
+            ] => Self::Bmp,
             [b'P', b'6', b'#' | b' ' | b'\t'..=b'\r', ..] => Self::Ppm,
             [b'P', b'5', b'#' | b' ' | b'\t'..=b'\r', ..] => Self::Pgm,
+            [b'P', kind @ b'1'..=b'4', b'#' | b' ' | b'\t'..=b'\r', ..] => {
+                let what = format!("text or single bits (P{})", char::from(*kind));
+                let instead = "write it as P5 or P6";
+                return Err(DecodeError::NotRead { format: "PNM", what, instead });
+            }
             _ => {
                 let start: Vec<String> = bytes.iter().take(4).map(|b| format!("{b:02x}")).collect();
                 return Err(DecodeError::UnknownFormat(start.join(" ")));

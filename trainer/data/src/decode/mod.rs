@@ -31,6 +31,8 @@ use crate::source::Encoding;
 pub(crate) use format::{FORMATS, Format, IMAGE_NAMES, is_image_name};
 pub(crate) use png::encode as encode_png;
 pub use reading::Reading;
+use reading::Taker;
+pub(crate) use reading::Values;
 use turn::Turn;
 
 /// The largest image that is decoded, pixels (300 MB as RGB): a bound against decompression bombs, and more than
@@ -133,6 +135,24 @@ impl Decoder {
     /// # Errors
     /// [`DecodeError`]: unknown format, truncated, damaged, or too large.
     pub fn open<'a>(&'a mut self, encoding: Encoding, bytes: &'a [u8]) -> Result<Opened<'a>, DecodeError> {
+        let taker = Taker { reading: self.reading, values: None };
+        self.open_as(encoding, bytes, taker)
+    }
+
+    /// The values of a file, as far as it is a deep image that can be read with some range.
+    pub(crate) fn values_of(&mut self, bytes: &[u8]) -> Result<Values, DecodeError> {
+        let mut values = Values::of_one();
+        let reading = Reading { range: Some([0.0, 1.0]), ..self.reading };
+        self.open_as(Encoding::File, bytes, Taker { reading, values: Some(&mut values) })?;
+        Ok(values)
+    }
+
+    fn open_as<'a>(
+        &'a mut self,
+        encoding: Encoding,
+        bytes: &'a [u8],
+        taker: Taker<'_>,
+    ) -> Result<Opened<'a>, DecodeError> {
         let mut header = None;
         let format = match encoding {
             Encoding::Raw { width, height } => {
@@ -152,11 +172,11 @@ impl Decoder {
                 header = Some(found);
                 1
             }
-            Some(Format::Png) => png::decode(bytes, self.reading, &mut self.whole)?,
+            Some(Format::Png) => png::decode(bytes, taker, &mut self.whole)?,
             Some(Format::WebP) => webp::decode(bytes, &mut self.whole)?,
-            Some(Format::Tiff) => tiff::decode(bytes, self.reading, &mut self.jpeg, &mut self.whole)?,
+            Some(Format::Tiff) => tiff::decode(bytes, taker, &mut self.jpeg, &mut self.whole)?,
             Some(Format::Bmp) => bmp::decode(bytes, &mut self.whole)?,
-            Some(Format::Ppm | Format::Pgm) => pnm::decode(bytes, self.reading, &mut self.whole)?,
+            Some(Format::Ppm | Format::Pgm) => pnm::decode(bytes, taker, &mut self.whole)?,
         };
         self.set_upright(orientation);
         let (width, height) = match &header {

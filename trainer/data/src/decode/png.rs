@@ -2,7 +2,7 @@
 
 use std::io::Cursor;
 
-use super::{DecodeError, MAX_PIXELS, Reading, check_size, one_line, orientation, spread};
+use super::{DecodeError, MAX_PIXELS, Taker, check_size, one_line, orientation, spread};
 use crate::image::RgbImage;
 
 /// Whether these bytes are a PNG of 16 bits a sample (PNG, 11.2.2: the depth stands behind width and height).
@@ -11,7 +11,7 @@ pub(super) fn is_deep(bytes: &[u8]) -> bool {
 }
 
 /// Decodes as stored, and returns EXIF's orientation.
-pub(super) fn decode(bytes: &[u8], reading: Reading, image: &mut RgbImage) -> Result<u8, DecodeError> {
+pub(super) fn decode(bytes: &[u8], mut taker: Taker<'_>, image: &mut RgbImage) -> Result<u8, DecodeError> {
     let fail = |error: png::DecodingError| match error {
         png::DecodingError::IoError(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
             DecodeError::Truncated("PNG")
@@ -35,7 +35,7 @@ pub(super) fn decode(bytes: &[u8], reading: Reading, image: &mut RgbImage) -> Re
     reader.finish().map_err(fail)?;
     if bytes == 2 {
         for i in 0..pixels * channels {
-            image.data[i] = reading.of_16(u16::from_be_bytes([image.data[2 * i], image.data[2 * i + 1]]));
+            image.data[i] = taker.of_16(u16::from_be_bytes([image.data[2 * i], image.data[2 * i + 1]]));
         }
     }
     spread(image, pixels, channels);

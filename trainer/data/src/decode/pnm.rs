@@ -1,6 +1,6 @@
 //! Binary PPM and PGM (netpbm's ppm(5), pgm(5)): colours and grey without compression.
 
-use super::{DecodeError, Reading, check_size, spread};
+use super::{DecodeError, Taker, check_size, spread};
 use crate::image::RgbImage;
 
 /// What stands before the pixels.
@@ -15,16 +15,14 @@ struct Header<'a> {
 }
 
 impl Header<'_> {
-    /// Whether values take two bytes.
-    fn deep(&self) -> Result<bool, DecodeError> {
+    /// Refuses what will not be read.
+    fn check(&self) -> Result<(), DecodeError> {
         match self.most {
-            255 => Ok(false),
-            65_535 => Ok(true),
-            most => Err(DecodeError::NotRead {
-                format: self.format,
-                what: format!("values up to {most}"),
-                instead: "scale it to 255 or 65535",
-            }),
+            1..=65_535 => Ok(()),
+            most => {
+                let reason = format!("values up to {most}");
+                Err(DecodeError::Damaged { format: self.format, reason })
+            }
         }
     }
 }
@@ -70,25 +68,29 @@ pub(super) fn is_deep(bytes: &[u8]) -> bool {
 
 /// Refuses what will not be read by its header.
 pub(super) fn check_head(bytes: &[u8]) -> Result<(), DecodeError> {
-    header(bytes)?.deep().map(|_| ())
+    header(bytes)?.check()
 }
 
 /// Decodes; what EXIF's orientation would say is 1.
-pub(super) fn decode(bytes: &[u8], reading: Reading, image: &mut RgbImage) -> Result<u8, DecodeError> {
+pub(super) fn decode(bytes: &[u8], mut taker: Taker<'_>, image: &mut RgbImage) -> Result<u8, DecodeError> {
     let header = header(bytes)?;
-    let deep = header.deep()?;
-    let Header { format, channels, width, height, pixels, .. } = header;
+    header.check()?;
+    let Header { format, channels, width, height, most, pixels } = header;
+    let deep = most > 255;
     let count = check_size(u64::from(width), u64::from(height))?;
     let values = count * channels;
     let pixels = pixels.get(..values << u32::from(deep)).ok_or(DecodeError::Truncated(format))?;
     (image.width, image.height) = (width, height);
     image.data.clear();
-    if deep {
-        image
-            .data
-            .extend(pixels.chunks_exact(2).map(|two| reading.of_16(u16::from_be_bytes([two[0], two[1]]))));
-    } else {
-        image.data.extend_from_slice(pixels);
+    // White is what the file says; of 65535 the high byte is kept, as everywhere.
+    let of_white = |value: u32| (f64::from(value) / f64::from(most) * 255.0).round_ties_even() as u8;
+    let pairs = pixels.chunks_exact(2).map(|two| u16::from_be_bytes([two[0], two[1]]));
+    match most {
+        255 => image.data.extend_from_slice(pixels),
+        ..255 => image.data.extend(pixels.iter().map(|&value| of_white(value.into()))),
+        65_535 => image.data.extend(pairs.map(|value| taker.of_16(value))),
+        _ if taker.reading.range.is_some() => image.data.extend(pairs.map(|value| taker.of_16(value))),
+        _ => image.data.extend(pairs.map(|value| of_white(value.into()))),
     }
     spread(image, count, channels);
     Ok(1)

@@ -20,18 +20,108 @@ impl Reading {
         let words: Vec<String> = range.into_iter().chain(bands).collect();
         (!words.is_empty()).then(|| words.join(", "))
     }
+}
 
+/// A [`Reading`] at work; it may note the values that it meets.
+pub(super) struct Taker<'a> {
+    pub(super) reading: Reading,
+    pub(super) values: Option<&'a mut Values>,
+}
+
+impl Taker<'_> {
     /// A sample of 16 bits.
-    pub(super) fn of_16(&self, value: u16) -> u8 {
-        match self.range {
-            Some(range) => scaled(f64::from(value), range),
+    pub(super) fn of_16(&mut self, value: u16) -> u8 {
+        match self.reading.range {
+            Some(range) => self.of(f64::from(value), range),
             None => (value >> 8) as u8,
         }
+    }
+
+    /// A sample, by the range.
+    pub(super) fn of(&mut self, value: f64, range: [f64; 2]) -> u8 {
+        if let Some(values) = &mut self.values {
+            values.note(value);
+        }
+        scaled(value, range)
+    }
+}
+
+/// Values kept of an image to tell their quantiles, about.
+const KEPT: usize = 4096;
+
+/// The values of deep images.
+#[derive(Debug)]
+pub(crate) struct Values {
+    pub(crate) images: u64,
+    pub(crate) lowest: f64,
+    pub(crate) highest: f64,
+    /// Some of an image's values, evenly spaced.
+    kept: Vec<f64>,
+    seen: u64,
+    /// Of the image that is being looked at, one of so many is kept.
+    one_of: u64,
+}
+
+impl Default for Values {
+    fn default() -> Self {
+        let (lowest, highest) = (f64::INFINITY, f64::NEG_INFINITY);
+        Self { images: 0, lowest, highest, kept: Vec::new(), seen: 0, one_of: 1 }
+    }
+}
+
+impl Values {
+    /// Of an image.
+    pub(super) fn of_one() -> Self {
+        Self { images: 1, ..Self::default() }
+    }
+
+    fn note(&mut self, value: f64) {
+        if !value.is_finite() {
+            return;
+        }
+        self.lowest = self.lowest.min(value);
+        self.highest = self.highest.max(value);
+        self.seen += 1;
+        if self.seen.is_multiple_of(self.one_of) {
+            self.kept.push(value);
+        }
+        if self.kept.len() == 2 * KEPT {
+            // Every second one, from now on half as many.
+            let mut index = 0;
+            self.kept.retain(|_| {
+                index += 1;
+                index % 2 == 0
+            });
+            self.one_of *= 2;
+        }
+    }
+
+    /// Adds those of another image.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.images += other.images;
+        self.lowest = self.lowest.min(other.lowest);
+        self.highest = self.highest.max(other.highest);
+        self.kept.extend(other.kept);
+    }
+
+    /// What they are and what to do with them; none where there are none.
+    pub(crate) fn told(&mut self) -> Option<String> {
+        self.kept.sort_by(f64::total_cmp);
+        let at = |share: f64| self.kept.get((share * (self.kept.len() as f64 - 1.0)).round() as usize);
+        let (low, high) = (at(0.01)?, at(0.99)?);
+        let n = |value: f64| format!("{value:.4}").trim_end_matches('0').trim_end_matches('.').to_owned();
+        Some(format!(
+            "values from {} to {}, 98 % of them from {} to {}",
+            n(self.lowest),
+            n(self.highest),
+            n(*low),
+            n(*high)
+        ))
     }
 }
 
 /// Where `value` lies between the two, in 255ths; what is no number is 0.
-pub(super) fn scaled(value: f64, [low, high]: [f64; 2]) -> u8 {
+fn scaled(value: f64, [low, high]: [f64; 2]) -> u8 {
     // A cast cuts off, and makes NaN 0.
     ((value - low) / (high - low) * 255.0).round() as u8
 }
@@ -46,12 +136,34 @@ mod tests {
         assert_eq!([-2000.0, -1000.0, -300.0, 400.0, 1e30].map(to), [0, 0, 128, 255, 255]);
         assert_eq!([f64::NAN, f64::INFINITY, f64::NEG_INFINITY].map(to), [0, 255, 0]);
         let twelve = Reading { range: Some([0.0, 4095.0]), bands: None };
-        assert_eq!([0, 4095, 2048, 9000].map(|value| twelve.of_16(value)), [0, 255, 128, 255]);
-        assert_eq!([0, 4095, 65535].map(|value| Reading::default().of_16(value)), [0, 15, 255]);
+        let by = |reading, value| Taker { reading, values: None }.of_16(value);
+        assert_eq!([0, 4095, 2048, 9000].map(|value| by(twelve, value)), [0, 255, 128, 255]);
+        assert_eq!([0, 4095, 65535].map(|value| by(Reading::default(), value)), [0, 15, 255]);
         assert_eq!(Reading::default().changed(), None);
         assert_eq!(
             Reading { bands: Some([4, 3, 2]), ..twelve }.changed().unwrap(),
             "values 0 to 4095 of deep images as 0 to 255, bands 4, 3, 2 as red, green, blue"
         );
+    }
+
+    #[test]
+    fn values_of_images_of_any_size_are_told() {
+        let of = |values: &mut dyn Iterator<Item = f64>| {
+            let mut all = Values::of_one();
+            values.for_each(|value| all.note(value));
+            all
+        };
+        assert_eq!(Values::default().told(), None);
+        let mut one = of(&mut [f64::NAN, -0.25, 3.0].into_iter());
+        assert_eq!(one.told().unwrap(), "values from -0.25 to 3, 98 % of them from -0.25 to 3");
+        let many = of(&mut (0..100_000).map(f64::from));
+        assert!(many.kept.len() < 2 * KEPT && many.kept.len() >= KEPT, "{}", many.kept.len());
+        one = many;
+        one.add(of(&mut [-7.0].into_iter()));
+        let told = one.told().unwrap();
+        assert_eq!(one.images, 2);
+        assert!(told.starts_with("values from -7 to 99999, 98 % of them from "), "{told}");
+        let ends: Vec<f64> = told.rsplit(' ').filter_map(|word| word.parse().ok()).take(2).collect();
+        assert!((ends[0] - 99_000.0).abs() < 50.0 && (ends[1] - 1000.0).abs() < 50.0, "{told}");
     }
 }

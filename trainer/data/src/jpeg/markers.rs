@@ -66,6 +66,11 @@ pub(crate) struct Header {
 }
 
 impl Header {
+    /// What three components are, where a container says it.
+    pub(crate) fn set_colours(&mut self, are_ycc: bool) {
+        self.colour = if are_ycc { Colour::YCbCr } else { Colour::Rgb };
+    }
+
     pub(crate) fn channels(&self) -> usize {
         self.components.len()
     }

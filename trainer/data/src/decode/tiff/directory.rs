@@ -6,10 +6,10 @@ use crate::decode::DecodeError;
 /// Where values of a type stand that are whole numbers: bytes each.
 fn width_of(kind: u16) -> Option<usize> {
     match kind {
-        1 | 7 => Some(1),   // BYTE, UNDEFINED
-        3 => Some(2),       // SHORT
-        4 | 13 => Some(4),  // LONG, IFD
-        16 | 18 => Some(8), // LONG8, IFD8
+        1 | 7 => Some(1),      // BYTE, UNDEFINED
+        3 | 8 => Some(2),      // SHORT, SSHORT
+        4 | 9 | 13 => Some(4), // LONG, SLONG, IFD
+        16 | 18 => Some(8),    // LONG8, IFD8
         _ => None,
     }
 }

@@ -14,8 +14,7 @@ mod unpack;
 
 use std::borrow::Cow;
 
-use super::reading::scaled;
-use super::{DecodeError, MAX_PIXELS, Reading, check_size, has_end};
+use super::{DecodeError, MAX_PIXELS, Reading, Taker, check_size, has_end};
 use crate::image::{CropBox, PlanarImage, RgbImage};
 use crate::jpeg;
 use directory::Directory;
@@ -50,12 +49,12 @@ pub(super) fn check_head(bytes: &[u8], reading: Reading) -> Result<(), DecodeErr
 /// Decodes as stored, and returns the orientation.
 pub(super) fn decode(
     bytes: &[u8],
-    reading: Reading,
+    mut taker: Taker<'_>,
     jpeg: &mut jpeg::Decoder,
     image: &mut RgbImage,
 ) -> Result<u8, DecodeError> {
     let tags = Directory::first(bytes)?;
-    let layout = Layout::of(&tags, reading)?;
+    let layout = Layout::of(&tags, taker.reading)?;
     (image.width, image.height) = (layout.width as u32, layout.height as u32);
     image.data.clear();
     image.data.resize(layout.width * layout.height * 3, 0);
@@ -63,7 +62,9 @@ pub(super) fn decode(
     for down in 0..layout.height.div_ceil(layout.chunk.1) {
         for across in 0..layout.across() {
             match layout.packing {
-                Some(packing) => layout.chunk(bytes, packing, (across, down), &mut work, image)?,
+                Some(packing) => {
+                    layout.chunk(bytes, packing, (across, down), &mut taker, &mut work, image)?
+                }
                 None => layout.jpeg_chunk(bytes, (across, down), jpeg, &mut work, image)?,
             }
         }
@@ -78,6 +79,8 @@ enum Colour {
         white_is_zero: bool,
     },
     Rgb,
+    /// RGB, each multiplied by the alpha behind it.
+    RgbTimesAlpha,
     /// Red, green, blue of each index.
     Palette(Vec<[u8; 3]>),
     Cmyk,
@@ -91,7 +94,7 @@ impl Colour {
         match self {
             Self::Gray { .. } | Self::Palette(_) => 1,
             Self::Rgb | Self::YCbCr => 3,
-            Self::Cmyk => 4,
+            Self::Cmyk | Self::RgbTimesAlpha => 4,
         }
     }
 }
@@ -127,7 +130,6 @@ struct Layout<'a> {
     /// Of a sample: 1, 2, 4, 8, 16, 32 or 64.
     bits: usize,
     kind: Kind,
-    reading: Reading,
     big_endian: bool,
     /// Each sample has strips or tiles of its own.
     planar: bool,
@@ -196,7 +198,7 @@ impl<'a> Layout<'a> {
                 return Err(not_read(name, "write it as RGB"));
             }
         };
-        let (colour, picked) = picked(colour, samples, reading)?;
+        let (colour, picked) = picked(colour, samples, tags, reading)?;
         let planar = match tags.one(284, 1)? {
             1 => false,
             2 => samples > 1,
@@ -205,7 +207,7 @@ impl<'a> Layout<'a> {
         let in_jpeg = match colour {
             Colour::Gray { white_is_zero: false } => samples == 1,
             Colour::Rgb | Colour::YCbCr => samples == 3 && !planar && reading.bands.is_none(),
-            Colour::Gray { .. } | Colour::Palette(_) | Colour::Cmyk => false,
+            Colour::Gray { .. } | Colour::Palette(_) | Colour::Cmyk | Colour::RgbTimesAlpha => false,
         };
         if packing.is_none() && !(in_jpeg && (bits, kind) == (8, Kind::Unsigned)) {
             return Err(not_read(
@@ -214,7 +216,8 @@ impl<'a> Layout<'a> {
             ));
         }
         let differences = match tags.one(317, 1)? {
-            _ if packing.is_none() => Differences::None,
+            // The tag is left behind by programs that pack anew, and means nothing then.
+            _ if !matches!(packing, Some(Packing::Lzw | Packing::Deflate)) => Differences::None,
             1 => Differences::None,
             2 if bits >= 8 => Differences::Whole,
             3 if kind == Kind::Float => Differences::Bytes,
@@ -243,7 +246,6 @@ impl<'a> Layout<'a> {
             samples,
             bits,
             kind,
-            reading,
             big_endian: tags.big_endian,
             planar,
             differences,
@@ -277,16 +279,21 @@ impl<'a> Layout<'a> {
         (columns.min(self.width - across * columns), rows.min(self.height - down * rows))
     }
 
-    /// The bytes of strip or tile number `index`, packed. The length of what is not packed is known without being said, and some
-    /// programs say it wrong.
+    /// The bytes of strip or tile number `index`, packed. What is not packed needs no length, and some programs say a wrong one.
     fn packed<'f>(&self, file: &'f [u8], index: usize) -> Result<&'f [u8], DecodeError> {
         let start = usize::try_from(self.offsets[index]).map_err(|_| truncated())?;
         let rest = file.get(start..).ok_or_else(truncated)?;
-        let Some(&length) = self.lengths.get(index) else { return Ok(rest) };
-        match usize::try_from(length).ok().and_then(|length| rest.get(..length)) {
-            None if self.packing == Some(Packing::None) => Ok(rest),
-            found => found.ok_or_else(truncated),
+        match self.lengths.get(index) {
+            Some(&length) if length > 0 && self.packing != Some(Packing::None) => {
+                usize::try_from(length).ok().and_then(|length| rest.get(..length)).ok_or_else(truncated)
+            }
+            _ => Ok(rest),
         }
+    }
+
+    /// Whether strip or tile number `index` is left out, as GDAL does with those that hold nothing but 0.
+    fn is_left_out(&self, index: usize) -> bool {
+        self.offsets[index] == 0 && self.lengths.get(index) == Some(&0)
     }
 
     /// Unpacks the strip or tile at `at` into `image`.
@@ -295,6 +302,7 @@ impl<'a> Layout<'a> {
         file: &[u8],
         packing: Packing,
         at: (usize, usize),
+        taker: &mut Taker<'_>,
         work: &mut Work,
         image: &mut RgbImage,
     ) -> Result<(), DecodeError> {
@@ -308,6 +316,9 @@ impl<'a> Layout<'a> {
             .iter()
             .map(|plane| {
                 let index = plane * self.per_plane() + at.1 * self.across() + at.0;
+                if self.is_left_out(index) {
+                    return Ok(Cow::Owned(vec![0; row_bytes * stored_rows]));
+                }
                 unpack(packing, self.packed(file, index)?, row_bytes * stored_rows)
             })
             .collect::<Result<_, _>>()?;
@@ -325,7 +336,12 @@ impl<'a> Layout<'a> {
             }
             work.line.resize(columns * channels, 0);
             for (plane, bytes) in planes.iter().enumerate() {
-                self.samples_of(&bytes[row.clone()], together, work);
+                let mut bytes = &bytes[row.clone()];
+                if self.differences != Differences::Bytes {
+                    // What lies beyond the image is not needed.
+                    bytes = &bytes[..(columns * together * self.bits).div_ceil(8)];
+                }
+                self.samples_of(bytes, together, taker, work);
                 let pixels = work.line.chunks_exact_mut(channels).zip(work.row.chunks_exact(together));
                 if self.planar {
                     pixels.for_each(|(to, from)| to[plane] = from[0]);
@@ -342,7 +358,7 @@ impl<'a> Layout<'a> {
 
     /// Samples of a stored row, `together` a pixel, as 8 bits: deep ones shrunk, those of fewer bits spread over the range unless
     /// they count colours.
-    fn samples_of(&self, bytes: &[u8], together: usize, work: &mut Work) {
+    fn samples_of(&self, bytes: &[u8], together: usize, taker: &mut Taker<'_>, work: &mut Work) {
         let Work { row, deep, bytes: undone, .. } = work;
         row.clear();
         match (self.bits, self.kind) {
@@ -363,7 +379,7 @@ impl<'a> Layout<'a> {
             }
             _ => {
                 self.bits_of(bytes, together, undone, deep);
-                row.extend(deep.iter().map(|&bits| self.shrunk(bits)));
+                row.extend(deep.iter().map(|&bits| self.shrunk(bits, taker)));
             }
         }
     }
@@ -401,15 +417,15 @@ impl<'a> Layout<'a> {
     }
 
     /// A sample of other than 8 bits without sign.
-    fn shrunk(&self, bits: u64) -> u8 {
-        let Some(range) = self.reading.range else { return (bits >> 8) as u8 }; // of 16 bits without sign
+    fn shrunk(&self, bits: u64, taker: &mut Taker<'_>) -> u8 {
+        let Some(range) = taker.reading.range else { return (bits >> 8) as u8 }; // of 16 bits without sign
         let value = match (self.kind, self.bits) {
             (Kind::Unsigned, _) => bits as f64,
             (Kind::Signed, width) => ((bits << (64 - width)) as i64 >> (64 - width)) as f64,
             (Kind::Float, 32) => f64::from(f32::from_bits(bits as u32)),
             (Kind::Float, _) => f64::from_bits(bits),
         };
-        scaled(value, range)
+        taker.of(value, range)
     }
 
     /// Samples that count to RGB.
@@ -425,6 +441,14 @@ impl<'a> Layout<'a> {
                     .for_each(|(rgb, &index)| rgb.copy_from_slice(&colours[usize::from(index)]));
             }
             Colour::Rgb | Colour::YCbCr => to.copy_from_slice(line),
+            Colour::RgbTimesAlpha => {
+                for (rgb, four) in to.chunks_exact_mut(3).zip(line.chunks_exact(4)) {
+                    let alpha = u32::from(four[3]);
+                    let whole =
+                        |value: u8| (255 * u32::from(value)).checked_div(alpha).unwrap_or(0).min(255) as u8;
+                    rgb.iter_mut().zip(four).for_each(|(to, &value)| *to = whole(value));
+                }
+            }
             Colour::Cmyk => {
                 for (rgb, inks) in to.chunks_exact_mut(3).zip(line.chunks_exact(4)) {
                     for (value, &ink) in rgb.iter_mut().zip(inks) {
@@ -449,27 +473,28 @@ impl<'a> Layout<'a> {
         if !has_end(packed) {
             return Err(truncated());
         }
-        let tables = self.tables.strip_suffix(&[0xFF, 0xD9]).unwrap_or(self.tables);
+        let end = self.tables.windows(2).rposition(|pair| pair == [0xFF, 0xD9]);
+        let tables = &self.tables[..end.unwrap_or(self.tables.len())];
         work.file.clear();
         work.file.extend_from_slice(if tables.is_empty() { &[0xFF, 0xD8] } else { tables });
-        // What the colours are is said by TIFF: in Adobe's segment 0 is RGB, 1 YCbCr.
-        if self.samples == 3 {
-            work.file.extend_from_slice(b"\xFF\xEE\x00\x0EAdobe\x00\x64\x00\x00\x00\x00");
-            work.file.push(u8::from(self.colour != Colour::Rgb));
-        }
         work.file.extend_from_slice(scan);
         let in_tiff = |error| match DecodeError::from(error) {
             DecodeError::Truncated(_) => truncated(),
             DecodeError::NotRead { what, instead, .. } => not_read(&format!("JPEG with {what}"), instead),
             other => damaged(&other.to_string()),
         };
-        let header = jpeg.header(&work.file).map_err(in_tiff)?;
+        let mut header = jpeg.header(&work.file).map_err(in_tiff)?;
         let (columns, rows) = self.within(at);
+        let (width, height) = (header.width as usize, header.height as usize);
         if header.channels() != self.samples
-            || (header.width as usize) < columns
-            || (header.height as usize) < rows
+            || !(columns..=self.chunk.0).contains(&width)
+            || !(rows..=self.chunk.1).contains(&height)
         {
             return Err(damaged("a JPEG strip of another size or number of channels than the image"));
+        }
+        // What the colours are is said by TIFF, whatever segments of JFIF or Adobe say.
+        if self.samples == 3 {
+            header.set_colours(self.colour == Colour::YCbCr);
         }
         let part = CropBox::whole(columns as u32, rows as u32);
         jpeg.decode(&work.file, &header, part, &mut work.planes).map_err(in_tiff)?;
@@ -515,7 +540,14 @@ fn depth(tags: &Directory<'_>, reading: Reading) -> Result<(usize, Kind), Decode
 }
 
 /// The colours of the samples that count, and which those are.
-fn picked(colour: Colour, samples: usize, reading: Reading) -> Result<(Colour, Vec<usize>), DecodeError> {
+fn picked(
+    colour: Colour,
+    samples: usize,
+    tags: &Directory<'_>,
+    reading: Reading,
+) -> Result<(Colour, Vec<usize>), DecodeError> {
+    // 1: colours are multiplied by it; 2: they are not.
+    let alpha = tags.one(338, 0)?;
     if let Some(bands) = reading.bands {
         if bands.iter().any(|&band| usize::from(band) > samples) {
             let [r, g, b] = bands;
@@ -528,13 +560,18 @@ fn picked(colour: Colour, samples: usize, reading: Reading) -> Result<(Colour, V
     if samples < colour.channels() {
         return Err(damaged(&format!("{}, fewer than its colours have", counted(samples as u64, "sample"))));
     }
-    if matches!(colour, Colour::Gray { .. }) && samples > 2 {
+    if matches!(colour, Colour::Gray { .. }) && samples > if matches!(alpha, 1 | 2) { 2 } else { 1 } {
         let what = format!("{samples} bands and no colours");
         return Err(not_read(&what, "tell `mentee shard` which are red, green and blue (--bands R,G,B)"));
     }
+    let colour =
+        if colour == Colour::Rgb && samples == 4 && alpha == 1 { Colour::RgbTimesAlpha } else { colour };
     let picked = (0..colour.channels()).collect();
     Ok((colour, picked))
 }
+
+/// Samples in a row of a strip or tile, at most: a hundred times what the widest scenes have.
+const ROW: u64 = 1 << 24;
 
 /// Columns and rows of a strip or tile, and how many of them an image takes; none if they hold no pixels, or all together more
 /// bytes than a decoder should have to unpack.
@@ -548,7 +585,8 @@ fn fitting(
         return None;
     }
     let count = (width as u64).div_ceil(columns) * (height as u64).div_ceil(rows);
-    let row = columns.checked_mul(samples as u64)?.checked_mul(bits as u64)?.div_ceil(8);
+    let row =
+        columns.checked_mul(samples as u64).filter(|&row| row <= ROW)?.checked_mul(bits as u64)?.div_ceil(8);
     let bytes = row.checked_mul(rows)?.checked_mul(count)?;
     (bytes <= 8 * MAX_PIXELS).then_some(((columns as usize, rows as usize), count as usize))
 }
@@ -559,13 +597,13 @@ fn palette(tags: &Directory<'_>, bits: usize) -> Result<Colour, DecodeError> {
         return Err(damaged(&format!("a palette for indices of {bits} bits")));
     }
     let map = tags.all(320)?.ok_or_else(|| damaged("a palette image without palette (tag 320)"))?;
-    let count = 1 << bits;
-    if map.len() < 3 * count {
-        return Err(damaged(&format!("{} of {} colours in the palette", map.len() / 3, count)));
-    }
+    let count = map.len() / 3;
     let shift = if map.iter().all(|&value| value < 256) { 0 } else { 8 };
     let colour = |index: usize| std::array::from_fn(|channel| (map[channel * count + index] >> shift) as u8);
-    Ok(Colour::Palette((0..count).map(colour).collect()))
+    let mut colours: Vec<[u8; 3]> = (0..count).map(colour).collect();
+    // Those that are missing are black.
+    colours.resize(1 << bits, [0; 3]);
+    Ok(Colour::Palette(colours))
 }
 
 fn compression(number: u64) -> String {

@@ -39,8 +39,8 @@ pub(super) fn unpack(packing: Packing, packed: &[u8], length: usize) -> Result<C
 }
 
 fn lzw(mut packed: &[u8], mut out: &mut [u8]) -> Result<(), DecodeError> {
-    if let [0, 1, ..] = packed {
-        // Codes of 9 bits begin with 256, whose first byte is 128.
+    if matches!(packed, [0, second, ..] if second & 1 == 1) {
+        // The first code is 256, of 9 bits: from the left it begins with a byte of 128.
         return Err(not_read("LZW of before 1988 (bits from the right)", "write it anew"));
     }
     let mut decoder = weezl::decode::Decoder::with_tiff_size_switch(BitOrder::Msb, 8);
