@@ -1,7 +1,7 @@
 //! Asserts, in every rank of an MPI world, that the collectives do what they promise; also fails on purpose
 //! when asked to. `tests/mpi.rs` runs it under mpirun.
 //!
-//! `mpi_check COMMAND [shm]`, the latter through shared memory. COMMAND: `sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | sleep RANK | abort RANK CODE | expect RANK WORLD`
+//! `mpi_check COMMAND [shm]`, the latter through shared memory. COMMAND: `sums | lanes | wake RANK CODE | panic RANK | panic-elsewhere RANK | leave RANK | sleep RANK | stop RANK | abort RANK CODE | expect RANK WORLD`
 
 use std::{
     env,
@@ -116,6 +116,27 @@ fn main() -> ExitCode {
                     eprintln!("error: {error}");
                     ExitCode::FAILURE
                 }
+            }
+        }
+        "stop" => {
+            // One rank is stopped in the middle of a long sum: while pieces are under way.
+            mpi::set_patience(Duration::from_millis(500));
+            mpi::set_last_words(|_, line| eprintln!("heard: {line}"));
+            let mut values = vec![1f32; 16 << 20];
+            if chosen {
+                let first = values.as_ptr() as usize;
+                thread::spawn(move || {
+                    // SAFETY: the vector lives as long as this process; MPI writes its sum there.
+                    while unsafe { (first as *const f32).read_volatile() } == 1.0 {
+                        std::hint::spin_loop();
+                    }
+                    // SAFETY: stops this process.
+                    unsafe { libc::raise(libc::SIGSTOP) };
+                });
+            }
+            match group.all_reduce_sum((&mut values).into()) {
+                Ok(()) => group.barrier().map(|()| ExitCode::SUCCESS).unwrap_or(ExitCode::FAILURE),
+                Err(_) => ExitCode::FAILURE,
             }
         }
         "abort" => {

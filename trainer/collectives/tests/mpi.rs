@@ -230,6 +230,21 @@ fn a_rank_that_does_not_come_is_named_and_all_end() {
 
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
+fn a_rank_that_stops_in_the_middle_of_a_sum_is_named() {
+    let Some(outcome) = world(2, &["stop", "1"]) else { return };
+    assert_eq!(outcome.code, Some(1), "{outcome}");
+    for line in [
+        "error: all-reduce (call 1) failed on rank 0 of 2: waited ",
+        "heard: all-reduce (call 1) failed on rank 0",
+    ] {
+        assert!(outcome.stderr.contains(line), "{outcome}");
+    }
+    assert!(outcome.stderr.contains(" s for rank 1;"), "{outcome}");
+    assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
+}
+
+#[test]
+#[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn abort_ends_all_with_its_code() {
     let Some(outcome) = world(2, &["abort", "0", "4"]) else { return };
     assert_eq!(outcome.code, Some(4), "{outcome}");

@@ -241,7 +241,9 @@ impl Weights {
     /// Draws the initial values: a function of the seed and the declarations alone, to the last bit on any machine, and in f32
     /// whatever the precision.
     pub fn initialise(&mut self, seed: u64) -> Result<(), SslError> {
-        tch::manual_seed(seed.cast_signed());
+        // The generator looks at 32 bits.
+        let folded = seed ^ (seed >> 32).wrapping_mul(0x9E37_79B9);
+        tch::manual_seed((folded & 0xFFFF_FFFF).cast_signed());
         for place in self.layout.params() {
             let Declaration { shape, init, .. } = &place.declaration;
             let values = match *init {

@@ -102,9 +102,7 @@ pub fn on_device(collectives: &dyn Collectives, device: Device) -> Result<(), Wo
 pub fn attempt(collectives: &dyn Collectives) -> Result<String, WorkerError> {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     let own = format!("{}-{:x}", std::process::id(), now.as_nanos());
-    let all = collectives
-        .all_gather(own.as_bytes())
-        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let all = collectives.all_gather(own.as_bytes())?;
     Ok(String::from_utf8_lossy(&all[0]).into_owned())
 }
 
@@ -112,9 +110,7 @@ pub fn attempt(collectives: &dyn Collectives) -> Result<String, WorkerError> {
 /// So a mistake that every rank finds is reported once, and no rank waits for one that is gone.
 pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>) -> Result<T, WorkerError> {
     let own = result.as_ref().err().map_or(0, WorkerError::exit_code);
-    let all = collectives
-        .all_gather(&own.to_le_bytes())
-        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let all = collectives.all_gather(&own.to_le_bytes())?;
     let mut failed = None;
     for (rank, bytes) in all.iter().enumerate() {
         // A rank that is elsewhere has sent what belongs there.

@@ -97,8 +97,7 @@ fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerEr
     let device = device::of_recipe(&recipe, &place.identity)?;
     let rows = match DeviceGroup::start(&place.collectives, &recipe, device)? {
         Some(group) => all_reduce_devices(group, device, args.seconds, place)?,
-        None => bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)
-            .map_err(|source| WorkerError::Collective { step: 0, source })?,
+        None => bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)?,
     };
     if place.identity.rank != 0 {
         return Ok(());
@@ -165,7 +164,7 @@ impl Rig {
         let batch = recipe.schedule.global_batch;
         let plan = Plan::new(recipe, batch.saturating_mul(steps.max(1)), identity.world_size)?;
         let recipe = &plan.recipe;
-        setup::threads(recipe, &identity);
+        setup::threads(recipe, &*collectives)?;
         let device = device::of_recipe(recipe, &identity)?;
         let group = DeviceGroup::start(&collectives, recipe, device)?;
         let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
@@ -308,7 +307,7 @@ fn checkpoint(args: &CheckpointArgs, place: &setup::Place) -> Result<(), WorkerE
     let result = write_checkpoints(args, &mut rig, place, attempt, &out);
     // Only ranks that all know of a failure may wait for each other.
     if result.is_ok() {
-        place.collectives.barrier().map_err(|source| WorkerError::Collective { step: 0, source })?;
+        place.collectives.barrier()?;
     }
     if rank == 0 {
         std::fs::remove_dir_all(&out).map_err(WorkerError::io("remove", &out))?;

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mentee_cluster::Identity;
+use mentee_cluster::{Identity, Vitals};
 use mentee_collectives::nccl::{Communicator, Library, Options};
-use mentee_collectives::{Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Stream};
+use mentee_collectives::{
+    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Stream, Ticket,
+};
 use mentee_config::Recipe;
 use mentee_config::recipe::{self, Precision};
 use mentee_torch_ext::cuda::{self, NoCuda};
@@ -61,6 +63,9 @@ fn choose(
     }
 }
 
+/// See [`DeviceGroup::settle`].
+pub type Settle = Arc<dyn Fn() -> Result<(), WorkerError> + Send + Sync>;
+
 /// The ranks of a run, each on a device of its own.
 pub struct DeviceGroup {
     /// Batch-norm statistics, in the order of the stream that computes.
@@ -69,6 +74,8 @@ pub struct DeviceGroup {
     pub gradients: Arc<dyn DeviceCollectives>,
     /// How long a rank waits for the others.
     pub patience: Duration,
+    /// The last sum of statistics that was called.
+    last: Arc<Mutex<Option<Ticket>>>,
     /// What the first sum of statistics failed with.
     failed: Arc<Mutex<Option<DeviceError>>>,
 }
@@ -94,23 +101,50 @@ impl DeviceGroup {
             file = %statistics.library().path().display(),
             "ranks are connected over NCCL"
         );
-        Ok(Some(Self { statistics, gradients, patience, failed: Arc::default() }))
+        Ok(Some(Self { statistics, gradients, patience, last: Arc::default(), failed: Arc::default() }))
     }
 
     /// The closure by which batch norms sum their statistics.
     pub fn reduce(&self) -> DeviceReduce {
-        let (group, failed) = (self.statistics.clone(), self.failed.clone());
+        let (group, last, failed) = (self.statistics.clone(), self.last.clone(), self.failed.clone());
         Arc::new(move |values: *mut c_void, n: usize, stream: *mut c_void| {
             // SAFETY: n doubles that live until libtorch's stream has passed their use.
             let (buffer, stream) =
                 unsafe { (DeviceBuffer::new(values, n, DeviceType::F64), Stream::from_raw(stream)) };
             match group.all_reduce_sum(buffer, stream) {
-                Ok(_) => true,
+                Ok(ticket) => {
+                    *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(ticket);
+                    true
+                }
                 Err(error) => {
                     failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     false
                 }
             }
+        })
+    }
+
+    /// The closure that waits until the stream that computes has passed all it was given: before a copy to host memory, which would
+    /// wait without end for a rank that did not come to a sum of statistics. `vitals` hears of the wait.
+    pub fn settle(&self, device: Device, vitals: Arc<Vitals>) -> Settle {
+        let (group, patience) = (self.statistics.clone(), self.patience);
+        let (last, failed) = (self.last.clone(), self.failed.clone());
+        Arc::new(move || {
+            let (Device::Cuda(index), Some(ticket)) =
+                (device, *last.lock().unwrap_or_else(PoisonError::into_inner))
+            else {
+                return Ok(()); // no other rank is waited for
+            };
+            let (stream, _) = cuda::Stream::current(index)?;
+            let done = CudaMark(cuda::Event::record(stream)?);
+            vitals.waiting(true);
+            let waited = group.wait(ticket, &done, patience);
+            vitals.waiting(false);
+            waited.map_err(|error| {
+                let said = error.to_string();
+                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                WorkerError::Failed(said)
+            })
         })
     }
 

@@ -110,13 +110,13 @@ fn examine(args: &DoctorArgs, place: &Place) -> Result<i32, WorkerError> {
 
     let devices = devices();
     let parallel = &recipe.parallel;
-    let failed = |source| WorkerError::Collective { step: 0, source };
+    let failed = WorkerError::from;
     let all_reduce = all_reduce(collectives, &place.exchange)?;
     collectives.barrier().map_err(failed)?;
     let own = RankFacts {
         rank: place.identity.rank,
         host: hostname(),
-        cores: affinity::cores(place.identity.local_size),
+        cores: affinity::cores(collectives)?,
         device: place.identity.device(devices.count),
         advice: affinity::advice(&place.identity, parallel.threads, parallel.decode_threads),
         clock: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64()),
@@ -188,9 +188,7 @@ fn all_reduce(collectives: &dyn Collectives, exchange: &str) -> Result<AllReduce
     let (rank, ranks) = (collectives.rank(), collectives.world_size());
     let mut values: Vec<f32> = (0..ELEMENTS).map(|index| (index % 1000) as f32 + rank as f32).collect();
     let began = Instant::now();
-    collectives
-        .all_reduce_sum(Buffer::F32(&mut values))
-        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    collectives.all_reduce_sum(Buffer::F32(&mut values))?;
     let seconds = began.elapsed().as_secs_f64();
     let of_ranks = (0..ranks).sum::<u32>() as f32;
     let expected = |index: usize| (index % 1000) as f32 * ranks as f32 + of_ranks;

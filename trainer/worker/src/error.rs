@@ -56,6 +56,9 @@ pub enum WorkerError {
     MixedDevices { ranks: String },
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
+    /// Outside of any step.
+    #[error(transparent)]
+    Outside(CollectiveError),
     #[error("step {step}: {source}")]
     DeviceCollective { step: u64, source: Box<mentee_collectives::DeviceError> },
     #[error("step {step}: {source}")]
@@ -171,7 +174,7 @@ impl WorkerError {
                 _ => Some(Vec::new()), // NCCL says that a peer is gone, not which
             };
         }
-        let Self::Collective { source, .. } = self else { return None };
+        let (Self::Collective { source, .. } | Self::Outside(source)) = self else { return None };
         missed(&source.kind)
     }
 
@@ -195,7 +198,7 @@ impl WorkerError {
 impl From<mentee_collectives::CollectiveError> for WorkerError {
     /// Outside of any step.
     fn from(source: mentee_collectives::CollectiveError) -> Self {
-        Self::Collective { step: 0, source }
+        Self::Outside(source)
     }
 }
 

@@ -68,9 +68,7 @@ impl Reporter {
                         .map_err(|error| WorkerError::Failed(error.to_string()))?;
                     hosted = Some(handle);
                 }
-                let all = collectives
-                    .all_gather(&message)
-                    .map_err(|source| WorkerError::Collective { step: 0, source })?;
+                let all = collectives.all_gather(&message)?;
                 let address = serde_json::from_slice(&all[0]).map_err(|error| {
                     WorkerError::Failed(format!("rank 0 sent no coordinator address: {error}"))
                 })?;

@@ -194,9 +194,7 @@ impl GradientReducer {
         let (lane, queue) = if device.is_none() && collectives.world_size() > 1 {
             let (queue, ranges) = channel();
             let (report, outcomes) = channel();
-            let collectives = collectives
-                .lane("gradients")
-                .map_err(|source| WorkerError::Collective { step: 0, source })?;
+            let collectives = collectives.lane("gradients")?;
             share_memory(&*collectives, state)?;
             let flat = SharedFlat::new(&state.gradients.flat);
             let thread = std::thread::Builder::new()
@@ -311,9 +309,7 @@ fn lock(round: &Mutex<Round>) -> std::sync::MutexGuard<'_, Round> {
 fn share_memory(collectives: &dyn Collectives, state: &mut State) -> Result<(), WorkerError> {
     let flat = &state.gradients.flat;
     let (len, kind) = (flat.numel(), flat.kind());
-    let memory = collectives
-        .memory(len * kind.elt_size_in_bytes())
-        .map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let memory = collectives.memory(len * kind.elt_size_in_bytes())?;
     let Some(memory) = memory else { return Ok(()) };
     // SAFETY: it is that long, aligned to a line, and lives as long as `memory`. Other ranks write to a bucket of it in
     // sums only, which this rank joins when it is done with the bucket, and leaves when they are.

@@ -21,7 +21,7 @@ use tch::Tensor;
 
 use crate::checkpoints::{self, Checkpoints, Settings};
 use crate::collapse::CollapseWatch;
-use crate::device::{self, DeviceGroup};
+use crate::device::{self, DeviceGroup, Settle};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
@@ -102,8 +102,7 @@ pub fn place() -> Result<Place, WorkerError> {
     let launcher_is_there = ParentWatch::start(identity.rank);
     let mpi = Mpi::initialize(Some((identity.rank, identity.world_size)))?;
     drop(launcher_is_there); // from here on waits have deadlines
-    let (group, exchange) =
-        exchange(Arc::new(mpi)).map_err(|source| WorkerError::Collective { step: 0, source })?;
+    let (group, exchange) = exchange(Arc::new(mpi))?;
     Ok(Place { identity, collectives: Arc::new(Watched::new(group, waits.clone())), waits, exchange })
 }
 
@@ -119,12 +118,12 @@ fn exchange(mpi: Arc<Mpi>) -> Result<(Arc<dyn Collectives>, String), CollectiveE
     })
 }
 
-/// Sets the compute threads and says how many decode threads there are to be.
-pub fn threads(recipe: &Recipe, identity: &Identity) -> usize {
-    let cores = affinity::cores(identity.local_size);
+/// Sets the compute threads and says how many decode threads there are to be. All ranks call it at the same point.
+pub fn threads(recipe: &Recipe, collectives: &dyn Collectives) -> Result<usize, WorkerError> {
+    let cores = affinity::cores(collectives)?;
     let or_cores = |n: u64| if n == 0 { cores } else { n as usize };
     tch::set_num_threads(or_cores(recipe.parallel.threads) as i32);
-    or_cores(recipe.parallel.decode_threads)
+    Ok(or_cores(recipe.parallel.decode_threads))
 }
 
 /// The closure by which batch norms sum their statistics over ranks.
@@ -151,14 +150,15 @@ pub fn stat_reduce(
     })))
 }
 
-/// The closure by which methods collect rows over ranks.
-pub fn gather(collectives: &Arc<dyn Collectives>) -> Gather {
+/// The closure by which methods collect rows over ranks; rows on devices are waited for by `settle`.
+pub fn gather(collectives: &Arc<dyn Collectives>, settle: Option<Settle>) -> Gather {
     if collectives.world_size() == 1 {
         return Gather(None);
     }
     let collectives = collectives.clone();
     Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
         let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
+        settle.as_ref().map_or(Ok(()), |settle| settle()).map_err(|error| failed(&error))?;
         let own = snapshot::bytes(rows).map_err(|error| failed(&error))?;
         let parts = collectives.all_gather(&own).map_err(|error| failed(&error))?;
         let (dim, kind) = (rows.size2()?.1, rows.kind());
@@ -231,7 +231,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     let Local { plan, run_dir, source } = local;
     let (identity, collectives) = (place.identity, place.collectives.clone());
     let recipe = &plan.recipe;
-    let decode_threads = threads(recipe, &identity);
+    let decode_threads = threads(recipe, &*collectives)?;
     let device = agree::together(&*collectives, device::of_recipe(recipe, &identity))?;
     agree::on_device(&*collectives, device)?;
     let group = agree::together(&*collectives, DeviceGroup::start(&collectives, recipe, device))?;
@@ -291,7 +291,8 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     agree::on_start(&*collectives, &own)?;
     let collectives: Arc<dyn Collectives> =
         if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
-    state.gather = gather(&collectives);
+    let settle = group.as_ref().map(|group| group.settle(device, place.waits.vitals.clone()));
+    state.gather = gather(&collectives, settle);
     tracing::info!(
         next_step,
         total_steps = plan.total_steps,

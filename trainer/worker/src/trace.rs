@@ -77,12 +77,12 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     let recipe = &plan.recipe;
     new_folder(&args.out)?;
     let steps = args.steps.min(plan.end_step());
+    let collectives: Arc<dyn Collectives> = Arc::new(Single::new());
+    let decode_threads = setup::threads(recipe, &*collectives)?;
     let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "trace" };
-    let decode_threads = setup::threads(recipe, &alone);
     let device = device::of_recipe(recipe, &alone)?;
     let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
     import::of_recipe(&mut state, recipe)?;
-    let collectives: Arc<dyn Collectives> = Arc::new(Single::new());
     let mut reducer = GradientReducer::new(&collectives, None, &mut state, recipe.parallel.bucket_mib)?;
     let (schedule, global_batch) = (Schedule::new(&plan), recipe.schedule.global_batch);
     let loader = Loader::new(LoaderConfig {

@@ -23,7 +23,7 @@ use ::mpi::{
     traits::{AsRaw, Communicator},
 };
 
-use self::requests::{Comm, Library, Message, Polling, Posting, Requests};
+use self::requests::{Account, Comm, Library, Message, Polling, Posting, Requests};
 use super::PANIC_EXIT_CODE;
 use crate::{
     Buffer, CollectiveError, Collectives, ErrorKind, Operation, StartError,
@@ -101,9 +101,6 @@ struct Scratch {
     u64: Vec<u64>,
     u8: Vec<u8>,
 }
-
-/// Makes the whole message of an operation's failure.
-type Report<'a> = dyn Fn(&ErrorKind) -> String + 'a;
 
 /// A type that both this crate and MPI know.
 trait MpiElement: Element {
@@ -187,7 +184,7 @@ impl Mpi {
     fn operate<R>(
         &self,
         operation: Operation,
-        work: impl FnOnce(&mut Scratch, &Report<'_>) -> Result<R, ErrorKind>,
+        work: impl FnOnce(&mut Scratch, &Account<'_>) -> Result<R, ErrorKind>,
     ) -> Result<R, CollectiveError> {
         let mut scratch = self.line.turn();
         let call = self.line.calls.fetch_add(1, Ordering::Relaxed);
@@ -202,18 +199,18 @@ impl Mpi {
         // Also for those that have nothing to send.
         let running = if self.world.library.lock().is_some() { Ok(()) } else { Err(ErrorKind::Finished) };
         let report = |kind: &ErrorKind| failed(kind.clone()).to_string();
-        running.and_then(|()| work(&mut scratch, &report)).map_err(failed)
+        running.and_then(|()| work(&mut scratch, &Account::new(&report))).map_err(failed)
     }
 
-    fn requests<'a>(&'a self, report: &'a Report<'a>) -> Requests<'a> {
-        Requests::new(&self.world.library, self.line.comm, self.line.polling, report)
+    fn requests<'a>(&'a self, account: &'a Account<'a>) -> Requests<'a> {
+        Requests::new(&self.world.library, self.line.comm, self.line.polling, account)
     }
 
     fn sum<T: MpiElement>(
         &self,
         scratch: &mut Scratch,
         slice: &mut [T],
-        report: &Report<'_>,
+        account: &Account<'_>,
     ) -> Result<(), ErrorKind> {
         let world_size = self.world.world_size as usize;
         if slice.is_empty() || world_size == 1 {
@@ -221,9 +218,9 @@ impl Mpi {
         }
         let parts = T::parts(scratch);
         if size_of_val(slice) <= short_bytes(world_size) {
-            self.sum_short(slice, parts, report)
+            self.sum_short(slice, parts, account)
         } else {
-            self.sum_long(slice, parts, report)
+            self.sum_long(slice, parts, account)
         }
     }
 
@@ -232,13 +229,13 @@ impl Mpi {
         &self,
         slice: &mut [T],
         parts: &mut Vec<T>,
-        report: &Report<'_>,
+        account: &Account<'_>,
     ) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
         let len = slice.len();
         grow(parts, len * world_size);
         let (own, all) = (slice.as_mut_ptr(), parts.as_mut_ptr());
-        let mut requests = self.requests(report);
+        let mut requests = self.requests(account);
         if world_size <= FEW_RANKS {
             // Pieces that leave at once.
             let longest = EAGER_BLOCK_BYTES / size_of::<T>();
@@ -297,7 +294,7 @@ impl Mpi {
         &self,
         slice: &mut [T],
         parts: &mut Vec<T>,
-        report: &Report<'_>,
+        account: &Account<'_>,
     ) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
         let len = slice.len();
@@ -319,8 +316,8 @@ impl Mpi {
         // is a bottleneck.
         let partners = (1..world_size)
             .map(|round| ((rank + round) % world_size, (rank + world_size - round) % world_size));
-        let mut scattered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests(report));
-        let mut gathered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests(report));
+        let mut scattered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests(account));
+        let mut gathered: [Requests<'_>; IN_FLIGHT] = std::array::from_fn(|_| self.requests(account));
         let part = |piece: usize, from: usize| {
             let own_len = block(piece, rank).1;
             (piece % depth * slot_len + from * own_len, own_len)
@@ -379,11 +376,11 @@ impl Mpi {
         &self,
         slice: &mut [T],
         root: u32,
-        report: &Report<'_>,
+        account: &Account<'_>,
     ) -> Result<(), ErrorKind> {
         for piece in slice.chunks_mut(BROADCAST_BYTES / size_of::<T>()) {
             let (at, count) = (piece.as_mut_ptr().cast::<c_void>(), piece.len() as c_int);
-            let mut requests = self.requests(report);
+            let mut requests = self.requests(account);
             // SAFETY: the count is the length of the piece, which fits an int; the datatype is that of T. The
             // piece is borrowed until after `wait`.
             unsafe {
@@ -397,12 +394,12 @@ impl Mpi {
     }
 
     /// Lengths first, then the bytes, in rounds that keep every count and offset within an `int`.
-    fn gather(&self, bytes: &[u8], report: &Report<'_>) -> Result<Vec<Vec<u8>>, ErrorKind> {
+    fn gather(&self, bytes: &[u8], account: &Account<'_>) -> Result<Vec<Vec<u8>>, ErrorKind> {
         let world_size = self.world.world_size as usize;
         let own_len = bytes.len() as u64;
         let mut lens = vec![0u64; world_size];
         let (from, to) = ((&raw const own_len).cast::<c_void>(), lens.as_mut_ptr().cast::<c_void>());
-        let mut requests = self.requests(report);
+        let mut requests = self.requests(account);
         // SAFETY: one u64 from each rank into `world_size` of them; both live until after `wait`.
         unsafe {
             requests.start(|comm, request| {
@@ -430,7 +427,7 @@ impl Mpi {
             let own = &bytes[begin.min(bytes.len())..][..part(bytes.len())];
             let (from, to) = (own.as_ptr().cast::<c_void>(), round.as_mut_ptr().cast::<c_void>());
             let (counts_at, starts_at) = (counts.as_ptr(), starts.as_ptr());
-            let mut requests = self.requests(report);
+            let mut requests = self.requests(account);
             // SAFETY: `own` is what this rank announced for the round; counts and starts lie inside `round`; no
             // overlap. All of them live until after `wait`.
             unsafe {
@@ -459,13 +456,13 @@ impl Mpi {
 
     /// Rounds of empty messages over distances 1, 2, 4, …: after the last, every rank has heard, directly or
     /// not, of every other (Hensgen, Finkel and Manber 1988: the dissemination barrier).
-    fn meet(&self, report: &Report<'_>) -> Result<(), ErrorKind> {
+    fn meet(&self, account: &Account<'_>) -> Result<(), ErrorKind> {
         let (rank, world_size) = (self.world.rank as usize, self.world.world_size as usize);
         let mut distance = 1;
         let nothing = std::ptr::dangling_mut::<u8>();
         while distance < world_size {
             let (to, from) = ((rank + distance) % world_size, (rank + world_size - distance) % world_size);
-            let mut requests = self.requests(report);
+            let mut requests = self.requests(account);
             requests.post(|posting| {
                 // SAFETY: no memory is named.
                 unsafe {
@@ -480,11 +477,11 @@ impl Mpi {
     }
 
     /// Duplicates the communicator, so that nothing sent on the new line meets what is sent on this one.
-    fn branch(&self, name: &str, report: &Report<'_>) -> Result<Mpi, ErrorKind> {
+    fn branch(&self, name: &str, account: &Account<'_>) -> Result<Mpi, ErrorKind> {
         // SAFETY: a constant of the C library, never written.
         let mut comm = unsafe { ffi::RSMPI_COMM_NULL };
         let at = &raw mut comm;
-        let mut requests = self.requests(report);
+        let mut requests = self.requests(account);
         // SAFETY: `comm` lives until after `wait`.
         unsafe { requests.start(|from, request| ffi::MPI_Comm_idup(from, at, request))? };
         requests.wait()?;
@@ -639,29 +636,29 @@ impl Collectives for Mpi {
     fn all_reduce_sum(&self, buffer: Buffer<'_>) -> Result<(), CollectiveError> {
         self.operate(
             Operation::AllReduceSum,
-            |scratch, report| with_slice!(buffer, slice => self.sum(scratch, slice, report)),
+            |scratch, account| with_slice!(buffer, slice => self.sum(scratch, slice, account)),
         )
     }
 
     fn broadcast(&self, buffer: Buffer<'_>, root: u32) -> Result<(), CollectiveError> {
-        self.operate(Operation::Broadcast, |_, report| {
+        self.operate(Operation::Broadcast, |_, account| {
             if root >= self.world.world_size {
                 return Err(ErrorKind::NoSuchRoot { root });
             }
-            with_slice!(buffer, slice => self.broadcast_slice(slice, root, report))
+            with_slice!(buffer, slice => self.broadcast_slice(slice, root, account))
         })
     }
 
     fn all_gather(&self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
-        self.operate(Operation::AllGather, |_, report| self.gather(bytes, report))
+        self.operate(Operation::AllGather, |_, account| self.gather(bytes, account))
     }
 
     fn barrier(&self) -> Result<(), CollectiveError> {
-        self.operate(Operation::Barrier, |_, report| self.meet(report))
+        self.operate(Operation::Barrier, |_, account| self.meet(account))
     }
 
     fn lane(&self, name: &str) -> Result<Arc<dyn Collectives>, CollectiveError> {
-        let lane = self.operate(Operation::Lane, |_, report| self.branch(name, report))?;
+        let lane = self.operate(Operation::Lane, |_, account| self.branch(name, account))?;
         Ok(Arc::new(lane))
     }
 

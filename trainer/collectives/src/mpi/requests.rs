@@ -5,6 +5,7 @@
 //! calls with the lock given back in between.
 
 use std::{
+    cell::RefCell,
     ffi::{c_int, c_void},
     marker::PhantomData,
     mem::ManuallyDrop,
@@ -137,6 +138,27 @@ pub(super) struct Message<T> {
     pub(super) tag: c_int,
 }
 
+/// What is said of an operation that failed: by whichever of its requests MPI does not let go of.
+pub(super) struct Account<'a> {
+    /// Makes a failure's whole message.
+    report: &'a dyn Fn(&ErrorKind) -> String,
+    /// What failed first.
+    failure: RefCell<Option<ErrorKind>>,
+}
+
+impl<'a> Account<'a> {
+    pub(super) fn new(report: &'a dyn Fn(&ErrorKind) -> String) -> Self {
+        Account { report, failure: RefCell::new(None) }
+    }
+
+    fn note<R>(&self, result: Result<R, ErrorKind>) -> Result<R, ErrorKind> {
+        if let Err(failure) = &result {
+            self.failure.borrow_mut().get_or_insert_with(|| failure.clone());
+        }
+        result
+    }
+}
+
 /// Operations that MPI is working on. Their memory is MPI's until [`Requests::wait`] returned `Ok`.
 pub(super) struct Requests<'a> {
     library: &'a Library,
@@ -145,24 +167,16 @@ pub(super) struct Requests<'a> {
     handles: Vec<ffi::MPI_Request>,
     /// Of every handle, in the same order: the rank at the other end of a message; none for an operation of all.
     peers: Vec<Option<usize>>,
-    /// What ended the wait.
-    failure: Option<ErrorKind>,
-    /// Says which operation failed, and how.
-    report: &'a dyn Fn(&ErrorKind) -> String,
+    /// Of the operation that these are a part of.
+    account: &'a Account<'a>,
     /// The memory MPI may touch outlives this value.
     memory: PhantomData<&'a mut ()>,
 }
 
 impl<'a> Requests<'a> {
-    /// `report` makes a failure's whole message.
-    pub(super) fn new(
-        library: &'a Library,
-        comm: Comm,
-        polling: Polling,
-        report: &'a dyn Fn(&ErrorKind) -> String,
-    ) -> Self {
-        let (handles, peers, failure) = (Vec::new(), Vec::new(), None);
-        Requests { library, comm, polling, handles, peers, failure, report, memory: PhantomData }
+    pub(super) fn new(library: &'a Library, comm: Comm, polling: Polling, account: &'a Account<'a>) -> Self {
+        let (handles, peers) = (Vec::new(), Vec::new());
+        Requests { library, comm, polling, handles, peers, account, memory: PhantomData }
     }
 
     /// Starts a few operations in one turn.
@@ -172,9 +186,10 @@ impl<'a> Requests<'a> {
     ) -> Result<(), ErrorKind> {
         let universe = self.library.lock();
         if universe.is_none() {
-            return Err(ErrorKind::Finished);
+            return self.account.note(Err(ErrorKind::Finished));
         }
-        post(&mut Posting { comm: self.comm, handles: &mut self.handles, peers: &mut self.peers })
+        let posting = &mut Posting { comm: self.comm, handles: &mut self.handles, peers: &mut self.peers };
+        self.account.note(post(posting))
     }
 
     /// Starts one operation.
@@ -192,8 +207,7 @@ impl<'a> Requests<'a> {
     /// Returns when all of them are complete, and forgets them; gives up after [`super::super::patience`].
     pub(super) fn wait(&mut self) -> Result<(), ErrorKind> {
         let result = self.wait_within(super::super::patience());
-        self.failure = result.as_ref().err().cloned();
-        result
+        self.account.note(result)
     }
 
     fn wait_within(&mut self, patience: Duration) -> Result<(), ErrorKind> {
@@ -318,10 +332,9 @@ impl Drop for Requests<'_> {
             waiting.pause();
         }
         if !self.handles.is_empty() {
-            let report = self.report;
-            match &self.failure {
+            match &*self.account.failure.borrow() {
                 Some(failure) => {
-                    let line = report(failure);
+                    let line = (self.account.report)(failure);
                     eprintln!("error: {line}; ending all ranks");
                     super::super::say_last_words(failure, &line);
                 }

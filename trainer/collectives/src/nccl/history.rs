@@ -12,22 +12,29 @@ use crate::{
     device::{Record, RecordState},
 };
 
-/// How many operations are remembered.
+/// How many operations of a line are remembered.
 pub const HISTORY: usize = 64;
 
-/// A ring of operations. Its lock is its own, so that a report can be made while a thread is stuck inside NCCL.
+/// A ring of operations for each line of calls. Its lock is its own, so that a report can be made while a thread is stuck inside NCCL.
 #[derive(Default)]
 pub(super) struct History(Mutex<Inner>);
 
 #[derive(Default)]
 struct Inner {
+    lines: Vec<Line>,
+}
+
+/// The group's own calls, or those of a lane.
+struct Line {
+    name: Option<Arc<str>>,
     entries: VecDeque<Entry>,
-    /// By line: the name of its lane, and how many operations it has had.
-    lines: Vec<(Option<Arc<str>>, u64)>,
+    /// Operations that it has had.
+    count: u64,
+    /// Somebody asks which of them are complete.
+    is_watched: bool,
 }
 
 struct Entry {
-    line: usize,
     record: Record,
     event: Option<Arc<dyn Event>>,
 }
@@ -41,13 +48,13 @@ impl History {
     /// A new line of calls; lines are numbered in this order.
     pub(super) fn line(&self, name: Option<Arc<str>>) -> usize {
         let mut inner = self.lock();
-        inner.lines.push((name, 0));
+        inner.lines.push(Line { name, entries: VecDeque::new(), count: 0, is_watched: false });
         inner.lines.len() - 1
     }
 
     /// "the group" or "lane NAME".
     pub(super) fn name(&self, line: usize) -> String {
-        match self.lock().lines.get(line).and_then(|(name, _)| name.clone()) {
+        match self.lock().lines.get(line).and_then(|line| line.name.clone()) {
             Some(name) => format!("lane {name}"),
             None => "the group".to_owned(),
         }
@@ -62,15 +69,15 @@ impl History {
         element_type: DeviceType,
     ) -> Ticket {
         let mut inner = self.lock();
-        let (name, next) = &mut inner.lines[line];
-        let (lane, number) = (name.clone(), *next);
-        *next += 1;
+        let Line { name, entries, count, .. } = &mut inner.lines[line];
+        let (lane, number) = (name.clone(), *count);
+        *count += 1;
         let (called, state) = (Instant::now(), RecordState::Called);
         let record = Record { number, operation, elements, element_type, lane, called, state };
-        if inner.entries.len() == HISTORY {
-            inner.entries.pop_front();
+        if entries.len() == HISTORY {
+            entries.pop_front();
         }
-        inner.entries.push_back(Entry { line, record, event: None });
+        entries.push_back(Entry { record, event: None });
         Ticket { line, number }
     }
 
@@ -83,7 +90,9 @@ impl History {
 
     /// Keeps the event recorded behind an operation.
     pub(super) fn watch(&self, ticket: Ticket, event: Arc<dyn Event>) {
-        if let Some(entry) = self.lock().find(ticket) {
+        let mut inner = self.lock();
+        inner.lines[ticket.line].is_watched = true;
+        if let Some(entry) = inner.find(ticket) {
             entry.event = Some(event);
         }
     }
@@ -91,8 +100,11 @@ impl History {
     /// The stream has passed it, and so everything before it on its lane.
     pub(super) fn complete(&self, ticket: Ticket) {
         let seen = RecordState::Complete(Instant::now());
-        for entry in &mut self.lock().entries {
-            let before = entry.line == ticket.line && entry.record.number <= ticket.number;
+        let mut inner = self.lock();
+        let line = &mut inner.lines[ticket.line];
+        line.is_watched = true;
+        for entry in &mut line.entries {
+            let before = entry.record.number <= ticket.number;
             if before && !matches!(entry.record.state, RecordState::Complete(_)) {
                 entry.record.state = seen;
                 entry.event = None;
@@ -104,8 +116,16 @@ impl History {
     pub(super) fn look(&self) {
         let waiting: Vec<(Ticket, Arc<dyn Event>)> = {
             let inner = self.lock();
-            let ticket = |entry: &Entry| Ticket { line: entry.line, number: entry.record.number };
-            inner.entries.iter().filter_map(|entry| Some((ticket(entry), entry.event.clone()?))).collect()
+            let entries = inner
+                .lines
+                .iter()
+                .enumerate()
+                .flat_map(|(line, of)| of.entries.iter().map(move |e| (line, e)));
+            entries
+                .filter_map(|(line, entry)| {
+                    Some((Ticket { line, number: entry.record.number }, entry.event.clone()?))
+                })
+                .collect()
         };
         for (ticket, event) in waiting {
             if event.is_complete() == Ok(true) {
@@ -116,7 +136,11 @@ impl History {
 
     /// The operations that are remembered, oldest first.
     pub(super) fn records(&self) -> Vec<Record> {
-        self.lock().entries.iter().map(|entry| entry.record.clone()).collect()
+        let inner = self.lock();
+        let entries = inner.lines.iter().flat_map(|line| &line.entries);
+        let mut records: Vec<Record> = entries.map(|entry| entry.record.clone()).collect();
+        records.sort_by_key(|record| record.called);
+        records
     }
 
     /// What one operation is: "all-reduce 117 of 2,359,296 f32 on lane gradients".
@@ -127,14 +151,16 @@ impl History {
         }
     }
 
-    /// What is not complete, per lane the oldest and how many follow; on one line. Empty if nothing is open.
+    /// What is not complete, per lane the oldest and how many follow; on one line. Empty if nothing is open. Of a lane of which
+    /// nobody knows what is complete, as batch-norm statistics in the order of the stream that computes, the last that was called.
     pub(super) fn report(&self, rank: u32) -> String {
         let (inner, now) = (self.lock(), Instant::now());
         let mut report = String::new();
-        for line in 0..inner.lines.len() {
-            let of_line = || inner.entries.iter().filter(|entry| entry.line == line);
-            let mut open = of_line().filter(|entry| !matches!(entry.record.state, RecordState::Complete(_)));
-            let Some(Entry { record, .. }) = open.next() else { continue };
+        for line in &inner.lines {
+            let is_open = |entry: &&Entry| !matches!(entry.record.state, RecordState::Complete(_));
+            let mut open = line.entries.iter().filter(is_open);
+            let first = if line.is_watched { open.next() } else { open.next_back() };
+            let Some(Entry { record, .. }) = first else { continue };
             let start = if report.is_empty() { format!("rank {rank}: ") } else { "; ".to_owned() };
             let (how, since) = match record.state {
                 RecordState::Enqueued(at) => ("enqueued", at),
@@ -142,9 +168,13 @@ impl History {
             };
             // Writing to a string cannot fail.
             let _ = write!(report, "{start}{} {how} {} ago, ", describe(record), age(now - since));
-            report.push_str(if how == "enqueued" { "not complete" } else { "not on the stream yet" });
-            let behind = open.count();
-            let last = of_line().rfind(|entry| matches!(entry.record.state, RecordState::Complete(_)));
+            report.push_str(match (how, line.is_watched) {
+                ("enqueued", true) => "not complete",
+                ("enqueued", false) => "the last",
+                _ => "not on the stream yet",
+            });
+            let behind = if line.is_watched { open.count() } else { 0 };
+            let last = line.entries.iter().rfind(|entry| !is_open(entry));
             let mut notes = Vec::new();
             if behind > 0 {
                 notes.push(format!("{behind} behind it"));
@@ -169,8 +199,7 @@ impl History {
 
 impl Inner {
     fn find(&mut self, ticket: Ticket) -> Option<&mut Entry> {
-        let same = |entry: &&mut Entry| entry.line == ticket.line && entry.record.number == ticket.number;
-        self.entries.iter_mut().rev().find(same)
+        self.lines[ticket.line].entries.iter_mut().rfind(|entry| entry.record.number == ticket.number)
     }
 }
 
@@ -212,7 +241,7 @@ mod tests {
     }
 
     fn shift(history: &History, by: Duration) {
-        for entry in &mut history.lock().entries {
+        for entry in history.lock().lines.iter_mut().flat_map(|line| &mut line.entries) {
             entry.record.called -= by;
             if let RecordState::Enqueued(at) | RecordState::Complete(at) = &mut entry.record.state {
                 *at -= by;
@@ -237,6 +266,22 @@ mod tests {
             "rank 3: broadcast 0 of 999 bf16 called 31 s ago, not on the stream yet; \
              all-reduce 1 of 2,359,296 f32 on lane gradients enqueued 31 s ago, not complete \
              (1 behind it, all-reduce 0 seen complete 31 s ago)"
+        );
+        // What nobody asks after may long be complete: the last says how far this rank came.
+        for _ in 0..2 * HISTORY {
+            let ticket = history.called(group, Operation::AllReduceSum, 8, DeviceType::F64);
+            history.enqueued(ticket);
+        }
+        let report = history.report(3);
+        assert!(
+            report.starts_with(
+                "rank 3: all-reduce 128 of 8 f64 enqueued 0.0 s ago, the last; all-reduce 1 of 2"
+            ),
+            "{report}"
+        );
+        assert_eq!(
+            history.describe(Ticket { line: lane, number: 1 }),
+            "all-reduce 1 of 2,359,296 f32 on lane gradients"
         );
         assert_eq!(history.name(group), "the group");
         assert_eq!(history.name(lane), "lane gradients");
@@ -275,7 +320,7 @@ mod tests {
         history.enqueued(forgotten);
         history.complete(forgotten);
         assert_eq!(history.describe(forgotten), "operation 0");
-        assert!(history.report(0).contains("all-reduce 6 "));
+        assert!(history.report(0).contains("all-reduce 6 "), "{}", history.report(0));
     }
 
     #[test]

@@ -19,8 +19,9 @@ use crate::{
     checked::Call,
 };
 
-/// Bytes that a rank can hand over in a meeting. Statistics of a batch norm over 2048 channels and two views are 64 KiB.
-pub(super) const SLOT: usize = 128 << 10;
+/// Bytes that a rank can hand over in a meeting. Statistics of a batch norm over 4096 channels (a projector's) and two views, in f64,
+/// are 128 KiB and two counts.
+pub(super) const SLOT: usize = (128 << 10) + 4096;
 /// A cache line, twice: processors fetch them in pairs.
 const LINE: usize = 128;
 const BELL: usize = 0;

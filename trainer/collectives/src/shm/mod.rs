@@ -303,20 +303,26 @@ impl From<CollectiveError> for Failure {
     }
 }
 
-/// Cores that the ranks of a group may use, all together.
-fn cores(group: &dyn Collectives) -> Result<usize, CollectiveError> {
+/// The cores that this thread may run on, a bit each; none are set where the system does not say.
+#[must_use]
+pub fn core_mask() -> Vec<u8> {
     // SAFETY: a plain mask of bits, for which zeros are the empty set.
     let mut mask: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     let bytes = size_of_val(&mask);
-    // SAFETY: the mask is as long as said. Should it fail, the mask is empty, and nobody spins.
+    // SAFETY: the mask is as long as said.
     unsafe { libc::sched_getaffinity(0, bytes, &raw mut mask) };
     // SAFETY: initialised above, and any bytes can be read as such.
-    let mask = unsafe { std::slice::from_raw_parts((&raw const mask).cast::<u8>(), bytes) };
+    unsafe { std::slice::from_raw_parts((&raw const mask).cast::<u8>(), bytes) }.to_vec()
+}
+
+/// Cores that the ranks of a group may use, all together.
+fn cores(group: &dyn Collectives) -> Result<usize, CollectiveError> {
+    let mut own = core_mask();
+    let bytes = own.len();
     let count = |mask: &[u8]| mask.iter().map(|byte| byte.count_ones() as usize).sum::<usize>();
     // Fewer where a quota allows less time than the mask does cores.
     let usable = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut own = mask.to_vec();
-    own.push(u8::from(usable < count(mask)));
+    own.push(u8::from(usable < count(&own)));
     own.extend((usable as u64).to_le_bytes());
     let mut all = vec![0u8; bytes];
     let mut quota = usize::MAX;

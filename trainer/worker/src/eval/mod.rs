@@ -547,8 +547,7 @@ fn gather(collectives: &dyn Collectives, own: knn::Labelled) -> Result<knn::Labe
         let dense = tensor.f_contiguous()?;
         let mut bytes = vec![0u8; dense.numel() * kind.elt_size_in_bytes()];
         dense.f_copy_data_u8(&mut bytes, dense.numel())?;
-        let parts =
-            collectives.all_gather(&bytes).map_err(|source| WorkerError::Collective { step: 0, source })?;
+        let parts = collectives.all_gather(&bytes)?;
         parts
             .iter()
             .map(|part| {
@@ -589,7 +588,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         recipe.data.format = mentee_config::recipe::DataFormat::Auto;
         recipe.eval.path = PathBuf::new();
     }
-    let cores = affinity::cores(1);
+    let cores = affinity::cores(&Single::new())?;
     let alone = Identity { rank: 0, world_size: 1, local_rank: 0, local_size: 1, source: "eval" };
     let device = device::of_recipe(&recipe, &alone)?;
     tch::set_num_threads(cores as i32);
