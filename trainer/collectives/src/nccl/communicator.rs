@@ -273,6 +273,7 @@ impl DeviceCollectives for Communicator {
 
     fn wait(&self, ticket: Ticket, event: &dyn Event, patience: Duration) -> Result<(), DeviceError> {
         let group = &*self.group;
+        group.history.asked(ticket);
         let deadline = Deadline::after(patience);
         let mut pause = Pause::default();
         let mut next_check = deadline.began;

@@ -88,6 +88,11 @@ impl History {
         }
     }
 
+    /// Somebody waits for an operation.
+    pub(super) fn asked(&self, ticket: Ticket) {
+        self.lock().lines[ticket.line].is_watched = true;
+    }
+
     /// Keeps the event recorded behind an operation.
     pub(super) fn watch(&self, ticket: Ticket, event: Arc<dyn Event>) {
         let mut inner = self.lock();
