@@ -96,7 +96,7 @@ pub fn format(text: &str) -> Result<DataFormat, String> {
 fn range(text: &str) -> Result<[f64; 2], String> {
     let numbers = text.split_once(':').and_then(|(low, high)| Some([low.parse().ok()?, high.parse().ok()?]));
     numbers
-        .filter(|[low, high]: &[f64; 2]| low < high && (high - low).is_finite())
+        .filter(|[low, high]: &[f64; 2]| low < high && (high - low).is_normal())
         .ok_or_else(|| "two numbers, the smaller one first, as in 0:4095".into())
 }
 
@@ -196,7 +196,7 @@ fn write(source: &dyn Source, out: &Path, options: &ShardOptions, is_part: bool)
         counted(shards, "shard"),
         human_bytes(bytes),
         &digest[..digest.len().min(16)],
-        options.changed().map_or(String::new(), |changed| format!("; changed: {changed}"))
+        options.changed_with(source).map_or(String::new(), |changed| format!("; changed: {changed}"))
     );
     if let Some(line) = source.passed_over() {
         say!("  {line}");
@@ -235,7 +235,7 @@ mod tests {
     fn ranges_and_bands() {
         assert_eq!(range("0:4095"), Ok([0.0, 4095.0]));
         assert_eq!(range("-1000:4e2"), Ok([-1000.0, 400.0]));
-        for text in ["", "5", "5:5", "9:1", "0:inf", "nan:1", "0:1:2", "a:b"] {
+        for text in ["", "5", "5:5", "9:1", "0:inf", "nan:1", "0:1:2", "a:b", "0:1e-310"] {
             assert!(range(text).is_err(), "{text}");
         }
         assert_eq!(bands("4,3,2"), Ok([4, 3, 2]));

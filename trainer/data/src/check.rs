@@ -113,29 +113,30 @@ fn part_stats(
     let found = Mutex::new(Vec::with_capacity(decoded as usize));
     let deep = Mutex::new(Values::default());
     each_image(source, decoded, |i| i * samples / decoded, (reading, threads), &|i, reader, image| {
-        let one = image.map(|image| (i, image.width, image.height, moments(image)));
+        let one = image.map(|image| (image.width, image.height, moments(image)));
         if let Some(values) = reader.deep_values() {
             deep.lock().unwrap_or_else(PoisonError::into_inner).add(values);
         }
-        found.lock().unwrap_or_else(PoisonError::into_inner).push(one);
+        found.lock().unwrap_or_else(PoisonError::into_inner).push((i, one));
     });
-    let found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let mut found = found.into_inner().unwrap_or_else(PoisonError::into_inner);
     let mut deep = deep.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let mut found =
-        found.into_iter().collect::<Result<Vec<_>, _>>().map_err(|error| match (error, deep.told()) {
+    // Sums of floats depend on their order, and the first of several errors is told.
+    found.sort_by_key(|(i, _)| *i);
+    let found: Vec<_> = found.into_iter().map(|(_, one)| one).collect::<Result<_, _>>().map_err(|error| {
+        match (error, deep.told()) {
             (DataError::BadSample { sample, reason }, Some(told)) => {
                 DataError::BadSample { sample, reason: format!("{reason}; {told}") }
             }
             (error, _) => error,
-        })?;
-    // Sums of floats depend on their order.
-    found.sort_by_key(|one| one.0);
+        }
+    })?;
     let spread = |mut sides: Vec<u32>| {
         sides.sort_unstable();
         [sides[0], sides[sides.len() / 2], sides[sides.len() - 1]]
     };
-    let pixels: f64 = found.iter().map(|one| f64::from(one.1) * f64::from(one.2)).sum();
-    let channel = |c: usize, power: usize| found.iter().map(|one| one.3[c][power]).sum::<f64>() / pixels;
+    let pixels: f64 = found.iter().map(|one| f64::from(one.0) * f64::from(one.1)).sum();
+    let channel = |c: usize, power: usize| found.iter().map(|one| one.2[c][power]).sum::<f64>() / pixels;
     let mean: [f64; 3] = std::array::from_fn(|c| channel(c, 0));
     let notes = source.passed_over().into_iter().chain(depth(deep, reading)).collect();
     let (bytes, files) = source.stored();
@@ -146,8 +147,8 @@ fn part_stats(
         bytes,
         classes: counts,
         unlabelled,
-        width: spread(found.iter().map(|one| one.1).collect()),
-        height: spread(found.iter().map(|one| one.2).collect()),
+        width: spread(found.iter().map(|one| one.0).collect()),
+        height: spread(found.iter().map(|one| one.1).collect()),
         mean,
         std: std::array::from_fn(|c| (channel(c, 1) - mean[c] * mean[c]).max(0.0).sqrt()),
         decoded,

@@ -81,6 +81,10 @@ impl Source for Renumbered {
         self.source.stored()
     }
 
+    fn changed(&self) -> Option<String> {
+        self.source.changed()
+    }
+
     fn passed_over(&self) -> Option<String> {
         self.source.passed_over()
     }

@@ -50,7 +50,7 @@ pub enum DataError {
         reason: String,
     },
     /// One sample cannot be read or decoded.
-    #[error("bad sample {sample}: {reason}{} (`mentee data verify` finds all such)", remedy(reason))]
+    #[error("bad sample {sample}: {reason}{}", remedy(reason))]
     BadSample {
         /// Shard and key, or the file's path.
         sample: String,
@@ -173,10 +173,15 @@ pub(crate) fn shown(path: &Path) -> String {
     text
 }
 
-/// What to do about a damaged sample, where the reason does not say it: what is intact is to be made anew, not repaired.
+/// What to do about a damaged sample, where the reason does not say it: what is intact is to be made anew, not repaired, and what
+/// was wanted of it (`--bands`) nothing else knows of.
 fn remedy(reason: &str) -> &'static str {
-    let says_it = ["is not read: ", "megapixels: "].iter().any(|words| reason.contains(words));
-    if says_it { "" } else { ": repair or remove it" }
+    let says = |words: &[&str]| words.iter().any(|words| reason.contains(words));
+    match () {
+        () if says(&["(--bands)"]) => "",
+        () if says(&["is not read: ", "megapixels: "]) => " (`mentee data verify` finds all such)",
+        () => ": repair or remove it (`mentee data verify` finds all such)",
+    }
 }
 
 impl DataError {

@@ -54,10 +54,11 @@ pub struct ShardOptions {
 }
 
 impl ShardOptions {
-    /// What is done to the images, for the index.
+    /// What is done to the images, for the index, behind what was done before they came to `source`.
     #[must_use]
-    pub fn changed(&self) -> Option<String> {
-        let words: Vec<String> = self.reading.changed().into_iter().chain(self.store.changed()).collect();
+    pub fn changed_with(&self, source: &dyn Source) -> Option<String> {
+        let own = self.reading.changed().into_iter().chain(self.store.changed());
+        let words: Vec<String> = source.changed().into_iter().chain(own).collect();
         (!words.is_empty()).then(|| words.join("; "))
     }
 }
@@ -188,7 +189,7 @@ fn write(
     let job = job(source, options);
     let mut writer = ShardWriter::begin(out, options.shard_bytes, source.classes(), Some(job))?;
     writer.note = note;
-    writer.index.changed = options.changed();
+    writer.index.changed = options.changed_with(source);
     let total = source.len();
     let first = writer.samples;
     progress(first, total);

@@ -85,6 +85,11 @@ pub trait Source: Send + Sync {
     /// Bytes of the images as stored, and the number of files they are in.
     fn stored(&self) -> (u64, u64);
 
+    /// What was done to the images before they came here, for the index of shards; none where nothing was.
+    fn changed(&self) -> Option<String> {
+        None
+    }
+
     /// A line that says which files lie among the images and are not read; none when there are no such.
     fn passed_over(&self) -> Option<String> {
         None

@@ -52,6 +52,8 @@ pub(crate) struct TarShards {
     /// Every label has a name in the index.
     named: bool,
     digest: String,
+    /// What was done to the images, by the index.
+    changed: Option<String>,
     /// Members that are no images and no labels, where members were looked at.
     passed: PassedOver,
     /// What was opened.
@@ -177,6 +179,7 @@ impl TarShards {
             classes: Vec::new(),
             named: false,
             digest: String::new(),
+            changed: None,
             passed: PassedOver::default(),
             path: PathBuf::new(),
         }
@@ -191,6 +194,7 @@ impl TarShards {
         let mut set = Self::empty();
         set.classes.clone_from(&index.classes);
         set.digest = index.digest();
+        set.changed.clone_from(&index.changed);
         for shard in &index.shards {
             let path = dir.join(&shard.file);
             let file = match File::open(&path) {
@@ -382,6 +386,10 @@ impl Source for TarShards {
 
     fn stored(&self) -> (u64, u64) {
         (self.lengths.iter().map(|&length| u64::from(length)).sum(), self.shards.len() as u64)
+    }
+
+    fn changed(&self) -> Option<String> {
+        self.changed.clone()
     }
 
     fn passed_over(&self) -> Option<String> {

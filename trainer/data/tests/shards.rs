@@ -182,6 +182,10 @@ fn deep_images_are_stored_as_told_and_others_as_they_are() {
     }
     let index = fs::read_to_string(out.join(INDEX_FILE)).unwrap();
     assert!(index.contains("values -1000 to 400 of deep images as 0 to 255"), "{index}");
+    // Shards of these shards know of it.
+    write_shards(&*shards, &dir.path().join("onward"), 1 << 20, &mut quiet()).unwrap();
+    let index = fs::read_to_string(dir.path().join("onward").join(INDEX_FILE)).unwrap();
+    assert!(index.contains("values -1000 to 400 of deep images as 0 to 255"), "{index}");
     // Pixels made anew are taken so too.
     let raw = ShardOptions { store: Store::Raw { shorter_side: None }, ..options };
     write_shards_with(&*source, &dir.path().join("raw"), &raw, &mut quiet()).unwrap();

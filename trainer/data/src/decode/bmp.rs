@@ -14,6 +14,10 @@ pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeErr
         ImageError::IoError(e) if e.kind() == ErrorKind::UnexpectedEof => DecodeError::Truncated("BMP"),
         other => DecodeError::Damaged { format: "BMP", reason: one_line(&other.to_string()) },
     };
+    if let Some(length @ (16 | 64)) = bytes.get(14) {
+        let what = format!("a header of {length} bytes (OS/2)");
+        return Err(DecodeError::NotRead { format: "BMP", what, instead: "convert it" });
+    }
     // The first header has 16 bits a side, all others 32; rows that go down are counted below 0.
     let side = |at: usize| match bytes.get(14) {
         Some(12) => {

@@ -34,7 +34,9 @@ pub(super) fn decode(bytes: &[u8], mut taker: Taker<'_>, image: &mut RgbImage) -
     reader.next_frame(&mut image.data).map_err(fail)?;
     reader.finish().map_err(fail)?;
     if bytes == 2 {
-        for i in 0..pixels * channels {
+        // The last of two or four is alpha, which counts for nothing.
+        let colours = channels - usize::from(channels % 2 == 0);
+        for i in (0..pixels * channels).filter(|i| i % channels < colours) {
             image.data[i] = taker.of_16(u16::from_be_bytes([image.data[2 * i], image.data[2 * i + 1]]));
         }
     }

@@ -53,19 +53,19 @@ const KEPT: usize = 4096;
 #[derive(Debug)]
 pub(crate) struct Values {
     pub(crate) images: u64,
-    pub(crate) lowest: f64,
-    pub(crate) highest: f64,
-    /// Some of an image's values, evenly spaced.
-    kept: Vec<f64>,
+    lowest: f64,
+    highest: f64,
+    /// Some, each with the number of values that it stands for.
+    kept: Vec<(f64, f64)>,
+    /// Values of the image that is being looked at.
     seen: u64,
-    /// Of the image that is being looked at, one of so many is kept.
-    one_of: u64,
+    draws: u64,
 }
 
 impl Default for Values {
     fn default() -> Self {
         let (lowest, highest) = (f64::INFINITY, f64::NEG_INFINITY);
-        Self { images: 0, lowest, highest, kept: Vec::new(), seen: 0, one_of: 1 }
+        Self { images: 0, lowest, highest, kept: Vec::new(), seen: 0, draws: 1 }
     }
 }
 
@@ -75,6 +75,7 @@ impl Values {
         Self { images: 1, ..Self::default() }
     }
 
+    /// Algorithm R (Vitter, 1985): every value is as likely to be kept. The same ones each time.
     fn note(&mut self, value: f64) {
         if !value.is_finite() {
             return;
@@ -82,17 +83,16 @@ impl Values {
         self.lowest = self.lowest.min(value);
         self.highest = self.highest.max(value);
         self.seen += 1;
-        if self.seen.is_multiple_of(self.one_of) {
-            self.kept.push(value);
+        if self.kept.len() < KEPT {
+            self.kept.push((value, 1.0));
+            return;
         }
-        if self.kept.len() == 2 * KEPT {
-            // Every second one, from now on half as many.
-            let mut index = 0;
-            self.kept.retain(|_| {
-                index += 1;
-                index % 2 == 0
-            });
-            self.one_of *= 2;
+        // Knuth's multiplier; the high bits of the product are those that are random.
+        self.draws =
+            self.draws.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let place = (u128::from(self.draws) * u128::from(self.seen) >> 64) as usize;
+        if let Some(kept) = self.kept.get_mut(place) {
+            kept.0 = value;
         }
     }
 
@@ -101,22 +101,33 @@ impl Values {
         self.images += other.images;
         self.lowest = self.lowest.min(other.lowest);
         self.highest = self.highest.max(other.highest);
-        self.kept.extend(other.kept);
+        let weight = other.seen as f64 / other.kept.len().max(1) as f64;
+        self.kept.extend(other.kept.into_iter().map(|(value, _)| (value, weight)));
     }
 
-    /// What they are and what to do with them; none where there are none.
+    /// What they are; none where there are none.
     pub(crate) fn told(&mut self) -> Option<String> {
-        self.kept.sort_by(f64::total_cmp);
-        let at = |share: f64| self.kept.get((share * (self.kept.len() as f64 - 1.0)).round() as usize);
-        let (low, high) = (at(0.01)?, at(0.99)?);
-        let n = |value: f64| format!("{value:.4}").trim_end_matches('0').trim_end_matches('.').to_owned();
-        Some(format!(
-            "values from {} to {}, 98 % of them from {} to {}",
-            n(self.lowest),
-            n(self.highest),
-            n(*low),
-            n(*high)
-        ))
+        self.kept.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let total: f64 = self.kept.iter().map(|kept| kept.1).sum();
+        let at = |share: f64| {
+            let mut left = share * total;
+            self.kept.iter().find(|kept| {
+                left -= kept.1;
+                left < 0.0
+            })
+        };
+        let (low, high) = (at(0.01)?.0, at(0.99)?.0);
+        let [lowest, highest, low, high] = [self.lowest, self.highest, low, high].map(number);
+        Some(format!("values from {lowest} to {highest}, 98 % of them from {low} to {high}"))
+    }
+}
+
+/// A number in a few digits.
+fn number(value: f64) -> String {
+    match value.abs() {
+        0.0 => "0".to_owned(),
+        1e-3..1e9 => format!("{value:.4}").trim_end_matches('0').trim_end_matches('.').to_owned(),
+        _ => format!("{value:.3e}"),
     }
 }
 
@@ -157,13 +168,27 @@ mod tests {
         let mut one = of(&mut [f64::NAN, -0.25, 3.0].into_iter());
         assert_eq!(one.told().unwrap(), "values from -0.25 to 3, 98 % of them from -0.25 to 3");
         let many = of(&mut (0..100_000).map(f64::from));
-        assert!(many.kept.len() < 2 * KEPT && many.kept.len() >= KEPT, "{}", many.kept.len());
+        assert_eq!(many.kept.len(), KEPT);
         one = many;
-        one.add(of(&mut [-7.0].into_iter()));
-        let told = one.told().unwrap();
-        assert_eq!(one.images, 2);
+        let mut all = Values::default();
+        all.add(one);
+        all.add(of(&mut [-7.0].into_iter()));
+        let told = all.told().unwrap();
+        assert_eq!(all.images, 2);
         assert!(told.starts_with("values from -7 to 99999, 98 % of them from "), "{told}");
         let ends: Vec<f64> = told.rsplit(' ').filter_map(|word| word.parse().ok()).take(2).collect();
-        assert!((ends[0] - 99_000.0).abs() < 50.0 && (ends[1] - 1000.0).abs() < 50.0, "{told}");
+        assert!((ends[0] - 99_000.0).abs() < 500.0 && (ends[1] - 1000.0).abs() < 500.0, "{told}");
+        // Columns of a power of two, and images of unlike sizes.
+        let mut edge = Values::default();
+        edge.add(of(&mut (0..1 << 20).map(|i| if i % 1024 == 1023 { 0.0 } else { 1000.0 })));
+        assert!(edge.told().unwrap().ends_with("98 % of them from 1000 to 1000"));
+        edge.add(of(&mut std::iter::repeat_n(3.0, 100)));
+        assert!(edge.told().unwrap().ends_with("98 % of them from 1000 to 1000"));
+        let mut small = Values::default();
+        small.add(of(&mut [4e-5, -1e-6, 123_456.789_01].into_iter()));
+        assert_eq!(
+            small.told().unwrap(),
+            "values from -1.000e-6 to 123456.789, 98 % of them from -1.000e-6 to 123456.789"
+        );
     }
 }

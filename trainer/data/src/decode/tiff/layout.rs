@@ -10,9 +10,7 @@ use crate::decode::{DecodeError, MAX_PIXELS, Reading, check_size};
 /// What a pixel's first samples say (tag 262).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Colour {
-    Gray {
-        white_is_zero: bool,
-    },
+    Gray,
     Rgb,
     /// RGB, each multiplied by the alpha behind it.
     RgbTimesAlpha,
@@ -27,7 +25,7 @@ impl Colour {
     /// Samples of a pixel that count.
     fn channels(&self) -> usize {
         match self {
-            Self::Gray { .. } | Self::Palette(_) => 1,
+            Self::Gray | Self::Palette(_) => 1,
             Self::Rgb | Self::YCbCr => 3,
             Self::Cmyk | Self::RgbTimesAlpha => 4,
         }
@@ -58,6 +56,8 @@ pub(super) struct Layout<'a> {
     pub(super) width: usize,
     pub(super) height: usize,
     pub(super) colour: Colour,
+    /// White is 0 (grey).
+    pub(super) inverted: bool,
     /// Which samples of a pixel count, in the order of the colour's.
     pub(super) picked: Vec<usize>,
     /// Samples of a pixel, those that do not count among them.
@@ -101,8 +101,9 @@ impl<'a> Layout<'a> {
             32_773 => Some(Packing::PackBits),
             other => return Err(not_read(&compression(other), "write it with LZW or Deflate")),
         };
-        let colour = match tags.required(262, "colour space")? {
-            kind @ (0 | 1) => Colour::Gray { white_is_zero: kind == 0 },
+        let space = tags.required(262, "colour space")?;
+        let colour = match space {
+            0 | 1 => Colour::Gray,
             2 => Colour::Rgb,
             3 => palette(tags, bits)?,
             5 => Colour::Cmyk,
@@ -125,10 +126,13 @@ impl<'a> Layout<'a> {
             other => return Err(damaged(&format!("planes of kind {other} (tag 284)"))),
         };
         let in_jpeg = match colour {
-            Colour::Gray { white_is_zero: false } => samples == 1,
-            Colour::Rgb | Colour::YCbCr => samples == 3 && !planar && reading.bands.is_none(),
-            Colour::Gray { .. } | Colour::Palette(_) | Colour::Cmyk | Colour::RgbTimesAlpha => false,
+            Colour::Gray => samples == 1 && space == 1,
+            Colour::Rgb | Colour::YCbCr => samples == 3 && !planar,
+            Colour::Palette(_) | Colour::Cmyk | Colour::RgbTimesAlpha => false,
         };
+        if packing.is_none() && reading.bands.is_some() {
+            return Err(not_read("JPEG, of which bands were to be taken,", "write it with LZW (--bands)"));
+        }
         if packing.is_none() && !(in_jpeg && (bits, kind) == (8, Kind::Unsigned)) {
             return Err(not_read(
                 "JPEG of other than grey or three colours of 8 bits together",
@@ -153,8 +157,14 @@ impl<'a> Layout<'a> {
             (width as u64, tags.one(278, height as u64)?.min(height as u64))
         };
         let (offsets, lengths, name) = if tiled { (324, 325, "tile") } else { (273, 279, "strip") };
-        let (chunk, wanted) = fitting(chunk, (width, height), samples, bits).ok_or_else(|| {
-            damaged(&format!("{name}s of {} x {} pixels, {samples} channels", chunk.0, chunk.1))
+        if chunk.0 == 0 || chunk.1 == 0 {
+            return Err(damaged(&format!("{name}s of {} x {} pixels", chunk.0, chunk.1)));
+        }
+        let unpacked = if planar { picked.len() } else { samples };
+        let (chunk, wanted) = fitting(chunk, (width, height), unpacked, bits).ok_or_else(|| {
+            let samples = counted(unpacked as u64, "sample");
+            let what = format!("{name}s of {} x {} pixels, {samples} each,", chunk.0, chunk.1);
+            not_read(&what, "cut it into smaller images")
         })?;
         // Those of every sample's plane, one plane after the other.
         let wanted = if planar { wanted * samples } else { wanted };
@@ -162,6 +172,7 @@ impl<'a> Layout<'a> {
             width,
             height,
             colour,
+            inverted: space == 0,
             picked,
             samples,
             bits,
@@ -238,6 +249,7 @@ fn depth(tags: &Directory<'_>, reading: Reading) -> Result<(usize, Kind), Decode
         (1 | 4, 32 | 64) => Kind::Unsigned,
         (2, 8 | 16 | 32 | 64) => Kind::Signed,
         (3, 32 | 64) => Kind::Float,
+        (3, _) => return Err(not_read(&what, "write 32 bits")),
         _ => return Err(not_read(&what, "write 8, 16 or 32 bits")),
     };
     if reading.range.is_none() {
@@ -255,7 +267,9 @@ fn picked(
 ) -> Result<(Colour, Vec<usize>), DecodeError> {
     // 1: colours are multiplied by it; 2: they are not.
     let alpha = tags.one(338, 0)?;
-    if let Some(bands) = reading.bands {
+    // Palettes and inks have colours of their own.
+    let bands = reading.bands.filter(|_| !matches!(colour, Colour::Palette(_) | Colour::Cmyk));
+    if let Some(bands) = bands {
         if bands.iter().any(|&band| usize::from(band) > samples) {
             let [r, g, b] = bands;
             let what =
@@ -267,12 +281,15 @@ fn picked(
     if samples < colour.channels() {
         return Err(damaged(&format!("{}, fewer than its colours have", counted(samples as u64, "sample"))));
     }
-    if matches!(colour, Colour::Gray { .. }) && samples > if matches!(alpha, 1 | 2) { 2 } else { 1 } {
+    if colour == Colour::Gray && samples > if matches!(alpha, 1 | 2) { 2 } else { 1 } {
         let what = format!("{samples} bands and no colours");
         return Err(not_read(&what, "tell `mentee shard` which are red, green and blue (--bands R,G,B)"));
     }
-    let colour =
-        if colour == Colour::Rgb && samples == 4 && alpha == 1 { Colour::RgbTimesAlpha } else { colour };
+    let colour = if colour == Colour::Rgb && samples == 4 && alpha == 1 && reading.range.is_none() {
+        Colour::RgbTimesAlpha
+    } else {
+        colour
+    };
     let picked = (0..colour.channels()).collect();
     Ok((colour, picked))
 }
@@ -280,22 +297,19 @@ fn picked(
 /// Samples in a row of a strip or tile, at most: a hundred times what the widest scenes have.
 const ROW: u64 = 1 << 24;
 
-/// Columns and rows of a strip or tile, and how many of them an image takes; none if they hold no pixels, or all together more
-/// bytes than a decoder should have to unpack.
+/// Columns and rows of a strip or tile, and how many of them an image takes; none if one, or all together, are more than a decoder
+/// should have to unpack.
 fn fitting(
     (columns, rows): (u64, u64),
     (width, height): (usize, usize),
     samples: usize,
     bits: usize,
 ) -> Option<((usize, usize), usize)> {
-    if columns == 0 || rows == 0 {
-        return None;
-    }
     let count = (width as u64).div_ceil(columns) * (height as u64).div_ceil(rows);
-    let row =
-        columns.checked_mul(samples as u64).filter(|&row| row <= ROW)?.checked_mul(bits as u64)?.div_ceil(8);
-    let bytes = row.checked_mul(rows)?.checked_mul(count)?;
-    (bytes <= 8 * MAX_PIXELS).then_some(((columns as usize, rows as usize), count as usize))
+    let row = columns.checked_mul(samples as u64).filter(|&row| row <= ROW)?;
+    let bytes = row.checked_mul(bits as u64)?.div_ceil(8).checked_mul(rows)?;
+    let fits = bytes <= 8 * MAX_PIXELS && bytes.checked_mul(count)? <= 64 * MAX_PIXELS;
+    fits.then_some(((columns as usize, rows as usize), count as usize))
 }
 
 /// The colours of all indices of `bits` bits (tag 320): 16 bits a colour, all reds first. Some programs write 8 bits.

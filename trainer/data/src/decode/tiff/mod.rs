@@ -230,10 +230,7 @@ impl Layout<'_> {
     /// Samples that count to RGB.
     fn to_rgb(&self, line: &[u8], to: &mut [u8]) {
         match &self.colour {
-            Colour::Gray { white_is_zero } => {
-                let flip = if *white_is_zero { 255 } else { 0 };
-                to.chunks_exact_mut(3).zip(line).for_each(|(rgb, &gray)| rgb.fill(gray ^ flip));
-            }
+            Colour::Gray => to.chunks_exact_mut(3).zip(line).for_each(|(rgb, &gray)| rgb.fill(gray)),
             Colour::Palette(colours) => {
                 to.chunks_exact_mut(3)
                     .zip(line)
@@ -255,6 +252,9 @@ impl Layout<'_> {
                     }
                 }
             }
+        }
+        if self.inverted {
+            to.iter_mut().for_each(|value| *value = 255 - *value);
         }
     }
 
