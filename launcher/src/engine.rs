@@ -199,6 +199,8 @@ pub fn command_line(
             if !layout.left_out.is_empty() {
                 all.push(format!("--exclude={}", layout.left_out.join(",")).into());
             }
+            // The coordinator's address is handed on whatever the job was submitted with.
+            all.push("--export=ALL".into());
             // One task that ends ends all: the others would wait for it in a collective.
             all.push("--kill-on-bad-exit=1".into());
             // What is left of the tasks of the last start must not hold up the next.
@@ -339,12 +341,12 @@ mod tests {
             ),
             (
                 (Engine::Srun, 8, Flavour::Hydra, false),
-                "srun --job-name STEP --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                "srun --job-name STEP --nodes=2 --ntasks=8 --ntasks-per-node=4 --export=ALL --kill-on-bad-exit=1 \
                  --overlap --mpi=pmi2 /bin/w p.toml --run-dir r",
             ),
             (
                 (Engine::Srun, 8, Flavour::OpenMpi, false),
-                "srun --job-name STEP --nodes=2 --ntasks=8 --ntasks-per-node=4 --kill-on-bad-exit=1 \
+                "srun --job-name STEP --nodes=2 --ntasks=8 --ntasks-per-node=4 --export=ALL --kill-on-bad-exit=1 \
                  --overlap --mpi=pmix /bin/w p.toml --run-dir r",
             ),
         ];
@@ -373,7 +375,7 @@ mod tests {
         assert_eq!(
             line_of(Engine::Srun, workers, Flavour::Hydra, false, &layout, &more),
             "srun --job-name STEP --nodes=2 --ntasks=4 --ntasks-per-node=2 --exclude=n2 \
-             --kill-on-bad-exit=1 --overlap --mpi=pmix_v4 --cpus-per-task=2 /bin/w p.toml --run-dir r"
+             --export=ALL --kill-on-bad-exit=1 --overlap --mpi=pmix_v4 --cpus-per-task=2 /bin/w p.toml --run-dir r"
         );
         // Uneven: 3, 2, 2 workers; without a node there are at least as many as fit the others.
         let (layout, workers) = whole.without("n1", 7);

@@ -37,7 +37,7 @@ use crate::report;
 use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Record};
 use crate::status::{Rank, State, Status};
-use crate::supervise::{Action, Culprit, Event, Exit, Outcome, StopSignal, Supervisor, Timer};
+use crate::supervise::{Action, Culprit, Event, Exit, Launch, Outcome, StopSignal, Supervisor, Timer};
 
 /// Lines of the workers' output that are kept for a failure report.
 const TAIL: usize = 20;
@@ -237,6 +237,8 @@ struct Shell<'a> {
     tail: VecDeque<String>,
     /// The first `error: …` line of this start.
     said: Option<String>,
+    /// Slurm's first word that this start was not brought about.
+    launch: Option<Launch>,
     timer: Option<(Timer, tokio::time::Instant)>,
     /// Done when nothing is left of the last start's step.
     step_over: Option<tokio::sync::oneshot::Receiver<()>>,
@@ -302,6 +304,7 @@ async fn supervise(
         output,
         tail: VecDeque::new(),
         said: None,
+        launch: None,
         timer: None,
         step_over: None,
         display,
@@ -437,7 +440,7 @@ impl Shell<'_> {
         let header = format!("--- start {generation}: {} workers\n", self.job.workers);
         let _ = self.output.write_all(header.as_bytes());
         self.tail.clear();
-        self.said = None;
+        (self.said, self.launch) = (None, None);
         if let Some(stdout) = child.stdout.take() {
             tokio::spawn(read_lines(stdout, self.lines.0.clone()));
         }
@@ -544,7 +547,7 @@ impl Shell<'_> {
                 while let Ok(line) = self.lines.1.try_recv() {
                     self.keep(&line);
                 }
-                Event::Settled { said: self.said.clone() }
+                Event::Settled { said: self.said.clone(), launch: self.launch.clone() }
             }
             Some((timer, _)) => Event::Due(timer),
         }
@@ -616,6 +619,9 @@ impl Shell<'_> {
         if let Some(error) = line.strip_prefix("error: ") {
             // Said once, although every rank may have written it.
             self.said.get_or_insert_with(|| error.to_owned());
+        }
+        if self.launch.is_none() {
+            self.launch = Launch::of(&line);
         }
         if line.starts_with("warning: ") {
             for line in self.flood.pass(Instant::now(), &line) {

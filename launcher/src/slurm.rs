@@ -18,6 +18,12 @@ use crate::supervise::StopSignal;
 
 /// Slurm's commands wait long for a controller that does not answer; nobody here does.
 const DEADLINE: Duration = Duration::from_secs(15);
+/// How often a controller that does not answer is asked to requeue a job, and the time between.
+const REQUEUE_TRIES: u32 = 6;
+const REQUEUE_PAUSE: Duration = Duration::from_secs(5);
+/// Variables of Slurm that are about the cluster; all others describe the job or step that a process is in.
+const OF_THE_CLUSTER: [&str; 6] =
+    ["SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT", "SLURM_DEBUG"];
 /// So many times in a row a job may go back into the queue without having completed a step.
 const MAX_BARREN: u32 = 3;
 
@@ -268,12 +274,30 @@ pub fn put_back(
         )));
     }
     let signal = stopped_by.first().map_or("a signal to the workers", |signal| signal.name());
+    let before = record.clone();
     record.requeues.push(Requeue { time: unix_time(), step, signal: signal.to_owned() });
-    record.write(run)?;
+    // First, as this process ends with the requeue. A disk without room is no reason to stay out.
+    let note = |record: &Record| {
+        if let Err(failure) = record.write(run) {
+            complain!("warning: {}", failure.line);
+        }
+    };
+    note(&record);
     say!("{signal}: checkpoint at step {step}; job {job} goes back into the queue");
-    ask("scontrol", &["requeue", job])
-        .map(drop)
-        .map_err(|why| preempted(format!("job {job} cannot be requeued ({why}): {again}")))
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        let Err(why) = ask("scontrol", &["requeue", job]) else { return Ok(()) };
+        if tries == REQUEUE_TRIES {
+            note(&before);
+            return Err(preempted(format!("job {job} cannot be requeued ({why}): {again}")));
+        }
+        complain!(
+            "warning: job {job} cannot be requeued yet ({why}): trying again in {} s",
+            REQUEUE_PAUSE.as_secs()
+        );
+        std::thread::sleep(REQUEUE_PAUSE);
+    }
 }
 
 /// SIGKILL to the steps of a job that have this name, on all of its nodes; its batch script lives on. Returns how many there
@@ -340,6 +364,29 @@ pub fn ask(program: &str, arguments: &[&str]) -> Result<String, String> {
 pub fn request(program: &str, arguments: &[&str]) -> Result<String, NoAnswer> {
     let mut command = Command::new(program);
     command.args(arguments);
+    answer(program, command)
+}
+
+/// Runs sbatch, without what describes a job that this process may be in, which the new one would take for its own, and without
+/// the variables `SBATCH_…` named, which would win over a script.
+///
+/// # Errors
+/// As [`ask`].
+pub fn submission(arguments: &[&str], overridden: &[&str]) -> Result<String, NoAnswer> {
+    let mut command = Command::new("sbatch");
+    command.args(arguments);
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("SLURM_") && !OF_THE_CLUSTER.contains(&&*text)
+            || text.strip_prefix("SBATCH_").is_some_and(|name| overridden.contains(&name))
+        {
+            command.env_remove(&name);
+        }
+    }
+    answer("sbatch", command)
+}
+
+fn answer(program: &str, command: Command) -> Result<String, NoAnswer> {
     let said = child::ask(command, DEADLINE).map_err(|error| {
         NoAnswer::Refused(match error.kind() {
             std::io::ErrorKind::NotFound => format!("{program} is not on PATH: load your site's Slurm"),
@@ -352,7 +399,8 @@ pub fn request(program: &str, arguments: &[&str]) -> Result<String, NoAnswer> {
     if said.code == Some(0) {
         return Ok(said.out);
     }
-    let last = said.err.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("it said nothing");
+    let says_why = |line: &&str| !line.trim().is_empty() && !line.starts_with("Try ");
+    let last = said.err.lines().rfind(says_why).unwrap_or("it said nothing");
     // "sbatch: error: why" is one prefix for a reader.
     let why = last.trim().trim_start_matches(&format!("{program}: ")).trim_start_matches("error: ");
     Err(NoAnswer::Refused(format!("{program}: {why}")))

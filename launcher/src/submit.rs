@@ -178,6 +178,10 @@ impl Script {
         text.push_str(
             "\n# Slurm's warning is for the supervisor; until it listens, it must not end this shell.\ntrap '' USR1\n",
         );
+        // sbatch hands on the variables of a step that it was called in.
+        text.push_str(
+            "# This shell is in no step, wherever it was submitted from.\nunset SLURM_STEP_ID SLURM_STEPID\n",
+        );
         for line in &site.setup {
             let _ = writeln!(text, "{line}");
         }
@@ -210,6 +214,22 @@ impl Script {
     }
 }
 
+impl Script {
+    /// sbatch's variables that would win over what the script says.
+    fn overridden(&self) -> Vec<&'static str> {
+        let always =
+            ["REQUEUE", "NO_REQUEUE", "SIGNAL", "OUTPUT", "OPEN_MODE", "JOB_NAME", "ARRAY_INX"].into_iter();
+        let site = &self.site;
+        let given = [
+            ("TIMELIMIT", &site.time),
+            ("PARTITION", &site.partition),
+            ("ACCOUNT", &site.account),
+            ("QOS", &site.qos),
+        ];
+        always.chain(given.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name)).collect()
+    }
+}
+
 /// A job's name without what `squeue` and `scontrol` would be misread by.
 fn job_name(name: &str) -> String {
     name.chars().map(|c| if c.is_ascii_alphanumeric() || "-_.".contains(c) { c } else { '-' }).collect()
@@ -236,7 +256,7 @@ fn seconds(time: &str) -> Result<Option<u64>, Failure> {
             "--time {time}: give minutes, H:MM:SS or D-HH:MM:SS, as `sbatch --time` has it"
         ))
     };
-    if ["infinite", "unlimited"].contains(&time.to_lowercase().as_str()) {
+    if ["infinite", "unlimited", "0"].contains(&time.to_lowercase().as_str()) {
         return Ok(None);
     }
     let (days, rest) = match time.split_once('-') {
@@ -383,8 +403,11 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
     let folder = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&base.run.name));
     let dir = RunDir::at(&folder)?;
     let folder = dir.path().to_owned();
-    if folder.to_string_lossy().contains('\n') {
-        return Err(Failure::usage(format!("--run-dir {}: must be on one line", folder.display())));
+    if folder.to_string_lossy().contains(['\n', '\\']) {
+        return Err(Failure::usage(format!(
+            "--run-dir {}: Slurm has no way to write a path with a line break or a backslash: give another",
+            folder.display()
+        )));
     }
     // The runs, and whether they can be what is asked for: before anything is written.
     let mut runs = Vec::new();
@@ -435,6 +458,15 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
     submit(&script, &dir, &runs, &new)
 }
 
+/// The job's number in what `sbatch --parsable` said: `ID`, or `ID;CLUSTER`, which a site's wrapper may write lines around.
+fn submitted(said: &str) -> Option<String> {
+    let number = |line: &str| {
+        let id = line.trim().split(';').next().unwrap_or_default();
+        (!id.is_empty() && id.bytes().all(|byte| byte.is_ascii_digit())).then(|| id.to_owned())
+    };
+    said.lines().rev().find_map(number)
+}
+
 /// One job a run directory.
 fn refuse_second(run: &RunDir, jobs: &mut slurm::Jobs) -> Result<(), Failure> {
     if let Some(record) = Record::read(run)
@@ -460,7 +492,8 @@ fn refuse_second(run: &RunDir, jobs: &mut slurm::Jobs) -> Result<(), Failure> {
 /// `new`: plans that were not there before.
 fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathBuf]) -> Result<(), Failure> {
     let path = dir.script();
-    let asked = slurm::request("sbatch", &["--parsable", &path.display().to_string()]);
+    let script_path = path.display().to_string();
+    let asked = slurm::submission(&["--parsable", &script_path], &script.overridden());
     let said = asked.map_err(|why| match why {
         slurm::NoAnswer::Refused(why) => {
             // The next try may be of another recipe.
@@ -469,12 +502,19 @@ fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathB
         }
         late @ slurm::NoAnswer::Late { .. } => Failure::failed(format!(
             "{late}; whether the job was submitted is not known: look at squeue --name={}, the script is {}",
-            script.name,
+            job_name(&script.name),
             path.display()
         )),
     })?;
-    // `ID`, or `ID;CLUSTER`.
-    let job = said.trim().split(';').next().unwrap_or_default().to_owned();
+    let job = submitted(&said).ok_or_else(|| {
+        Failure::failed(format!(
+            "sbatch said {:?} and no job's number; whether the job was submitted is not known: look at squeue --name={}, \
+             the script is {}",
+            one_line(said.trim()),
+            job_name(&script.name),
+            path.display()
+        ))
+    })?;
     let status = format!("mentee status {}", dir.path().display());
     if script.variants.is_empty() {
         Record::new(job.clone(), path).write(dir)?;
@@ -552,6 +592,8 @@ mod tests {
 
 # Slurm's warning is for the supervisor; until it listens, it must not end this shell.
 trap '' USR1
+# This shell is in no step, wherever it was submitted from.
+unset SLURM_STEP_ID SLURM_STEPID
 module load gcc
 run='/data/my runs/one%'
 # In place of this shell, so that Slurm's signals reach it.
@@ -612,6 +654,7 @@ exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
             ("1-02:03", Some(93_780)),
             ("1-02:03:04", Some(93_784)),
             ("UNLIMITED", None),
+            ("0", None),
         ];
         for (time, expected) in table {
             assert_eq!(seconds(time).expect(time), expected, "{time}");
@@ -619,6 +662,28 @@ exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
         for bad in ["307445734561825861", "99999999999999999-00", "", "1h", "1:2:3:4", "1-", "-1"] {
             assert!(seconds(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn the_jobs_number_is_found_in_what_sbatch_says() {
+        for (said, job) in [
+            ("12\n", Some("12")),
+            ("12;cluster\n", Some("12")),
+            ("Welcome to cluster 7\n160\n", Some("160")),
+            ("160\nHave a nice day\n", Some("160")),
+            ("", None),
+            ("Submitted\n", None),
+        ] {
+            assert_eq!(submitted(said).as_deref(), job, "{said}");
+        }
+    }
+
+    #[test]
+    fn what_the_command_line_says_wins_over_sbatchs_variables() {
+        let mut script = script();
+        assert!(!script.overridden().contains(&"PARTITION") && script.overridden().contains(&"NO_REQUEUE"));
+        script.site.partition = Some("gpu".into());
+        assert!(script.overridden().contains(&"PARTITION") && !script.overridden().contains(&"ACCOUNT"));
     }
 
     #[test]

@@ -48,6 +48,11 @@ const NODE_FAILURES: u32 = 2;
 const BACKOFF: Duration = Duration::from_millis(500);
 /// Upper bound of the above.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
+/// Before the first try after Slurm could not start the workers; doubled each time, up to the bound above. Slurm itself takes minutes
+/// (`SlurmdTimeout`, 300 s by default) to see that a node is gone; then it puts the job back into the queue.
+const LAUNCH_BACKOFF: Duration = Duration::from_secs(5);
+/// Such tries, ten minutes in all.
+const LAUNCHES: u32 = 22;
 
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,7 +130,35 @@ pub enum Event {
     Settled {
         /// The first `error: …` line that a worker of this start wrote, without the prefix.
         said: Option<String>,
+        /// The launcher's own word that it could not start them.
+        launch: Option<Launch>,
     },
+}
+
+/// Slurm's word that a step was not started: a node or the controller does not answer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Launch {
+    /// The node, where it is one.
+    pub node: Option<String>,
+    /// The line.
+    pub said: String,
+}
+
+impl Launch {
+    /// From a line of srun's; none for any other. What another try would not change, as a step that asks for too much, is no
+    /// such line.
+    pub fn of(line: &str) -> Option<Launch> {
+        let said = line.strip_prefix("srun: error: ")?;
+        let node = said
+            .starts_with("Task launch for ")
+            .then(|| said.split_once("failed on node ")?.1.split(':').next().map(str::to_owned))
+            .flatten();
+        let of_the_controller = ["Unable to contact slurm controller", "Zero Bytes were transmitted"];
+        let is_one = node.is_some()
+            || said.starts_with("Application launch failed: Communication")
+            || of_the_controller.iter().any(|words| said.contains(words));
+        is_one.then(|| Launch { node, said: said.trim().to_owned() })
+    }
 }
 
 /// What the shell is to do.
@@ -277,6 +310,8 @@ pub struct Supervisor {
     /// Machines that workers may still be started on.
     nodes: usize,
     failures: BTreeMap<String, u32>,
+    /// Starts on end that Slurm did not bring about.
+    launches: u32,
 }
 
 impl Supervisor {
@@ -302,6 +337,7 @@ impl Supervisor {
             hosts: BTreeMap::new(),
             nodes,
             failures: BTreeMap::new(),
+            launches: 0,
         };
         (supervisor, vec![Action::Start { generation: 0 }])
     }
@@ -323,8 +359,11 @@ impl Supervisor {
             }
             Event::Exited(_) => Vec::new(),
             Event::Due(timer) => self.due(timer),
-            Event::Settled { said } => match self.state {
-                State::Settling { exit, longer } => self.judge(exit, said, longer),
+            Event::Settled { said, launch } => match self.state {
+                State::Settling { exit, longer } => match launch.filter(|_| self.waits_for_slurm()) {
+                    Some(launch) => self.launch_again(exit, launch),
+                    None => self.judge(exit, said, longer),
+                },
                 _ => Vec::new(),
             },
         }
@@ -340,6 +379,7 @@ impl Supervisor {
         }
         match output {
             Output::Go { ranks, .. } => {
+                self.launches = 0;
                 self.hosts = ranks.into_iter().map(|hello| (hello.rank, hello.host)).collect();
                 Vec::new()
             }
@@ -604,6 +644,33 @@ impl Supervisor {
         actions
     }
 
+    /// Whether the workers were not started for a reason that may pass: no rank's failure, of which there is a number.
+    fn waits_for_slurm(&self) -> bool {
+        self.hosts.is_empty() && self.stop.is_none() && self.launches < LAUNCHES
+    }
+
+    /// Tries again; without a node that failed twice, where there is another.
+    fn launch_again(&mut self, exit: Exit, launch: Launch) -> Vec<Action> {
+        let wait = (LAUNCH_BACKOFF * 2u32.saturating_pow(self.launches)).min(MAX_BACKOFF);
+        self.launches += 1;
+        self.generation += 1;
+        self.state = State::Waiting;
+        let culprit = Culprit {
+            cause: format!("not started ({exit}): {}", launch.said),
+            host: launch.node.clone(),
+            ..Culprit::default()
+        };
+        let line = format!("{culprit}; another try in {} s, which counts as no restart", wait.as_secs());
+        let mut actions =
+            vec![Action::Say(line), Action::RecordRestart { generation: self.generation, culprit }];
+        if let Some(host) = launch.node.filter(|host| self.failed_too_often(host)) {
+            self.nodes -= 1;
+            actions.push(Action::LeaveOut { host });
+        }
+        actions.push(Action::Arm(Timer::Backoff, wait));
+        actions
+    }
+
     /// Counts a failure against its machine; whether it is to be left out now, and there is another.
     fn failed_too_often(&mut self, host: &str) -> bool {
         let failures = self.failures.entry(host.to_owned()).or_default();
@@ -707,7 +774,7 @@ mod tests {
         }
     }
 
-    const SETTLED: Event = Event::Settled { said: None };
+    const SETTLED: Event = Event::Settled { said: None, launch: None };
     const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
 
     /// Events without any restart left, and the exit code they end with.
@@ -715,7 +782,7 @@ mod tests {
     fn how_a_run_ends() {
         let exited = |code| Event::Exited(Exit::Code(code));
         let interrupt = Event::Signal(StopSignal::Interrupt);
-        let said = Event::Settled { said: Some("what was wrong".into()) };
+        let said = Event::Settled { said: Some("what was wrong".into()), launch: None };
         let table: Vec<(&str, Vec<Event>, i32)> = vec![
             ("all is well", vec![go(), finished(0), exited(0), SETTLED], 0),
             ("last words after the end of the process", vec![go(), exited(0), finished(0), SETTLED], 0),
@@ -952,7 +1019,7 @@ mod tests {
 
     #[test]
     fn what_a_worker_said_is_better_than_that_it_went() {
-        let said = |text: &str| Event::Settled { said: Some(text.into()) };
+        let said = |text: &str| Event::Settled { said: Some(text.into()), launch: None };
         let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(1)), said("disk full")]);
         let (_, culprit) = end(&actions).expect("over");
         assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 7 (backward): disk full");
@@ -1135,5 +1202,65 @@ mod tests {
             Event::Due(Timer::Kill),
         ]);
         assert_eq!(run(0, events).len(), over);
+    }
+
+    #[test]
+    fn what_slurm_did_not_start_is_tried_again_and_costs_no_restart() {
+        let line =
+            "srun: error: Task launch for StepId=15.3 failed on node n2: Communication connection failure";
+        let launch = Launch::of(line).expect("a launch that failed");
+        assert_eq!(launch.node.as_deref(), Some("n2"));
+        let controller = "srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller (connect failure)";
+        assert_eq!(Launch::of(controller).expect("the controller").node, None);
+        for other in [
+            "error: Task launch for StepId=15.3 failed on node n2: x",
+            "srun: error: n2: task 1: Killed",
+            "srun: error: Unable to create step for job 15: Requested node configuration is not available",
+        ] {
+            assert_eq!(Launch::of(other), None, "{other}");
+        }
+
+        let (mut supervisor, _) = Supervisor::new(1, false, 2);
+        let mut fail = |launch: &Launch| {
+            supervisor.handle_event(Duration::ZERO, Event::Exited(Exit::Code(1)));
+            let settled = Event::Settled { said: None, launch: Some(launch.clone()) };
+            let actions = supervisor.handle_event(Duration::ZERO, settled);
+            supervisor.handle_event(Duration::ZERO, Event::Due(Timer::Backoff));
+            actions
+        };
+        let first = fail(&launch);
+        let said = "the workers on n2: not started (exit code 1): Task launch for StepId=15.3 failed on node n2: \
+                    Communication connection failure; another try in 5 s, which counts as no restart";
+        assert!(matches!(&first[0], Action::Say(line) if line == said), "{first:?}");
+        assert!(!first.iter().any(|action| matches!(action, Action::LeaveOut { .. })));
+        let second = fail(&launch);
+        assert!(second.contains(&Action::LeaveOut { host: "n2".into() }), "{second:?}");
+        assert!(second.contains(&Action::Arm(Timer::Backoff, 2 * LAUNCH_BACKOFF)));
+        let controller = Launch::of(controller).expect("the controller");
+        for _ in 2..LAUNCHES {
+            assert!(fail(&controller).iter().any(|action| matches!(action, Action::Arm(Timer::Backoff, _))));
+        }
+        // Then they count, of which one is allowed.
+        assert!(matches!(&fail(&controller)[0], Action::Say(line) if line.contains("restart 1 of 1")));
+        assert!(matches!(&fail(&controller)[0], Action::Finish(outcome) if outcome.exit_code == RANK_FAILED));
+    }
+
+    #[test]
+    fn a_launch_that_failed_later_is_a_ranks_failure() {
+        let (mut supervisor, _) = Supervisor::new(3, false, 2);
+        let launch = Launch { node: Some("n2".into()), said: "x".into() };
+        let mut events = |events: Vec<Event>| {
+            events
+                .into_iter()
+                .flat_map(|event| supervisor.handle_event(Duration::ZERO, event))
+                .collect::<Vec<_>>()
+        };
+        let settled = Event::Settled { said: None, launch: Some(launch) };
+        let actions = events(vec![go(), lost(1), Event::Exited(Exit::Code(1)), settled]);
+        assert!(
+            actions
+                .iter()
+                .any(|action| matches!(action, Action::Say(line) if line.contains("restart 1 of 3")))
+        );
     }
 }
