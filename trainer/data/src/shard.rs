@@ -203,10 +203,17 @@ fn write(
                 let mut work = Prepare::new(options);
                 let starts = (first..total).step_by(PIECE as usize).skip(thread).step_by(threads);
                 for start in starts {
-                    let piece: Piece = (start..(start + PIECE).min(total))
-                        .map(|index| work.sample(source, index).map(|bytes| (index, bytes)))
-                        .collect();
-                    let failed = piece.is_err();
+                    let mut piece = Piece::default();
+                    for index in start..(start + PIECE).min(total) {
+                        match work.sample(source, index) {
+                            Ok(bytes) => piece.samples.push((index, bytes)),
+                            Err(error) => {
+                                piece.failed = Some(error);
+                                break;
+                            }
+                        }
+                    }
+                    let failed = piece.failed.is_some();
                     // The writer has given up when it no longer listens.
                     if sender.send(piece).is_err() || failed {
                         return;
@@ -218,14 +225,17 @@ fn write(
             let piece = pieces[turn as usize % threads].recv().map_err(|_| DataError::Thread {
                 thread: turn as usize % threads,
                 reason: "it ended early".to_owned(),
-            })??;
-            for (index, bytes) in &piece {
+            })?;
+            for (index, bytes) in &piece.samples {
                 writer.add(bytes, source.label(*index)).map_err(|error| match error {
                     DataError::BadSample { reason, .. } => {
                         DataError::BadSample { sample: source.key(*index), reason }
                     }
                     other => other,
                 })?;
+            }
+            if let Some(error) = piece.failed {
+                return Err(error);
             }
             progress(first + ((turn + 1) * PIECE).min(total - first), total);
         }
@@ -234,8 +244,12 @@ fn write(
     writer.finish()
 }
 
-/// Some samples in order, each with its bytes as they are stored.
-type Piece = Result<Vec<(u64, Vec<u8>)>, DataError>;
+/// Some samples in order, each with its bytes as they are stored, and what came in the place of the next one.
+#[derive(Default)]
+struct Piece {
+    samples: Vec<(u64, Vec<u8>)>,
+    failed: Option<DataError>,
+}
 
 /// Memory of one thread that prepares samples.
 struct Prepare {
