@@ -39,6 +39,7 @@ const TESTS: &[Test] = &[
     ("a_killed_task_is_restarted_in_the_same_job", a_killed_task_is_restarted_in_the_same_job),
     ("a_node_that_fails_twice_is_left_out", a_node_that_fails_twice_is_left_out),
     ("a_cancelled_job_is_gone_in_time_and_resumable", a_cancelled_job_is_gone_in_time_and_resumable),
+    ("a_job_is_its_own_wherever_it_was_submitted", a_job_is_its_own_wherever_it_was_submitted),
     ("devices_follow_slurms_options", devices_follow_slurms_options),
     ("an_array_of_variants", an_array_of_variants),
     ("what_happens_to_a_task_of_an_array_is_its_own", what_happens_to_a_task_of_an_array_is_its_own),
@@ -320,6 +321,20 @@ fn a_cancelled_job_is_gone_in_time_and_resumable(bench: &Bench) {
     bench.lab.wait(&run_dir, "second job", || bench.lab.job(&run_dir).0 != job);
     bench.ends_like_the_whole(&run_dir);
     println!("scancel: gone after {gone:.1} s; {}", times(&run_dir, at));
+}
+
+/// From within a step of another job, with variables of sbatch's that say otherwise and hand nothing on.
+fn a_job_is_its_own_wherever_it_was_submitted(bench: &Bench) {
+    let run_dir = bench.run_dir("from a step");
+    let mut command = bench.lab.command("srun");
+    command.args(["-N1", "-n1"]).arg(binary("mentee")).arg("submit").arg(&bench.recipe);
+    command.arg("--run-dir").arg(&run_dir).args(TWO_BY_TWO).args(["--time", "20"]);
+    command.envs([("SBATCH_TIMELIMIT", "7"), ("SBATCH_NO_REQUEUE", "1"), ("SBATCH_EXPORT", "NONE")]);
+    finish(command).expect(0);
+    let (job, _) = bench.lab.job(&run_dir);
+    let said = bench.lab.slurm("scontrol", &["show", "job", &job]);
+    assert!(said.contains("TimeLimit=00:20:00") && said.contains("Requeue=1"), "{said}");
+    bench.ends_like_the_whole(&run_dir);
 }
 
 fn devices_follow_slurms_options(bench: &Bench) {
