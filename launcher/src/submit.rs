@@ -409,6 +409,7 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
             folder.display()
         )));
     }
+    refuse_other_kind(&dir, !variants.is_empty())?;
     // The runs, and whether they can be what is asked for: before anything is written.
     let mut runs = Vec::new();
     if variants.is_empty() {
@@ -456,6 +457,19 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
     write_atomically(&dir.script(), script.text().as_bytes())
         .map_err(|error| Failure::io("write", &dir.script(), &error))?;
     submit(&script, &dir, &runs, &new)
+}
+
+/// One folder, one script: a run and a sweep would submit each other's again.
+fn refuse_other_kind(dir: &RunDir, is_sweep: bool) -> Result<(), Failure> {
+    let (holds, asked) = match is_sweep {
+        false if Sweep::file(dir.path()).exists() => ("a sweep", "a single run"),
+        true if dir.plan().exists() => ("a single run", "a sweep"),
+        _ => return Ok(()),
+    };
+    Err(Failure::usage(format!(
+        "{} holds {holds}, and {asked} was asked for: give another --run-dir",
+        dir.path().display()
+    )))
 }
 
 /// The job's number in what `sbatch --parsable` said: `ID`, or `ID;CLUSTER`, which a site's wrapper may write lines around.
@@ -662,6 +676,24 @@ exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
         for bad in ["307445734561825861", "99999999999999999-00", "", "1h", "1:2:3:4", "1-", "-1"] {
             assert!(seconds(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_folder_holds_a_run_or_a_sweep() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let dir = RunDir::at(folder.path()).expect("a folder");
+        assert!(refuse_other_kind(&dir, true).is_ok() && refuse_other_kind(&dir, false).is_ok());
+        std::fs::write(dir.plan(), "").expect("written");
+        assert!(refuse_other_kind(&dir, false).is_ok());
+        let line = refuse_other_kind(&dir, true).expect_err("a run").line;
+        assert!(
+            line.ends_with("holds a single run, and a sweep was asked for: give another --run-dir"),
+            "{line}"
+        );
+        std::fs::remove_file(dir.plan()).expect("removed");
+        std::fs::write(Sweep::file(dir.path()), "{}").expect("written");
+        assert!(refuse_other_kind(&dir, true).is_ok());
+        assert!(refuse_other_kind(&dir, false).expect_err("a sweep").line.contains("holds a sweep"));
     }
 
     #[test]

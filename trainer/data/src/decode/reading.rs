@@ -90,7 +90,7 @@ impl Values {
         // Knuth's multiplier; the high bits of the product are those that are random.
         self.draws =
             self.draws.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let place = (u128::from(self.draws) * u128::from(self.seen) >> 64) as usize;
+        let place = ((u128::from(self.draws) * u128::from(self.seen)) >> 64) as usize;
         if let Some(kept) = self.kept.get_mut(place) {
             kept.0 = value;
         }
