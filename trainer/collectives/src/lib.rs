@@ -35,6 +35,7 @@ pub mod nccl;
 pub mod shm;
 mod single;
 pub mod threads;
+mod waited;
 
 pub use buffer::{Buffer, ElementType};
 pub use device::{

@@ -17,7 +17,7 @@ use std::{
 use ::mpi::{environment::Universe, ffi};
 
 use super::{MpiElement, abort_world, check};
-use crate::ErrorKind;
+use crate::{ErrorKind, waited::Waited};
 
 /// How long an operation that failed may take to give back the memory it was handed.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
@@ -96,6 +96,7 @@ impl Polling {
 struct Waiting {
     polling: Polling,
     began: Option<Instant>,
+    waited: Option<Waited>,
     looks: u32,
     yields: u32,
     sleep: Duration,
@@ -103,12 +104,13 @@ struct Waiting {
 
 impl Waiting {
     fn new(polling: Polling) -> Self {
-        Waiting { polling, began: None, looks: 0, yields: 0, sleep: Polling::FIRST_SLEEP }
+        Waiting { polling, began: None, waited: None, looks: 0, yields: 0, sleep: Polling::FIRST_SLEEP }
     }
 
     /// Between two looks.
     fn pause(&mut self) {
         let began = *self.began.get_or_insert_with(Instant::now);
+        self.waited.get_or_insert_with(Waited::begin);
         if self.yields == 0 && began.elapsed() < self.polling.spin {
             std::hint::spin_loop();
         } else if self.yields < self.polling.yields {
@@ -126,7 +128,7 @@ impl Waiting {
         if !self.looks.is_multiple_of(LOOKS_PER_CLOCK) {
             return None;
         }
-        self.began.map(|began| began.elapsed()).filter(|&waited| waited >= patience)
+        self.waited.as_ref().map(Waited::look).filter(|&waited| waited >= patience)
     }
 }
 

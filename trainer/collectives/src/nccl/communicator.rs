@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceErrorKind, DeviceType, Event, Operation,
-    Stream, Ticket, device::Record,
+    Stream, Ticket, device::Record, waited::Waited,
 };
 
 /// How often a thread that waits for the device asks NCCL for errors.
@@ -671,17 +671,18 @@ fn common_id(all: &[Said]) -> Result<UniqueId, DeviceErrorKind> {
 /// When a wait has taken too long.
 struct Deadline {
     began: Instant,
+    waited: Waited,
     patience: Duration,
 }
 
 impl Deadline {
     fn after(patience: Duration) -> Deadline {
-        Deadline { began: Instant::now(), patience }
+        Deadline { began: Instant::now(), waited: Waited::begin(), patience }
     }
 
     /// How long it has taken, if that is too long.
     fn passed(&self) -> Option<Duration> {
-        let waited = self.began.elapsed();
+        let waited = self.waited.look();
         (waited >= self.patience).then_some(waited)
     }
 }

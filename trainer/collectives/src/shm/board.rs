@@ -17,6 +17,7 @@ use crate::{
     ErrorKind,
     buffer::{Element, block_start},
     checked::Call,
+    waited::Waited,
 };
 
 /// Bytes that a rank can hand over in a meeting. Statistics of a batch norm over 4096 channels (a projector's) and two views, in f64,
@@ -235,12 +236,13 @@ impl Board {
             }
         }
         let (bell, sleepers) = (self.atomic32(BELL), self.atomic32(SLEEPERS));
+        let waited = Waited::begin();
         loop {
             // Whoever rings after this line sees a sleeper; if it was before, `ready` sees why.
             sleepers.fetch_add(1, Ordering::SeqCst);
             let rung = bell.load(Ordering::SeqCst);
             let is_ready = ready();
-            let left = patience.saturating_sub(began.elapsed());
+            let left = patience.saturating_sub(waited.look());
             if !is_ready && !left.is_zero() {
                 let sleep = left.min(LONGEST_SLEEP);
                 let timeout = libc::timespec {
@@ -257,7 +259,7 @@ impl Board {
                 return Ok(());
             }
             if left.is_zero() {
-                return Err(began.elapsed());
+                return Err(waited.look());
             }
         }
     }
