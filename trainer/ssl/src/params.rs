@@ -241,9 +241,7 @@ impl Weights {
     /// Draws the initial values: a function of the seed and the declarations alone, to the last bit on any machine, and in f32
     /// whatever the precision.
     pub fn initialise(&mut self, seed: u64) -> Result<(), SslError> {
-        // The generator looks at 32 bits.
-        let folded = seed ^ (seed >> 32).wrapping_mul(0x9E37_79B9);
-        tch::manual_seed((folded & 0xFFFF_FFFF).cast_signed());
+        tch::manual_seed(folded(seed).into());
         for place in self.layout.params() {
             let Declaration { shape, init, .. } = &place.declaration;
             let values = match *init {
@@ -437,6 +435,12 @@ impl Layer {
     }
 }
 
+/// All bits of a seed in the 32 that libtorch's generator looks at; one of 32 bits stays as it is.
+fn folded(seed: u64) -> u32 {
+    let high = (seed >> 32).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
+    (seed ^ high) as u32
+}
+
 /// What `of` makes of uniform draws between 0 and 1, which are multiples of 2^-53 and so the same everywhere.
 fn drawn(shape: &[i64], of: impl Fn(f64) -> f64) -> Result<Tensor, SslError> {
     const LEAST: f64 = f64::EPSILON / 4.0; // for a draw of 0
@@ -444,4 +448,21 @@ fn drawn(shape: &[i64], of: impl Fn(f64) -> f64) -> Result<Tensor, SslError> {
     let values: Vec<f32> =
         Vec::<f64>::try_from(uniform)?.into_iter().map(|u| of(u.max(LEAST)) as f32).collect();
     Ok(Tensor::f_from_slice(&values)?.f_view(shape)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bit_of_a_seed_counts() {
+        for seed in [0, 7, u32::MAX] {
+            assert_eq!(folded(seed.into()), seed);
+        }
+        let mut all: Vec<u32> = (0..64).map(|bit| folded(7 ^ (1 << bit))).collect();
+        all.push(folded(7));
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), 65);
+    }
 }
