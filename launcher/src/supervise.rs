@@ -617,8 +617,6 @@ impl Supervisor {
         }
         let wait = (BACKOFF * 2u32.saturating_pow(self.restarts)).min(MAX_BACKOFF);
         self.restarts += 1;
-        self.generation += 1;
-        self.state = State::Waiting;
         let line = format!(
             "{culprit}; restart {} of {} from {} in {:.1} s",
             self.restarts,
@@ -630,6 +628,13 @@ impl Supervisor {
             },
             wait.as_secs_f64()
         );
+        self.start_again(line, culprit, wait)
+    }
+
+    /// After `wait`, and without the culprit's machine where that failed twice and there is another.
+    fn start_again(&mut self, line: String, culprit: Culprit, wait: Duration) -> Vec<Action> {
+        self.generation += 1;
+        self.state = State::Waiting;
         let bad = culprit
             .host
             .clone()
@@ -649,26 +654,16 @@ impl Supervisor {
         self.hosts.is_empty() && self.stop.is_none() && self.launches < LAUNCHES
     }
 
-    /// Tries again; without a node that failed twice, where there is another.
     fn launch_again(&mut self, exit: Exit, launch: Launch) -> Vec<Action> {
         let wait = (LAUNCH_BACKOFF * 2u32.saturating_pow(self.launches)).min(MAX_BACKOFF);
         self.launches += 1;
-        self.generation += 1;
-        self.state = State::Waiting;
         let culprit = Culprit {
             cause: format!("not started ({exit}): {}", launch.said),
-            host: launch.node.clone(),
+            host: launch.node,
             ..Culprit::default()
         };
         let line = format!("{culprit}; another try in {} s, which counts as no restart", wait.as_secs());
-        let mut actions =
-            vec![Action::Say(line), Action::RecordRestart { generation: self.generation, culprit }];
-        if let Some(host) = launch.node.filter(|host| self.failed_too_often(host)) {
-            self.nodes -= 1;
-            actions.push(Action::LeaveOut { host });
-        }
-        actions.push(Action::Arm(Timer::Backoff, wait));
-        actions
+        self.start_again(line, culprit, wait)
     }
 
     /// Counts a failure against its machine; whether it is to be left out now, and there is another.

@@ -18,18 +18,6 @@ pub(super) fn decode(bytes: &[u8], image: &mut RgbImage) -> Result<u8, DecodeErr
         let what = format!("a header of {length} bytes (OS/2)");
         return Err(DecodeError::NotRead { format: "BMP", what, instead: "convert it" });
     }
-    // The first header has 16 bits a side, all others 32; rows that go down are counted below 0.
-    let side = |at: usize| match bytes.get(14) {
-        Some(12) => {
-            bytes.get(18 + at / 2..20 + at / 2).map(|two| u64::from(u16::from_le_bytes([two[0], two[1]])))
-        }
-        _ => bytes
-            .get(18 + at..22 + at)
-            .map(|four| i32::from_le_bytes([four[0], four[1], four[2], four[3]]).unsigned_abs().into()),
-    };
-    if let (Some(width), Some(height)) = (side(0), side(4)) {
-        check_size(width, height)?;
-    }
     let decoder = BmpDecoder::new(Cursor::new(bytes)).map_err(fail)?;
     let (width, height) = decoder.dimensions();
     let pixels = check_size(u64::from(width), u64::from(height))?;

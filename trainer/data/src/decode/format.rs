@@ -36,27 +36,11 @@ impl Format {
             // BigTIFF has 43 for 42.
             [b'I', b'I', 42 | 43, 0, ..] | [b'M', b'M', 0, 42 | 43, ..] => Self::Tiff,
             // Two letters alone begin many texts: behind the sizes stands the length of one of eight headers.
-            [
-                b'B',
-                b'M',
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                _,
-                12 | 16 | 40 | 52 | 56 | 64 | 108 | 124,
-                0,
-                0,
-                0,
-                ..,
-            ] => Self::Bmp,
+            [b'B', b'M', ..]
+                if matches!(bytes.get(14..18), Some([12 | 16 | 40 | 52 | 56 | 64 | 108 | 124, 0, 0, 0])) =>
+            {
+                Self::Bmp
+            }
             [b'P', b'6', b'#' | b' ' | b'\t'..=b'\r', ..] => Self::Ppm,
             [b'P', b'5', b'#' | b' ' | b'\t'..=b'\r', ..] => Self::Pgm,
             [b'P', kind @ b'1'..=b'4', b'#' | b' ' | b'\t'..=b'\r', ..] => {
