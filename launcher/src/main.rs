@@ -30,6 +30,7 @@ mod report;
 mod run;
 mod rundir;
 mod shard;
+mod shell;
 mod site;
 mod slurm;
 mod snapshot;

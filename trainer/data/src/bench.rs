@@ -11,8 +11,9 @@ use mentee_config::recipe::Views;
 use serde::Serialize;
 
 use crate::augment::Augmenter;
+use crate::damaged::OnError;
 use crate::error::DataError;
-use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, OnError, Stage, two_views};
+use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, Stage, two_views};
 use crate::order::Order;
 use crate::pool::Scratch;
 use crate::source::Source;

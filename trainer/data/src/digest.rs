@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use mentee_config::recipe::Views;
 
+use crate::damaged::OnError;
 use crate::error::DataError;
-use crate::loader::{Loader, LoaderConfig, NUM_VIEWS, OnError};
+use crate::loader::{Loader, LoaderConfig, NUM_VIEWS};
 use crate::order::Order;
 use crate::source::Source;
 

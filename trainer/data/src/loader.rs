@@ -1,13 +1,13 @@
 //! Batches of augmented views, in step order, made ahead of time by decode threads.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use mentee_config::recipe::Views;
 
 use crate::augment::{Augmenter, ViewDraw, ViewKey};
+use crate::damaged::{Damaged, OnError};
 use crate::decode::CropBox;
 use crate::error::DataError;
 use crate::order::Order;
@@ -41,77 +41,6 @@ pub struct LoaderConfig {
     pub on_error: OnError,
     /// Batches held ahead, finished or being filled; 0 counts as 1. Bounds the memory.
     pub queue_steps: usize,
-}
-
-/// What a damaged sample does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnError {
-    /// Ends the loader with its error.
-    Fail,
-    /// Is replaced ([`Order::replacement`]), up to so many different ones; then it ends the loader after all.
-    Skip {
-        /// How many.
-        budget: u64,
-    },
-}
-
-impl OnError {
-    /// As a recipe says.
-    #[must_use]
-    pub fn of(data: &mentee_config::recipe::Data) -> Self {
-        match data.on_error {
-            mentee_config::recipe::OnDataError::Fail => Self::Fail,
-            mentee_config::recipe::OnDataError::Skip => Self::Skip { budget: data.max_skipped },
-        }
-    }
-}
-
-/// Damaged samples that were met, and what the next one does.
-#[derive(Debug)]
-pub struct Damaged {
-    on_error: OnError,
-    found: Mutex<BTreeMap<u64, String>>,
-}
-
-impl Damaged {
-    /// None was met yet.
-    #[must_use]
-    pub fn new(on_error: OnError) -> Self {
-        Self { on_error, found: Mutex::default() }
-    }
-
-    /// Those met so far, by their index in the source: shard or file, key, and what is wrong.
-    #[must_use]
-    pub fn found(&self) -> BTreeMap<u64, String> {
-        self.lock().clone()
-    }
-
-    /// Whether sample `id` was met and is damaged.
-    #[must_use]
-    pub fn contains(&self, id: u64) -> bool {
-        self.lock().contains_key(&id)
-    }
-
-    /// Notes that sample `id` is passed over.
-    ///
-    /// # Errors
-    /// `error` itself where it is not passed over; [`DataError::TooManyBad`] beyond the budget.
-    pub(crate) fn pass_over(&self, id: u64, error: DataError) -> Result<(), DataError> {
-        let (OnError::Skip { budget }, DataError::BadSample { .. }) = (self.on_error, &error) else {
-            return Err(error);
-        };
-        let mut all = self.lock();
-        all.insert(id, error.brief());
-        let found = all.len() as u64;
-        if found > budget {
-            return Err(DataError::TooManyBad { found, budget, last: error.brief() });
-        }
-        Ok(())
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, String>> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 /// One rank's share of a step.

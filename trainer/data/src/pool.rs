@@ -15,10 +15,11 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::augment;
 use crate::decode::{PlanarImage, RgbImage};
 use crate::error::DataError;
+use crate::eval::view::EvalScratch;
 use crate::reader::Reader;
-use crate::{augment, eval};
 
 /// What to fill batches with.
 pub(crate) trait Work: Send + Sync + 'static {
@@ -57,7 +58,7 @@ pub(crate) struct Scratch {
     pub(crate) image: RgbImage,
     pub(crate) planes: PlanarImage,
     pub(crate) augment: augment::Scratch,
-    pub(crate) eval: eval::EvalScratch,
+    pub(crate) eval: EvalScratch,
 }
 
 /// A damaged sample that was passed over.

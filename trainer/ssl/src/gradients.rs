@@ -7,7 +7,7 @@ use mentee_torch_ext as ext;
 use tch::Tensor;
 
 use crate::SslError;
-use crate::params::{Kinds, Layout, view};
+use crate::layout::{Kinds, Layout, view};
 
 /// The student's gradients: one flat buffer of the master type, which is what ranks all-reduce.
 ///
@@ -131,7 +131,8 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::params::{Declaration, Declarations, Init, ParamId, Role, Weights};
+    use crate::layout::{Declaration, Declarations, Init, ParamId, Role};
+    use crate::params::Weights;
 
     const KINDS: Kinds = Kinds { master: Kind::Float, compute: Kind::BFloat16, device: Device::Cpu };
 

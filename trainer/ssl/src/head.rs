@@ -4,7 +4,7 @@ use tch::Tensor;
 
 use crate::SslError;
 use crate::layers::{Bias, Linear, LinearInit, Norm, Pass};
-use crate::params::Declarations;
+use crate::layout::Declarations;
 
 /// Linear layers, each optionally followed by batch norm and ReLU.
 #[derive(Debug, Clone)]

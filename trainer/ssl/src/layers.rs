@@ -9,7 +9,9 @@ use mentee_torch_ext::{self as ext, DeviceReduce, StatReduce};
 use tch::{Kind, Tensor};
 
 use crate::SslError;
-use crate::params::{Declaration, Declarations, Init, ParamId, Role, StatId, Stats, Values, Weights};
+use crate::layout::{Declaration, Declarations, Init, ParamId, Role, StatId};
+use crate::params::Weights;
+use crate::statistics::{Stats, Values};
 
 /// Added to variances: PyTorch's and DeepMind's default.
 pub const NORM_EPS: f64 = 1e-5;

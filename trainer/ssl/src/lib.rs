@@ -8,6 +8,7 @@ pub mod encoder;
 pub mod gradients;
 pub mod head;
 pub mod layers;
+pub mod layout;
 pub mod loss;
 pub mod method;
 mod normal;
@@ -15,6 +16,7 @@ pub mod optimizer;
 pub mod params;
 pub mod schedule;
 pub mod state;
+pub mod statistics;
 
 pub use method::{Method, StepLoss};
 pub use schedule::{Rates, Schedule};

@@ -6,7 +6,8 @@ use tch::{Device, Tensor};
 
 use crate::SslError;
 use crate::gradients::Gradients;
-use crate::params::{Layout, Place, Role, Weights};
+use crate::layout::{Layout, Place, Role};
+use crate::params::Weights;
 use crate::schedule::Rates;
 
 /// AdamW's guard against division by zero: PyTorch's default.

@@ -8,10 +8,12 @@ use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::gradients::Gradients;
 use crate::layers::{Gather, Pass, Reduce};
+use crate::layout::{Declarations, Kinds, Layout, view};
 use crate::method::{Method, StepLoss};
 use crate::optimizer::Optimizer;
-use crate::params::{Declarations, Kinds, Layout, Stats, Weights, view};
+use crate::params::Weights;
 use crate::schedule::Rates;
+use crate::statistics::Stats;
 use crate::{SslError, method};
 
 /// How many views of each image a batch holds.

@@ -193,7 +193,7 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
             .layout
             .params()
             .map(|place| {
-                let gradient = mentee_ssl::params::view(&state.gradients.flat, place).unwrap();
+                let gradient = mentee_ssl::layout::view(&state.gradients.flat, place).unwrap();
                 (format!("student.{}", place.declaration.name), gradient.copy())
             })
             .collect();
@@ -255,7 +255,7 @@ fn sgd_and_adamw_follow_pytorchs_equations() {
             let out = state.loss(&*method, &views(4, step as i64), 4, NormStatistics::Batch, None).unwrap();
             backward(&mut state, &out.loss);
             let place = state.student.weights.layout.params().find(|p| name.ends_with(&p.declaration.name));
-            let g = mentee_ssl::params::view(&state.gradients.flat, place.unwrap()).unwrap().copy();
+            let g = mentee_ssl::layout::view(&state.gradients.flat, place.unwrap()).unwrap().copy();
             state.update(&rates, step).unwrap();
             if optimizer == "sgd" {
                 m = m * 0.9 + (&g + &p * 0.01);

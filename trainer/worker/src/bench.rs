@@ -23,9 +23,10 @@ use crate::kernels::{Kernel, Kernels};
 use crate::link::Reporter;
 use crate::metrics::{self, Metrics};
 use crate::passes::Passes;
+use crate::place::Place;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
-use crate::{agree, setup};
+use crate::{across, agree, setup};
 
 /// Medians over the measured steps.
 #[derive(serde::Serialize)]
@@ -57,7 +58,7 @@ struct Breakdown {
 }
 
 /// That there are as many ranks as asked for.
-fn check_workers(workers: Option<u32>, place: &setup::Place) -> Result<(), WorkerError> {
+fn check_workers(workers: Option<u32>, place: &Place) -> Result<(), WorkerError> {
     match (workers, place.identity.world_size) {
         (Some(workers), started) if workers != started => Err(WorkerError::Usage(format!(
             "--workers {workers}, but this is one of {started} ranks: start it as `mentee bench … --workers {workers}`"
@@ -68,7 +69,7 @@ fn check_workers(workers: Option<u32>, place: &setup::Place) -> Result<(), Worke
 
 /// Runs a benchmark.
 pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
-    let place = setup::place()?;
+    let place = Place::find()?;
     let result = match command {
         BenchCommand::Step(args) => step(args, &place),
         BenchCommand::Checkpoint(args) => checkpoint(args, &place),
@@ -83,7 +84,7 @@ pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
     }
 }
 
-fn all_reduce(args: &AllreduceArgs, place: &setup::Place) -> Result<(), WorkerError> {
+fn all_reduce(args: &AllreduceArgs, place: &Place) -> Result<(), WorkerError> {
     check_workers(args.workers, place)?;
     if place.identity.world_size == 1 {
         return Err(WorkerError::Usage(
@@ -119,7 +120,7 @@ fn all_reduce_devices(
     group: DeviceGroup,
     device: Device,
     seconds: f64,
-    place: &setup::Place,
+    place: &Place,
 ) -> Result<Vec<bench::Row>, WorkerError> {
     let rows = bench::SIZES.iter().map(|&bytes| {
         let mut values = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
@@ -156,7 +157,7 @@ impl Rig {
     fn new(
         recipe: Recipe,
         steps: u64,
-        place: &setup::Place,
+        place: &Place,
         without: &[Gain],
         profile: bool,
     ) -> Result<Self, WorkerError> {
@@ -182,7 +183,7 @@ impl Rig {
         let may_record = collectives.world_size() == 1 && !profile && !without.contains(&Gain::Graph);
         Ok(Self {
             reducer,
-            stat_reduce: setup::stat_reduce(recipe, &collectives, group.as_ref()),
+            stat_reduce: across::stat_reduce(recipe, &collectives, group.as_ref()),
             schedule: Schedule::new(&plan),
             views: views.f_to_device(device)?.f_to_kind(kind)?,
             passes: Passes::new(device, may_record)?,
@@ -288,7 +289,7 @@ struct CheckpointReport {
     threads: i32,
 }
 
-fn checkpoint(args: &CheckpointArgs, place: &setup::Place) -> Result<(), WorkerError> {
+fn checkpoint(args: &CheckpointArgs, place: &Place) -> Result<(), WorkerError> {
     check_workers(args.workers, place)?;
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
     let steps = args.every * (args.checkpoints + 1);
@@ -338,7 +339,7 @@ fn checkpoint(args: &CheckpointArgs, place: &setup::Place) -> Result<(), WorkerE
 fn write_checkpoints(
     args: &CheckpointArgs,
     rig: &mut Rig,
-    place: &setup::Place,
+    place: &Place,
     attempt: String,
     out: &Path,
 ) -> Result<CheckpointReport, WorkerError> {
@@ -414,7 +415,7 @@ fn write_checkpoints(
     })
 }
 
-fn step(args: &StepArgs, place: &setup::Place) -> Result<(), WorkerError> {
+fn step(args: &StepArgs, place: &Place) -> Result<(), WorkerError> {
     check_workers(args.workers, place)?;
     let identity = place.identity;
     let recipe = Recipe::load(&args.recipe, &args.sets)?;

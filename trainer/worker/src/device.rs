@@ -9,7 +9,7 @@ use std::time::Duration;
 use mentee_cluster::{Identity, Vitals};
 use mentee_collectives::nccl::{Communicator, Library, Options};
 use mentee_collectives::{
-    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Stream, Ticket,
+    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Event, EventError, Stream, Ticket,
 };
 use mentee_config::Recipe;
 use mentee_config::recipe::{self, Precision};
@@ -18,7 +18,6 @@ use mentee_torch_ext::{DeviceReduce, file_of_libtorch};
 use tch::Device;
 
 use crate::error::WorkerError;
-use crate::lane::CudaMark;
 
 /// The device of a recipe on this rank, ready to be used by this thread.
 pub fn of_recipe(recipe: &Recipe, identity: &Identity) -> Result<Device, WorkerError> {
@@ -60,6 +59,15 @@ fn choose(
             Ok(Device::Cpu)
         }
         _ => Ok(Device::Cpu),
+    }
+}
+
+/// An event of libtorch's as a group watches it.
+pub struct CudaMark(pub cuda::Event);
+
+impl Event for CudaMark {
+    fn is_complete(&self) -> Result<bool, EventError> {
+        self.0.is_complete().map_err(|error| EventError(error.to_string()))
     }
 }
 

@@ -15,8 +15,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::beside_libtorch;
 use crate::error::WorkerError;
-use crate::setup::Place;
-use crate::{affinity, agree, setup};
+use crate::place::Place;
+use crate::{affinity, agree};
 
 /// Elements of the all-reduce: 1 MiB of f32.
 const ELEMENTS: usize = 1 << 18;
@@ -97,7 +97,7 @@ struct AllReduce {
 
 /// Prints [`Facts`].
 pub fn command(args: &DoctorArgs) -> Result<i32, WorkerError> {
-    let place = setup::place()?;
+    let place = Place::find()?;
     examine(args, &place).map_err(|error| agree::leave(&*place.collectives, error))
 }
 

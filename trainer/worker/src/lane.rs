@@ -17,8 +17,17 @@ use mentee_ssl::SslError;
 use mentee_torch_ext::cuda;
 use tch::{Kind, Tensor};
 
+use crate::device::CudaMark;
 use crate::error::WorkerError;
-use crate::reducer::Communication;
+
+/// What communication cost in one step.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Communication {
+    /// Time spent summing gradients.
+    pub total: Duration,
+    /// The part of it that training waited for.
+    pub exposed: Duration,
+}
 
 /// The two streams of a lane.
 pub trait Streams {
@@ -59,15 +68,6 @@ impl CudaStreams {
     }
 }
 
-/// An event of libtorch's as a group watches it.
-pub struct CudaMark(pub cuda::Event);
-
-impl Event for CudaMark {
-    fn is_complete(&self) -> Result<bool, EventError> {
-        self.0.is_complete().map_err(|error| EventError(error.to_string()))
-    }
-}
-
 impl Streams for CudaStreams {
     type Mark = CudaMark;
 
@@ -95,7 +95,7 @@ impl Streams for CudaStreams {
 }
 
 /// See the module.
-pub struct Lane<S: Streams> {
+pub struct DeviceLane<S: Streams> {
     group: Arc<dyn DeviceCollectives>,
     streams: S,
     patience: Duration,
@@ -156,7 +156,7 @@ impl<M: Event> Event for Ends<M> {
     }
 }
 
-impl<S: Streams> Lane<S> {
+impl<S: Streams> DeviceLane<S> {
     /// Sums over `group`; a rank waits for the others as long as `patience`.
     pub fn new(group: Arc<dyn DeviceCollectives>, streams: S, patience: Duration) -> Self {
         Self { group, streams, patience, finite: Vec::new(), last: None, failure: None }
@@ -353,11 +353,11 @@ mod tests {
         }
     }
 
-    fn lane(fails_at: Option<usize>) -> (Lane<FakeStreams>, Log) {
+    fn lane(fails_at: Option<usize>) -> (DeviceLane<FakeStreams>, Log) {
         let log = Log::default();
         let group = Arc::new(FakeGroup { log: log.clone(), fails_at, sums: Mutex::default() });
         let streams = FakeStreams { log: log.clone(), marks: Mutex::default() };
-        (Lane::new(group, streams, Duration::from_secs(1)), log)
+        (DeviceLane::new(group, streams, Duration::from_secs(1)), log)
     }
 
     #[test]

@@ -14,7 +14,7 @@ use mentee_collectives::mpi;
 use mentee_config::{exit_code, say};
 
 use crate::error::{self, WorkerError};
-use crate::setup::Place;
+use crate::place::Place;
 use crate::times::{self, Clock};
 use crate::waits::Waits;
 

@@ -3,6 +3,7 @@
 // A closed pipe or a full disk ends no program that says its words by `mentee_config::say`.
 #![cfg_attr(not(test), deny(clippy::print_stdout, clippy::print_stderr))]
 
+mod across;
 mod affinity;
 mod agree;
 mod append;
@@ -25,6 +26,7 @@ mod metrics;
 mod online;
 mod orphan;
 mod passes;
+mod place;
 mod reducer;
 mod run_dir;
 mod setup;

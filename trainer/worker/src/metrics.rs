@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::append::Appended;
 use crate::error::WorkerError;
-use crate::reducer::Communication;
+use crate::lane::Communication;
 use crate::tensorboard::EventFile;
 
 /// One logged step.

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use mentee_collectives::{Buffer, CollectiveError, Collectives};
 use mentee_ssl::gradients::Gradients;
-use mentee_ssl::params::Layout;
+use mentee_ssl::layout::Layout;
 use mentee_ssl::{SslError, State};
 use mentee_torch_ext::{FlatSlice, SharedFlat, over_memory};
 use tch::{Device, Tensor};
@@ -32,7 +32,7 @@ use tch::{Device, Tensor};
 use crate::device::DeviceGroup;
 use crate::error::WorkerError;
 use crate::faults::{GradientFault, LAST};
-use crate::lane::{CudaStreams, Lane as DeviceLane};
+use crate::lane::{Communication, CudaStreams, DeviceLane};
 
 /// The first bucket has at most so many MiB, so that communication starts early.
 const FIRST_BUCKET_MIB: f64 = 1.0;
@@ -79,15 +79,6 @@ fn buckets(layout: &Layout, first: i64, size: i64) -> Vec<Bucket> {
 /// Where the parameter behind one that ends at `end` begins.
 fn end_of(layout: &Layout, end: i64) -> i64 {
     layout.params().map(|place| place.range.start).filter(|&start| start >= end).min().unwrap_or(end)
-}
-
-/// What communication cost in one step.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Communication {
-    /// Time spent summing gradients.
-    pub total: Duration,
-    /// The part of it that training waited for.
-    pub exposed: Duration,
 }
 
 /// How long the communication thread took for a bucket.
@@ -152,10 +143,10 @@ impl Round {
 /// Sums gradients over ranks.
 pub struct GradientReducer {
     round: Arc<Mutex<Round>>,
-    lane: Option<Lane>,
+    lane: Option<HostLane>,
 }
 
-struct Lane {
+struct HostLane {
     outcomes: Receiver<Outcome>,
     buckets: usize,
     /// Buckets of this step whose outcome is to come.
@@ -201,7 +192,7 @@ impl GradientReducer {
                 .name("gradients".into())
                 .spawn(move || sum_all(&*collectives, &flat, &ranges, &report))
                 .map_err(|error| WorkerError::Failed(format!("failed to start a thread: {error}")))?;
-            (Some(Lane { outcomes, buckets: count, in_flight: 0, thread: Some(thread) }), Some(queue))
+            (Some(HostLane { outcomes, buckets: count, in_flight: 0, thread: Some(thread) }), Some(queue))
         } else {
             (None, None)
         };

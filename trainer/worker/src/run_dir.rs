@@ -14,6 +14,11 @@ pub fn default_path(recipe: &Recipe) -> PathBuf {
     Path::new("runs").join(&recipe.run.name)
 }
 
+/// The folder of a run's checkpoints.
+pub fn checkpoints(run_dir: &Path) -> PathBuf {
+    run_dir.join("checkpoints")
+}
+
 /// Checks that `run_dir` is new or a run of this recipe; nothing is changed.
 pub fn check(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
     match recipe.difference_to_run(run_dir)? {

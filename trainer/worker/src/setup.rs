@@ -7,21 +7,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mentee_checkpoint::{Counts, LocalDisk, Meta};
-use mentee_cluster::{Identity, Phase, Shares, identity};
+use mentee_cluster::{Identity, Phase, Shares};
 use mentee_collectives::checked::Checked;
-use mentee_collectives::mpi::{self, Mpi};
-use mentee_collectives::shm::Shm;
-use mentee_collectives::{Buffer, CollectiveError, Collectives, Single};
+use mentee_collectives::{Collectives, mpi};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
 use mentee_data::{Loader, LoaderConfig, OnError, Source, open_training, order};
-use mentee_ssl::layers::{Gather, Reduce};
-use mentee_ssl::{Method, Schedule, SslError, State};
-use tch::Tensor;
+use mentee_ssl::layers::Reduce;
+use mentee_ssl::{Method, Schedule, State};
 
-use crate::checkpoints::{self, Checkpoints, Settings};
+use crate::checkpoints::{Checkpoints, Settings};
 use crate::collapse::CollapseWatch;
-use crate::device::{self, DeviceGroup, Settle};
+use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
@@ -29,12 +26,11 @@ use crate::feed::Feed;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
-use crate::orphan::ParentWatch;
 use crate::passes::Passes;
+use crate::place::Place;
 use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
-use crate::waits::{Waits, Watched};
-use crate::{TrainArgs, affinity, agree, import, logging, run_dir, snapshot};
+use crate::{TrainArgs, across, affinity, agree, import, logging, run_dir, snapshot};
 
 /// Batches decoded ahead of the step.
 const QUEUE_STEPS: usize = 3;
@@ -78,101 +74,12 @@ impl Run {
     }
 }
 
-/// Who this rank is and the network it is part of.
-pub struct Place {
-    pub identity: Identity,
-    pub collectives: Arc<dyn Collectives>,
-    /// Of the calls made through `collectives`.
-    pub waits: Arc<Waits>,
-    /// By what ranks exchange host memory.
-    pub exchange: String,
-}
-
-/// `0` keeps ranks of one machine from exchanging data through its memory.
-const SHARED_MEMORY: &str = "MENTEE_SHARED_MEMORY";
-
-/// Finds this rank's place. Starts MPI only when there is more than one rank.
-pub fn place() -> Result<Place, WorkerError> {
-    let identity = identity::discover(&|name| std::env::var(name).ok())?;
-    let waits = Arc::new(Waits::default());
-    if identity.world_size == 1 {
-        let exchange = "nothing: one rank".into();
-        return Ok(Place { identity, collectives: Arc::new(Single::new()), waits, exchange });
-    }
-    let launcher_is_there = ParentWatch::start(identity.rank);
-    let mpi = Mpi::initialize(Some((identity.rank, identity.world_size)))?;
-    drop(launcher_is_there); // from here on waits have deadlines
-    let (group, exchange) = exchange(Arc::new(mpi))?;
-    Ok(Place { identity, collectives: Arc::new(Watched::new(group, waits.clone())), waits, exchange })
-}
-
-/// Through the machine's memory where all ranks are on one, else by MPI; and its name.
-fn exchange(mpi: Arc<Mpi>) -> Result<(Arc<dyn Collectives>, String), CollectiveError> {
-    let wanted = std::env::var(SHARED_MEMORY).map_or(true, |value| value != "0");
-    if mpi.all_gather(&[u8::from(wanted)])?.concat().contains(&0) {
-        return Ok((mpi, format!("MPI ({SHARED_MEMORY}=0)")));
-    }
-    Ok(match Shm::over(mpi.clone(), mpi::patience)? {
-        Ok(shm) => (Arc::new(shm), "shared memory".into()),
-        Err(reason) => (mpi, format!("MPI ({reason})")),
-    })
-}
-
 /// Sets the compute threads and says how many decode threads there are to be. All ranks call it at the same point.
 pub fn threads(recipe: &Recipe, collectives: &dyn Collectives) -> Result<usize, WorkerError> {
     let cores = affinity::cores(collectives)?;
     let or_cores = |n: u64| if n == 0 { cores } else { n as usize };
     tch::set_num_threads(or_cores(recipe.parallel.threads) as i32);
     Ok(or_cores(recipe.parallel.decode_threads))
-}
-
-/// The closure by which batch norms sum their statistics over ranks.
-pub fn stat_reduce(
-    recipe: &Recipe,
-    collectives: &Arc<dyn Collectives>,
-    group: Option<&DeviceGroup>,
-) -> Option<Reduce> {
-    if !recipe.parallel.sync_batch_norm || collectives.world_size() == 1 {
-        return None;
-    }
-    if let Some(group) = group {
-        return Some(Reduce::Device(group.reduce()));
-    }
-    let collectives = collectives.clone();
-    Some(Reduce::Host(Arc::new(move |values: &mut [f64]| {
-        match collectives.all_reduce_sum(Buffer::F64(values)) {
-            Ok(()) => true,
-            Err(error) => {
-                tracing::error!(%error, "batch-norm statistics");
-                false
-            }
-        }
-    })))
-}
-
-/// The closure by which methods collect rows over ranks; rows on devices are waited for by `settle`.
-pub fn gather(collectives: &Arc<dyn Collectives>, settle: Option<Settle>) -> Gather {
-    if collectives.world_size() == 1 {
-        return Gather(None);
-    }
-    let collectives = collectives.clone();
-    Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
-        let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
-        settle.as_ref().map_or(Ok(()), |settle| settle()).map_err(|error| failed(&error))?;
-        let own = snapshot::bytes(rows).map_err(|error| failed(&error))?;
-        let parts = collectives.all_gather(&own).map_err(|error| failed(&error))?;
-        let (dim, kind) = (rows.size2()?.1, rows.kind());
-        let parts = parts
-            .iter()
-            .map(|part| {
-                let n = part.len() / (kind.elt_size_in_bytes() * dim.max(1) as usize);
-                Tensor::f_from_data_size(part, &[n as i64, dim], kind)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let before = &parts[..collectives.rank() as usize];
-        let first = before.iter().map(|part| part.size()[0]).sum();
-        Ok((Tensor::f_cat(&parts, 0)?.f_to_device(rows.device())?, first))
-    })))
 }
 
 /// What each rank finds by itself: recipe, run directory, data.
@@ -195,7 +102,7 @@ fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local,
     let source = open_training(&recipe)?;
     let plan = Plan::new(recipe, source.len(), identity.world_size)?;
     // Before `plan.toml` names them.
-    let entries = mentee_checkpoint::list(&checkpoints::folder(&run_dir))?;
+    let entries = mentee_checkpoint::list(&run_dir::checkpoints(&run_dir))?;
     let (images, path) = (source.digest(), &plan.recipe.data.path);
     if let Some(refusal) = mentee_checkpoint::refusal_of_images(&entries, &images, path, &run_dir) {
         return Err(WorkerError::OtherData(refusal));
@@ -263,7 +170,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     state.keep_features = probe.is_some();
     let attempt = agree::attempt(&*collectives)?;
     let cleaned = match identity.rank {
-        0 => mentee_checkpoint::clean(&LocalDisk, &checkpoints::folder(&run_dir)),
+        0 => mentee_checkpoint::clean(&LocalDisk, &run_dir::checkpoints(&run_dir)),
         _ => Ok(Vec::new()),
     };
     for left in agree::together(&*collectives, cleaned.map_err(WorkerError::from))? {
@@ -292,7 +199,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     let collectives: Arc<dyn Collectives> =
         if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
     let settle = group.as_ref().map(|group| group.settle(device, place.waits.vitals.clone()));
-    state.gather = gather(&collectives, settle);
+    state.gather = across::gather(&collectives, settle);
     tracing::info!(
         next_step,
         total_steps = plan.total_steps,
@@ -337,7 +244,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,
         faults,
         rank_share: rank_share.clone(),
-        stat_reduce: stat_reduce(recipe, &collectives, group.as_ref()),
+        stat_reduce: across::stat_reduce(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         collapse,
         stop,
@@ -362,7 +269,7 @@ fn resume(
     run_dir: &Path,
     plan: &Plan,
 ) -> Result<(u64, Counts), WorkerError> {
-    let Some(newest) = mentee_checkpoint::newest(&checkpoints::folder(run_dir))? else {
+    let Some(newest) = mentee_checkpoint::newest(&run_dir::checkpoints(run_dir))? else {
         import::of_recipe(state, &plan.recipe)?;
         return Ok((0, Counts::default()));
     };

@@ -17,7 +17,7 @@ use mentee_collectives::{Collectives, Single};
 use mentee_commands::TraceArgs;
 use mentee_config::{Plan, Recipe, counted, exit_code, say};
 use mentee_data::{Loader, LoaderConfig, OnError, open_training, order};
-use mentee_ssl::params::view;
+use mentee_ssl::layout::view;
 use mentee_ssl::{Rates, Schedule};
 use tch::Tensor;
 

@@ -12,6 +12,7 @@ use crate::error::WorkerError;
 use crate::link::Reporter;
 use crate::metrics::{self, Meter, TrainLine};
 use crate::online::OnlineProbe;
+use crate::place::Place;
 use crate::setup::{self, Run};
 use crate::stop::StopFlag;
 use crate::{TrainArgs, views};
@@ -251,7 +252,7 @@ fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerE
 /// One rank, from the command line to its exit code.
 pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
     let stop = StopFlag::install()?; // before what takes time: a signal from here on loses nothing
-    let place = setup::place()?;
+    let place = Place::find()?;
     let collectives = place.collectives.clone();
     let (local, mut reporter) = match setup::join(args, &place) {
         Ok(joined) => joined,

@@ -3,8 +3,8 @@
 
 use std::ops::Range;
 
+use super::layout::Layout;
 use super::markers::{Colour, Component, Header};
-use super::scan::Layout;
 
 /// Rows between two steps.
 #[derive(Debug, Default)]

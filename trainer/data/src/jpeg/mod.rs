@@ -18,6 +18,7 @@ mod bits;
 mod colour;
 mod huffman;
 mod idct;
+mod layout;
 mod markers;
 mod scan;
 

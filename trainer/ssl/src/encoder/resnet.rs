@@ -6,7 +6,7 @@ use tch::Tensor;
 
 use crate::SslError;
 use crate::layers::{Conv, Norm, Pass, Shortcut};
-use crate::params::Declarations;
+use crate::layout::Declarations;
 
 /// A ResNet without its classifier.
 #[derive(Debug, Clone)]

@@ -12,8 +12,8 @@ use crate::SslError;
 use crate::encoder::ResNet;
 use crate::head::{Mlp, MlpLayer, Then};
 use crate::layers::{Bias, LinearInit, Pass};
+use crate::layout::Declarations;
 use crate::loss::{cosine, swap_views};
-use crate::params::Declarations;
 
 /// BYOL with its networks.
 #[derive(Debug)]

@@ -15,8 +15,8 @@ use crate::SslError;
 use crate::encoder::ResNet;
 use crate::head::{Mlp, MlpLayer, Then};
 use crate::layers::{Bias, LinearInit, Pass};
+use crate::layout::Declarations;
 use crate::loss::{l2_normalise, swap_views};
-use crate::params::Declarations;
 
 /// MoCo v3 with its networks.
 #[derive(Debug)]

@@ -11,7 +11,7 @@ use crate::SslError;
 use crate::encoder::ResNet;
 use crate::head::Mlp;
 use crate::layers::Pass;
-use crate::params::Declarations;
+use crate::layout::Declarations;
 
 /// The networks of a method; the teacher is the first two on weights of its own.
 #[derive(Debug, Clone)]
