@@ -117,7 +117,8 @@ impl std::fmt::Display for Phase {
 }
 
 /// Where a rank's steps spent their time: means since its last report, milliseconds. What is left of `step_ms` went into
-/// bookkeeping. On a device that works behind the program's back, forward and backward are the time to hand it the work.
+/// bookkeeping. A device works behind the program's back: forward is the time to hand it the work, and the wait for it to come to
+/// the end of backward counts as backward.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StepTimes {
@@ -169,12 +170,15 @@ pub struct Progress {
     /// In a call to the other ranks just now.
     #[serde(default)]
     pub waiting: bool,
-    /// Milliseconds of all steps of this start, waits for other ranks left out.
+    /// Milliseconds of all steps of this start, waits for other ranks and for the device left out.
     #[serde(default)]
     pub own_ms: f64,
     /// Of these, waiting for data.
     #[serde(default)]
     pub data_ms: f64,
+    /// Milliseconds of all steps of this start in which this rank waited for its device; 0 on the processor.
+    #[serde(default)]
+    pub device_ms: f64,
     /// Where they went on this rank.
     pub times: Option<StepTimes>,
     /// Memory of this rank's process, MiB.

@@ -14,6 +14,7 @@ pub struct Vitals {
     waiting: AtomicBool,
     own_micros: AtomicU64,
     data_micros: AtomicU64,
+    device_micros: AtomicU64,
 }
 
 impl Vitals {
@@ -37,8 +38,10 @@ impl Vitals {
         self.waiting.store(waiting, Ordering::Relaxed);
     }
 
-    /// Adds a step's own work, waits for other ranks left out, and the part of it that waited for data.
-    pub fn worked(&self, own: Duration, data: Duration) {
+    /// Adds a step's own work, waits for other ranks and for the device left out, the part of it that waited for data, and the
+    /// wait for the device.
+    pub fn worked(&self, own: Duration, data: Duration, device: Duration) {
+        self.device_micros.fetch_add(device.as_micros() as u64, Ordering::Relaxed);
         self.own_micros.fetch_add(own.as_micros() as u64, Ordering::Relaxed);
         self.data_micros.fetch_add(data.as_micros() as u64, Ordering::Relaxed);
     }
@@ -53,6 +56,7 @@ impl Vitals {
             waiting: self.waiting.load(Ordering::Relaxed),
             own_ms: ms(&self.own_micros),
             data_ms: ms(&self.data_micros),
+            device_ms: ms(&self.device_micros),
             ..report
         }
     }

@@ -9,7 +9,8 @@
 //! | a rank's own work takes half as long again as that of the median rank | a straggler | three windows of eight steps |
 //!
 //! A rank's own work is its step without its waits for others: when one is slow all steps are, and only the slow one
-//! is busy. Time in which this process itself did not run (a suspended job or laptop) is nobody's silence.
+//! is busy. On devices it is what the host does, and holds up the others only where the rank's device has to wait for it: who
+//! is slow because its device is cannot be told, as devices wait for each other within their streams. Time in which this process itself did not run (a suspended job or laptop) is nobody's silence.
 
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ const WINDOWS: u8 = 3;
 /// How much longer than the median's a straggler's own work takes, and by how much at least.
 const RATIO: f64 = 1.5;
 const LEAST_MS: f64 = 2.0;
+/// A rank that waits for its device for so much of its own work is not what its device waits for.
+const DEVICE_BUSY: f64 = 0.25;
 
 /// The gang does not go on.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,8 +92,9 @@ struct Seen {
     over: bool,
     own_ms: f64,
     data_ms: f64,
-    /// Step, own and data milliseconds at the start of the window.
-    base: (u64, f64, f64),
+    device_ms: f64,
+    /// Step, own, data and device milliseconds at the start of the window.
+    base: (u64, [f64; 3]),
     ready: bool,
     /// Windows in a row that speak against what is believed of it.
     windows: u8,
@@ -130,7 +134,8 @@ impl Watch {
             over: false,
             own_ms: 0.0,
             data_ms: 0.0,
-            base: (0, 0.0, 0.0),
+            device_ms: 0.0,
+            base: (0, [0.0; 3]),
             ready: false,
             windows: 0,
             slow: false,
@@ -159,12 +164,12 @@ impl Watch {
         if (seen.step, seen.phase) != (progress.step, progress.phase) {
             if seen.phase == Phase::Starting {
                 // The first step that is known of: of the run when it starts, later when it is resumed.
-                seen.base = (progress.step, progress.own_ms, progress.data_ms);
+                seen.base = (progress.step, [progress.own_ms, progress.data_ms, progress.device_ms]);
             }
             (seen.step, seen.phase, seen.changed) = (progress.step, progress.phase, now);
             self.changed = now;
         }
-        (seen.own_ms, seen.data_ms) = (progress.own_ms, progress.data_ms);
+        (seen.own_ms, seen.data_ms, seen.device_ms) = (progress.own_ms, progress.data_ms, progress.device_ms);
         let full = progress.step >= seen.base.0.saturating_add(WINDOW) && !seen.ready;
         if full {
             seen.ready = true;
@@ -267,23 +272,25 @@ impl Watch {
     /// Every rank's window is full: compares them, and opens the next.
     fn compare(&mut self) -> Vec<Pace> {
         self.ready = 0;
-        let each: Vec<(f64, f64)> = self
+        let each: Vec<[f64; 3]> = self
             .ranks
             .iter_mut()
             .map(|seen| {
-                let (step, own, data) =
-                    std::mem::replace(&mut seen.base, (seen.step, seen.own_ms, seen.data_ms));
+                let now = [seen.own_ms, seen.data_ms, seen.device_ms];
+                let (step, before) = std::mem::replace(&mut seen.base, (seen.step, now));
                 seen.ready = false;
                 let steps = seen.step.saturating_sub(step).max(1) as f64;
-                ((seen.own_ms - own) / steps, (seen.data_ms - data) / steps)
+                std::array::from_fn(|n| (now[n] - before[n]) / steps)
             })
             .collect();
-        let mut sorted: Vec<f64> = each.iter().map(|(own, _)| *own).collect();
+        let mut sorted: Vec<f64> = each.iter().map(|[own, ..]| *own).collect();
         // Of two ranks the faster one is what the other is compared with.
         let (_, &mut median_ms, _) = sorted.select_nth_unstable_by((each.len() - 1) / 2, f64::total_cmp);
         let mut news = Vec::new();
-        for (rank, (seen, (own_ms, data_ms))) in self.ranks.iter_mut().zip(each).enumerate() {
-            let slow = own_ms > RATIO * median_ms && own_ms > median_ms + LEAST_MS;
+        for (rank, (seen, [own_ms, data_ms, device_ms])) in self.ranks.iter_mut().zip(each).enumerate() {
+            let slow = own_ms > RATIO * median_ms
+                && own_ms > median_ms + LEAST_MS
+                && device_ms <= DEVICE_BUSY * own_ms;
             seen.windows = if slow == seen.slow { 0 } else { seen.windows + 1 };
             if seen.windows == WINDOWS {
                 (seen.slow, seen.windows) = (slow, 0);
@@ -478,6 +485,27 @@ mod tests {
         assert_eq!(paces(400, |rank, step| 30.0 + ((step * 7 + rank as u64 * 13) % 11) as f64, 4), []);
         assert_eq!(paces(400, |rank, _| if rank == 1 { 1.5 } else { 0.1 }, 4), [], "too little to matter");
         assert_eq!(paces(400, |_, _| 30.0, 1), []);
+    }
+
+    #[test]
+    fn a_host_whose_device_is_busy_anyway_holds_nobody_up() {
+        let said = |device: f64| {
+            let mut watch = Watch::new(STALL, 2, Duration::ZERO);
+            let mut news = Vec::new();
+            for step in 1..=100u64 {
+                for rank in 0..2 {
+                    let steps = step as f64;
+                    // Rank 1's host needs twice as long; its device has less to wait for, or nothing.
+                    let (own_ms, device_ms) =
+                        if rank == 1 { (20.0 * steps, device * steps) } else { (10.0 * steps, 50.0 * steps) };
+                    let progress = Progress { own_ms, device_ms, ..at(step, Phase::Update, false) };
+                    news.extend(watch.progress(Duration::from_millis(60 * step), rank, &progress));
+                }
+            }
+            news.into_iter().map(|pace| (pace.rank, pace.slow)).collect::<Vec<_>>()
+        };
+        assert_eq!(said(40.0), []);
+        assert_eq!(said(1.0), [(1, true)]);
     }
 
     #[test]

@@ -107,6 +107,8 @@ int mentee_device_use(int device, int autotune, int tf32) {
   return mentee::guarded([&] {
     VirtualGuardImpl(at::kCUDA).setDevice(Device(at::kCUDA, device));
     at::globalContext().setBenchmarkCuDNN(autotune != 0);
+    // Who does not look for the fastest algorithm has one that gives the same bits every time.
+    at::globalContext().setDeterministicCuDNN(autotune == 0);
     at::globalContext().setAllowTF32CuDNN(tf32 != 0);
     at::globalContext().setAllowTF32CuBLAS(tf32 != 0);
   });

@@ -5,8 +5,11 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <map>
 #include <mutex>
+#include <sstream>
 #include <vector>
 
 namespace {
@@ -23,9 +26,12 @@ typedef int (*nvrtcCompileProgram_t)(void*, int, const char* const*);
 typedef int (*nvrtcGetSize_t)(void*, size_t*);
 typedef int (*nvrtcGetText_t)(void*, char*);
 typedef int (*nvrtcDestroyProgram_t)(void**);
+typedef int (*nvrtcGetNumSupportedArchs_t)(int*);
+typedef int (*nvrtcGetSupportedArchs_t)(int*);
 typedef int (*aoti_stream_t)(int32_t, void**);
 
-constexpr int kMajor = 75, kMinor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+constexpr int kMajor = 75, kMinor = 76;                        // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_…
+constexpr int kPciBus = 33, kPciDevice = 34, kPciDomain = 50;  // CU_DEVICE_ATTRIBUTE_PCI_…_ID
 
 void* symbol(void* library, const char* name) {
   void* found = dlsym(library, name);
@@ -69,7 +75,30 @@ const Driver& driver() {
 const char* kernel_source = nullptr;
 std::string nvrtc_file;
 
-// Compiles a part of kernels.cu to machine code for one architecture, such as "sm_90".
+// The newest architecture that this NVRTC knows, where `wanted` ("sm_130") is newer than that; else 0. Its code in PTX is understood
+// by every later device, whose driver makes machine code of it.
+int known_before(void* nvrtc, const std::string& wanted) {
+  auto count = reinterpret_cast<nvrtcGetNumSupportedArchs_t>(symbol(nvrtc, "nvrtcGetNumSupportedArchs"));
+  auto list = reinterpret_cast<nvrtcGetSupportedArchs_t>(symbol(nvrtc, "nvrtcGetSupportedArchs"));
+  int n = 0;
+  if (count(&n) != 0 || n <= 0) return 0;
+  std::vector<int> known(n);
+  if (list(known.data()) != 0) return 0;
+  const int newest = *std::max_element(known.begin(), known.end());
+  return std::atoi(wanted.c_str() + wanted.find('_') + 1) > newest ? newest : 0;
+}
+
+// The first line of a compiler's account that tells of an error.
+std::string first_error(const std::string& log) {
+  std::istringstream lines(log);
+  std::string line;
+  while (std::getline(lines, line)) {
+    if (line.find("error") != std::string::npos) return line;
+  }
+  return log.substr(0, log.find('\n'));
+}
+
+// Compiles a part of kernels.cu for one architecture, such as "sm_90": to machine code, or to PTX for one that is newer than NVRTC.
 std::vector<char> compile(const std::string& part, const std::string& architecture) {
   TORCH_CHECK(kernel_source, "the kernels' source was not given");
   void* nvrtc = dlopen(nvrtc_file.c_str(), RTLD_NOW);
@@ -78,26 +107,25 @@ std::vector<char> compile(const std::string& part, const std::string& architectu
   auto run = reinterpret_cast<nvrtcCompileProgram_t>(symbol(nvrtc, "nvrtcCompileProgram"));
   auto log_size = reinterpret_cast<nvrtcGetSize_t>(symbol(nvrtc, "nvrtcGetProgramLogSize"));
   auto log_text = reinterpret_cast<nvrtcGetText_t>(symbol(nvrtc, "nvrtcGetProgramLog"));
-  auto code_size = reinterpret_cast<nvrtcGetSize_t>(symbol(nvrtc, "nvrtcGetCUBINSize"));
-  auto code_text = reinterpret_cast<nvrtcGetText_t>(symbol(nvrtc, "nvrtcGetCUBIN"));
+  const int before = known_before(nvrtc, architecture);
+  auto code_size = reinterpret_cast<nvrtcGetSize_t>(symbol(nvrtc, before ? "nvrtcGetPTXSize" : "nvrtcGetCUBINSize"));
+  auto code_text = reinterpret_cast<nvrtcGetText_t>(symbol(nvrtc, before ? "nvrtcGetPTX" : "nvrtcGetCUBIN"));
   auto destroy = reinterpret_cast<nvrtcDestroyProgram_t>(symbol(nvrtc, "nvrtcDestroyProgram"));
 
   void* program = nullptr;
   TORCH_CHECK(create(&program, kernel_source, "kernels.cu", 0, nullptr, nullptr) == 0, "NVRTC takes no program");
-  const std::string arch = "--gpu-architecture=" + architecture, define = "-DPART_" + part;
-  const char* options[] = {arch.c_str(), define.c_str(), "--std=c++17"};
-  const int code = run(program, 3, options);
+  const std::string arch =
+      "--gpu-architecture=" + (before ? "compute_" + std::to_string(before) : architecture);
+  const std::string define = "-DPART_" + part;
+  const char* options[] = {arch.c_str(), define.c_str(), "--std=c++17", "-w"};
+  const int code = run(program, 4, options);
   if (code != 0) {
     size_t size = 0;
     log_size(program, &size);
     std::string log(size, ' ');
     log_text(program, log.data());
     destroy(&program);
-    // On one line, as messages are.
-    for (auto& c : log) {
-      if (c == '\n') c = ' ';
-    }
-    TORCH_CHECK(false, "NVRTC (", code, "), part ", part, " for ", architecture, ": ", log);
+    TORCH_CHECK(false, "NVRTC (", code, "), part ", part, " for ", architecture, ": ", first_error(log));
   }
   size_t size = 0;
   code_size(program, &size);
@@ -167,6 +195,22 @@ int mentee_device_start(const char* source, const char* nvrtc) {
   return mentee::guarded([&] {
     kernel_source = source;
     nvrtc_file = nvrtc;
+  });
+}
+
+int mentee_device_capability(int device, int* major, int* minor) {
+  return mentee::guarded([&] {
+    *major = mentee::device::attribute(device, kMajor);
+    *minor = mentee::device::attribute(device, kMinor);
+  });
+}
+
+// PCI domain, bus and device.
+int mentee_device_slot(int device, int* slot) {
+  return mentee::guarded([&] {
+    slot[0] = mentee::device::attribute(device, kPciDomain);
+    slot[1] = mentee::device::attribute(device, kPciBus);
+    slot[2] = mentee::device::attribute(device, kPciDevice);
   });
 }
 

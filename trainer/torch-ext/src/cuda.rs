@@ -91,7 +91,7 @@ fn nvrtc_part(folder: &Path) -> Option<PathBuf> {
 }
 
 /// Compiles one part of the kernels (`flat`, `bf16`, `f32`, `f64`) for an architecture such as `sm_90`, as a run on such a
-/// device does; returns the machine code's size in bytes. Needs NVRTC, and no device.
+/// device does; returns the code's size in bytes. Needs NVRTC, and no device.
 ///
 /// # Errors
 /// When NVRTC is missing or refuses the source.
@@ -126,6 +126,28 @@ pub fn use_device(device: usize, settings: Settings) -> Result<(), TorchError> {
 
 fn number(device: usize) -> i32 {
     i32::try_from(device).unwrap_or(i32::MAX)
+}
+
+/// The device's compute capability: 9 and 0 of an H100.
+///
+/// # Errors
+/// When there is no such device.
+pub fn capability(device: usize) -> Result<(i32, i32), TorchError> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: the results outlive the call.
+    unsafe { check(sys::mentee_device_capability(number(device), &mut major, &mut minor)) }?;
+    Ok((major, minor))
+}
+
+/// Where the device sits on its machine: PCI domain, bus and device, the same for every process that uses it.
+///
+/// # Errors
+/// When there is no such device.
+pub fn slot(device: usize) -> Result<[i32; 3], TorchError> {
+    let mut slot = [0; 3];
+    // SAFETY: the result has room for three and outlives the call.
+    unsafe { check(sys::mentee_device_slot(number(device), slot.as_mut_ptr())) }?;
+    Ok(slot)
 }
 
 /// Waits until the device has done all it was given.
@@ -199,6 +221,16 @@ impl Stream {
     }
 }
 
+/// Why there is no [`Graph`].
+#[derive(Debug)]
+pub enum NotRecorded<E> {
+    /// The work failed, or recording did not begin: the device is as it was.
+    Refused(E),
+    /// The recording did not end. libtorch's allocator then believes that it goes on, and neither gives memory back nor lets
+    /// libraries look for their fastest algorithms: nothing more can be done on the device.
+    Broken(TorchError),
+}
+
 /// Work of one stream, recorded once and launched at a stroke: what it reads and writes are always the same places.
 #[derive(Debug)]
 pub struct Graph(*mut std::ffi::c_void);
@@ -218,21 +250,20 @@ impl Graph {
     /// before; nothing of it is done yet. Tensors that `work` makes stay where they are, and each launch fills them again.
     ///
     /// # Errors
-    /// That of `work`; when it does something that cannot be recorded, such as waiting for the device.
+    /// [`NotRecorded`]; when `work` does something that cannot be recorded, such as waiting for the device, the second.
     pub fn record<T, E: From<TorchError>>(
         device: usize,
         work: impl FnOnce() -> Result<T, E>,
-    ) -> Result<(Self, T), E> {
+    ) -> Result<(Self, T), NotRecorded<E>> {
         let mut graph = std::ptr::null_mut();
         // SAFETY: on success `graph` is ours, and dropped once.
-        unsafe { check(sys::mentee_graph_begin(number(device), &mut graph)) }?;
+        let begun = unsafe { check(sys::mentee_graph_begin(number(device), &mut graph)) };
+        begun.map_err(|error| NotRecorded::Refused(error.into()))?;
         let graph = Self(graph);
         let done = work();
         // SAFETY: the graph is alive.
-        let ended = unsafe { check(sys::mentee_graph_end(graph.0)) };
-        let done = done?;
-        ended?;
-        Ok((graph, done))
+        unsafe { check(sys::mentee_graph_end(graph.0)) }.map_err(NotRecorded::Broken)?;
+        Ok((graph, done.map_err(NotRecorded::Refused)?))
     }
 
     /// Puts the recorded work on this thread's stream.
@@ -350,6 +381,7 @@ mod tests {
                 assert!(bytes > 1000, "{part} for {architecture}: {bytes} bytes");
             }
         }
+        assert!(compile("flat", "sm_999").is_ok(), "a later device gets what every later one understands");
         let error = compile("flat", "sm_1").expect_err("no such device").to_string();
         assert!(error.contains("NVRTC") && !error.contains('\n'), "{error}");
     }

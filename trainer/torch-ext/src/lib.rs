@@ -32,6 +32,14 @@ pub use tch;
 #[error("libtorch: {0}")]
 pub struct TorchError(String);
 
+impl TorchError {
+    /// In the caller's words, on one line.
+    #[must_use]
+    pub fn new(what: String) -> Self {
+        Self(what)
+    }
+}
+
 fn check(code: std::ffi::c_int) -> Result<(), TorchError> {
     if code == 0 {
         return Ok(());

@@ -138,6 +138,8 @@ unsafe extern "C" {
     pub fn mentee_device_start(source: *const c_char, nvrtc: *const c_char) -> c_int;
     pub fn mentee_device_compile(part: *const c_char, architecture: *const c_char, bytes: *mut i64) -> c_int;
     pub fn mentee_device_use(device: c_int, autotune: c_int, tf32: c_int) -> c_int;
+    pub fn mentee_device_capability(device: c_int, major: *mut c_int, minor: *mut c_int) -> c_int;
+    pub fn mentee_device_slot(device: c_int, slot: *mut c_int) -> c_int;
     pub fn mentee_device_batch_norm_train(
         x: *const C_tensor,
         weight: *const C_tensor,

@@ -8,7 +8,8 @@ use mentee_ssl::SslError;
 use mentee_ssl::layers::{Gather, Reduce};
 use tch::Tensor;
 
-use crate::device::{DeviceGroup, Settle};
+use crate::ahead::Ahead;
+use crate::device::DeviceGroup;
 use crate::snapshot;
 
 /// The closure by which batch norms sum their statistics over ranks.
@@ -21,7 +22,7 @@ pub fn stat_reduce(
         return None;
     }
     if let Some(group) = group {
-        return Some(Reduce::Device(group.reduce()));
+        return Some(Reduce::Device(group.ahead().reduce()));
     }
     let collectives = collectives.clone();
     Some(Reduce::Host(Arc::new(move |values: &mut [f64]| {
@@ -35,15 +36,15 @@ pub fn stat_reduce(
     })))
 }
 
-/// The closure by which methods collect rows over ranks; rows on devices are waited for by `settle`.
-pub fn gather(collectives: &Arc<dyn Collectives>, settle: Option<Settle>) -> Gather {
+/// The closure by which methods collect rows over ranks; rows on devices are waited for by `ahead`.
+pub fn gather(collectives: &Arc<dyn Collectives>, ahead: Option<Arc<Ahead>>) -> Gather {
     if collectives.world_size() == 1 {
         return Gather(None);
     }
     let collectives = collectives.clone();
     Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
         let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
-        settle.as_ref().map_or(Ok(()), |settle| settle()).map_err(|error| failed(&error))?;
+        ahead.as_ref().map_or(Ok(()), |ahead| ahead.settle()).map_err(|error| failed(&error))?;
         let own = snapshot::bytes(rows).map_err(|error| failed(&error))?;
         let parts = collectives.all_gather(&own).map_err(|error| failed(&error))?;
         let (dim, kind) = (rows.size2()?.1, rows.kind());

@@ -85,17 +85,33 @@ pub fn on_start(collectives: &dyn Collectives, own: &Start) -> Result<(), Worker
     Ok(())
 }
 
-/// Ranks compute all on the processor or all on devices of their own: what they sum, and by what way, depends on it.
-pub fn on_device(collectives: &dyn Collectives, device: Device) -> Result<(), WorkerError> {
-    let on_processor = device == Device::Cpu;
-    let all: Vec<bool> = gather(collectives, 0, &on_processor, "kind of device")?;
-    let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank]).collect();
-    if ranks.is_empty() || ranks.len() == all.len() {
-        return Ok(());
+/// Ranks compute all on the processor or all on devices of their own: what they sum, and by what way, depends on it. `slot`
+/// tells devices apart.
+pub fn on_device(
+    collectives: &dyn Collectives,
+    device: Device,
+    slot: Option<String>,
+) -> Result<(), WorkerError> {
+    let own = (device == Device::Cpu, slot);
+    let all: Vec<(bool, Option<String>)> = gather(collectives, 0, &own, "kind of device")?;
+    let ranks: Vec<usize> = (0..all.len()).filter(|&rank| all[rank].0).collect();
+    if !ranks.is_empty() && ranks.len() < all.len() {
+        // Said by a rank that has none: its machine is the one to look at.
+        let says = collectives.rank() as usize == ranks[0];
+        return Err(WorkerError::MixedDevices { ranks: numbers(ranks.into_iter()) }.known(says));
     }
-    // Said by a rank that has none: its machine is the one to look at.
-    let says = collectives.rank() as usize == ranks[0];
-    Err(WorkerError::MixedDevices { ranks: numbers(ranks.into_iter()) }.known(says))
+    let mut of_slot = BTreeMap::<&String, Vec<usize>>::new();
+    for (rank, slot) in all.iter().enumerate().filter_map(|(rank, (_, slot))| Some((rank, slot.as_ref()?))) {
+        of_slot.entry(slot).or_default().push(rank);
+    }
+    match of_slot.into_iter().find(|(_, ranks)| ranks.len() > 1) {
+        Some((slot, ranks)) => {
+            let says = collectives.rank() as usize == ranks[0];
+            let (ranks, slot) = (numbers(ranks.into_iter()), slot.clone());
+            Err(WorkerError::SharedDevice { ranks, slot }.known(says))
+        }
+        None => Ok(()),
+    }
 }
 
 /// A name for this start of the run: the same on all its ranks, and none that another start has.
@@ -111,6 +127,9 @@ pub fn attempt(collectives: &dyn Collectives) -> Result<String, WorkerError> {
 pub fn together<T>(collectives: &dyn Collectives, result: Result<T, WorkerError>) -> Result<T, WorkerError> {
     let own = result.as_ref().err().map_or(0, WorkerError::exit_code);
     let all = collectives.all_gather(&own.to_le_bytes())?;
+    if result.is_err() && all.iter().any(|bytes| bytes.len() != size_of_val(&own)) {
+        return result; // some rank is elsewhere, because this one failed
+    }
     let mut failed = None;
     for (rank, bytes) in all.iter().enumerate() {
         // A rank that is elsewhere has sent what belongs there.
@@ -369,7 +388,7 @@ mod tests {
     fn ranks_without_a_device_among_ranks_with_one_are_named() {
         let check = |odd: &[u32]| {
             ranks(4, |group, rank| {
-                on_device(group, if odd.contains(&rank) { Device::Cpu } else { Device::Cuda(0) })
+                on_device(group, if odd.contains(&rank) { Device::Cpu } else { Device::Cuda(0) }, None)
             })
         };
         assert!(check(&[]).iter().all(Result::is_ok));
@@ -381,6 +400,24 @@ mod tests {
             1,
             "rank 1, 3: no usable NVIDIA device there, the other ranks have one; see `mentee doctor` on that machine, or set \
              parallel.device = \"cpu\"",
+        );
+    }
+
+    #[test]
+    fn ranks_that_share_a_device_are_named() {
+        let check = |slots: [&'static str; 4]| {
+            ranks(4, move |group, rank| {
+                on_device(group, Device::Cuda(0), Some(slots[rank as usize].to_owned()))
+            })
+        };
+        assert!(check(["a", "b", "c", "d"]).iter().all(Result::is_ok));
+        let results = check(["a of n1", "b of n1", "a of n2", "b of n1"]);
+        assert!(!results[1].as_ref().unwrap_err().is_silent(), "the first of those");
+        assert_one_says(
+            results,
+            exit_code::USAGE,
+            "rank 1, 3: share one device (b of n1), and NCCL takes one rank a device; start as many workers as there are \
+             devices, or set parallel.device = \"cpu\"",
         );
     }
 

@@ -96,7 +96,7 @@ fn all_reduce(args: &AllreduceArgs, place: &Place) -> Result<(), WorkerError> {
     sets.extend(args.device.iter().map(|device| format!("parallel.device={device}")));
     let recipe = Recipe::load(&args.recipe, &sets)?;
     let device = device::of_recipe(&recipe, &place.identity)?;
-    let rows = match DeviceGroup::start(&place.collectives, &recipe, device)? {
+    let rows = match DeviceGroup::start(&place.collectives, &recipe, device, &place.waits)? {
         Some(group) => all_reduce_devices(group, device, args.seconds, place)?,
         None => bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)?,
     };
@@ -167,7 +167,7 @@ impl Rig {
         let recipe = &plan.recipe;
         setup::threads(recipe, &*collectives)?;
         let device = device::of_recipe(recipe, &identity)?;
-        let group = DeviceGroup::start(&collectives, recipe, device)?;
+        let group = DeviceGroup::start(&collectives, recipe, device, &place.waits)?;
         let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
         state.one_pass = !without.contains(&Gain::OnePass);
         let reducer =

@@ -1,32 +1,52 @@
 //! Where a rank computes: the processor, or one of NVIDIA's devices through libtorch, which is opened when it is needed.
 //! Several ranks on devices form a [`DeviceGroup`] over NCCL beside the group in host memory.
 
-use std::ffi::c_void;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use mentee_cluster::{Identity, Vitals};
+use mentee_cluster::{Identity, server};
 use mentee_collectives::nccl::{Communicator, Library, Options};
 use mentee_collectives::{
-    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Event, EventError, Stream, Ticket,
+    Collectives, DeviceBuffer, DeviceCollectives, DeviceError, DeviceType, Event, EventError, Stream,
 };
 use mentee_config::Recipe;
 use mentee_config::recipe::{self, Precision};
 use mentee_torch_ext::cuda::{self, NoCuda};
-use mentee_torch_ext::{DeviceReduce, file_of_libtorch};
+use mentee_torch_ext::file_of_libtorch;
 use tch::Device;
 
+use crate::agree;
+use crate::ahead::Ahead;
 use crate::error::WorkerError;
+use crate::waits::Waits;
 
 /// The device of a recipe on this rank, ready to be used by this thread.
 pub fn of_recipe(recipe: &Recipe, identity: &Identity) -> Result<Device, WorkerError> {
     choose(recipe.parallel.device, identity.local_rank, cuda::open).and_then(|device| {
         if let Device::Cuda(index) = device {
             enter(index, recipe)?;
+            let (major, minor) = cuda::capability(index)?;
+            if recipe.parallel.precision == Precision::Bf16 && major < 8 {
+                return Err(WorkerError::Usage(format!(
+                    "parallel.precision = \"bf16\": this device (compute capability {major}.{minor}) has no bf16, which begins \
+                     with 8.0: set parallel.precision = \"f32\""
+                )));
+            }
         }
         Ok(device)
     })
+}
+
+/// Which device that is, over all machines; none on the processor, and where ranks are to share one: NCCL tells ranks of one
+/// machine by `NCCL_HOSTID`.
+pub fn slot(device: Device) -> Result<Option<String>, WorkerError> {
+    let Device::Cuda(index) = device else { return Ok(None) };
+    if std::env::var_os("NCCL_HOSTID").is_some() {
+        return Ok(None);
+    }
+    let [domain, bus, slot] = cuda::slot(index)?;
+    Ok(Some(format!("{domain:04x}:{bus:02x}:{slot:02x} of {}", server::hostname())))
 }
 
 /// Makes a device the one of this thread. Every thread that uses it does so.
@@ -35,6 +55,10 @@ pub fn enter(index: usize, recipe: &Recipe) -> Result<(), WorkerError> {
     let autotune = recipe.parallel.precision == Precision::Bf16;
     Ok(cuda::use_device(index, cuda::Settings { autotune, tf32: false })?)
 }
+
+/// What a count of no device means, where there is a driver.
+const NO_DEVICE: &str = "there is an NVIDIA driver, and no device that libtorch can use: see nvidia-smi, CUDA_VISIBLE_DEVICES, and \
+                         whether the driver is new enough for CUDA 13 (580 and later)";
 
 fn choose(
     wanted: recipe::Device,
@@ -45,12 +69,15 @@ fn choose(
         return Ok(Device::Cpu);
     }
     match (open(), wanted) {
-        // As many ranks as devices is usual; more share them.
+        // As many ranks as devices is usual; `agree::on_device` refuses more.
         (Ok(count), _) if count > 0 => Ok(Device::Cuda((local_rank % count) as usize)),
-        (Ok(_), recipe::Device::Cuda) => Err(WorkerError::Usage(
-            "parallel.device = \"cuda\": the driver shows no device; see nvidia-smi and CUDA_VISIBLE_DEVICES"
-                .into(),
-        )),
+        (Ok(_), recipe::Device::Cuda) => {
+            Err(WorkerError::Usage(format!("parallel.device = \"cuda\": {NO_DEVICE}")))
+        }
+        (Ok(_), _) => {
+            tracing::warn!("computing on the processor: {NO_DEVICE}");
+            Ok(Device::Cpu)
+        }
         (Err(reason), recipe::Device::Cuda) => {
             Err(WorkerError::Usage(format!("parallel.device = \"cuda\": {reason}")))
         }
@@ -58,7 +85,7 @@ fn choose(
             tracing::warn!("computing on the processor, though there is an NVIDIA driver: {reason}");
             Ok(Device::Cpu)
         }
-        _ => Ok(Device::Cpu),
+        (Err(NoCuda::NoDriver), _) => Ok(Device::Cpu),
     }
 }
 
@@ -71,9 +98,6 @@ impl Event for CudaMark {
     }
 }
 
-/// See [`DeviceGroup::settle`].
-pub type Settle = Arc<dyn Fn() -> Result<(), WorkerError> + Send + Sync>;
-
 /// The ranks of a run, each on a device of its own.
 pub struct DeviceGroup {
     /// Batch-norm statistics, in the order of the stream that computes.
@@ -82,10 +106,7 @@ pub struct DeviceGroup {
     pub gradients: Arc<dyn DeviceCollectives>,
     /// How long a rank waits for the others.
     pub patience: Duration,
-    /// The last sum of statistics that was called.
-    last: Arc<Mutex<Option<Ticket>>>,
-    /// What the first sum of statistics failed with.
-    failed: Arc<Mutex<Option<DeviceError>>>,
+    ahead: Arc<Ahead>,
 }
 
 impl DeviceGroup {
@@ -94,77 +115,36 @@ impl DeviceGroup {
         host: &Arc<dyn Collectives>,
         recipe: &Recipe,
         device: Device,
+        waits: &Arc<Waits>,
     ) -> Result<Option<Self>, WorkerError> {
-        if device == Device::Cpu || host.world_size() == 1 {
+        let Device::Cuda(index) = device else { return Ok(None) };
+        if host.world_size() == 1 {
             return Ok(None);
         }
         let failed = |error: DeviceError| WorkerError::Failed(error.to_string());
         let patience = Duration::from_secs_f64(recipe.parallel.timeout_s);
         let library = Library::open(&beside_libtorch(file_of_libtorch().as_deref())).map(Arc::new);
-        let options = Options { call_patience: patience, ..Options::default() };
-        let statistics = Arc::new(Communicator::start(library, host.clone(), options).map_err(failed)?);
-        let gradients = statistics.lane("gradients").map_err(failed)?;
+        let options = Options { start_patience: patience, call_patience: patience, ..Options::default() };
+        // Each step together: a rank that fails alone would meet the others at another exchange.
+        let statistics = Communicator::start(library, host.clone(), options).map_err(failed);
+        let statistics = Arc::new(agree::together(&**host, statistics)?);
+        let gradients = agree::together(&**host, statistics.lane("gradients").map_err(failed))?;
+        let mark = Box::new(move || -> Result<Arc<dyn Event>, _> {
+            let (stream, _) = cuda::Stream::current(index)?;
+            Ok(Arc::new(CudaMark(cuda::Event::record(stream)?)))
+        });
+        let ahead = Ahead::new(statistics.clone(), mark, patience, waits.clone());
         tracing::info!(
             nccl = %statistics.library().version(),
             file = %statistics.library().path().display(),
             "ranks are connected over NCCL"
         );
-        Ok(Some(Self { statistics, gradients, patience, last: Arc::default(), failed: Arc::default() }))
+        Ok(Some(Self { statistics, gradients, patience, ahead }))
     }
 
-    /// The closure by which batch norms sum their statistics.
-    pub fn reduce(&self) -> DeviceReduce {
-        let (group, last, failed) = (self.statistics.clone(), self.last.clone(), self.failed.clone());
-        Arc::new(move |values: *mut c_void, n: usize, stream: *mut c_void| {
-            // SAFETY: n doubles that live until libtorch's stream has passed their use.
-            let (buffer, stream) =
-                unsafe { (DeviceBuffer::new(values, n, DeviceType::F64), Stream::from_raw(stream)) };
-            match group.all_reduce_sum(buffer, stream) {
-                Ok(ticket) => {
-                    *last.lock().unwrap_or_else(PoisonError::into_inner) = Some(ticket);
-                    true
-                }
-                Err(error) => {
-                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    false
-                }
-            }
-        })
-    }
-
-    /// The closure that waits until the stream that computes has passed all it was given: before a copy to host memory, which would
-    /// wait without end for a rank that did not come to a sum of statistics. `vitals` hears of the wait.
-    pub fn settle(&self, device: Device, vitals: Arc<Vitals>) -> Settle {
-        let (group, patience) = (self.statistics.clone(), self.patience);
-        let (last, failed) = (self.last.clone(), self.failed.clone());
-        Arc::new(move || {
-            let (Device::Cuda(index), Some(ticket)) =
-                (device, *last.lock().unwrap_or_else(PoisonError::into_inner))
-            else {
-                return Ok(()); // no other rank is waited for
-            };
-            let (stream, _) = cuda::Stream::current(index)?;
-            let done = CudaMark(cuda::Event::record(stream)?);
-            vitals.waiting(true);
-            let waited = group.wait(ticket, &done, patience);
-            vitals.waiting(false);
-            waited.map_err(|error| {
-                let said = error.to_string();
-                failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                WorkerError::Failed(said)
-            })
-        })
-    }
-
-    /// The error of a step that ended because statistics could not be summed: that of the sum.
-    pub fn explain(&self, error: WorkerError) -> WorkerError {
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner).take();
-        match (error, failed) {
-            (WorkerError::Step { step, .. }, Some(source)) => {
-                WorkerError::DeviceCollective { step, source: Box::new(source) }
-            }
-            (error, _) => error,
-        }
+    /// Batch-norm statistics of this rank.
+    pub fn ahead(&self) -> &Arc<Ahead> {
+        &self.ahead
     }
 
     /// Sums a contiguous tensor of f32 in place, and waits for it.
@@ -222,7 +202,7 @@ mod tests {
         for (error, part) in [
             (choose(Cuda, 0, no_driver), "no NVIDIA driver"),
             (choose(Cuda, 0, broken), "libtorch_cuda.so: broken"),
-            (choose(Cuda, 0, || Ok(0)), "no device"),
+            (choose(Cuda, 0, || Ok(0)), "no device that libtorch can use"),
         ] {
             let text = error.unwrap_err().to_string();
             assert!(text.starts_with("parallel.device = \"cuda\": ") && text.contains(part), "{text}");

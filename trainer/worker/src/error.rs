@@ -9,6 +9,9 @@ use mentee_config::{ConfigError, exit_code};
 use mentee_data::DataError;
 use mentee_ssl::SslError;
 
+/// NCCL's `ncclUnhandledCudaError`: a call of its own to this rank's device has failed.
+const CUDA_FAILED: i32 = 1;
+
 /// Everything a worker can fail with: one line each. Fields `step` are the updates done when the step began, as everywhere;
 /// what is found behind its update is told with the number that `metrics.jsonl` gives that.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +57,11 @@ pub enum WorkerError {
         "rank {ranks}: no usable NVIDIA device there, the other ranks have one; see `mentee doctor` on that machine, or set parallel.device = \"cpu\""
     )]
     MixedDevices { ranks: String },
+    #[error(
+        "rank {ranks}: share one device ({slot}), and NCCL takes one rank a device; start as many workers as there are devices, or \
+         set parallel.device = \"cpu\""
+    )]
+    SharedDevice { ranks: String, slot: String },
     #[error("step {step}: {source}")]
     Collective { step: u64, source: CollectiveError },
     /// Outside of any step.
@@ -135,6 +143,7 @@ impl WorkerError {
             | Self::Identity(_)
             | Self::OtherRecipe { .. }
             | Self::OtherRecipesCheckpoint { .. }
+            | Self::SharedDevice { .. }
             | Self::Import { .. } => exit_code::USAGE,
             // What MPI says while it starts may be that another rank is gone.
             Self::Start(StartError::Mpi { .. }) => exit_code::FAILED,
@@ -170,7 +179,9 @@ impl WorkerError {
                 // The device itself, or this rank's set-up.
                 DeviceErrorKind::Device(_)
                 | DeviceErrorKind::Library(_)
-                | DeviceErrorKind::BlockingForced { .. } => None,
+                | DeviceErrorKind::BlockingForced { .. }
+                | DeviceErrorKind::Call { code: CUDA_FAILED, .. }
+                | DeviceErrorKind::Asynchronous { code: CUDA_FAILED, .. } => None,
                 _ => Some(Vec::new()), // NCCL says that a peer is gone, not which
             };
         }

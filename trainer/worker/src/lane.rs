@@ -27,6 +27,8 @@ pub struct Communication {
     pub total: Duration,
     /// The part of it that training waited for.
     pub exposed: Duration,
+    /// Before that, the wait for this rank's own device to come to the end of backward.
+    pub device: Duration,
 }
 
 /// The two streams of a lane.
@@ -204,11 +206,13 @@ impl<S: Streams> DeviceLane<S> {
         let backward = self.streams.behind_compute()?;
         self.streams.hold_compute(&sums)?;
         let ends = Ends { backward, sums, backward_seen: Mutex::default() };
+        let start = Instant::now();
         self.group.wait(ticket, &ends, self.patience)?;
         // The streams' own times are not measured: what of it training waited for is what the host sees.
         let seen = *ends.backward_seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let exposed = seen.map_or(Duration::ZERO, |seen| seen.elapsed());
-        Ok(Communication { total: exposed, exposed })
+        let seen = seen.unwrap_or_else(Instant::now);
+        let exposed = seen.elapsed();
+        Ok(Communication { total: exposed, exposed, device: seen - start })
     }
 
     /// Whether this rank's own gradient of the last step was finite before it was summed.

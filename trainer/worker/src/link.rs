@@ -14,6 +14,7 @@ use mentee_collectives::mpi;
 use mentee_config::{exit_code, say};
 
 use crate::error::{self, WorkerError};
+use crate::lane::Communication;
 use crate::place::Place;
 use crate::times::{self, Clock};
 use crate::waits::Waits;
@@ -35,8 +36,10 @@ pub struct Reporter {
     now: Progress,
     clock: Clock,
     waits: Arc<Waits>,
-    /// When the step began, and what had been waited for then.
-    began: (Instant, Duration),
+    /// When the step began, and what had been waited for then: calls to other ranks, the device.
+    began: (Instant, [Duration; 2]),
+    /// The failure that ends this rank has been told.
+    has_failed: bool,
 }
 
 impl Reporter {
@@ -97,8 +100,8 @@ impl Reporter {
         let start = Instant::now();
         let words = prints.then(|| Lines::new(start));
         let clock = Clock::new(start);
-        let (now, waits, began) = (Progress::default(), waits.clone(), (start, Duration::ZERO));
-        Ok(Self { link, hosted, words, now, clock, waits, began })
+        let (now, waits, began) = (Progress::default(), waits.clone(), (start, [Duration::ZERO; 2]));
+        Ok(Self { link, hosted, words, now, clock, waits, began, has_failed: false })
     }
 
     /// Whether `mentee run` started this rank, and passes on what it prints.
@@ -135,20 +138,27 @@ impl Reporter {
 
     /// A step begins, with the wait for its data.
     pub fn begin_step(&mut self) {
-        self.began = (Instant::now(), self.waits.total());
+        self.began = (Instant::now(), [self.waits.total(), self.waits.device()]);
         self.phase(Phase::DataWait);
     }
 
-    /// Time since the step began that this rank did not wait for others: in calls to them, and `exposed` for sums
-    /// made elsewhere.
-    pub fn own_time(&self, exposed: Duration) -> Duration {
-        let (began, waited) = self.began;
-        began.elapsed().saturating_sub(self.waits.total().saturating_sub(waited)).saturating_sub(exposed)
+    /// The sums of gradients are done.
+    pub fn reduced(&mut self, communication: Communication) {
+        self.clock.was_backward(Instant::now(), self.waits.total(), communication.device);
     }
 
-    /// Step number `done` is done, of which this rank waited so long for data and for sums of gradients.
-    pub fn end_step(&mut self, done: u64, data_wait: Duration, exposed: Duration) {
-        self.waits.vitals.worked(self.own_time(exposed), data_wait);
+    /// Time since the step began that this rank waited neither for others nor for its device; with the sums of its gradients.
+    pub fn own_time(&self, communication: Communication) -> Duration {
+        let (began, [calls, device]) = self.began;
+        let calls = self.waits.total().saturating_sub(calls);
+        let device = self.waits.device().saturating_sub(device) + communication.device;
+        began.elapsed().saturating_sub(calls + device + communication.exposed)
+    }
+
+    /// Step number `done` is done, of which this rank waited so long for data.
+    pub fn end_step(&mut self, done: u64, data_wait: Duration, communication: Communication) {
+        let device = self.waits.device().saturating_sub(self.began.1[1]) + communication.device;
+        self.waits.vitals.worked(self.own_time(communication), data_wait, device);
         self.waits.vitals.step(done);
         if let Some(link) = &self.link {
             link.news();
@@ -189,8 +199,11 @@ impl Reporter {
         self.link.as_ref().and_then(Link::stop_reason).map(|reason| reason.to_string())
     }
 
-    /// The last word of a rank that fails: what happened, unless another rank says it.
-    pub fn failed(mut self, error: &WorkerError) {
+    /// Tells what ends this rank, unless another rank says it; once.
+    pub fn fails(&mut self, error: &WorkerError) {
+        if std::mem::replace(&mut self.has_failed, true) {
+            return;
+        }
         let (step, phase) = (self.waits.vitals.steps(), self.now.phase);
         let (message, exit_code, peers) = (error.to_string(), error.exit_code(), error.peers());
         if error.is_silent() {
@@ -203,6 +216,11 @@ impl Reporter {
         } else {
             WorkerEvent::Failed { step, phase, message, exit_code, peers }
         });
+    }
+
+    /// The last word of a rank that fails.
+    pub fn failed(mut self, error: &WorkerError) {
+        self.fails(error);
         self.close();
     }
 

@@ -6,6 +6,7 @@
 mod across;
 mod affinity;
 mod agree;
+mod ahead;
 mod append;
 mod bench;
 mod checkpoints;

@@ -2,11 +2,15 @@
 //! then on: what the host would spend on launching hundreds of kernels one by one, the device does not wait for.
 
 use mentee_ssl::{SslError, StepLoss};
-use mentee_torch_ext::{TorchError, cuda};
+use mentee_torch_ext::TorchError;
+use mentee_torch_ext::cuda::{self, NotRecorded};
 use tch::{Device, Tensor};
 
 /// Steps before the recording, in which libraries choose their algorithms and take their memory.
 const WARM_UP: u32 = 3;
+
+/// `0` has every kernel launched by itself.
+const GRAPHS: &str = "MENTEE_GRAPHS";
 
 /// What records a pass.
 pub trait Recorder {
@@ -17,7 +21,7 @@ pub trait Recorder {
     fn record<T, E: From<TorchError>>(
         &mut self,
         work: impl FnOnce() -> Result<T, E>,
-    ) -> Result<(Self::Graph, T), E>;
+    ) -> Result<(Self::Graph, T), NotRecorded<E>>;
 
     /// Does what was recorded, on this thread's stream.
     fn launch(&mut self, graph: &Self::Graph) -> Result<(), TorchError>;
@@ -34,7 +38,7 @@ impl Recorder for Cuda {
     fn record<T, E: From<TorchError>>(
         &mut self,
         work: impl FnOnce() -> Result<T, E>,
-    ) -> Result<(cuda::Graph, T), E> {
+    ) -> Result<(cuda::Graph, T), NotRecorded<E>> {
         cuda::Graph::record(self.index, work)
     }
 
@@ -68,7 +72,8 @@ impl Passes {
     /// rank. Work goes to a stream of its own from then on.
     pub fn new(device: Device, may_record: bool) -> Result<Self, SslError> {
         let Device::Cuda(index) = device else { return Ok(Self { recording: None }) };
-        if !may_record || !cuda::Graph::is_supported() {
+        let wanted = std::env::var(GRAPHS).map_or(true, |value| value != "0");
+        if !may_record || !wanted || !cuda::Graph::is_supported() {
             return Ok(Self { recording: None });
         }
         cuda::synchronise(index)?;
@@ -80,6 +85,13 @@ impl Passes {
 impl<R: Recorder> Passes<R> {
     fn by(recorder: R) -> Self {
         Self { recording: Some(Recording { recorder, done: 0, recorded: None }) }
+    }
+
+    /// Gives back the memory of what was recorded; the next run records it anew.
+    pub fn forget(&mut self) {
+        if let Some(recording) = &mut self.recording {
+            recording.recorded = None;
+        }
     }
 
     /// Runs `both`, forward and backward, on `views`, or what was recorded of it.
@@ -111,10 +123,17 @@ impl<R: Recorder> Passes<R> {
                         tracing::debug!("forward and backward are recorded");
                         recorded.insert(Recorded { graph, views: own, out: out.without_graph() })
                     }
-                    Err(error) => {
+                    Err(NotRecorded::Refused(error)) => {
                         tracing::warn!("kernels are launched one by one: recording a step failed: {error}");
                         self.recording = None;
                         return both(views);
+                    }
+                    Err(NotRecorded::Broken(error)) => {
+                        let error = format!(
+                            "recording a step as a graph failed in a way that libtorch's device memory does not survive: \
+                             {error}; set {GRAPHS}=0 to launch kernels one by one"
+                        );
+                        return Err(TorchError::new(error).into());
                     }
                 }
             }
@@ -137,6 +156,7 @@ mod tests {
         records: u32,
         launches: Vec<u32>,
         refuses: bool,
+        breaks: bool,
     }
 
     impl Recorder for Fake {
@@ -145,11 +165,15 @@ mod tests {
         fn record<T, E: From<TorchError>>(
             &mut self,
             work: impl FnOnce() -> Result<T, E>,
-        ) -> Result<(u32, T), E> {
+        ) -> Result<(u32, T), NotRecorded<E>> {
             self.records += 1;
-            let made = work()?;
+            let made = work().map_err(NotRecorded::Refused)?;
+            let error = || TorchError::new("no".into());
             if self.refuses {
-                return Err(mentee_torch_ext::cuda::compile("none", "none").unwrap_err().into());
+                return Err(NotRecorded::Refused(error().into()));
+            }
+            if self.breaks {
+                return Err(NotRecorded::Broken(error()));
             }
             Ok((self.records, made))
         }
@@ -186,6 +210,28 @@ mod tests {
         // What the graph reads is the last step's.
         let read = &recording.recorded.as_ref().unwrap().views;
         assert_eq!(read.double_value(&[1, 2, 1, 1]), f64::from(WARM_UP + 3));
+    }
+
+    #[test]
+    fn a_recording_that_breaks_the_device_ends_the_run() {
+        let mut passes = Passes::by(Fake { breaks: true, ..Fake::default() });
+        for _ in 0..WARM_UP {
+            passes.run(&views(2, 1.0), both).unwrap();
+        }
+        let error = passes.run(&views(2, 1.0), both).unwrap_err().to_string();
+        assert!(error.ends_with("no; set MENTEE_GRAPHS=0 to launch kernels one by one"), "{error}");
+    }
+
+    #[test]
+    fn what_was_forgotten_is_recorded_once_more() {
+        let mut passes = Passes::by(Fake::default());
+        for step in 0..WARM_UP + 4 {
+            if step == WARM_UP + 2 {
+                passes.forget();
+            }
+            passes.run(&views(2, 1.0), both).unwrap();
+        }
+        assert_eq!(passes.recording.unwrap().recorder.launches, [1, 1, 2, 2]);
     }
 
     #[test]

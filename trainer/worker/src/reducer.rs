@@ -29,6 +29,7 @@ use mentee_ssl::{SslError, State};
 use mentee_torch_ext::{FlatSlice, SharedFlat, over_memory};
 use tch::{Device, Tensor};
 
+use crate::ahead::Ahead;
 use crate::device::DeviceGroup;
 use crate::error::WorkerError;
 use crate::faults::{GradientFault, LAST};
@@ -100,6 +101,8 @@ struct Round {
     queue: Option<Sender<Range<usize>>>,
     /// On devices, instead of the queue.
     device: Option<DeviceLane<CudaStreams>>,
+    /// On devices: batch-norm statistics of the same pass.
+    statistics: Option<Arc<Ahead>>,
     /// What is to go wrong in this step.
     fault: Option<GradientFault>,
 }
@@ -205,6 +208,7 @@ impl GradientReducer {
             last_pass: false,
             queue,
             device,
+            statistics: group.map(|group| group.ahead().clone()),
             fault: None,
         }));
         if collectives.world_size() > 1 {
@@ -253,6 +257,11 @@ impl GradientReducer {
             while round.next < round.buckets.len() {
                 round.send();
             }
+            if let Some(statistics) = &round.statistics {
+                statistics
+                    .mark()
+                    .map_err(|source| WorkerError::DeviceCollective { step, source: Box::new(source) })?;
+            }
             if let Some(lane) = &mut round.device {
                 return lane.finish(step);
             }
@@ -267,7 +276,7 @@ impl GradientReducer {
                 .map_err(|source| WorkerError::Collective { step, source })?;
             lane.in_flight -= 1;
         }
-        Ok(Communication { total, exposed: start.elapsed() })
+        Ok(Communication { total, exposed: start.elapsed(), device: Duration::ZERO })
     }
 
     /// Whether this rank's own gradient of the last step was finite before it was summed.

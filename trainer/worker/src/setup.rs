@@ -140,8 +140,9 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     let recipe = &plan.recipe;
     let decode_threads = threads(recipe, &*collectives)?;
     let device = agree::together(&*collectives, device::of_recipe(recipe, &identity))?;
-    agree::on_device(&*collectives, device)?;
-    let group = agree::together(&*collectives, DeviceGroup::start(&collectives, recipe, device))?;
+    let slot = agree::together(&*collectives, device::slot(device))?;
+    agree::on_device(&*collectives, device, slot)?;
+    let group = DeviceGroup::start(&collectives, recipe, device, &place.waits)?;
     let parallel = &recipe.parallel;
     if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
         tracing::warn!("{advice}");
@@ -198,8 +199,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     agree::on_start(&*collectives, &own)?;
     let collectives: Arc<dyn Collectives> =
         if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
-    let settle = group.as_ref().map(|group| group.settle(device, place.waits.vitals.clone()));
-    state.gather = across::gather(&collectives, settle);
+    state.gather = across::gather(&collectives, group.as_ref().map(|group| group.ahead().clone()));
     tracing::info!(
         next_step,
         total_steps = plan.total_steps,

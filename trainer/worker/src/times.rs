@@ -88,6 +88,14 @@ impl Clock {
         (self.phase, self.since, self.waited) = (phase, now, waited);
     }
 
+    /// Of what was booked as communication up to `now`, so much was backward, on a device.
+    pub fn was_backward(&mut self, now: Instant, waited: Duration, time: Duration) {
+        self.enter(now, waited, self.phase);
+        let time = time.min(self.spent.comm);
+        self.spent.comm -= time;
+        self.spent.backward += time;
+    }
+
     /// Means over the `steps` since the last call.
     pub fn take(&mut self, now: Instant, waited: Duration, steps: u32) -> StepTimes {
         self.enter(now, waited, self.phase);
@@ -145,5 +153,12 @@ mod tests {
         clock.enter(at(900), ms(300), Phase::DataWait);
         assert_eq!(clock.take(at(900), ms(300), 1).own_ms(), 10.0, "a checkpoint is no part of a step");
         assert_eq!(clock.due(at(20_000), false).map(|(steps, _)| steps), Some(1));
+
+        let mut clock = Clock::new(start);
+        clock.enter(start, ms(0), Phase::Reduce);
+        clock.was_backward(at(8), ms(0), ms(6));
+        clock.enter(at(10), ms(0), Phase::Update);
+        let times = clock.take(at(10), ms(0), 1);
+        assert_eq!((times.backward_ms, times.comm_ms), (6.0, 4.0), "a device's wait");
     }
 }

@@ -73,8 +73,11 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             });
             parts.push(part.map_err(at_step)?);
         }
-        reporter.phase(Phase::Reduce);
+        if run.identity.world_size > 1 {
+            reporter.phase(Phase::Reduce);
+        }
         let communication = run.reducer.finish(&mut run.state, step)?; // every rank holds the mean gradient
+        reporter.reduced(communication);
         let out = StepLoss::sum(&parts).map_err(at_step)?;
         let wants_stop = wants_stop(run, reporter);
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
@@ -95,8 +98,8 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         drop((out, parts, micro_batches, views)); // all point into the batch
         run.feed.recycle(batch);
         run.faults.on_weights(step, &mut run.state)?;
-        run.faults.on_pace(step, reporter.own_time(communication.exposed));
-        reporter.end_step(run.next_step, data_wait, communication.exposed);
+        run.faults.on_pace(step, reporter.own_time(communication));
+        reporter.end_step(run.next_step, data_wait, communication);
         meter.add(start.elapsed(), data_wait, communication);
         record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
         let is_last = agreed.stop || run.next_step == end;
@@ -208,6 +211,7 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerE
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     reporter.phase(Phase::Eval);
     run.checkpoints.finish(&mut run.metrics, reporter)?;
+    run.passes.forget(); // its memory is not the evaluation's
     agree::on_statistics(&*run.collectives, run.next_step, &run.plan.recipe, &mut run.state)?;
     let line = evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
     run.metrics.write(&line)?;
@@ -266,8 +270,10 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
         match outcome {
             Ok(outcome) => group.finish().map(|()| outcome),
             Err(error) => {
+                let error = place.waits.explain(group.ahead().explain(error));
+                reporter.fails(&error); // before what may not return
                 group.abort(error.exit_code());
-                Err(group.explain(error))
+                Err(error)
             }
         }
     });

@@ -18,6 +18,7 @@ pub struct Waits {
     /// What the link tells of this rank.
     pub vitals: Arc<Vitals>,
     micros: AtomicU64,
+    device_micros: AtomicU64,
     failed: Mutex<Option<CollectiveError>>,
 }
 
@@ -25,6 +26,25 @@ impl Waits {
     /// Time spent in calls so far, those of lanes left out.
     pub fn total(&self) -> Duration {
         Duration::from_micros(self.micros.load(Ordering::Relaxed))
+    }
+
+    /// Time that this thread waited for its own device so far, on which others may be waited for.
+    pub fn device(&self) -> Duration {
+        Duration::from_micros(self.device_micros.load(Ordering::Relaxed))
+    }
+
+    /// A wait for this rank's device: for what it has to do itself and for what it gets from others, which nobody can tell apart.
+    pub fn of_device<T>(&self, wait: impl FnOnce() -> T) -> T {
+        self.timed(&self.device_micros, wait)
+    }
+
+    fn timed<T>(&self, account: &AtomicU64, wait: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        self.vitals.waiting(true);
+        let result = wait();
+        self.vitals.waiting(false);
+        account.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+        result
     }
 
     /// The error of a step that ended in a call which failed: that call's.
@@ -37,11 +57,7 @@ impl Waits {
     }
 
     fn call<T>(&self, call: impl FnOnce() -> Result<T, CollectiveError>) -> Result<T, CollectiveError> {
-        let start = Instant::now();
-        self.vitals.waiting(true);
-        let result = call();
-        self.vitals.waiting(false);
-        self.micros.fetch_add(start.elapsed().as_micros() as u64, Ordering::Relaxed);
+        let result = self.timed(&self.micros, call);
         if let Err(error) = &result {
             let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
             failed.get_or_insert_with(|| error.clone());

@@ -224,7 +224,9 @@ impl Communicator {
         }
         let mut state = group.lock_by(&deadline)?;
         state.expect(Phase::Finishing)?;
-        let _timer = group.timer("ncclCommDestroy", group.options.exit_code);
+        // An orderly end has time: a rank that is ended here would end a run that is done as a failure.
+        let patience = group.options.start_patience;
+        let _timer = group.timer("ncclCommDestroy", patience, group.options.exit_code);
         state.phase = Phase::Finished;
         for Handle(comm) in std::mem::take(&mut state.comms) {
             // SAFETY: finalized; the lock is held, and nobody finds it again.
@@ -477,7 +479,7 @@ impl Group {
     }
 
     fn abort(&self, exit_code: i32) -> Result<(), DeviceError> {
-        let timer = self.timer("ncclCommAbort", exit_code);
+        let timer = self.timer("ncclCommAbort", self.options.abort_patience, exit_code);
         // From here on nobody else starts a call; whoever is inside one is waited for.
         self.aborting.store(true, Ordering::SeqCst);
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
@@ -532,9 +534,8 @@ impl Group {
         }
     }
 
-    /// Ends the process unless what is returned is dropped within `abort_patience`.
-    fn timer(&self, what: &'static str, exit_code: i32) -> Timer {
-        let patience = self.options.abort_patience;
+    /// Ends the process unless what is returned is dropped within `patience`.
+    fn timer(&self, what: &'static str, patience: Duration, exit_code: i32) -> Timer {
         let report = self.history.report(self.rank);
         let report = if report.is_empty() { report } else { format!("; {report}") };
         Timer::start(

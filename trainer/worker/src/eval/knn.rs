@@ -140,7 +140,7 @@ pub fn correct(
                 rows = rows.with(part?, most)?;
             }
         }
-        let truth = queries.labels.f_narrow(0, begin, n)?.f_to_device(device)?;
+        let truth = queries.labels.f_narrow(0, begin, n)?;
         rows.vote(&truth, grid, &mut correct)?;
     }
     Ok(correct)
@@ -149,7 +149,9 @@ pub fn correct(
 impl Nearest {
     /// Adds the queries whose class is the `truth` to `correct`, by setting.
     fn vote(&self, truth: &Tensor, grid: Grid, correct: &mut [i64]) -> Result<(), WorkerError> {
-        let Self { cosines, labels } = self;
+        // On the processor, where votes are added in order.
+        let (cosines, labels) =
+            (self.cosines.f_to_device(Device::Cpu)?, self.labels.f_to_device(Device::Cpu)?);
         let (n, found) = cosines.size2()?;
         if found == 0 {
             return Ok(());
@@ -160,7 +162,7 @@ impl Nearest {
         for k in grid.k.iter().map(|&k| found.min(k.cast_signed())) {
             for temperature in grid.temperature {
                 let weights = (below_nearest.f_narrow(1, 0, k)? / *temperature).f_exp()?;
-                let votes = Tensor::f_zeros([n, grid.num_classes], (Kind::Float, weights.device()))?
+                let votes = Tensor::f_zeros([n, grid.num_classes], (Kind::Float, Device::Cpu))?
                     .f_scatter_add(1, &labels.f_narrow(1, 0, k)?, &weights)?;
                 let right = votes.f_argmax(1, false)?.f_eq_tensor(truth)?;
                 if let Some(count) = counts.next() {
