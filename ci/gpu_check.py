@@ -32,7 +32,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 120, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
+PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 240, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
 DEFAULT_PARTS = "smoke,parity,step,nccl,profile"
 RECIPE = "byol-cifar10-resnet18"
 # name -> arguments of bench_step.py. LARS in a loop over parameters is how it is shipped; at its fastest it is not.
@@ -62,8 +62,15 @@ AS_LIGHTLY = {
 }
 # What two runs of one recipe may differ by, in percent of kNN.
 LEARN_TOLERANCE = 2.0
-# 2 ranks against 1: the largest relative difference of a loss.
-RANK_TOLERANCES = {"f64": 1e-9, "f32": 1e-3}
+# 2 ranks against 1: precision, the largest relative difference of a loss, and what else the recipe has.
+RANK_CASES = {
+    "f64": ("f64", 1e-9, {}),
+    "f32": ("f32", 1e-3, {}),
+    "odd shares, micro-batches, clipping": (
+        "f64", 1e-9, {"schedule.global_batch": 33, "parallel.micro_batches": 3, "optimizer.clip_norm": 0.1}
+    ),
+    "mocov3": ("f64", 1e-9, {"method.name": "mocov3", "method.temperature": 0.2}),
+}
 # What a PyTorch process may keep while another is measured.
 HELD_MB = 8192
 TAIL = 3000
@@ -73,7 +80,8 @@ TAIL = 3000
 # hears of its end only when the folder holds `done`: it would end the other process before that can say anything.
 RANK = r"""#!/bin/sh
 rank=${PMI_RANK:-0}
-export NCCL_HOSTID=host$rank CUDA_VISIBLE_DEVICES=0
+visible=${CUDA_VISIBLE_DEVICES:-0}
+export NCCL_HOSTID=host$rank CUDA_VISIBLE_DEVICES=${visible%%,*}
 [ -n "$GPU_CHECK_WATCH" ] || exec "$@"
 "$@" 2>"$GPU_CHECK_WATCH/stderr-$rank" &
 echo $! >"$GPU_CHECK_WATCH/pid-$rank"
@@ -393,6 +401,13 @@ class Check:
         said = part.get("error") or part.get("summary", "")
         print(f"gpu-check: {name:8} {state:13} {part['seconds']:7.1f} s  {said}", flush=True)
 
+    def stopped(self):
+        """What was under way is not well, and what was to come was not tried."""
+        self.result["stopped"] = True
+        for part in self.result["parts"].values():
+            if "seconds" not in part:
+                part |= {"ok": False, "error": "stopped"}
+
     def end(self):
         for process in [*self.children, *(peer.process for peer in self.peers.values())]:
             kill(process)
@@ -671,7 +686,15 @@ class Check:
 
     def nccl(self, part):
         ok = True
-        for name, test in (("all_reduce", self.all_reduce), ("invariance", self.invariance), ("killed_rank", self.killed_rank)):
+        # A network so deep that a whole step is more than a stream takes, on a device.
+        deep = {} if self.small else {"model.backbone": "resnet50"}
+        tests = (
+            ("all_reduce", self.all_reduce),
+            ("invariance", self.invariance),
+            ("killed_rank", lambda its: self.lost_rank(its, signal.SIGKILL, {})),
+            ("hung_rank", lambda its: self.lost_rank(its, signal.SIGSTOP, deep)),
+        )
+        for name, test in tests:
             its = part[name] = {}
             try:
                 its["ok"] = test(its)
@@ -694,39 +717,41 @@ class Check:
 
     def invariance(self, its):
         ok = True
-        for precision, tolerance in RANK_TOLERANCES.items():
+        for case, (precision, tolerance, more) in RANK_CASES.items():
             losses = {}
             for number in (1, 2):
-                folder, command = self.short_run(f"ranks-{precision}-{number}", precision, **{"schedule.max_steps": 10})
+                folder, command = self.short_run(f"ranks-{number}", precision, **{"schedule.max_steps": 10, **more})
                 self.run(self.ranks(number, command), 90, extra={"NCCL_DEBUG": "WARN"})
                 losses[number] = [line["loss"] for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"]
                 shutil.rmtree(folder, ignore_errors=True)
             complete = len(losses[1]) == len(losses[2]) == 10
             worst = max((abs(a - b) / abs(a) for a, b in zip(losses[1], losses[2])), default=math.inf)
-            its[precision] = {"losses": losses, "worst": worst, "tolerance": tolerance, "ok": complete and worst <= tolerance}
-            ok = ok and its[precision]["ok"]
-        its["summary"] = ", ".join(f"{precision} {its[precision]['worst']:.1e}" for precision in RANK_TOLERANCES)
+            its[case] = {"losses": losses, "worst": worst, "tolerance": tolerance, "ok": complete and worst <= tolerance}
+            ok = ok and its[case]["ok"]
+        its["summary"] = ", ".join(f"{case} {its[case]['worst']:.1e}" for case in RANK_CASES)
         return ok
 
-    def killed_rank(self, its):
+    def lost_rank(self, its, how, more):
+        """Rank 1 gets the signal `how`; rank 0 must end, and say why."""
         deadline = 10
-        folder, command = self.short_run("killed", "f32", **{"schedule.epochs": 1000, "parallel.timeout_s": deadline})
-        watch = self.temporary / "watch"
+        more = {"schedule.epochs": 1000, "parallel.timeout_s": deadline, **more}
+        folder, command = self.short_run(f"lost-{how}", "f32", **more)
+        watch = self.temporary / f"watch-{how}"
         watch.mkdir()
         process = subprocess.Popen(
             [str(part) for part in self.ranks(2, command)], env={**self.environment, "GPU_CHECK_WATCH": str(watch)},
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.temporary, start_new_session=True,
         )
         self.children.add(process)
-        code, survivor = watch / "code-0", None
+        code, survivor, lost = watch / "code-0", None, None
         try:
             until = time.monotonic() + self.left(60)
             while sum(line["kind"] == "train" for line in read_lines(folder / "metrics.jsonl")) < 5:
                 if process.poll() is not None or code.exists() or time.monotonic() > until:
                     raise Failed("two ranks did not get to step 5", said=self.said(watch, folder))
                 time.sleep(0.05)
-            survivor, killed = (int((watch / f"pid-{rank}").read_text()) for rank in (0, 1))
-            os.kill(killed, signal.SIGKILL)
+            survivor, lost = (int((watch / f"pid-{rank}").read_text()) for rank in (0, 1))
+            os.kill(lost, how)
             began = time.monotonic()
             while is_running(survivor) and time.monotonic() - began < self.left(3 * deadline + 30):
                 time.sleep(0.02)
@@ -738,14 +763,15 @@ class Check:
             its["survivor_code"] = code.read_text().strip() if code.exists() else None
         finally:
             (watch / "done").touch()
-            if survivor is not None and is_running(survivor):
-                os.kill(survivor, signal.SIGKILL)
+            for rank in (survivor, lost):
+                if rank is not None and is_running(rank):
+                    os.kill(rank, signal.SIGKILL)
             kill(process)
             self.children.discard(process)
         its["said"] = self.said(watch, folder)
         errors = [line for line in its["said"].get("stderr-0", "").splitlines() if "error" in line.lower()]
-        how = "ended" if ended else "did NOT end"
-        its["summary"] = f"the other {how} after {its['survivor_ended_after_s']} s: {(errors or ['nothing said'])[0][:200]}"
+        end = "ended" if ended else "did NOT end"
+        its["summary"] = f"the other {end} after {its['survivor_ended_after_s']} s: {(errors or ['nothing said'])[0][:200]}"
         return ended and bool(errors)
 
     @staticmethod
@@ -980,6 +1006,7 @@ def main():
         for name in parts:
             check.part(name)
     except KeyboardInterrupt:
+        check.stopped()
         print("gpu-check: stopped", flush=True)
     finally:
         try:
@@ -989,7 +1016,8 @@ def main():
             print(f"\n{text}", flush=True)
         finally:
             check.end()
-    return 0 if all(part["ok"] is not False for part in check.result["parts"].values()) else 1
+    failed = any(part["ok"] is False for part in check.result["parts"].values())
+    return 1 if failed or check.result.get("stopped") else 0
 
 
 if __name__ == "__main__":

@@ -76,6 +76,11 @@ fn simsiam() {
 }
 
 #[test]
+fn mocov3() {
+    check("mocov3", &[("method.name", "\"mocov3\""), ("method.temperature", "0.2")]);
+}
+
+#[test]
 fn resnet18_with_adamw() {
     check(
         "resnet18-adamw",

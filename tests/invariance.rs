@@ -8,7 +8,7 @@ use std::path::Path;
 use system_tests::process::{binary, finish, mentee, mpirun};
 use system_tests::recipe::{TinyRecipe, write_images};
 use system_tests::run_dir::{final_state, losses, metrics};
-use system_tests::{machine, temp_dir};
+use system_tests::{machine, root, temp_dir};
 
 const STEPS: u64 = 8;
 /// Largest relative difference of a loss: rounding starts at 1e-16 and grows over eight steps.
@@ -66,18 +66,32 @@ fn byol_on_one_two_and_three_ranks_and_under_bare_mpirun() {
     assert_eq!(final_state(&bare), final_state(&dir.path().join("two")));
 }
 
+/// The words of `method.name`: each has its defaults in a file.
+fn methods() -> Vec<String> {
+    let files = std::fs::read_dir(root().join("configs/defaults")).expect("the defaults").flatten();
+    let names = files.filter_map(|file| Some(file.path().file_stem()?.to_str()?.to_owned()));
+    let mut methods: Vec<String> = names
+        .filter(|name| !["base", "before"].contains(&name.as_str()) && !name.starts_with("views-"))
+        .collect();
+    methods.sort();
+    methods
+}
+
 #[test]
-fn simsiam_with_lars_on_one_and_two_ranks() {
+fn every_method_with_lars_on_one_and_two_ranks() {
     let _machine = machine();
     let dir = temp_dir();
     write_images(&dir.path().join("images"));
-    let recipe = TinyRecipe::new(&dir.path().join("images"))
-        .set("method.name", "\"simsiam\"")
-        .set("views.preset", "\"simsiam-cifar\"")
-        .set("optimizer.name", "\"lars\"")
-        .write(dir.path().join("tiny.toml"));
-    let one = train(&recipe, &dir.path().join("one"), 1);
-    assert_same_curve(&one, &train(&recipe, &dir.path().join("two"), 2), "two ranks");
+    let methods = methods();
+    assert!(methods.len() >= 3, "{methods:?}");
+    for method in methods {
+        let recipe = TinyRecipe::new(&dir.path().join("images"))
+            .set("method.name", &format!("{method:?}"))
+            .set("optimizer.name", "\"lars\"")
+            .write(dir.path().join(format!("{method}.toml")));
+        let run = |workers: u32| train(&recipe, &dir.path().join(format!("{method}-{workers}")), workers);
+        assert_same_curve(&run(1), &run(2), &format!("{method} on two ranks"));
+    }
 }
 
 #[test]

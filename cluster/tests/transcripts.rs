@@ -1,5 +1,5 @@
 //! Whole jobs as the coordinator sees them, compared with transcripts a person can read: `golden/*.txt`.
-//! `MENTEE_BLESS=1 cargo test -p mentee-cluster` rewrites them; review the difference.
+//! `BLESS=1 cargo test -p mentee-cluster` rewrites them; review the difference.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -110,7 +110,7 @@ impl Transcript {
     fn check(&self) {
         let path =
             Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(format!("{}.txt", self.name));
-        if std::env::var_os("MENTEE_BLESS").is_some() {
+        if std::env::var_os("BLESS").is_some() {
             std::fs::write(&path, &self.text).expect("golden file is writable");
         }
         let golden = std::fs::read_to_string(&path).unwrap_or_default();

@@ -22,7 +22,10 @@ impl Recipe {
     /// others. Where they are a share p of all, the deviation of such a direction is 2 sqrt(p (1 - p)).
     fn constant_z_std(&self, world_size: u32) -> f64 {
         let (method, parallel, schedule) = (&self.method, &self.parallel, &self.schedule);
-        let ends_in_norm = matches!(method.name, MethodName::Simsiam | MethodName::Mocov3);
+        let ends_in_norm = match method.name {
+            MethodName::Byol => false,
+            MethodName::Simsiam | MethodName::Mocov3 => true,
+        };
         let ranks = if parallel.sync_batch_norm { 1 } else { world_size.max(1) };
         let rows = schedule.global_batch as f64 / parallel.micro_batches as f64 / f64::from(ranks);
         if !ends_in_norm || parallel.norm_statistics == NormStatistics::Running || rows < LEAST_ROWS {

@@ -10,7 +10,7 @@ use crate::schema::{Decides, KEYS, Kind};
 const HEAD: &str = "\
 # Recipes
 
-<!-- Written by a test from the table of keys: MENTEE_BLESS=1 cargo test --release -p mentee-config -->
+<!-- Written by a test from the table of keys: BLESS=1 cargo test --release -p mentee-config -->
 
 A recipe is a TOML file. What it leaves out is filled in from the method's defaults, from the preset of the
 views and from what holds for all (`configs/defaults/`); what it writes wins over those, and
@@ -137,14 +137,11 @@ mod tests {
     fn the_page_in_docs_is_this_one() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/recipes.md");
         let page = super::markdown().unwrap();
-        if std::env::var_os("MENTEE_BLESS").is_some() {
+        if std::env::var_os("BLESS").is_some() {
             std::fs::create_dir_all(path.parent().unwrap()).unwrap();
             std::fs::write(&path, &page).unwrap();
         }
         let found = std::fs::read_to_string(&path).unwrap_or_default();
-        assert!(
-            found == page,
-            "docs/recipes.md is stale: MENTEE_BLESS=1 cargo test --release -p mentee-config"
-        );
+        assert!(found == page, "docs/recipes.md is stale: BLESS=1 cargo test --release -p mentee-config");
     }
 }

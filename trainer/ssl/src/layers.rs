@@ -2,7 +2,6 @@
 //! network on two buffers.
 
 use std::cell::{Cell, Ref, RefCell};
-use std::fmt;
 use std::sync::Arc;
 
 use mentee_torch_ext::{self as ext, DeviceReduce, StatReduce};
@@ -46,14 +45,18 @@ impl Reduce {
 /// This rank's rows [n, D] to those of all ranks [N, D], in rank order, and where its own begin.
 pub type GatherRows = dyn Fn(&Tensor) -> Result<(Tensor, i64), SslError> + Send + Sync;
 
-/// Collects rows over ranks; they carry no gradient. None for a world of one.
-#[derive(Clone, Default)]
-pub struct Gather(pub Option<Arc<GatherRows>>);
+/// What a pass gets from the other ranks.
+#[derive(Clone)]
+pub struct OverRanks {
+    /// Sums batch-norm statistics; none where each rank has its own.
+    pub reduce: Option<Reduce>,
+    /// Collects rows, which carry no gradient; none in a world of one.
+    pub gather: Option<Arc<GatherRows>>,
+}
 
-impl fmt::Debug for Gather {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(if self.0.is_some() { "Gather(over ranks)" } else { "Gather(alone)" })
-    }
+impl OverRanks {
+    /// A world of one.
+    pub const ALONE: Self = Self { reduce: None, gather: None };
 }
 
 /// One forward pass of a network.
@@ -62,7 +65,7 @@ pub struct Pass<'a> {
     mode: Mode<'a>,
     /// Whether the views pass through the networks one after the other.
     apart: bool,
-    gather: Gather,
+    gather: Option<Arc<GatherRows>>,
     /// The backbone's features of this pass, without a graph, where somebody wants them.
     features: Option<RefCell<Vec<Tensor>>>,
 }
@@ -84,14 +87,16 @@ enum Mode<'a> {
 }
 
 impl<'a> Pass<'a> {
-    /// Normalises each of `views` by its own batch (over all ranks, given `reduce`) and updates running statistics.
-    pub fn train(weights: &'a Weights, stats: &'a mut Stats, views: i64, reduce: Option<&'a Reduce>) -> Self {
-        Self::new(weights, Mode::Train { stats: RefCell::new(stats), views: Cell::new(views), reduce })
+    /// Normalises each of `views` by its own batch, over all ranks, and updates running statistics.
+    pub fn train(weights: &'a Weights, stats: &'a mut Stats, views: i64, over: &'a OverRanks) -> Self {
+        let reduce = over.reduce.as_ref();
+        let mode = Mode::Train { stats: RefCell::new(stats), views: Cell::new(views), reduce };
+        Self { gather: over.gather.clone(), ..Self::new(weights, mode) }
     }
 
     /// Normalises by the running statistics, which stay as they are; differentiable.
-    pub fn frozen(weights: &'a Weights, stats: &'a Stats) -> Self {
-        Self::new(weights, Mode::Frozen { stats })
+    pub fn frozen(weights: &'a Weights, stats: &'a Stats, over: &'a OverRanks) -> Self {
+        Self { gather: over.gather.clone(), ..Self::new(weights, Mode::Frozen { stats }) }
     }
 
     /// Normalises by the running statistics; keeps no graph through the norms.
@@ -100,17 +105,12 @@ impl<'a> Pass<'a> {
     }
 
     fn new(weights: &'a Weights, mode: Mode<'a>) -> Self {
-        Self { weights, mode, apart: false, gather: Gather::default(), features: None }
-    }
-
-    /// Lets a method see the rows of other ranks.
-    pub fn set_gather(&mut self, gather: &Gather) {
-        self.gather = gather.clone();
+        Self { weights, mode, apart: false, gather: None, features: None }
     }
 
     /// Rows [n, D] of all ranks, [N, D] in rank order, and where this rank's begin; without a gradient.
     pub fn gather(&self, rows: &Tensor) -> Result<(Tensor, i64), SslError> {
-        match &self.gather.0 {
+        match &self.gather {
             Some(gather) => gather(&rows.detach()),
             None => Ok((rows.detach(), 0)),
         }

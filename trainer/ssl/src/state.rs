@@ -7,7 +7,7 @@ use mentee_config::recipe::{NormStatistics, Precision, Recipe, Teacher as Teache
 use tch::{Device, Kind, Tensor, no_grad};
 
 use crate::gradients::Gradients;
-use crate::layers::{Gather, Pass, Reduce};
+use crate::layers::{OverRanks, Pass};
 use crate::layout::{Declarations, Kinds, Layout, view};
 use crate::method::{Method, StepLoss};
 use crate::optimizer::Optimizer;
@@ -29,10 +29,10 @@ pub struct Network {
 }
 
 impl Network {
-    fn pass<'a>(&'a mut self, statistics: NormStatistics, reduce: Option<&'a Reduce>) -> Pass<'a> {
+    fn pass<'a>(&'a mut self, statistics: NormStatistics, over: &'a OverRanks) -> Pass<'a> {
         match statistics {
-            NormStatistics::Batch => Pass::train(&self.weights, &mut self.stats, VIEWS, reduce),
-            NormStatistics::Running => Pass::frozen(&self.weights, &self.stats),
+            NormStatistics::Batch => Pass::train(&self.weights, &mut self.stats, VIEWS, over),
+            NormStatistics::Running => Pass::frozen(&self.weights, &self.stats, over),
         }
     }
 }
@@ -50,8 +50,6 @@ pub struct State {
     pub optimizer: Optimizer,
     /// Whether both views pass through a network together. Apart they give the same numbers (up to rounding), slower.
     pub one_pass: bool,
-    /// Rows of other ranks, for methods that compare with them.
-    pub gather: Gather,
     /// Whether a step's loss comes with the features it was made of.
     pub keep_features: bool,
 }
@@ -99,34 +97,25 @@ impl State {
             }
         };
         let optimizer = Optimizer::new(&recipe.optimizer, &student.weights)?;
-        Ok(Self {
-            student,
-            gradients,
-            teacher,
-            optimizer,
-            one_pass: true,
-            gather: Gather::default(),
-            keep_features: false,
-        })
+        Ok(Self { student, gradients, teacher, optimizer, one_pass: true, keep_features: false })
     }
 
     /// The loss of a batch [V·N, 3, H, W] of this rank: its samples' part of the mean over the global batch. Batch-norm
-    /// statistics are those of the batch, over all ranks given `reduce`, or the running ones.
+    /// statistics are those of the batch, over all ranks, or the running ones.
     pub fn loss(
         &mut self,
         method: &dyn Method,
         views: &Tensor,
         global_batch: u64,
         statistics: NormStatistics,
-        reduce: Option<&Reduce>,
+        over: &OverRanks,
     ) -> Result<StepLoss, SslError> {
-        let mut student = self.student.pass(statistics, reduce);
-        let mut teacher = self.teacher.as_mut().map(|teacher| teacher.pass(statistics, reduce));
+        let mut student = self.student.pass(statistics, over);
+        let mut teacher = self.teacher.as_mut().map(|teacher| teacher.pass(statistics, over));
         if !self.one_pass {
             student.views_apart();
             teacher.iter_mut().for_each(Pass::views_apart);
         }
-        student.set_gather(&self.gather);
         if self.keep_features {
             student.keep_features();
         }

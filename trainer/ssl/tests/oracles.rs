@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use mentee_config::recipe::{Decay, NormStatistics};
 use mentee_config::{Plan, Recipe};
-use mentee_ssl::layers::{Gather, Pass};
+use mentee_ssl::layers::{GatherRows, OverRanks, Pass};
 use mentee_ssl::loss::{cosine, swap_views};
 use mentee_ssl::{Schedule, SslError, State};
 use tch::{Device, Kind, Tensor};
@@ -150,7 +150,10 @@ fn parts_of_a_step_in_bf16_are_added_up_in_f32() {
     let len = state.student.weights.layout.len;
     let loss = |state: &mut State, part: i64| {
         let views = views(4, 100 + part).to_kind(Kind::Float);
-        state.loss(&*method, &views, 4 * PARTS.cast_unsigned(), NormStatistics::Batch, None).unwrap().loss
+        state
+            .loss(&*method, &views, 4 * PARTS.cast_unsigned(), NormStatistics::Batch, &OverRanks::ALONE)
+            .unwrap()
+            .loss
     };
     // Each part alone is what bf16 makes of it; their sum in f32 has no error of bf16's but those.
     let mut expected = Tensor::zeros([len], (Kind::Float, Device::Cpu));
@@ -185,7 +188,8 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
     // Two steps, so that momentum counts.
     for step in 0..2 {
         let before = named(&state);
-        let out = state.loss(&*method, &views(4, 7 + step), 4, NormStatistics::Batch, None).unwrap();
+        let out =
+            state.loss(&*method, &views(4, 7 + step), 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
         backward(&mut state, &out.loss);
         let gradients: BTreeMap<String, Tensor> = state
             .student
@@ -226,7 +230,7 @@ fn a_lars_step_and_the_teacher_follow_their_equations() {
 fn a_gradient_that_is_too_long_is_scaled_and_no_other_is_touched() {
     let _turn = serial();
     let (method, mut state) = mentee_ssl::state::new(&recipe(&[])).unwrap();
-    let out = state.loss(&*method, &views(4, 7), 4, NormStatistics::Batch, None).unwrap();
+    let out = state.loss(&*method, &views(4, 7), 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
     backward(&mut state, &out.loss);
     let (norm, gradient) = (state.grad_norm().unwrap(), state.gradients.flat.copy());
     for longest in [0.0, norm + 1e-5] {
@@ -252,7 +256,9 @@ fn sgd_and_adamw_follow_pytorchs_equations() {
         let name = "student.backbone.layer2.0.conv1.weight";
         let (mut p, mut m, mut v) = (named(&state)[name].copy(), Tensor::from(0.0), Tensor::from(0.0));
         for step in 0..3u64 {
-            let out = state.loss(&*method, &views(4, step as i64), 4, NormStatistics::Batch, None).unwrap();
+            let out = state
+                .loss(&*method, &views(4, step as i64), 4, NormStatistics::Batch, &OverRanks::ALONE)
+                .unwrap();
             backward(&mut state, &out.loss);
             let place = state.student.weights.layout.params().find(|p| name.ends_with(&p.declaration.name));
             let g = mentee_ssl::layout::view(&state.gradients.flat, place.unwrap()).unwrap().copy();
@@ -278,7 +284,7 @@ fn gradients_agree_with_finite_differences() {
     let recipe = recipe(&[]);
     let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
     let batch = views(4, 3);
-    let out = state.loss(&*method, &batch, 4, NormStatistics::Batch, None).unwrap();
+    let out = state.loss(&*method, &batch, 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
     backward(&mut state, &out.loss);
     let layout = state.student.weights.layout.clone();
     for name in
@@ -291,8 +297,11 @@ fn gradients_agree_with_finite_differences() {
             let mut element = state.student.weights.master.narrow(0, at, 1);
             let original = element.double_value(&[0]);
             tch::no_grad(|| element.copy_(&Tensor::from_slice(&[original + shift])));
-            let loss =
-                state.loss(&*method, &batch, 4, NormStatistics::Batch, None).unwrap().loss.double_value(&[]);
+            let loss = state
+                .loss(&*method, &batch, 4, NormStatistics::Batch, &OverRanks::ALONE)
+                .unwrap()
+                .loss
+                .double_value(&[]);
             let mut element = state.student.weights.master.narrow(0, at, 1);
             tch::no_grad(|| element.copy_(&Tensor::from_slice(&[original])));
             loss
@@ -311,7 +320,7 @@ fn without_stop_gradient_the_target_has_gradients_too() {
     let _turn = serial();
     let gradient = |sets: &[&str]| {
         let (method, mut state) = mentee_ssl::state::new(&recipe(sets)).unwrap();
-        let out = state.loss(&*method, &views(4, 5), 4, NormStatistics::Batch, None).unwrap();
+        let out = state.loss(&*method, &views(4, 5), 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
         backward(&mut state, &out.loss);
         state.grad_norm().unwrap()
     };
@@ -328,7 +337,7 @@ fn a_copied_teacher_moves_only_at_an_epochs_end() {
     let rates = Schedule::new(&plan).at(0);
     let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
     let start = named(&state)["teacher.backbone.conv1.weight"].copy();
-    let out = state.loss(&*method, &views(4, 1), 4, NormStatistics::Batch, None).unwrap();
+    let out = state.loss(&*method, &views(4, 1), 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
     backward(&mut state, &out.loss);
     state.update(&rates, 0).unwrap();
     state.move_teacher(recipe.method.teacher, &rates, false).unwrap();
@@ -350,7 +359,7 @@ fn a_loaded_state_goes_on_bit_for_bit() {
             let mut last = 0.0;
             for step in steps {
                 let batch = views(4, step as i64).to_kind(Kind::Float);
-                let out = state.loss(method, &batch, 4, NormStatistics::Batch, None).unwrap();
+                let out = state.loss(method, &batch, 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
                 last = out.loss.double_value(&[]);
                 backward(state, &out.loss);
                 state.update(&schedule.at(step), step).unwrap();
@@ -408,8 +417,8 @@ fn mocov3s_loss_is_its_equation() {
     let mut teacher_stats = teacher.stats.clone();
     let networks = method.networks();
     let (q, k) = {
-        let student = Pass::train(&state.student.weights, &mut stats, 2, None);
-        let teacher = Pass::train(&teacher.weights, &mut teacher_stats, 2, None);
+        let student = Pass::train(&state.student.weights, &mut stats, 2, &OverRanks::ALONE);
+        let teacher = Pass::train(&teacher.weights, &mut teacher_stats, 2, &OverRanks::ALONE);
         let z = networks.project(&student, &batch).unwrap();
         (networks.predict(&student, &z).unwrap(), networks.project(&teacher, &batch).unwrap())
     };
@@ -422,7 +431,7 @@ fn mocov3s_loss_is_its_equation() {
             expected += 2.0 * 0.4 * (all.ln() - dot(query, &keys[i]) / 0.4) / n as f64;
         }
     }
-    let found = state.loss(&*method, &batch, n as u64, NormStatistics::Batch, None).unwrap();
+    let found = state.loss(&*method, &batch, n as u64, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
     let loss = found.loss.double_value(&[]);
     assert!((loss - expected).abs() < 1e-12, "{loss} and {expected}");
     assert_eq!(found.projections.size(), [10, 128]);
@@ -434,14 +443,14 @@ fn mocov3_over_two_ranks_is_mocov3_on_one() {
     let recipe = recipe(&["method.name=mocov3"]);
     let (method, mut state) = mentee_ssl::state::new(&recipe).unwrap();
     let batch = views(8, 3);
-    let mut loss_and_gradient = |batch: &Tensor, gather: Gather| {
-        state.gather = gather;
+    let mut loss_and_gradient = |batch: &Tensor, gather: Option<Arc<GatherRows>>| {
+        let over = OverRanks { reduce: None, gather };
         // Norms that do not look at the batch: the keys are all that ranks have in common.
-        let out = state.loss(&*method, batch, 8, NormStatistics::Running, None).unwrap();
+        let out = state.loss(&*method, batch, 8, NormStatistics::Running, &over).unwrap();
         backward(&mut state, &out.loss);
         (out.loss.double_value(&[]), state.gradients.flat.copy())
     };
-    let (whole, gradient) = loss_and_gradient(&batch, Gather::default());
+    let (whole, gradient) = loss_and_gradient(&batch, None);
     let both = batch.chunk(2, 0);
     let share = |rank: i64, rows: i64| {
         let first = if rank == 0 { 0 } else { 8 - rows };
@@ -456,7 +465,7 @@ fn mocov3_over_two_ranks_is_mocov3_on_one() {
             kept.lock().unwrap().push(rows.copy());
             Ok((rows.copy(), 0))
         };
-        let _ = loss_and_gradient(share, Gather(Some(Arc::new(gather))));
+        let _ = loss_and_gradient(share, Some(Arc::new(gather)));
     }
     let (mut loss, mut sum) = (0.0, gradient.zeros_like());
     for (share, first) in shares.iter().zip([0i64, 3]) {
@@ -464,7 +473,7 @@ fn mocov3_over_two_ranks_is_mocov3_on_one() {
         let gather = move |_: &Tensor| -> Result<(Tensor, i64), SslError> {
             Ok((Tensor::cat(&all.lock().unwrap(), 0), first))
         };
-        let (part, gradient) = loss_and_gradient(share, Gather(Some(Arc::new(gather))));
+        let (part, gradient) = loss_and_gradient(share, Some(Arc::new(gather)));
         loss += part;
         sum += gradient;
     }
@@ -480,7 +489,8 @@ fn features_are_kept_on_request_and_change_nothing() {
         let step = |keep: bool| {
             let (method, mut state) = mentee_ssl::state::new(&recipe(&[])).unwrap();
             (state.one_pass, state.keep_features) = (one_pass, keep);
-            let out = state.loss(&*method, &views(4, 5), 4, NormStatistics::Batch, None).unwrap();
+            let out =
+                state.loss(&*method, &views(4, 5), 4, NormStatistics::Batch, &OverRanks::ALONE).unwrap();
             backward(&mut state, &out.loss);
             (out.loss.double_value(&[]), state.gradients.flat.copy(), out.features)
         };

@@ -1,19 +1,27 @@
-//! What layers and methods get from other ranks, as closures: `ssl` knows no network.
+//! What networks get from other ranks, as closures: `ssl` knows no network.
 
 use std::sync::Arc;
 
 use mentee_collectives::{Buffer, Collectives};
 use mentee_config::Recipe;
 use mentee_ssl::SslError;
-use mentee_ssl::layers::{Gather, Reduce};
+use mentee_ssl::layers::{GatherRows, OverRanks, Reduce};
 use tch::Tensor;
 
-use crate::ahead::Ahead;
 use crate::device::DeviceGroup;
 use crate::snapshot;
 
+/// Both closures of a recipe.
+pub fn over_ranks(
+    recipe: &Recipe,
+    collectives: &Arc<dyn Collectives>,
+    group: Option<&DeviceGroup>,
+) -> OverRanks {
+    OverRanks { reduce: stat_reduce(recipe, collectives, group), gather: gather(collectives, group) }
+}
+
 /// The closure by which batch norms sum their statistics over ranks.
-pub fn stat_reduce(
+fn stat_reduce(
     recipe: &Recipe,
     collectives: &Arc<dyn Collectives>,
     group: Option<&DeviceGroup>,
@@ -36,13 +44,14 @@ pub fn stat_reduce(
     })))
 }
 
-/// The closure by which methods collect rows over ranks; rows on devices are waited for by `ahead`.
-pub fn gather(collectives: &Arc<dyn Collectives>, ahead: Option<Arc<Ahead>>) -> Gather {
+/// The closure by which methods collect rows over ranks; rows on devices are waited for first.
+fn gather(collectives: &Arc<dyn Collectives>, group: Option<&DeviceGroup>) -> Option<Arc<GatherRows>> {
     if collectives.world_size() == 1 {
-        return Gather(None);
+        return None;
     }
     let collectives = collectives.clone();
-    Gather(Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
+    let ahead = group.map(|group| group.ahead().clone());
+    Some(Arc::new(move |rows: &Tensor| -> Result<(Tensor, i64), SslError> {
         let failed = |error: &dyn std::fmt::Display| SslError::Gather(error.to_string());
         ahead.as_ref().map_or(Ok(()), |ahead| ahead.settle()).map_err(|error| failed(&error))?;
         let own = snapshot::bytes(rows).map_err(|error| failed(&error))?;
@@ -58,5 +67,5 @@ pub fn gather(collectives: &Arc<dyn Collectives>, ahead: Option<Arc<Ahead>>) -> 
         let before = &parts[..collectives.rank() as usize];
         let first = before.iter().map(|part| part.size()[0]).sum();
         Ok((Tensor::f_cat(&parts, 0)?.f_to_device(rows.device())?, first))
-    })))
+    }))
 }

@@ -10,7 +10,7 @@ use mentee_commands::BenchCommand;
 use mentee_commands::bench::{AllreduceArgs, CheckpointArgs, Gain, StepArgs};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code, show};
-use mentee_ssl::layers::Reduce;
+use mentee_ssl::layers::OverRanks;
 use mentee_ssl::state::VIEWS;
 use mentee_ssl::{Method, Schedule, State};
 use mentee_torch_ext::cuda;
@@ -139,7 +139,7 @@ struct Rig {
     state: State,
     passes: Passes,
     reducer: GradientReducer,
-    stat_reduce: Option<Reduce>,
+    over_ranks: OverRanks,
     schedule: Schedule,
     views: Tensor,
     collectives: Arc<dyn Collectives>,
@@ -183,7 +183,7 @@ impl Rig {
         let may_record = collectives.world_size() == 1 && !profile && !without.contains(&Gain::Graph);
         Ok(Self {
             reducer,
-            stat_reduce: across::stat_reduce(recipe, &collectives, group.as_ref()),
+            over_ranks: across::over_ranks(recipe, &collectives, group.as_ref()),
             schedule: Schedule::new(&plan),
             views: views.f_to_device(device)?.f_to_kind(kind)?,
             passes: Passes::new(device, may_record)?,
@@ -201,7 +201,7 @@ impl Rig {
 
     /// [forward, backward, reduce, update, all, communication], milliseconds.
     fn step(&mut self, n: u64) -> Result<[f64; 6], WorkerError> {
-        let Self { plan, method, state, passes, reducer, stat_reduce, views, collectives, .. } = self;
+        let Self { plan, method, state, passes, reducer, over_ranks, views, collectives, .. } = self;
         let (device, profile) = (self.device, self.profile);
         let wait = || -> Result<(), WorkerError> {
             if let Device::Cuda(index) = device
@@ -222,7 +222,7 @@ impl Rig {
         }
         let mut forward = start.elapsed();
         let out = passes.run(views, |views| -> Result<_, WorkerError> {
-            let out = state.loss(&**method, views, batch, statistics, stat_reduce.as_ref())?;
+            let out = state.loss(&**method, views, batch, statistics, over_ranks)?;
             wait()?;
             forward = start.elapsed();
             state.backward(&out.loss, 0)?;

@@ -83,6 +83,11 @@ pub enum WorkerError {
     )]
     GradientNotFinite { step: u64, tensor: String, ranks: String },
     #[error(
+        "the features of {0} are not finite: the encoder has diverged; go back to an older checkpoint, lower optimizer.base_lr, or \
+         lengthen schedule.warmup_epochs"
+    )]
+    FeaturesNotFinite(String),
+    #[error(
         "step {}: z_std is {z_std:.3}, below {threshold:.3} for {steps} steps: the projections have collapsed; see the asymmetries in [method], or set run.on_collapse", .step + 1
     )]
     Collapsed { step: u64, z_std: f64, threshold: f64, steps: u64 },
@@ -153,9 +158,10 @@ impl WorkerError {
             Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
                 exit_code::CHECKPOINT
             }
-            Self::LossNotFinite { .. } | Self::GradientNotFinite { .. } | Self::Collapsed { .. } => {
-                exit_code::DIVERGED
-            }
+            Self::LossNotFinite { .. }
+            | Self::GradientNotFinite { .. }
+            | Self::FeaturesNotFinite(_)
+            | Self::Collapsed { .. } => exit_code::DIVERGED,
             Self::Disagreement { what, .. } => match what.as_str() {
                 "data digest" => exit_code::DATA,
                 "next step" | "digest of the initial state" => exit_code::FAILED,
@@ -194,7 +200,7 @@ impl WorkerError {
         matches!(self, Self::Known { .. })
     }
 
-    /// Whether this rank is the one to report it.
+    /// Whether another rank reports it.
     pub fn is_silent(&self) -> bool {
         matches!(self, Self::Known { says: None, .. })
     }

@@ -1,6 +1,7 @@
 //! Batches as tensors where the training step wants them. On a device a thread of its own copies the next batches there, on a
 //! stream of its own, while the step computes.
 
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -18,7 +19,7 @@ const AHEAD: usize = 2;
 
 /// See the module.
 pub enum Feed {
-    /// Tensors are the batches' own memory.
+    /// Tensors are the batches' own memory, or in f64 copies.
     Host { loader: Loader, side: u32, kind: Kind },
     /// Tensors are copies.
     Device(DeviceFeed),
@@ -58,11 +59,11 @@ impl Feed {
     }
 
     /// The next batch and its views [V·N, 3, H, W], channels-last in memory; none after the last. Blocks until it is there;
-    /// the batch's `wait` says how long. In host memory the tensor is the batch's own memory.
-    pub fn next(&mut self) -> Result<Option<(Batch, Tensor)>, WorkerError> {
+    /// the batch's `wait` says how long.
+    pub fn next(&mut self) -> Result<Option<(Arc<Batch>, Tensor)>, WorkerError> {
         match self {
             Self::Host { loader, side, kind } => {
-                let Some(batch) = loader.next()? else { return Ok(None) };
+                let Some(batch) = loader.next()?.map(Arc::new) else { return Ok(None) };
                 let views = views::tensor(&batch, *side, *kind)?;
                 Ok(Some((batch, views)))
             }
@@ -71,13 +72,14 @@ impl Feed {
                 let Ok(next) = feed.batches.recv() else { return Ok(None) };
                 let (mut batch, views) = next?;
                 batch.wait = start.elapsed();
-                Ok(Some((batch, views)))
+                Ok(Some((Arc::new(batch), views)))
             }
         }
     }
 
-    /// Gives a batch's memory back, to be filled again; its tensor is no longer in use.
-    pub fn recycle(&self, batch: Batch) {
+    /// Gives a batch's memory back, to be filled again, unless a tensor still has its part in it.
+    pub fn recycle(&self, batch: Arc<Batch>) {
+        let Some(batch) = Arc::into_inner(batch) else { return };
         match self {
             Self::Host { loader, .. } => loader.recycle(batch),
             Self::Device(feed) => {
@@ -98,13 +100,16 @@ fn copy_all(
     send: &SyncSender<Result<(Batch, Tensor), WorkerError>>,
     back: &Receiver<Batch>,
 ) -> Result<(), WorkerError> {
-    while let Some(batch) = loader.next()? {
+    while let Some(batch) = loader.next()?.map(Arc::new) {
         let views = views::tensor(&batch, side, Kind::Float)?.f_to_device(device)?.f_to_kind(kind)?;
         if let Device::Cuda(index) = device {
             // What is sent is there: the stream that computes has nothing to wait for.
             let (stream, _) = cuda::Stream::current(index)?;
             stream.synchronise()?;
         }
+        let Some(batch) = Arc::into_inner(batch) else {
+            return Err(WorkerError::Failed("a batch on a device is still its host memory".into()));
+        };
         if send.send(Ok((batch, views))).is_err() {
             break; // training has ended
         }

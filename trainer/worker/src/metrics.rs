@@ -58,6 +58,9 @@ pub struct EvalLine {
     pub step: u64,
     pub epoch: u64,
     pub time: f64,
+    /// Where the images are, if they are not the run's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub knn_top1: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -98,6 +101,7 @@ impl EvalLine {
             step,
             epoch,
             time: now(),
+            data: None,
             knn_top1: None,
             knn_random_init: None,
             knn_raw_pixels: None,
@@ -203,7 +207,10 @@ pub fn has_eval(run_dir: &Path, step: u64) -> Result<bool, WorkerError> {
     let path = run_dir.join("metrics.jsonl");
     let is_it = |line: &[u8]| {
         let line: Value = serde_json::from_slice(line).unwrap_or_default();
-        line["kind"] == "eval" && line["step"] == step && line.get("knn_top1").is_some()
+        line["kind"] == "eval"
+            && line["step"] == step
+            && line.get("knn_top1").is_some()
+            && line.get("data").is_none()
     };
     // A run of a million steps has hundreds of megabytes of other lines.
     let mut lines = BufReader::new(File::open(&path).map_err(WorkerError::io("open", &path))?);
@@ -360,8 +367,10 @@ mod tests {
         append(&path, r#"{"kind":"train","step":8,"knn_top1":"\"eval\""}"#).unwrap();
         assert!(!has_eval(dir.path(), 8).unwrap());
         std::fs::write(&path, std::fs::read_to_string(&path).unwrap() + r#"{"kind":"eval","st"#).unwrap();
+        append(&path, r#"{"kind":"eval","step":8,"data":"other","knn_top1":50.0}"#).unwrap();
+        assert!(!has_eval(dir.path(), 8).unwrap(), "of other images");
         append(&path, r#"{"kind":"eval","step":8,"knn_top1":50.0}"#).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 4);
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 5);
         assert!(has_eval(dir.path(), 8).unwrap() && !has_eval(dir.path(), 7).unwrap());
     }
 }

@@ -139,7 +139,7 @@ impl<R: Recorder> Passes<R> {
             }
         };
         recorder.launch(&recorded.graph)?;
-        Ok(recorded.out.share())
+        Ok(recorded.out.shallow_clone())
     }
 }
 
@@ -254,7 +254,8 @@ mod tests {
         let mut gradient = || {
             let out = passes.run(&views, |views| -> Result<_, SslError> {
                 let statistics = recipe.parallel.norm_statistics;
-                let out = state.loss(&*method, views, 2, statistics, None)?;
+                let out =
+                    state.loss(&*method, views, 2, statistics, &mentee_ssl::layers::OverRanks::ALONE)?;
                 state.backward(&out.loss, 0)?;
                 Ok(out)
             });

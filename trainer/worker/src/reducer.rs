@@ -59,7 +59,7 @@ fn buckets(layout: &Layout, first: i64, size: i64) -> Vec<Bucket> {
         let limit = if buckets.is_empty() { first } else { size };
         if !parameters.is_empty() && end - place.range.start > limit {
             // The parameter that would overflow the bucket opens the next one; its padding stays behind it.
-            let begin = end_of(layout, place.range.end);
+            let begin = next_start(layout, place.range.end);
             buckets.push(Bucket { range: begin..end, parameters: std::mem::take(&mut parameters) });
             end = begin;
         }
@@ -78,7 +78,7 @@ fn buckets(layout: &Layout, first: i64, size: i64) -> Vec<Bucket> {
 }
 
 /// Where the parameter behind one that ends at `end` begins.
-fn end_of(layout: &Layout, end: i64) -> i64 {
+fn next_start(layout: &Layout, end: i64) -> i64 {
     layout.params().map(|place| place.range.start).filter(|&start| start >= end).min().unwrap_or(end)
 }
 
@@ -120,6 +120,7 @@ impl Round {
         let Some(bucket) = self.bucket_of.get(parameter).copied().flatten().filter(|_| self.last_pass) else {
             return;
         };
+        debug_assert!(self.missing[bucket] > 0, "a gradient that came twice");
         self.missing[bucket] = self.missing[bucket].saturating_sub(1);
         while self.next < self.buckets.len() && self.missing[self.next] == 0 {
             self.send();
@@ -315,7 +316,7 @@ fn share_memory(collectives: &dyn Collectives, state: &mut State) -> Result<(), 
     // sums only, which this rank joins when it is done with the bucket, and leaves when they are.
     let flat = unsafe { over_memory(memory.as_ptr(), len as i64, kind, memory) };
     let moved = flat.map_err(SslError::from).and_then(|flat| state.move_gradients(flat));
-    moved.map_err(|source| WorkerError::Step { step: 0, source })
+    Ok(moved?)
 }
 
 /// The communication thread: sums every range that comes, until the queue ends or a sum fails.

@@ -13,7 +13,7 @@ use mentee_collectives::{Collectives, mpi};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
 use mentee_data::{Loader, LoaderConfig, OnError, Source, open_training, order};
-use mentee_ssl::layers::Reduce;
+use mentee_ssl::layers::OverRanks;
 use mentee_ssl::{Method, Schedule, State};
 
 use crate::checkpoints::{Checkpoints, Settings};
@@ -50,8 +50,8 @@ pub struct Run {
     pub passes: Passes,
     pub reducer: GradientReducer,
     pub faults: Faults,
-    /// Sums batch-norm statistics over ranks; none for a world of one or unsynchronised norms.
-    pub stat_reduce: Option<Reduce>,
+    /// What the networks get from the other ranks.
+    pub over_ranks: OverRanks,
     /// None when the recipe does not evaluate, or not all images have labels that mean the same in bank and queries.
     pub evaluator: Option<Evaluator>,
     /// None when the recipe has none, or the images have no labels.
@@ -199,7 +199,6 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     agree::on_start(&*collectives, &own)?;
     let collectives: Arc<dyn Collectives> =
         if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
-    state.gather = across::gather(&collectives, group.as_ref().map(|group| group.ahead().clone()));
     tracing::info!(
         next_step,
         total_steps = plan.total_steps,
@@ -244,7 +243,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,
         faults,
         rank_share: rank_share.clone(),
-        stat_reduce: across::stat_reduce(recipe, &collectives, group.as_ref()),
+        over_ranks: across::over_ranks(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         collapse,
         stop,

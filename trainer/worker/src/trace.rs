@@ -17,6 +17,7 @@ use mentee_collectives::{Collectives, Single};
 use mentee_commands::TraceArgs;
 use mentee_config::{Plan, Recipe, counted, exit_code, say};
 use mentee_data::{Loader, LoaderConfig, OnError, open_training, order};
+use mentee_ssl::layers::OverRanks;
 use mentee_ssl::layout::view;
 use mentee_ssl::{Rates, Schedule};
 use tch::Tensor;
@@ -119,7 +120,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         reducer.begin(&state.gradients, None);
         reducer.last_pass();
         let out = state
-            .loss(&*method, &views, global_batch, recipe.parallel.norm_statistics, None)
+            .loss(&*method, &views, global_batch, recipe.parallel.norm_statistics, &OverRanks::ALONE)
             .map_err(at_step)?;
         state.backward(&out.loss, 0).map_err(at_step)?;
         reducer.finish(&mut state, step)?;

@@ -60,10 +60,9 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let mut parts = Vec::with_capacity(micro_batches.len());
         for (n, views) in micro_batches.iter().enumerate() {
             let (state, statistics) = (&mut run.state, recipe.parallel.norm_statistics);
+            reporter.phase(Phase::Forward);
             let part = run.passes.run(views, |views| {
-                reporter.phase(Phase::Forward);
-                let part =
-                    state.loss(&*run.method, views, global_batch, statistics, run.stat_reduce.as_ref())?;
+                let part = state.loss(&*run.method, views, global_batch, statistics, &run.over_ranks)?;
                 reporter.phase(Phase::Backward);
                 if n + 1 == micro_batches.len() {
                     run.reducer.last_pass(); // from here on, gradients are summed over ranks as they are completed
@@ -73,6 +72,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
             });
             parts.push(part.map_err(at_step)?);
         }
+        reporter.phase(Phase::Backward); // also where both passes were recorded before, and are at work on a device
         if run.identity.world_size > 1 {
             reporter.phase(Phase::Reduce);
         }
@@ -80,7 +80,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         reporter.reduced(communication);
         let out = StepLoss::sum(&parts).map_err(at_step)?;
         let wants_stop = wants_stop(run, reporter);
-        let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite anywhere: nobody updates
+        let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite on any rank: all end here
         let own_was_finite = || run.reducer.own_was_finite(&run.state.gradients);
         let grad_norm = agree::on_gradient(&*run.collectives, step, &run.state, own_was_finite)?;
 
@@ -206,7 +206,7 @@ fn evaluate_if_missed(run: &mut Run, reporter: &mut Reporter) -> Result<(), Work
 fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
     let (every, steps_per_epoch) = (run.plan.recipe.eval.knn_every_epochs, run.plan.steps_per_epoch);
     let epoch = run.next_step / steps_per_epoch;
-    let due = is_multiple(run.next_step, every.max(1).saturating_mul(steps_per_epoch))
+    let due = is_multiple(run.next_step, every.saturating_mul(steps_per_epoch))
         || run.next_step == run.plan.end_step();
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     reporter.phase(Phase::Eval);

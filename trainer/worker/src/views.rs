@@ -2,36 +2,31 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use mentee_config::plan::first_row;
 use mentee_config::recipe::Views;
 use mentee_data::Batch;
 use mentee_ssl::state::VIEWS;
-use tch::{Device, Kind, Tensor};
+use mentee_torch_ext::over_memory;
+use tch::{Kind, Tensor};
 
 use crate::error::WorkerError;
 
 /// Image pairs in the strip.
 const EXAMPLES: usize = 12;
 
-/// A batch's views as [V·N, 3, H, W], channels-last in memory. Shares the batch's memory: the batch must outlive the
-/// tensor and every graph made of it.
-pub fn tensor(batch: &Batch, size: u32, kind: Kind) -> Result<Tensor, WorkerError> {
+/// A batch's views as [V·N, 3, H, W], channels-last in memory: in f32 the batch's own memory, which the tensor and all that is
+/// made of it keep.
+pub fn tensor(batch: &Arc<Batch>, size: u32, kind: Kind) -> Result<Tensor, WorkerError> {
     let side = i64::from(size);
     let rows = VIEWS * batch.ids.len() as i64;
-    let shape = [rows, side, side, 3];
-    assert_eq!(batch.views.len() as i64, rows * side * side * 3, "the loader fills whole batches");
-    // SAFETY: the batch holds that many f32; the caller keeps it alive, unchanged, as long as the tensor.
-    let nhwc = unsafe {
-        Tensor::f_from_blob(
-            batch.views.as_ptr().cast(),
-            &shape,
-            &[side * side * 3, side * 3, 3, 1],
-            Kind::Float,
-            Device::Cpu,
-        )?
-    };
-    let nchw = nhwc.f_permute([0, 3, 1, 2])?;
+    let len = rows * side * side * 3;
+    assert_eq!(batch.views.len() as i64, len, "the loader fills whole batches");
+    let memory = batch.views.as_ptr().cast_mut().cast();
+    // SAFETY: the batch holds that many f32, which nobody changes as long as the tensor has its part in it.
+    let flat = unsafe { over_memory(memory, len, Kind::Float, batch.clone()) }?;
+    let nchw = flat.f_view([rows, side, side, 3])?.f_permute([0, 3, 1, 2])?;
     Ok(if kind == Kind::Double { nchw.f_to_kind(Kind::Double)? } else { nchw })
 }
 

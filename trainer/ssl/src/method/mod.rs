@@ -72,7 +72,7 @@ impl StepLoss {
 
     /// The same tensors again.
     #[must_use]
-    pub fn share(&self) -> Self {
+    pub fn shallow_clone(&self) -> Self {
         Self {
             loss: self.loss.shallow_clone(),
             projections: self.projections.shallow_clone(),

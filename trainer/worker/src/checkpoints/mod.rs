@@ -318,14 +318,8 @@ impl Checkpoints {
                 return Err(error);
             }
         };
-        let json =
-            |error: serde_json::Error| WorkerError::Failed(format!("a share of a checkpoint: {error}"));
-        let own = serde_json::to_vec(&file).map_err(json)?;
-        let all = collectives.all_gather(&own).map_err(|source| WorkerError::Collective { step, source })?;
-        let mut files = Vec::new();
-        for bytes in &all {
-            files.extend(serde_json::from_slice::<Option<FileEntry>>(bytes).map_err(json)?);
-        }
+        let all: Vec<Option<FileEntry>> = agree::gather(collectives, step, &file, "share of a checkpoint")?;
+        let files = all.into_iter().flatten().collect();
         let committed = first.then(|| self.settings.commit(of, files)).transpose();
         committed.as_ref().err().into_iter().for_each(|error| self.note_room(error));
         agree::together(collectives, committed.map_err(not_saved))

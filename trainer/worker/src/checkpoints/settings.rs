@@ -14,7 +14,7 @@ use crate::run_dir;
 #[derive(Debug, Clone)]
 pub struct Settings {
     pub folder: PathBuf,
-    /// Steps between checkpoints; 0: only the last one.
+    /// Steps between checkpoints; 0: not by steps.
     pub every_steps: u64,
     /// The same in epochs.
     pub every_epochs: u64,

@@ -37,6 +37,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         newest.checkpoint
     };
     let mut recipe = recipe_of(&checkpoint.manifest.meta.plan_toml, &folder)?;
+    let has_own_queries = !recipe.eval.path.as_os_str().is_empty();
     if let Some(data) = &args.data {
         recipe.data.path.clone_from(data);
         recipe.data.format = mentee_config::recipe::DataFormat::Auto;
@@ -47,6 +48,8 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     let device = device::of_recipe(&recipe, &alone)?;
     tch::set_num_threads(cores as i32);
     let train = open_training(&recipe).map_err(|error| error.with_key("--data"))?;
+    let is_other = has_own_queries || train.digest() != checkpoint.manifest.meta.data_digest;
+    let data = args.data.as_ref().filter(|_| is_other).map(|data| data.display().to_string());
     let mut evaluator = Evaluator::new(&recipe, train, cores, device)?;
     evaluator.warn = |what| complain!("warning: {what}");
     evaluator.warn_of_one_class();
@@ -73,7 +76,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         dense::write(path, tensors)?;
     }
     let linear = linear(trained.bank.len() as u64)?; // without the damaged
-    let mut line = EvalLine::new(meta.step, meta.epoch);
+    let mut line = EvalLine { data, ..EvalLine::new(meta.step, meta.epoch) };
     if args.knn || args.record || linear.is_none() {
         evaluator.add_knn(&alone, &trained, &mut line)?;
     }
@@ -139,6 +142,9 @@ fn print(line: &EvalLine) {
     table("linear top-1", [line.linear_top1, line.linear_random_init, line.linear_raw_pixels]);
     if let Some(rank) = line.effective_rank {
         show!("effective rank       {rank:>6.2}");
+    }
+    if let Some(data) = &line.data {
+        show!("images of {data}");
     }
     for part in line.protocol.split(" | ") {
         show!("{part}");

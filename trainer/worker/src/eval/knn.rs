@@ -109,6 +109,11 @@ fn nearest(bank: &Labelled, queries: &Tensor, most: i64, device: Device) -> Resu
     Ok(all)
 }
 
+/// As libtorch counts: beyond that there are no rows.
+fn as_many(k: u64) -> i64 {
+    i64::try_from(k).unwrap_or(i64::MAX)
+}
+
 /// How many queries are classified correctly: by the first k and every T, by the second k and every T, … `bank` is this
 /// rank's part of the bank, `queries` are those of all ranks, of which each rank counts some.
 pub fn correct(
@@ -124,7 +129,7 @@ pub fn correct(
     if queries.len() == 0 {
         return Ok(correct);
     }
-    let most = k.iter().copied().max().unwrap_or(1).cast_signed();
+    let most = as_many(k.iter().copied().max().unwrap_or(1));
     let own = nearest(bank, &queries.features, most, device)?;
     for (turn, begin) in (0..queries.len()).step_by(EXCHANGE as usize).enumerate() {
         let n = EXCHANGE.min(queries.len() - begin);
@@ -159,7 +164,7 @@ impl Nearest {
         // In units of the nearest one's vote: at a small T, exp(1 / T) is more than f32 holds.
         let below_nearest = cosines.f_sub(&cosines.f_narrow(1, 0, 1)?)?;
         let mut counts = correct.iter_mut();
-        for k in grid.k.iter().map(|&k| found.min(k.cast_signed())) {
+        for k in grid.k.iter().map(|&k| found.min(as_many(k))) {
             for temperature in grid.temperature {
                 let weights = (below_nearest.f_narrow(1, 0, k)? / *temperature).f_exp()?;
                 let votes = Tensor::f_zeros([n, grid.num_classes], (Kind::Float, Device::Cpu))?
@@ -196,6 +201,11 @@ mod tests {
         let (k, temperature) = ([1, 20, 600], [0.07, 1.0]);
         let grid = Grid { k: &k, temperature: &temperature, num_classes: 5 };
         let alone = correct(&Single::new(), &bank, &queries, grid, Device::Cpu).unwrap();
+        let all = [700, u64::MAX].map(|k| {
+            let grid = Grid { k: &[k], temperature: &temperature, num_classes: 5 };
+            correct(&Single::new(), &bank, &queries, grid, Device::Cpu).unwrap()
+        });
+        assert_eq!(all[0], all[1], "no more than there are");
         assert!(alone[0] > 400 && alone[3] > alone[0], "{alone:?}");
         // A tensor is for one thread.
         let numbers = |of: &Labelled| {

@@ -389,6 +389,15 @@ impl Evaluator {
             let images = self.images(&batch.images, batch.ids.len())?;
             let features = features(&images)?.f_to_device(Device::Cpu)?.f_to_kind(Kind::Float)?;
             let (n, dim) = features.size2()?;
+            if features.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+                let rows = Vec::<f64>::try_from(features.f_sum_dim_intlist(
+                    [1i64].as_slice(),
+                    false,
+                    Kind::Double,
+                )?)?;
+                let row = rows.iter().position(|sum| !sum.is_finite()).unwrap_or_default();
+                return Err(WorkerError::FeaturesNotFinite(part.source.key(batch.ids[row])));
+            }
             let rows: &mut Tensor = match &mut rows {
                 Some(rows) => rows,
                 None => rows

@@ -26,7 +26,7 @@ impl Linear {
     pub(super) fn of(args: &EvalArgs, recipe: &Recipe, bank: u64) -> Result<Self, WorkerError> {
         let of_method = match recipe.method.name {
             MethodName::Simsiam => LinearProtocol::Simsiam,
-            _ => LinearProtocol::Byol,
+            MethodName::Byol | MethodName::Mocov3 => LinearProtocol::Byol,
         };
         let usual = if args.linear_augment { of_method } else { LinearProtocol::Logistic };
         let official = match args.linear_protocol.unwrap_or(usual) {

@@ -216,6 +216,29 @@ fn one_image_is_too_few() {
 }
 
 #[test]
+fn features_that_are_not_finite_are_a_divergence() {
+    let outcomes = on_ranks(2, |rank| {
+        let set = |name| Set::new(name, 0..8);
+        let evaluator = evaluator(&set("train"), &set("test"), &[]).unwrap();
+        let features = |images: &Tensor| -> Result<Tensor, WorkerError> {
+            let pixels = images.f_flatten(1, -1)?;
+            // The last image of the second rank's part of the bank.
+            if rank.rank() == 1 {
+                let _ = pixels.f_narrow(0, -1, 1)?.f_fill_(f64::NAN)?;
+            }
+            Ok(pixels)
+        };
+        let error = evaluator.features(rank, &features).err().expect("no features");
+        (error.exit_code(), error.is_silent(), error.to_string())
+    });
+    assert_eq!(
+        outcomes.iter().map(|(code, silent, _)| (*code, *silent)).collect::<Vec<_>>(),
+        [(exit_code::DIVERGED, true), (exit_code::DIVERGED, false)]
+    );
+    assert!(outcomes[1].2.contains("the features of train:7 are not finite"), "{}", outcomes[1].2);
+}
+
+#[test]
 fn images_are_chosen_whatever_the_order_of_classes() {
     for (len, count) in [(1, 1), (20, 0), (20, 20), (1000, 100)] {
         let places = chosen(len, count);
