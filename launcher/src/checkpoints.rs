@@ -7,7 +7,7 @@ use mentee_config::{exit_code, say, show};
 use serde_json::json;
 
 use crate::failure::Failure;
-use crate::rundir::RunDir;
+use crate::rundir::{RunDir, printable, printable_json};
 use crate::shard::human_bytes;
 
 /// `mentee checkpoints RUN [--verify] [--json]`.
@@ -58,25 +58,25 @@ pub fn command(path: &Path, verify: bool, as_json: bool) -> Result<(), Failure> 
                 manifest.meta.epoch,
                 manifest.meta.world_size,
                 human_bytes(manifest.files.iter().map(|file| file.bytes).sum()),
-                manifest.state_digest,
+                printable(&manifest.state_digest),
                 if verify { "  verified" } else { "" }
             )),
-            Err(error) => tell(format!("step {:>8}  unusable: {error}", entry.step)),
+            Err(error) => tell(format!("step {:>8}  unusable: {}", entry.step, printable(error))),
         }
     }
     if as_json {
-        tell(format!("{:#}", json!(objects)));
+        tell(printable_json(&format!("{:#}", json!(objects))));
     } else if entries.is_empty() {
-        tell(format!("no checkpoint in {}", run.checkpoints().display()));
+        tell(printable(&format!("no checkpoint in {}", run.checkpoints().display())));
     }
     if unusable > 0 {
         return Err(Failure {
             exit_code: exit_code::CHECKPOINT,
-            line: format!(
+            line: printable(&format!(
                 "{unusable} of {} checkpoints in {} cannot be used; a run resumes from the newest that can",
                 entries.len(),
                 run.checkpoints().display()
-            ),
+            )),
         });
     }
     Ok(())

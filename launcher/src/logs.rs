@@ -24,7 +24,7 @@ use tracing_subscriber::prelude::*;
 use crate::failure::Failure;
 use crate::limits;
 use crate::metrics::Metrics;
-use crate::rundir::RunDir;
+use crate::rundir::{RunDir, printable, printable_json, printable_lines};
 use crate::slurm::{self, Record};
 use crate::status::{State, Status};
 
@@ -210,15 +210,14 @@ impl Entry {
             Some(Level::Trace) => ("TRACE", "35"),
             None => ("     ", "0"),
         };
+        let (clock, who) = (printable(self.clock()), printable(&self.who));
         if !colour {
-            return format!("{:<12} {name} {:<11} {}", self.clock(), self.who, self.text());
+            return format!("{clock:<12} {name} {who:<11} {}", printable_lines(&self.text()));
         }
         format!(
-            "\x1b[2m{:<12}\x1b[0m \x1b[{code}m{name}\x1b[0m {:<11} {}\x1b[2m{}\x1b[0m",
-            self.clock(),
-            self.who,
-            self.message,
-            self.details()
+            "\x1b[2m{clock:<12}\x1b[0m \x1b[{code}m{name}\x1b[0m {who:<11} {}\x1b[2m{}\x1b[0m",
+            printable_lines(&self.message),
+            printable_lines(&self.details())
         )
     }
 
@@ -229,7 +228,7 @@ impl Entry {
             _ => [("message".to_owned(), Value::from(self.raw.as_str()))].into_iter().collect(),
         };
         object.insert("who".into(), self.who.as_str().into());
-        Value::Object(object).to_string()
+        printable_json(&Value::Object(object).to_string())
     }
 }
 
@@ -603,7 +602,8 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
     if let Some(record) = Record::read(&run) {
         // Not among the lines, which others may read on.
         let known = slurm::describe(&slurm::query(&record.job));
-        complain!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
+        let line = format!("job {}: {known}; its own output is {}", record.job, run.slurm_output().display());
+        complain!("{}", printable(&line));
     }
     if !args.follow && files(&run, args.rank)?.is_empty() {
         let whose = args.rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
@@ -615,7 +615,7 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
         let causes = causes(&run, Status::read(&run).as_ref(), &Metrics::read(&run.metrics())?)?;
         let (on, off) = if colour { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
         for line in &causes {
-            out.line(format_args!("{on}{line}{off}"));
+            out.line(format_args!("{on}{}{off}", printable_lines(line)));
         }
         if !causes.is_empty() {
             out.line(format_args!(""));
@@ -694,6 +694,16 @@ mod tests {
         );
         let noise = Entry::parse("rank 3", "Segmentation fault", &entry.time);
         assert_eq!(noise.show(false), "03:04:05.678       rank 3      Segmentation fault");
+    }
+
+    #[test]
+    fn what_a_log_holds_steers_no_terminal() {
+        let line = "{\"timestamp\":\"\\u001b[2J\",\"level\":\"WARN\",\"message\":\"a\\u001b[31mb\\n\\tc\",\"why\":\"\u{9b}1m\"}";
+        let entry = Entry::parse("x\x1b", line, "");
+        assert_eq!(entry.show(false), "\\x1b[2J       WARN x\\x1b       a\\x1b[31mb\n    \tc why=\\x9b1m");
+        let coloured = entry.show(true);
+        assert!(coloured.contains("a\\x1b[31mb") && coloured.contains("why=\\x9b1m"), "{coloured:?}");
+        assert!(!entry.json().chars().any(char::is_control), "{:?}", entry.json());
     }
 
     #[test]
