@@ -1,5 +1,6 @@
 //! Reading `metrics.jsonl`: one JSON object a line. A line that a killed worker left unfinished is skipped. A step that
-//! comes again after a restart replaces the earlier one and everything behind it: the run went on from there.
+//! comes again after a restart replaces the earlier one and everything behind it: the run went on from there. An
+//! evaluation on other data than the recipe's stands beside the run's own and replaces none.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -10,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
+use crate::rundir::printable;
 
 /// A gap between two lines that is longer than so much of what its steps take, and than [`IDLE_S`], is no training.
 const IDLE: f64 = 10.0;
@@ -37,6 +39,11 @@ impl Line {
         self.object.get(key)?.as_str()
     }
 
+    /// Of an evaluation on other data than the recipe's: ` on DATA`; else nothing.
+    pub fn on(&self) -> String {
+        self.text("data").map_or(String::new(), |data| format!(" on {data}"))
+    }
+
     /// Several numbers of it; empty when there are none.
     pub fn numbers(&self, key: &str) -> Vec<f64> {
         let list = self.object.get(key).and_then(Value::as_array);
@@ -58,7 +65,7 @@ impl Line {
             .filter_map(|(name, key)| Some(format!("{name:<24}{:>6.1} %", self.number(key)?)))
             .collect();
         if let Some(protocol) = self.text("protocol") {
-            lines.push(format!("protocol: {protocol}"));
+            lines.push(format!("protocol: {}", printable(protocol)));
         }
         lines
     }
@@ -96,6 +103,8 @@ pub struct Metrics {
     train: BTreeMap<u64, Step>,
     last_train: Option<Line>,
     eval: BTreeMap<u64, Line>,
+    /// On other data, each data set once a step, as last recorded.
+    elsewhere: BTreeMap<u64, Vec<Line>>,
     checkpoints: BTreeMap<u64, Line>,
     restarts: Vec<Line>,
     offset: u64,
@@ -148,12 +157,18 @@ impl Metrics {
             // What a stretch that was lost had measured and saved goes with it.
             self.train.split_off(&step);
             self.eval.split_off(&step);
+            self.elsewhere.split_off(&step);
             self.checkpoints.split_off(&step);
             self.train.insert(step, train);
         }
         let object = || serde_json::from_str(line).map(|object| Line { step, object });
         match (kind, object()) {
             ("train", Ok(line)) => self.last_train = Some(line),
+            ("eval", Ok(line)) if line.text("data").is_some() => {
+                let lines = self.elsewhere.entry(step).or_default();
+                lines.retain(|known| known.text("data") != line.text("data"));
+                lines.push(line);
+            }
             ("eval", Ok(line)) => drop(self.eval.insert(step, line)),
             ("checkpoint", Ok(line)) => drop(self.checkpoints.insert(step, line)),
             ("restart", Ok(line)) => self.restarts.push(line),
@@ -166,9 +181,28 @@ impl Metrics {
         self.train.values()
     }
 
-    /// Evaluations, in order.
+    /// Evaluations on the recipe's data, in order.
     pub fn eval(&self) -> impl Iterator<Item = &Line> {
         self.eval.values()
+    }
+
+    /// Those on other data, in order.
+    pub fn eval_elsewhere(&self) -> impl Iterator<Item = &Line> {
+        self.elsewhere.values().flatten()
+    }
+
+    /// Both, by step.
+    pub fn eval_anywhere(&self) -> Vec<&Line> {
+        let mut lines: Vec<&Line> = self.eval().chain(self.eval_elsewhere()).collect();
+        lines.sort_by_key(|line| line.step);
+        lines
+    }
+
+    /// The evaluation to show of a run that stands at `step`: its newest, on other data where that step has none of its own.
+    pub fn eval_to_show(&self, step: u64) -> Option<&Line> {
+        let own = self.eval.range(..=step).next_back().map(|(_, line)| line);
+        let other = self.elsewhere.range(..=step).next_back().and_then(|(_, lines)| lines.last());
+        other.into_iter().chain(own).max_by_key(|line| line.step)
     }
 
     /// Checkpoints, in order, also those that are gone.
@@ -186,7 +220,7 @@ impl Metrics {
         self.last_train.as_ref()
     }
 
-    /// The newest evaluation.
+    /// The newest evaluation on the recipe's data.
     pub fn last_eval(&self) -> Option<&Line> {
         self.eval.values().next_back()
     }
@@ -266,6 +300,31 @@ mod tests {
             eval.table(),
             ["kNN top-1, trained        51.2 %", "kNN top-1, raw pixels     20.0 %", "protocol: k = 200"]
         );
+    }
+
+    #[test]
+    fn an_evaluation_on_other_data_replaces_none_of_the_runs_own() {
+        let own = "{\"kind\":\"eval\",\"step\":2,\"knn_top1\":50}\n";
+        let other = "{\"kind\":\"eval\",\"step\":2,\"knn_top1\":99,\"data\":\"/b\"}\n";
+        for text in [own.to_owned() + other, other.to_owned() + own] {
+            let metrics = parse(&text);
+            assert_eq!(metrics.last_eval().expect("one").number("knn_top1"), Some(50.0), "{text}");
+            assert_eq!(metrics.eval_to_show(9).expect("one").number("knn_top1"), Some(50.0), "{text}");
+            assert_eq!(metrics.eval_anywhere().len(), 2);
+        }
+        let at = |step: u32, data: &str, top1: u32| {
+            format!("{{\"kind\":\"eval\",\"step\":{step},\"knn_top1\":{top1},\"data\":\"{data}\"}}\n")
+        };
+        let metrics = parse(&[own, &at(4, "/c", 1), &at(4, "/b", 2), &at(4, "/c", 3)].concat());
+        let shown =
+            |step| metrics.eval_to_show(step).map(|line| (line.step, line.on(), line.number("knn_top1")));
+        assert_eq!(shown(4), Some((4, " on /c".into(), Some(3.0))), "none of its own at that step");
+        assert_eq!(shown(3), Some((2, String::new(), Some(50.0))));
+        assert_eq!(shown(1), None);
+        assert_eq!(metrics.eval_elsewhere().count(), 2, "a data set counts once");
+        // A stretch that was lost takes them with it.
+        let metrics = parse(&(at(4, "/c", 1) + "{\"kind\":\"train\",\"step\":3}\n"));
+        assert_eq!(metrics.eval_to_show(9), None);
     }
 
     #[test]

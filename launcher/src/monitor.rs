@@ -25,7 +25,7 @@ use crate::curve::{self, Points};
 use crate::failure::Failure;
 use crate::logs::Level;
 use crate::metrics::{Metrics, Step};
-use crate::rundir::RunDir;
+use crate::rundir::{RunDir, printable};
 use crate::snapshot::{RankRow, Snapshot, Watch};
 use crate::status::State;
 
@@ -33,6 +33,8 @@ use crate::status::State;
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Without a step for so long, and for ten steps' time, a run that should go on is said to stand still.
 const STILL: f64 = 30.0;
+/// Characters of the name of other data that an evaluation was made on.
+const MOST_OF_DATA: usize = 24;
 /// Width of a snapshot that goes to no terminal.
 const PLAIN_WIDTH: u16 = 80;
 
@@ -205,13 +207,13 @@ fn state_of(snapshot: &Snapshot) -> (String, Color) {
 fn draw_head(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     let (state, colour) = state_of(snapshot);
     let mut title = vec![
-        format!(" {} ", snapshot.name).bold(),
+        format!(" {} ", printable(&snapshot.name)).bold(),
         Span::styled(format!(" {state} "), Style::new().fg(Color::Black).bg(colour)),
     ];
     if let Some(status) = &snapshot.status {
         let plural =
             |count: u32, thing: &str| format!("{count} {thing}{}", if count == 1 { "" } else { "s" });
-        title.push(format!("  {} on {}", plural(status.workers, "worker"), status.host).into());
+        title.push(format!("  {} on {}", plural(status.workers, "worker"), printable(&status.host)).into());
         let restarts = snapshot.metrics.restarts().len() as u32;
         if restarts > 0 {
             title.push("  ".into());
@@ -303,11 +305,20 @@ fn numbers(snapshot: &Snapshot, width: u16) -> Line<'static> {
 }
 
 fn evaluation(snapshot: &Snapshot) -> Line<'static> {
-    let Some(eval) = snapshot.metrics.last_eval() else { return Line::from(" kNN not evaluated yet".dim()) };
+    let Some(eval) = snapshot.metrics.eval_to_show(u64::MAX) else {
+        return Line::from(" kNN not evaluated yet".dim());
+    };
     let mut spans = vec![" kNN ".dim()];
     let percent = |key: &str| eval.number(key).map(|value| format!("{value:.1}"));
     spans.push(format!("{} %", percent("knn_top1").unwrap_or("–".into())).bold());
     spans.push(format!(" at step {}", eval.step).dim());
+    if let Some(data) = eval.text("data") {
+        // The end of a path says more than its beginning, and the floors want room too.
+        let data = printable(data);
+        let cut = data.chars().count().saturating_sub(MOST_OF_DATA);
+        let end: String = data.chars().skip(if cut > 0 { cut + 1 } else { 0 }).collect();
+        spans.push(format!(" on {}{end}", if cut > 0 { "…" } else { "" }).yellow());
+    }
     for (name, key) in
         [("random init", "knn_random_init"), ("raw pixels", "knn_raw_pixels"), ("linear", "linear_top1")]
     {
@@ -474,7 +485,7 @@ fn rank_line(rank: u32, row: &RankRow, alive: bool) -> String {
         part(|times| times.comm_ms),
         part(|times| times.update_ms),
         row.rss_mb.map_or("–".into(), |mb| format!("{mb:.0}")),
-        row.host.as_deref().unwrap_or_default(),
+        printable(row.host.as_deref().unwrap_or_default()),
     )
 }
 
@@ -487,12 +498,12 @@ fn draw_events(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     let mut shown: Vec<Line<'_>> = Vec::new();
     // How it ended is the most important.
     if let Some(error) = snapshot.status.as_ref().and_then(|status| status.error.as_ref()) {
-        shown.push(Line::from(format!(" failed: {error}").red()));
+        shown.push(Line::from(format!(" failed: {}", printable(error)).red()));
     }
     let newest = snapshot.notes.iter().rev().take(room.saturating_sub(shown.len()));
     let events: Vec<Line<'_>> = newest
         .map(|note| {
-            let line = format!(" {} {}", time_of_day(note.time), note.text);
+            let line = format!(" {} {}", time_of_day(note.time), printable(&note.text));
             match note.level {
                 Level::Error => Line::from(line.red()),
                 Level::Warn => Line::from(line.yellow()),
@@ -664,6 +675,23 @@ mod tests {
         assert!(text.contains("failed: rank 1 on node1 at step 9"), "{text}");
         assert!(text.contains("(backward)") && !text.contains("to go") && !text.contains('\u{1b}'), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn an_evaluation_on_other_data_is_named_and_control_characters_are_told() {
+        let mut other = snapshot();
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics.jsonl");
+        let line = "{\"kind\":\"eval\",\"step\":500,\"knn_top1\":71.5,\"knn_raw_pixels\":33.3,\"data\":\"/far/away/on/another/disk/photos\"}\n";
+        std::fs::write(&path, line).expect("written");
+        other.metrics = Metrics::read(&path).expect("read");
+        other.name = "a\x1b[31mb\u{9b}2J".into();
+        let text = plain(&other, 80);
+        assert!(
+            text.contains("kNN 71.5 % at step 500 on …/on/another/disk/photos  raw pixels 33.3"),
+            "{text}"
+        );
+        assert!(text.contains("a\\x1b[31mb\\x9b2J"), "{text}");
     }
 
     #[test]

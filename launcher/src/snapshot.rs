@@ -248,9 +248,9 @@ fn milestones(metrics: &Metrics) -> Vec<Note> {
         let text = format!("checkpoint of step {}{took}", line.step);
         Some(Note { time: time(line)?, level: Level::Info, text })
     });
-    let evals = metrics.last_eval().into_iter().filter_map(|line| {
+    let evals = metrics.eval_to_show(u64::MAX).into_iter().filter_map(|line| {
         let top1 = line.number("knn_top1")?;
-        let text = format!("kNN top-1 at step {}: {top1:.1} %", line.step);
+        let text = format!("kNN top-1 at step {}{}: {top1:.1} %", line.step, line.on());
         Some(Note { time: time(line)?, level: Level::Info, text })
     });
     restarts.chain(checkpoints).chain(evals).collect()

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
-use crate::rundir::{RunDir, unix_time};
+use crate::rundir::{RunDir, printable, printable_json, unix_time};
 use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
 
@@ -211,7 +211,7 @@ fn describe(record: &Record, job: &Known) -> String {
         .requeues
         .last()
         .map_or(String::new(), |last| format!(", put back by its supervisor at step {}", last.step));
-    format!("job {}: {known}{returns}", record.job)
+    printable(&format!("job {}: {known}{returns}", record.job))
 }
 
 /// `mentee status RUN [--json]`, also of a directory with the runs of an array.
@@ -237,14 +237,14 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
             "slurm": slurm.as_ref().map(|slurm| slurm_json(Some(slurm))),
             "status": status,
             "last_train": metrics.last_train(),
-            "last_eval": metrics.last_eval(),
+            "last_eval": metrics.eval_to_show(u64::MAX),
             "restarts": metrics.restarts().len(),
             "checkpoints": checkpoints,
         });
-        show!("{value:#}");
+        show!("{}", printable_json(&format!("{value:#}")));
         return Ok(());
     }
-    show!("{}", run.path().display());
+    show!("{}", printable(&run.path().display().to_string()));
     if let Some((record, job)) = &slurm {
         show!("  {}", describe(record, job));
     }
@@ -252,9 +252,9 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
         None if slurm.is_some() => show!("  has not started yet"),
         None => show!("  started without a supervisor (no status.json); from its metrics:"),
         Some(status) => {
-            show!("  {}: {}", status.name, status.state);
+            show!("  {}: {}", printable(&status.name), status.state);
             if let Some(error) = &status.error {
-                show!("  error: {error}");
+                show!("  error: {}", printable(error));
             }
         }
     }
@@ -275,10 +275,15 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
             let slow = at.times_slower.map_or(String::new(), |times| {
                 format!(", holds up the others: {times:.1} times the median's own work")
             });
-            show!("  rank {rank} on {} (process {}): step {}, {}{slow}", at.host, at.pid, at.step, at.phase);
+            let host = printable(&at.host);
+            show!("  rank {rank} on {host} (process {}): step {}, {}{slow}", at.pid, at.step, at.phase);
         }
     }
-    if let Some(eval) = metrics.last_eval() {
+    if let Some(eval) = metrics.eval_to_show(u64::MAX) {
+        let on = printable(&eval.on());
+        if !on.is_empty() || metrics.last_train().is_none_or(|train| train.step != eval.step) {
+            show!("  evaluation of step {}{on}:", eval.step);
+        }
         for line in eval.table() {
             show!("  {line}");
         }
@@ -330,15 +335,16 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
             "slurm": slurm_json(slurm.as_ref()),
             "status": status,
             "last_train": train,
-            "last_eval": metrics.last_eval(),
+            "last_eval": metrics.eval_to_show(u64::MAX),
         }));
-        rows.push([index.to_string(), name, state, step, loss, sets.join(" ")]);
+        let row = [index.to_string(), name, state, step, loss, sets.join(" ")];
+        rows.push(row.map(|cell| printable(&cell)));
     }
     if json {
-        show!("{:#}", serde_json::Value::Array(values));
+        show!("{}", printable_json(&format!("{:#}", serde_json::Value::Array(values))));
         return Ok(());
     }
-    show!("{}: {} runs", folder.display(), sweep.variants.len());
+    show!("{}: {} runs", printable(&folder.display().to_string()), sweep.variants.len());
     let widths: [usize; 6] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     for row in rows {
@@ -347,7 +353,7 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         show!("  {}", cells.join("  ").trim_end());
     }
     if let Some(why) = jobs.failed() {
-        show!("  Slurm could not be asked ({why})");
+        show!("  Slurm could not be asked ({})", printable(why));
     }
     Ok(())
 }

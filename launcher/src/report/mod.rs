@@ -120,6 +120,20 @@ impl Run {
         self.metrics.eval().filter_map(|line| Some((line.step as f64, line.number(key)?))).collect()
     }
 
+    /// The same on other data, a curve for each.
+    fn evals_elsewhere(&self, key: &str) -> Vec<(String, Points)> {
+        let mut curves: Vec<(String, Points)> = Vec::new();
+        for line in self.metrics.eval_elsewhere() {
+            let (on, Some(value)) = (line.on(), line.number(key)) else { continue };
+            let point = (line.step as f64, value);
+            match curves.iter_mut().find(|(known, _)| *known == on) {
+                Some((_, points)) => points.push(point),
+                None => curves.push((on, vec![point])),
+            }
+        }
+        curves
+    }
+
     fn marks(&self) -> Vec<Mark> {
         let mark = |step: u64, kind, title| Mark { at: step as f64, kind, title };
         let newest = self.checkpoints.iter().rev().take(MARKED_CHECKPOINTS);
@@ -269,19 +283,21 @@ fn accuracies(metrics: &Metrics) -> Vec<(String, String)> {
     ];
     let mut columns: Vec<(String, String)> =
         known.iter().map(|(key, name)| ((*key).to_owned(), (*name).to_owned())).collect();
-    for line in metrics.eval() {
+    let lines = metrics.eval_anywhere();
+    for line in &lines {
         for (key, value) in &line.object {
             if value.is_number() && key.contains("top") && !columns.iter().any(|(known, _)| known == key) {
                 columns.push((key.clone(), key.replace('_', " ")));
             }
         }
     }
-    columns.retain(|(key, _)| metrics.eval().any(|line| line.number(key).is_some()));
+    columns.retain(|(key, _)| lines.iter().any(|line| line.number(key).is_some()));
     columns
 }
 
 fn evaluation(page: &mut String, run: &Run) {
-    if run.metrics.last_eval().is_none() {
+    let lines = run.metrics.eval_anywhere();
+    if lines.is_empty() {
         return;
     }
     let columns = accuracies(&run.metrics);
@@ -290,20 +306,21 @@ fn evaluation(page: &mut String, run: &Run) {
         let _ = write!(page, "<th>{}</th>", escape(name));
     }
     let _ = writeln!(page, "</tr>");
-    for line in run.metrics.eval() {
-        let _ = write!(page, "<tr><td>{}</td>", line.step);
+    for line in lines {
+        let _ = write!(page, "<tr><td>{}{}</td>", line.step, escape(&line.on()));
         for (key, _) in &columns {
             let _ = write!(page, "<td>{}</td>", percent(line, key));
         }
         let _ = writeln!(page, "</tr>");
     }
     let _ = writeln!(page, "</table>");
-    for (key, text, steps) in protocols(&run.metrics) {
+    for Protocol { key, text, on, steps } in protocols(&run.metrics) {
         let _ = writeln!(
             page,
-            "<p class=\"note\">{}, {}: {}</p>",
+            "<p class=\"note\">{}, {}{}: {}</p>",
             escape(&key.replace('_', " ")),
             in_words(&steps),
+            escape(&on),
             escape(&text)
         );
     }
@@ -314,15 +331,32 @@ fn evaluation(page: &mut String, run: &Run) {
     );
 }
 
-/// Every protocol that accuracies of the run were measured by, with its key and its steps.
-fn protocols(metrics: &Metrics) -> Vec<(String, String, Vec<u64>)> {
-    let mut found: Vec<(String, String, Vec<u64>)> = Vec::new();
-    for line in metrics.eval() {
+/// How accuracies were measured.
+struct Protocol {
+    key: String,
+    text: String,
+    /// [`Line::on`]
+    on: String,
+    steps: Vec<u64>,
+}
+
+/// Every protocol that accuracies of the run were measured by.
+fn protocols(metrics: &Metrics) -> Vec<Protocol> {
+    let mut found: Vec<Protocol> = Vec::new();
+    for line in metrics.eval_anywhere() {
         for (key, value) in line.object.iter().filter(|(key, _)| key.contains("protocol")) {
             let Some(text) = value.as_str() else { continue };
-            match found.iter_mut().find(|(known, protocol, _)| known == key && protocol == text) {
-                Some((.., steps)) => steps.push(line.step),
-                None => found.push((key.clone(), text.to_owned(), vec![line.step])),
+            let on = line.on();
+            match found.iter_mut().find(|known| known.key == *key && known.text == text && known.on == on) {
+                Some(known) => known.steps.push(line.step),
+                None => {
+                    found.push(Protocol {
+                        key: key.clone(),
+                        text: text.to_owned(),
+                        on,
+                        steps: vec![line.step],
+                    });
+                }
             }
         }
     }
@@ -361,15 +395,19 @@ fn comparison(page: &mut String, runs: &[Run]) {
             let value = metrics.last_train().and_then(|line| line.number(key));
             value.map_or("–".into(), |value| format!("{value:.digits$}"))
         };
-        let eval = |key: &str| metrics.last_eval().map_or("–".into(), |line| percent(line, key));
+        let eval = |key: &str| metrics.eval_to_show(u64::MAX).map_or("–".into(), |line| percent(line, key));
+        let trained = |key: &str| {
+            let line = metrics.eval_to_show(u64::MAX).filter(|line| line.number(key).is_some());
+            eval(key) + &line.map_or(String::new(), Line::on)
+        };
         let cells = [
             status.map_or("–", |status| status.state.word()).to_owned(),
             metrics.last_train().map_or("–".into(), |line| line.step.to_string()),
             last("loss", 4),
             last("z_std", 2),
-            eval("knn_top1"),
+            trained("knn_top1"),
             eval("knn_random_init"),
-            eval("linear_top1"),
+            trained("linear_top1"),
             eval("linear_random_init"),
             metrics.median(|line| line.images_per_s).map_or("–".into(), |rate| format!("{rate:.0}")),
             last("world_size", 0),
@@ -392,14 +430,22 @@ fn curves(page: &mut String, runs: &[Run]) {
     let each =
         |number: fn(&Step) -> Option<f64>| runs.iter().map(|run| run.series(number)).collect::<Vec<_>>();
     let accuracies: Vec<Series> = match runs {
-        [run] => vec![
-            Series::new("kNN", run.evals("knn_top1")),
-            Series::new("kNN, random init", run.evals("knn_random_init")).coloured(1).dashed(),
-            Series::new("kNN, raw pixels", run.evals("knn_raw_pixels")).coloured(2).dashed(),
-            Series::new("linear", run.evals("linear_top1")).coloured(3),
-            Series::new("linear, random init", run.evals("linear_random_init")).coloured(4).dashed(),
-            Series::new("linear, raw pixels", run.evals("linear_raw_pixels")).coloured(5).dashed(),
-        ],
+        [run] => {
+            let own = [
+                Series::new("kNN", run.evals("knn_top1")),
+                Series::new("kNN, random init", run.evals("knn_random_init")).coloured(1).dashed(),
+                Series::new("kNN, raw pixels", run.evals("knn_raw_pixels")).coloured(2).dashed(),
+                Series::new("linear", run.evals("linear_top1")).coloured(3),
+                Series::new("linear, random init", run.evals("linear_random_init")).coloured(4).dashed(),
+                Series::new("linear, raw pixels", run.evals("linear_raw_pixels")).coloured(5).dashed(),
+            ];
+            let elsewhere = [("kNN", "knn_top1", 6), ("linear", "linear_top1", 7)];
+            let elsewhere = elsewhere.into_iter().flat_map(|(name, key, colour)| {
+                let curves = run.evals_elsewhere(key).into_iter();
+                curves.map(move |(on, points)| Series::new(&format!("{name}{on}"), points).coloured(colour))
+            });
+            own.into_iter().chain(elsewhere).collect()
+        }
         _ => runs
             .iter()
             .map(|run| Series::new(&run.label, run.evals("knn_top1")).coloured(run.colour))
@@ -464,17 +510,24 @@ fn spectra(runs: &[Run]) -> Chart {
             .collect();
         Series::new(name, points)
     };
+    // On other data only where the legend can say so.
     let with_spectrum = |run: &Run| -> Vec<Line> {
-        run.metrics.eval().filter(|line| !line.numbers("spectrum").is_empty()).cloned().collect()
+        let has_spectrum = |line: &&Line| !line.numbers("spectrum").is_empty();
+        let own: Vec<Line> = run.metrics.eval().filter(has_spectrum).cloned().collect();
+        if !own.is_empty() || runs.len() > 1 {
+            return own;
+        }
+        run.metrics.eval_elsewhere().filter(has_spectrum).cloned().collect()
     };
     let mut lines: Vec<Series> = Vec::new();
     let mut title = "Singular values of the features, by place".to_owned();
     if let [run] = runs {
         let evals = with_spectrum(run);
         if let (Some(first), Some(last)) = (evals.first(), evals.last()) {
-            lines.push(series(&format!("at step {}", last.step), last));
+            let name = |line: &Line| format!("at step {}{}", line.step, line.on());
+            lines.push(series(&name(last), last));
             if first.step != last.step {
-                lines.push(series(&format!("at step {}", first.step), first).coloured(2).dashed());
+                lines.push(series(&name(first), first).coloured(2).dashed());
             }
             if let Some(rank) = last.number("effective_rank") {
                 let _ = write!(title, "; effective rank {rank:.1}");
@@ -812,6 +865,51 @@ mod tests {
         }
         assert_eq!(in_words(&[1, 2, 3, 4, 5, 6, 8]), "7 evaluations of steps 1 to 8");
         assert_eq!(in_words(&[1, 2, 3]), "steps 1, 2 and 3");
+    }
+
+    #[test]
+    fn evaluations_on_other_data_are_named_and_replace_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = |name: &str, text: &str| {
+            std::fs::create_dir(folder.path().join(name)).expect("made");
+            let run = RunDir::at(&folder.path().join(name)).expect("a path");
+            std::fs::write(run.metrics(), text).expect("written");
+            run
+        };
+        let other = "{\"kind\":\"eval\",\"step\":5,\"knn_top1\":99,\"knn_raw_pixels\":12,\"linear_top1\":98,\
+                     \"spectrum\":[1.0,0.5],\"effective_rank\":1.9,\"protocol\":\"k = 20\",\"data\":\"/o<b>\"}\n";
+        let own = "{\"kind\":\"eval\",\"step\":5,\"knn_top1\":50,\"protocol\":\"k = 20\"}\n";
+        let both = run("both", &[own, other].concat());
+        let page = render_one(&both).expect("a page");
+        for part in [
+            "<tr><td>5</td><td>50.0 %</td>",
+            "<tr><td>5 on /o&lt;b&gt;</td><td>99.0 %</td>",
+            "protocol, step 5: k = 20<",
+            "protocol, step 5 on /o&lt;b&gt;: k = 20<",
+            ">kNN on /o&lt;b&gt;<",
+            ">linear on /o&lt;b&gt;<",
+            ">at step 5 on /o&lt;b&gt;<",
+        ] {
+            assert!(page.contains(part), "{part}: {page}");
+        }
+        assert!(!page.contains(">linear<"), "the run has none of its own: {page}");
+        let elsewhere = run("elsewhere", other);
+        let page = render(&[both, elsewhere]).expect("a page");
+        let row = |name: &str| {
+            let name = format!("</i>{name}</td>");
+            page.lines().find(|line| line.starts_with("<tr>") && line.contains(&name)).expect("a row")
+        };
+        assert!(row("both").contains("<td>50.0 %</td><td>–</td><td>–</td><td>–</td>"), "{}", row("both"));
+        let named = "<td>99.0 % on /o&lt;b&gt;</td><td>–</td><td>98.0 % on /o&lt;b&gt;</td><td>–</td>";
+        assert!(row("elsewhere").contains(named), "{}", row("elsewhere"));
+        // Curves that lie over each other are of the runs' own data, and so are singular values.
+        let (_, curves) = page.split_once("<h2>Curves</h2>").expect("curves");
+        let (curves, _) = curves.split_once("Where the plans differ").expect("what follows");
+        assert_eq!(
+            (curves.matches("class=\"dot").count(), curves.contains("Singular")),
+            (1, false),
+            "{curves}"
+        );
     }
 
     #[test]
