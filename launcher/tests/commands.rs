@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use common::{put, script};
 use mentee_checkpoint::{Dtype, Meta, Tensor};
+use mentee_config::Recipe;
 use mentee_config::recipe::DataFormat;
 use mentee_data::check;
 use mentee_data::decode::Reading;
@@ -522,6 +523,181 @@ fn checkpoints_are_listed_and_verified() {
     assert_eq!(list[0]["world_size"], 2);
     assert_eq!(list[0]["state_digest"].as_str().map(str::len), Some(64));
     assert_eq!(err.lines().count(), 1, "{err}");
+}
+
+/// A run of a name with mark-up, its checkpoint of step 14, and lines of metrics.
+fn run_of(run_dir: &Path, sets: &[&str], metrics: &str) {
+    let sets: Vec<String> = sets.iter().map(|set| (*set).to_owned()).collect();
+    let mut recipe = Recipe::load("byol-cifar10-resnet18", &sets).expect("built in");
+    recipe.run.name = "a`b<script>_c".into();
+    let meta = Meta {
+        step: 14,
+        epoch: 2,
+        world_size: 1,
+        plan_hash: "hash".into(),
+        plan_toml: recipe.to_toml(),
+        data_digest: "data".into(),
+        mentee_version: "0.1.0".into(),
+        counts: mentee_checkpoint::Counts::default(),
+    };
+    let bytes = [0; 8];
+    let state = vec![Tensor::new("student.backbone.conv1.weight", Dtype::F32, &[2], &bytes)];
+    mentee_checkpoint::write(&run_dir.join("checkpoints"), &meta, &[("state.safetensors".into(), state)])
+        .expect("written");
+    fs::write(run_dir.join("plan.toml"), recipe.to_toml()).expect("written");
+    fs::write(run_dir.join("metrics.jsonl"), metrics).expect("written");
+}
+
+const OWN: &str = "{\"kind\":\"eval\",\"step\":7,\"knn_top1\":16.5,\"protocol\":\"k_1 <b>\"}\n";
+const OTHER: &str = "{\"kind\":\"eval\",\"step\":14,\"knn_top1\":88.5,\"data\":\"/other\"}\n";
+const TRAIN: &str = "{\"kind\":\"train\",\"step\":14,\"loss\":1.5}\n";
+
+#[test]
+fn a_card_says_how_it_was_measured_and_can_be_run_whatever_names_hold() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run_dir = folder.path().join("run");
+    run_of(&run_dir, &["views.size=64", "parallel.precision=bf16"], &[OWN, TRAIN].concat());
+    let export = |name: &str| mentee(&["export", text(&run_dir), "--out", text(&folder.path().join(name))]);
+    let read = |name: &str| fs::read_to_string(folder.path().join(name)).expect(name);
+
+    let (code, out, err) = export("a\"b\\c\nd.safetensors");
+    assert_eq!(code, Some(0), "{err}");
+    assert!(out.contains("1 tensors of resnet18 at step 14"), "{out}");
+    let card = read("a\"b\\c\nd.md");
+    for part in [
+        "model.load_state_dict(load_file(\"a\\\"b\\\\c\\nd.safetensors\"), strict=True)\n",
+        "run a\\`b&lt;script>\\_c, step 14",
+        "an image of 64 x 64 as it is",
+        "    if image.size != (64, 64):\n        image = functional.resize(image, 73, functional.InterpolationMode.",
+        "functional.center_crop(image, [64, 64])",
+        "evaluated in bf16",
+        "At step 7. k\\_1 &lt;b>",
+    ] {
+        assert!(card.contains(part), "{part}: {card}");
+    }
+    let described: Value = serde_json::from_str(&read("a\"b\\c\nd.json")).expect("JSON");
+    assert_eq!(described["input"]["as_it_is"], serde_json::json!([64, 64]));
+    assert_eq!(described["evaluated_in"], "bf16");
+    assert!(described["scores"].get("data").is_none(), "{described}");
+
+    // Names that differ behind a dot only.
+    for name in ["v1.2", "v1.3.safetensors"] {
+        assert_eq!(export(name).0, Some(0));
+    }
+    assert!(read("v1.2.md").contains("load_file(\"v1.2\")"));
+    assert!(
+        read("v1.3.md").contains("load_file(\"v1.3.safetensors\")")
+            && folder.path().join("v1.3.json").exists()
+    );
+    assert_eq!(export("v1.2").0, Some(0), "over an earlier one");
+
+    // An evaluation on other data, of a step that has none of its own.
+    run_of(&folder.path().join("other"), &[], &[OWN, TRAIN, OTHER].concat());
+    let out = folder.path().join("other.safetensors");
+    let (code, _, err) = mentee(&["export", text(&folder.path().join("other")), "--out", text(&out)]);
+    assert_eq!(code, Some(0), "{err}");
+    assert!(read("other.md").contains("At step 14, on `/other`. "), "{}", read("other.md"));
+    assert!(!read("other.md").contains("bf16"), "{}", read("other.md"));
+    let described: Value = serde_json::from_str(&read("other.json")).expect("JSON");
+    assert_eq!(described["scores"]["data"], "/other");
+}
+
+#[test]
+fn an_export_overwrites_descriptions_only() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run_dir = folder.path();
+    run_of(run_dir, &[], "");
+    for (out, there) in [("status", "status.json"), ("README", "README.md"), ("x.safetensors", "x.json")] {
+        for kept in ["", "# mine\n", "{\"state\":\"done\"}"] {
+            fs::write(run_dir.join(there), kept).expect("written");
+            let (code, _, err) = mentee(&["export", text(run_dir), "--out", text(&run_dir.join(out))]);
+            assert_eq!(code, Some(2), "{err}");
+            assert!(err.contains(there) && err.lines().count() == 1, "{err}");
+            assert_eq!(fs::read_to_string(run_dir.join(there)).expect("there"), kept);
+            assert!(!run_dir.join(out).exists(), "{out}");
+        }
+    }
+}
+
+#[test]
+fn status_names_an_evaluation_that_is_not_of_the_newest_step_or_on_other_data() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let status = |metrics: &[&str]| {
+        fs::write(folder.path().join("metrics.jsonl"), metrics.concat()).expect("written");
+        let (code, out, err) = mentee(&["status", text(folder.path())]);
+        assert_eq!(code, Some(0), "{err}");
+        out
+    };
+    let out = status(&[OWN, TRAIN]);
+    assert!(out.contains("  evaluation of step 7:\n  kNN top-1, trained        16.5 %\n"), "{out}");
+    let out = status(&[OWN, TRAIN, OTHER]);
+    assert!(
+        out.contains("  evaluation of step 14 on /other:\n  kNN top-1, trained        88.5 %\n"),
+        "{out}"
+    );
+    let own = OTHER.replace("data", "what");
+    let out = status(&[OWN, TRAIN, &own, &OTHER.replace("88", "99")]);
+    assert!(out.contains("88.5 %") && !out.contains("evaluation of"), "{out}");
+    let (_, out, _) = mentee(&["status", text(folder.path()), "--json"]);
+    let value: Value = serde_json::from_str(&out).expect("JSON");
+    assert_eq!(value["last_eval"]["values"]["knn_top1"], 88.5);
+}
+
+/// What a run directory's files hold reaches a terminal as text.
+#[test]
+fn a_run_directory_steers_no_terminal() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let run_dir = folder.path();
+    let evil = "\x1b[2J\x07\u{9b}31m\x7f";
+    run_of(run_dir, &[], "");
+    let line = |value: Value| value.to_string() + "\n";
+    let eval =
+        serde_json::json!({ "kind": "eval", "step": 1, "knn_top1": 1, "protocol": evil, "data": evil });
+    let restart = serde_json::json!({ "kind": "restart", "step": 1, "time": 1, "reason": evil });
+    fs::write(run_dir.join("metrics.jsonl"), line(eval) + &line(restart)).expect("written");
+    let status = serde_json::json!({
+        "state": "failed", "name": evil, "host": evil, "pid": 1, "workers": 1, "generation": 0,
+        "progress": { "phase": "done", "step": 1, "total_steps": 2, "epoch": 0, "epochs": 1, "loss": 1.0, "lr": 0.1, "z_std": 1.0,
+            "images_per_s": 1.0 },
+        "eta_s": null, "updated": 1.0, "exit_code": 1, "error": evil, "ranks": {},
+    });
+    fs::write(run_dir.join("status.json"), status.to_string()).expect("written");
+    fs::create_dir(run_dir.join("logs")).expect("made");
+    let event = serde_json::json!({ "timestamp": "2026-01-02T03:04:05Z", "level": "ERROR", "message": evil, "why": evil });
+    fs::write(run_dir.join("logs/rank-00000.jsonl"), line(event) + evil + "\n").expect("written");
+    let broken = run_dir.join("checkpoints/step-00000015");
+    fs::create_dir_all(&broken).expect("made");
+    fs::write(broken.join("manifest.json"), format!("{{\"format\":{evil:?}}}")).expect("written");
+    for words in [
+        &["status"][..],
+        &["status", "--json"],
+        &["logs"],
+        &["logs", "--json"],
+        &["checkpoints"],
+        &["checkpoints", "--json"],
+        &["monitor", "--once"],
+    ] {
+        let (code, out, err) = mentee(&[&words[..1], &[text(run_dir)], &words[1..]].concat());
+        assert!(code == Some(0) || code == Some(4), "{words:?}: {err}");
+        let steers = |letter: char| letter.is_control() && letter != '\n';
+        assert!(!out.contains(steers) && !err.contains(steers), "{words:?}: {out:?} {err:?}");
+        if matches!(words, ["status"] | ["logs"] | ["monitor", ..]) {
+            assert!(out.contains("\\x1b[2J\\x07\\x9b31m\\x7f"), "{words:?}: {out}");
+        }
+    }
+}
+
+#[test]
+fn of_a_sweep_one_run_is_to_be_named() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let sweep = folder.path();
+    fs::write(sweep.join("sweep.json"), "{\"job\":\"7\",\"variants\":[[\"a=1\"],[\"a=2\"]]}")
+        .expect("written");
+    for command in ["report", "monitor", "logs", "checkpoints"] {
+        let (code, _, err) = mentee(&[command, text(sweep)]);
+        assert_eq!(code, Some(2), "{command}: {err}");
+        assert!(err.contains("is a sweep of 2 runs: name one, e.g. "), "{command}: {err}");
+    }
 }
 
 #[test]
