@@ -218,7 +218,10 @@ fn an_evaluation_leaves_damaged_images_out() {
         let warned: Vec<&str> = warned.collect();
         assert!(warned.len() == 1 && warned[0].contains(problem), "{told}");
     }
-    let (without, words, told) = eval(&["--knn", "--data", clean.to_str().expect("UTF-8")]);
+    let clean = clean.to_str().expect("UTF-8");
+    let (mut without, words, told) = eval(&["--knn", "--data", clean]);
+    let named = without.as_object_mut().and_then(|object| object.remove("data"));
+    assert_eq!(named, Some(Value::from(clean)), "other images than the run's");
     assert_eq!(with, without);
     assert!(!words.contains("left out") && !told.contains("left a damaged"), "{words}\n{told}");
     let (_, words, _) = eval(&["--linear-augment", "--linear-epochs", "1"]);
