@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mentee_config::{counted, say};
@@ -12,23 +14,46 @@ use crate::rundir::RunDir;
 /// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
 const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
 
-/// Workers of a run here that have no supervisor: those of one that was killed a moment ago. Their command line has
-/// `--run-dir` and this directory; what only reads a run (`mentee-worker eval DIR`) is left alone.
+/// Workers of a run here that have no supervisor: those of one that was killed a moment ago. They are this user's, their
+/// command line has `--run-dir` and this directory, and it is this directory that they see there: containers that share their
+/// processes may mount others at the same path. What only reads a run (`mentee-worker eval DIR`) is left alone.
 pub fn leftovers(dir: &RunDir) -> Vec<libc::pid_t> {
-    let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-    let me = std::process::id();
+    // SAFETY: geteuid has no preconditions and cannot fail.
+    let user = unsafe { libc::geteuid() };
+    let me = std::process::id() as libc::pid_t;
+    workers_in(Path::new("/proc"), user, dir.path()).into_iter().filter(|&pid| pid != me).collect()
+}
+
+/// The processes of `user` in `proc`, a folder as proc(5) has it, that work in `run_dir`.
+fn workers_in(proc: &Path, user: libc::uid_t, run_dir: &Path) -> Vec<libc::pid_t> {
+    let Ok(processes) = fs::read_dir(proc) else { return Vec::new() };
     processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<libc::pid_t>().ok())
-        .filter(|&pid| pid as u32 != me)
         .filter(|pid| {
-            let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { return false };
+            let process = proc.join(pid.to_string());
+            let Ok(command) = fs::read(process.join("cmdline")) else { return false };
             let mut words = command.split(|&byte| byte == 0);
             let program = words.next().unwrap_or_default();
             program.ends_with(crate::engine::WORKER.as_bytes())
                 && words.any(|word| word == b"--run-dir")
-                && words.next() == Some(dir.path().as_os_str().as_encoded_bytes())
+                && words.next() == Some(run_dir.as_os_str().as_encoded_bytes())
+                && fs::metadata(&process).is_ok_and(|it| it.uid() == user)
+                && sees(&process, run_dir)
         })
         .collect()
+}
+
+/// Whether a process finds the directory at `path` that this one finds there.
+fn sees(process: &Path, path: &Path) -> bool {
+    let place = |path: &Path| fs::metadata(path).ok().map(|it| (it.dev(), it.ino()));
+    let root = process.join("root");
+    let theirs = place(&root.join(path.strip_prefix("/").unwrap_or(path)));
+    match (theirs, place(path)) {
+        // Removed, for both: it is by the name alone that they are in one place. One whose root cannot be seen is ending, or
+        // another container's.
+        (None, None) => place(&root).is_some_and(|root| Some(root) == place(Path::new("/"))),
+        (theirs, ours) => theirs == ours,
+    }
 }
 
 /// Ends what a supervisor that was killed may have left: two gangs in one directory would spoil both.
@@ -111,6 +136,7 @@ mod tests {
 
     #[test]
     fn the_leftovers_of_a_run_are_the_workers_that_write_there() {
+        use std::io::Read;
         use std::os::unix::process::CommandExt;
         use std::process::{Child, Command, Stdio};
 
@@ -119,8 +145,11 @@ mod tests {
         // A shell that waits, by the name and with the words of a worker.
         let waiting = |words: &[&str]| -> Child {
             let mut command = Command::new("sh");
-            command.arg0(crate::engine::WORKER).args(["-c", "read line", "sh"]).args(words);
-            command.stdin(Stdio::piped()).spawn().expect("sh")
+            command.arg0(crate::engine::WORKER).args(["-c", "echo; read line", "sh"]).args(words);
+            let mut worker = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("sh");
+            // Only then it has its own command line for sure.
+            worker.stdout.as_mut().expect("piped").read_exact(&mut [0]).expect("a line");
+            worker
         };
         let mut workers = [
             waiting(&["plan.toml", "--run-dir", here]),
@@ -134,6 +163,34 @@ mod tests {
             worker.wait().expect("ended");
         }
         assert_eq!(found, expected);
+    }
+
+    /// Two containers with one list of processes, each with a volume of its own at `/runs/a`.
+    #[test]
+    fn a_worker_of_another_user_or_in_another_directory_of_that_path_is_no_leftover() {
+        use std::os::unix::fs::symlink;
+
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        let run_dir = at("runs/a");
+        fs::create_dir_all(&run_dir).expect("made");
+        let below = run_dir.strip_prefix("/").expect("absolute");
+        fs::create_dir_all(at("container").join(below)).expect("made");
+        for (pid, root) in [("11", Path::new("/")), ("12", &at("container")), ("13", &at("gone"))] {
+            let process = at("proc").join(pid);
+            fs::create_dir_all(&process).expect("made");
+            symlink(root, process.join("root")).expect("a link");
+            let words = format!("/bin/mentee-worker\0plan.toml\0--run-dir\0{}\0", run_dir.display());
+            fs::write(process.join("cmdline"), words).expect("written");
+        }
+        let user = fs::metadata(&run_dir).expect("there").uid();
+        assert_eq!(workers_in(&at("proc"), user, &run_dir), [11]);
+        assert_eq!(workers_in(&at("proc"), user + 1, &run_dir), [0; 0]);
+        // Where the directory is gone, that of another root is none of ours still.
+        fs::remove_dir(&run_dir).expect("removed");
+        assert_eq!(workers_in(&at("proc"), user, &run_dir), [11]);
+        fs::remove_dir(at("container").join(below)).expect("removed");
+        assert_eq!(workers_in(&at("proc"), user, &run_dir), [11]);
     }
 
     #[test]
