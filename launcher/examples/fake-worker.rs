@@ -4,10 +4,11 @@
 //! `FAKE_WORKER` holds words: `steps=N` (20), `step_ms=N` (5), `kill=RANK@STEP` (SIGKILL to itself, once a run
 //! directory), `kill_always=RANK@STEP`, `fail=RANK@STEP:CODE` (says why, then exits), `exit=CODE` (before hello, with
 //! an `error:` line), `other_data=RANK` (sees other data), `deaf` (ignores requests to stop), `warn` (a warning
-//! that every rank gives).
+//! that every rank gives), `segment=PATH` (before hello it maps a new file there, and a second later kills itself).
 
 use std::fs::{self, OpenOptions};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -50,6 +51,17 @@ fn main() {
     if let Some(code) = script.word("exit") {
         complain!("error: this fake worker was told to fail, rank {rank}");
         std::process::exit(code.parse().expect("a code"));
+    }
+    if let Some(segment) = script.word("segment") {
+        let file = OpenOptions::new().read(true).write(true).create_new(true).open(segment).expect("made");
+        file.set_len(4096).expect("long enough");
+        // SAFETY: a new mapping of one page of an open file; nothing else is touched.
+        let address = unsafe {
+            libc::mmap(std::ptr::null_mut(), 4096, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        };
+        assert_ne!(address, libc::MAP_FAILED);
+        std::thread::sleep(Duration::from_secs(1));
+        die();
     }
     let recipe = Recipe::from_plan(Path::new(&arguments[1])).expect("a plan");
     let address = CoordinatorAddress::from_env(&environment).expect("the launcher's coordinator");

@@ -41,6 +41,8 @@ const MAX_LINE: usize = 16 * 1024;
 const ABANDON_GRACE: Duration = Duration::from_secs(5);
 /// How often `status.json` is written.
 const STATUS_EVERY: Duration = Duration::from_secs(1);
+/// How often the workers' shared memory is noted until all of them go: one that dies before would leave it behind.
+const NOTE_MEMORY_EVERY: Duration = Duration::from_millis(250);
 /// How long the step of an srun that has ended gets to be gone from all machines before the next start.
 const STEP_GRACE: Duration = Duration::from_secs(30);
 
@@ -167,6 +169,8 @@ pub async fn supervise(
     let mut stopped_by = Vec::new();
     let mut actions = first;
     let mut status_due = tokio::time::interval(STATUS_EVERY);
+    let mut memory_due = tokio::time::interval(NOTE_MEMORY_EVERY);
+    memory_due.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         for action in std::mem::take(&mut actions) {
             if shell.job.lock.is_lost(&shell.job.dir.plan()) {
@@ -198,6 +202,10 @@ pub async fn supervise(
             }
             Some(line) = shell.lines.1.recv() => {
                 shell.keep(&line);
+                continue;
+            }
+            _ = memory_due.tick(), if shell.is_gathering() => {
+                left_memory::note(shell.job.dir);
                 continue;
             }
             _ = status_due.tick() => {
@@ -302,6 +310,11 @@ impl Shell<'_> {
         self.display.restart();
         self.write_status();
         Ok(())
+    }
+
+    /// Workers were started, and not all of them have come yet.
+    fn is_gathering(&self) -> bool {
+        self.child.is_some() && self.status.ranks.is_empty()
     }
 
     fn signal(&self, signal: libc::c_int) {

@@ -228,6 +228,17 @@ fn a_budget_that_is_spent_ends_with_a_report() {
 }
 
 #[test]
+fn shared_memory_of_a_worker_that_dies_before_all_have_come_is_removed() {
+    let place = Place::new();
+    let segment = PathBuf::from(format!("/dev/shm/mentee-test-early-{}", std::process::id()));
+    let ended = place.run(&format!("segment={}", segment.display()), 1, &["--max-restarts", "0"]);
+    assert_eq!(ended.code, Some(5), "{ended:?}");
+    let left = segment.exists();
+    let _ = fs::remove_file(&segment);
+    assert!(!left, "it is still there: {ended:?}");
+}
+
+#[test]
 fn what_a_restart_cannot_help_ends_at_once_with_its_own_code() {
     for workers in worlds() {
         for code in [2, 3, 4, 6] {
