@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mentee_config::recipe::{Device, OnDataError};
 use mentee_config::{ConfigError, Recipe};
 
 /// Smallest recipe that loads.
@@ -476,6 +477,19 @@ fn a_plan_must_be_whole() {
     assert_eq!(as_plan.to_toml(), as_recipe.to_toml());
     assert!(first.contains(&format!("decides the numbers: {}", as_plan.hash())), "{}", as_plan.hash());
     assert_eq!((as_plan.optimizer.clip_norm, as_plan.method.temperature), (0.0, 1.0));
+    assert_eq!(as_plan.parallel.device, Device::Auto, "it holds that key");
+    // One that is older still: without devices, deadlines, damaged images passed over, and the probe.
+    let later = ["on_error =", "max_skipped =", "device =", "timeout_s =", "stall_s =", "online_probe ="];
+    let is_older = |line: &&str| !later.iter().any(|key| line.starts_with(key));
+    let older: Vec<&str> = first.lines().filter(is_older).collect();
+    assert_eq!(older.len() + later.len(), first.lines().count());
+    std::fs::write(&path, older.join("\n")).unwrap();
+    let (older, as_recipe) = (Recipe::from_plan(&path), Recipe::load(path.to_str().unwrap(), &[]));
+    let (older, as_recipe) = (older.unwrap(), as_recipe.unwrap());
+    assert_eq!(older.to_toml(), as_recipe.to_toml());
+    assert_eq!(older.hash(), as_plan.hash());
+    assert_eq!((older.parallel.device, older.data.on_error), (Device::Cpu, OnDataError::Fail));
+    assert!(!older.eval.online_probe && older.parallel.stall_s > 1e8 && older.parallel.timeout_s > 1e8);
     let missing = Recipe::from_plan(Path::new("nowhere/plan.toml")).unwrap_err().to_string();
     assert!(missing.starts_with("cannot read nowhere/plan.toml: "), "{missing}");
 }
