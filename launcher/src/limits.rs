@@ -12,6 +12,14 @@ pub fn allow_open_files(count: u64) -> Result<(), Failure> {
     mentee_cluster::limits::allow_open_files(count, count).map_err(|error| Failure::failed(error.to_string()))
 }
 
+/// A write beyond a limit on the size of files (`ulimit -f`) is an error from now on, and ends this process no more. What it starts
+/// does not inherit that, as it would an ignored signal.
+pub fn outlive_file_size_limit() {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: the handler does nothing, which is safe whatever it interrupts.
+    unsafe { libc::signal(libc::SIGXFSZ, nothing as extern "C" fn(libc::c_int) as libc::sighandler_t) };
+}
+
 /// Processor time of all threads of this process so far.
 pub fn processor_time() -> Duration {
     // SAFETY: all zeros is a valid rusage.

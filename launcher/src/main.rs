@@ -179,6 +179,7 @@ fn print(text: &[u8]) {
 }
 
 fn main() -> ExitCode {
+    limits::outlive_file_size_limit();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return code(failure::parser_said(&error)),

@@ -803,6 +803,46 @@ fn doctor_says_what_is_wrong_and_ends_with_the_code_a_run_would() {
 }
 
 #[test]
+fn a_current_directory_that_was_removed_is_refused() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let gone = folder.path().join("gone");
+    for (arguments, expected) in [(&["run", "demo"][..], 2), (&["eval", "x"], 2), (&["man"], 0)] {
+        fs::create_dir(&gone).expect("made");
+        let mut command = Command::new("sh");
+        command.args(["-c", "rmdir ../gone; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_mentee")]);
+        let (code, _, err) = run(command.args(arguments).current_dir(&gone));
+        assert_eq!(code, Some(expected), "{arguments:?}: {err}");
+        let said = "error: the current directory was removed: change to one that is there\n";
+        assert_eq!(err, if expected == 2 { said } else { "" }, "{arguments:?}");
+    }
+}
+
+#[test]
+fn a_run_directory_with_too_long_a_name_is_bad_usage() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let deep = ["d"; 2000].join("/");
+    for name in ["n".repeat(256), format!("new/{}", "n".repeat(256)), deep] {
+        let (code, _, err) = mentee(&["run", "demo", "--run-dir", text(&folder.path().join(name))]);
+        assert_eq!(code, Some(2), "{err}");
+        assert!(err.contains("too long a name"), "{err}");
+        assert_eq!(err.lines().count(), 1, "{err}");
+    }
+}
+
+/// `ulimit -f` sends a signal that would end the program without a word, and a child keeps it.
+#[test]
+fn a_file_beyond_a_limit_on_its_size_is_an_error() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let out = folder.path().join("pages");
+    let mut command = Command::new("sh");
+    command.args(["-c", "ulimit -f 0; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_mentee"), "man", "--out"]);
+    let (code, _, err) = run(command.arg(&out));
+    assert_eq!(code, Some(1), "{err}");
+    assert!(err.starts_with("error: cannot write ") && err.contains("File too large"), "{err}");
+    assert_eq!(err.lines().count(), 1, "{err}");
+}
+
+#[test]
 fn output_that_is_lost_is_an_error() {
     for words in [&["completions", "bash"][..], &["man"], &["--help"]] {
         let full = fs::OpenOptions::new().write(true).open("/dev/full").expect("a full device");
