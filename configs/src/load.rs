@@ -1,5 +1,8 @@
 //! Recipes from files, from the built-in set, and from the `plan.toml` of a run directory.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
 use serde::Deserialize;
@@ -27,6 +30,9 @@ const BUILT_IN: &[(&str, &str)] = recipes![
     "simsiam-imagenet-resnet50",
 ];
 
+/// The longest recipe or plan: a hundred times what one of every key with every comment takes.
+const MAX_BYTES: u64 = 1 << 20;
+
 impl Recipe {
     /// Reads the recipe in a file, or the built-in one of that name, applies `--set section.key=value`
     /// arguments in order, fills in the defaults and checks everything. A resolved recipe (`plan.toml`) is a
@@ -45,8 +51,8 @@ impl Recipe {
                 .ok_or_else(|| not_found(name_or_path, name_or_path))?;
             return resolve(text, Path::new(&format!("built-in {name}.toml")), name, sets);
         }
-        let text = std::fs::read_to_string(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::NotFound => {
+        let text = read(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => {
                 let stem = path.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
                 not_found(name_or_path, &stem)
             }
@@ -62,8 +68,7 @@ impl Recipe {
     ///
     /// # Errors [`ConfigError::Missing`] for a key that is not there, else as [`Recipe::load`].
     pub fn from_plan(path: &Path) -> Result<Recipe, ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text = read(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         Recipe::from_plan_text(&text, path)
     }
 
@@ -131,6 +136,21 @@ impl Recipe {
         Recipe::deserialize(table)
             .map_err(|error| ConfigError::Schema(error.to_string().trim().replace('\n', "; ")))
     }
+}
+
+/// The text of a recipe or plan, also from a pipe of the shell's (`/dev/stdin`, `<(…)`). A pipe that lies among files may never be
+/// written to: it is not waited for.
+fn read(path: &Path) -> io::Result<String> {
+    let of_the_shell = ["/dev/stdin", "/dev/fd", "/proc"].iter().any(|place| path.starts_with(place));
+    if path.metadata()?.file_type().is_fifo() && !of_the_shell {
+        return Err(io::Error::other("is a pipe: give a file"));
+    }
+    let mut bytes = Vec::new();
+    File::open(path)?.take(MAX_BYTES + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > MAX_BYTES {
+        return Err(io::Error::other("longer than 1 MiB: no recipe is"));
+    }
+    String::from_utf8(bytes).map_err(|_| io::Error::other("is no text in UTF-8: no recipe"))
 }
 
 fn resolve(text: &str, path: &Path, name: &str, sets: &[String]) -> Result<Recipe, ConfigError> {

@@ -495,6 +495,23 @@ fn a_plan_must_be_whole() {
 }
 
 #[test]
+fn what_is_no_recipe_at_all_is_neither_waited_for_nor_read_for_ever() {
+    let of = |path: &str| Recipe::load(path, &[]).unwrap_err().to_string();
+    assert_eq!(of("/dev/zero"), "cannot read /dev/zero: longer than 1 MiB: no recipe is");
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let pipe = at("pipe.toml");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    assert_eq!(of(&pipe), format!("cannot read {pipe}: is a pipe: give a file"));
+    let plan = Recipe::from_plan(Path::new(&pipe)).unwrap_err().to_string();
+    assert_eq!(plan, format!("cannot read {pipe}: is a pipe: give a file"));
+    std::fs::write(at("long.toml"), format!("{SMALL}#{}", " ".repeat(1 << 20))).unwrap();
+    assert!(of(&at("long.toml")).ends_with("longer than 1 MiB: no recipe is"));
+    std::fs::write(at("latin.toml"), b"# caf\xe9").unwrap();
+    assert!(of(&at("latin.toml")).ends_with("is no text in UTF-8: no recipe"));
+}
+
+#[test]
 fn a_spoiled_file_is_an_error_of_one_line_and_never_a_panic() {
     let recipe =
         std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/demo.toml")).unwrap();

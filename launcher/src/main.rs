@@ -196,6 +196,19 @@ fn main() -> ExitCode {
 }
 
 fn dispatch(command: Command) -> Result<i32, Failure> {
+    let only_tells = matches!(
+        command,
+        Command::Checkpoints { .. }
+            | Command::Status { .. }
+            | Command::Monitor(_)
+            | Command::Logs(_)
+            | Command::Place(_)
+            | Command::Completions { .. }
+            | Command::Man { .. }
+    );
+    if !only_tells {
+        stands_somewhere()?;
+    }
     match command {
         Command::Run(args) => return Ok(run::command(&args)?.exit_code),
         Command::Demo(args) => return demo::command(&args),
@@ -218,6 +231,16 @@ fn dispatch(command: Command) -> Result<i32, Failure> {
         Command::Bench(bench::BenchCommand::Worker(what)) => return Err(forward(what.workers())),
     }
     Ok(exit_code::DONE)
+}
+
+/// Refuses a current directory that was removed: paths would mean nothing, and no worker could be started there.
+fn stands_somewhere() -> Result<(), Failure> {
+    match std::env::current_dir() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            Err(Failure::usage("the current directory was removed: change to one that is there"))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Becomes `mentee-worker` with the arguments of this process, or the `mpirun` of several; returns only when that cannot be.

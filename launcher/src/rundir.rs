@@ -18,6 +18,25 @@ use mentee_config::{Recipe, complain, counted};
 
 use crate::failure::Failure;
 
+/// The longest name that Linux has, bytes (`NAME_MAX`).
+const LONGEST_NAME: usize = 255;
+/// The longest path that Linux takes (`PATH_MAX`, with the zero behind it), without room for what lies in a run directory.
+const LONGEST_PATH: usize = 4096 - 256;
+
+/// A path that may lead nowhere yet, absolute and with its symbolic links resolved.
+///
+/// # Errors
+/// The system's, where there is no current directory.
+pub fn resolved(path: &Path) -> io::Result<PathBuf> {
+    let path = std::path::absolute(path)?;
+    let whole = path.ancestors().find_map(|there| {
+        let mut whole = fs::canonicalize(there).ok()?;
+        whole.extend(path.strip_prefix(there).ok()?); // joined, nothing would leave a slash at the end
+        Some(whole)
+    });
+    Ok(whole.unwrap_or(path))
+}
+
 /// A run directory, by its absolute path.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RunDir(PathBuf);
@@ -26,25 +45,24 @@ impl RunDir {
     /// One that may not exist yet; touches nothing.
     ///
     /// # Errors
-    /// [`Failure`] with exit code 2 for an empty path, a file's, or one that is not UTF-8.
+    /// [`Failure`] with exit code 2 for an empty path, a file's, one that is too long, or one that is not UTF-8.
     pub fn at(path: &Path) -> Result<RunDir, Failure> {
-        // Symbolic links are resolved, so that one directory has one name in process lists, before it is made and after.
-        let path = std::path::absolute(path)
+        // So that one directory has one name in process lists, before it is made and after.
+        let path = resolved(path)
             .map_err(|error| Failure::usage(format!("--run-dir {}: {error}", path.display())))?;
-        let path = path
-            .ancestors()
-            .find_map(|there| {
-                let mut whole = fs::canonicalize(there).ok()?;
-                whole.extend(path.strip_prefix(there).ok()?); // joined, nothing would leave a slash at the end
-                Some(whole)
-            })
-            .unwrap_or(path);
         let refuse = |why: &str| Err(Failure::usage(format!("--run-dir {}: {why}", path.display())));
         if path.to_str().is_none() {
             return refuse("its path must be UTF-8: give another");
         }
         if path.metadata().is_ok_and(|it| !it.is_dir()) {
             return refuse("is a file: give a folder");
+        }
+        let too_long = |error: io::Error| error.raw_os_error() == Some(libc::ENAMETOOLONG);
+        if path.as_os_str().len() > LONGEST_PATH
+            || path.iter().any(|name| name.len() > LONGEST_NAME)
+            || path.metadata().is_err_and(too_long)
+        {
+            return refuse("is too long a name for a file system: give a shorter one");
         }
         Ok(RunDir(path))
     }

@@ -9,6 +9,7 @@ use mentee_data::{DataError, Source, Split, more_held_out, open, open_split};
 
 use crate::failure::Failure;
 use crate::progress::Counter;
+use crate::rundir::resolved;
 
 /// `mentee shard`.
 #[derive(Debug, clap::Args)]
@@ -145,8 +146,9 @@ pub fn human_bytes(bytes: u64) -> String {
 /// had finished is left as it is.
 ///
 /// # Errors
-/// [`Failure`] with exit code 3 when the source cannot be read or `DIR` holds something.
+/// [`Failure`] with exit code 3 when the source cannot be read or `DIR` holds something, 2 when `DIR` lies in the source.
 pub fn command(args: &ShardArgs) -> Result<(), Failure> {
+    refuse_within(&args.source, &args.out)?;
     let named = |error: DataError| error.with_key("SOURCE");
     let held_out = open_split(&args.source, args.format, Split::Eval).map_err(named)?;
     let train = open_split(&args.source, args.format, Split::Train)
@@ -164,6 +166,18 @@ pub fn command(args: &ShardArgs) -> Result<(), Failure> {
         write(&**source, out, &args.options(), true)?;
     }
     parts.iter().for_each(|(_, out)| forget_part(out));
+    Ok(())
+}
+
+/// Refuses to write among the images that are read: they would be another set, or one with two copies of some.
+fn refuse_within(source: &Path, out: &Path) -> Result<(), Failure> {
+    let (Ok(source), Ok(whole)) = (resolved(source), resolved(out)) else { return Ok(()) };
+    if source.is_dir() && whole.starts_with(&source) {
+        return Err(Failure::usage(format!(
+            "--out {}: is SOURCE or lies in it: choose a folder beside it",
+            out.display()
+        )));
+    }
     Ok(())
 }
 

@@ -325,6 +325,27 @@ fn shard_leaves_out_no_part() {
     assert!(said.contains("all well: 15 images"), "{said}");
 }
 
+/// Parts that are named otherwise than those that are written would be joined by them.
+#[test]
+fn shard_writes_nothing_among_what_it_reads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let data = folder.path().join("data");
+    let config = SyntheticConfig { train: 7, test: 3, ..SyntheticConfig::default() };
+    write_synthetic(&data, &config, &mut |_, _| ()).expect("written");
+    for (from, to) in [("train", "training"), ("test", "testing")] {
+        fs::rename(data.join(from), data.join(to)).expect("renamed");
+    }
+    for out in [data.clone(), data.join("shards"), data.join("training/shards"), data.join("training/../x")] {
+        let (code, _, err) = mentee(&["shard", text(&data), "--out", text(&out)]);
+        assert_eq!(code, Some(2), "{err}");
+        assert!(err.contains("is SOURCE or lies in it"), "{err}");
+        assert_eq!(err.lines().count(), 1, "{err}");
+    }
+    assert_eq!(fs::read_dir(&data).expect("there").count(), 2, "nothing was written");
+    let beside = folder.path().join("data-shards");
+    assert_eq!(mentee(&["shard", text(&data), "--out", text(&beside)]).0, Some(0));
+}
+
 /// Of an array Slurm is asked once, and not again where it does not answer; a job it has forgotten is another matter.
 #[test]
 fn what_slurm_cannot_say_is_told_from_what_it_has_forgotten() {

@@ -54,10 +54,16 @@ pub struct Newest {
 /// `NoManifest`, everything of [`Manifest::parse`], `MissingFile`, `FileLength`, `StepMismatch`, `Io`.
 pub fn open(checkpoint_dir: &Path) -> Result<Checkpoint, CheckpointError> {
     let path = checkpoint_dir.join(MANIFEST_NAME);
-    let file = File::open(&path).map_err(|error| match error.kind() {
+    let opened = |error: io::Error| match error.kind() {
         io::ErrorKind::NotFound => CheckpointError::NoManifest { folder: checkpoint_dir.into() },
         _ => io_error("open", &path)(error),
-    })?;
+    };
+    // Opening a pipe would wait for its other end. A folder is refused by the system.
+    let about = fs::metadata(&path).map_err(opened)?;
+    if !about.is_file() && !about.is_dir() {
+        return Err(CheckpointError::ManifestSyntax { path, problem: "it is no file".into() });
+    }
+    let file = File::open(&path).map_err(opened)?;
     let mut json = Vec::new();
     // One byte more than allowed, for the parser to refuse.
     file.take(MAX_MANIFEST_BYTES + 1).read_to_end(&mut json).map_err(io_error("read", &path))?;
