@@ -27,7 +27,7 @@ pub struct Said {
 /// Runs a command, in a process group of its own so that all it started is ended with it.
 ///
 /// # Errors
-/// When it cannot be started.
+/// When it cannot be started, or there is no thread to read what it writes.
 pub fn ask(mut command: Command, patience: Duration) -> std::io::Result<Said> {
     let began = Instant::now();
     let mut child = command
@@ -36,7 +36,14 @@ pub fn ask(mut command: Command, patience: Duration) -> std::io::Result<Said> {
         .stderr(Stdio::piped())
         .process_group(0)
         .spawn()?;
-    let (out, err) = (reader(child.stdout.take()), reader(child.stderr.take()));
+    let (out, err) = match (reader(child.stdout.take()), reader(child.stderr.take())) {
+        (Ok(out), Ok(err)) => (out, err),
+        (Err(error), _) | (_, Err(error)) => {
+            end_group(&child);
+            child.wait()?;
+            return Err(error);
+        }
+    };
     let mut timed_out = false;
     let status = loop {
         if let Some(status) = child.try_wait()? {
@@ -72,18 +79,18 @@ impl Reader {
     }
 }
 
-fn reader(pipe: Option<impl Read + Send + 'static>) -> Reader {
+fn reader(pipe: Option<impl Read + Send + 'static>) -> std::io::Result<Reader> {
     let bytes = Arc::new(Mutex::new(Vec::new()));
     let into = bytes.clone();
-    let thread = thread::spawn(move || {
+    let thread = thread::Builder::new().spawn(move || {
         let mut part = [0; 4096];
         let Some(mut pipe) = pipe else { return };
         // What was read until an error is what there is.
         while let Ok(count @ 1..) = pipe.read(&mut part) {
             into.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&part[..count]);
         }
-    });
-    Reader { bytes, thread }
+    })?;
+    Ok(Reader { bytes, thread })
 }
 
 fn end_group(child: &Child) {

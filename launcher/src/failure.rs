@@ -52,7 +52,7 @@ impl From<ConfigError> for Failure {
 
 impl From<DataError> for Failure {
     fn from(error: DataError) -> Failure {
-        Failure { exit_code: exit_code::DATA, line: error.to_string() }
+        Failure { exit_code: error.exit_code(), line: error.to_string() }
     }
 }
 

@@ -333,11 +333,14 @@ impl Shell<'_> {
     /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
     fn kill_step(&self) {
         if let Some((job, name)) = self.step() {
-            std::thread::spawn(move || {
+            let kill = move || {
                 if let Err(why) = slurm::kill_step(&job, &name) {
                     tracing::warn!("cannot list the job's steps: {why}");
                 }
-            });
+            };
+            if let Err(error) = std::thread::Builder::new().spawn(kill) {
+                tracing::warn!("cannot end the job's step, as no thread is to be had: {error}");
+            }
         }
     }
 
@@ -347,7 +350,7 @@ impl Shell<'_> {
         let (over, is_over) = tokio::sync::oneshot::channel();
         self.step_over = Some(is_over);
         let (step, dir) = (self.step(), self.job.dir.clone());
-        std::thread::spawn(move || {
+        let end = move || {
             let ended = match step {
                 Some((job, name)) => slurm::end_step(&job, &name, STEP_GRACE),
                 None => end_workers(&dir, STEP_GRACE),
@@ -356,7 +359,12 @@ impl Shell<'_> {
                 tracing::warn!("what is left of the last start may overlap with the next: {why}");
             }
             let _ = over.send(());
-        });
+        };
+        if let Err(error) = std::thread::Builder::new().spawn(end) {
+            tracing::warn!(
+                "what is left of the last start may overlap with the next, as no thread is to be had: {error}"
+            );
+        }
     }
 
     /// The directory is gone, or another run's: ends the workers of this one, and nothing that is found by the directory's name.

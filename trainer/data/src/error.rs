@@ -1,6 +1,6 @@
-//! What can be wrong with data, each with the place and the remedy. A caller maps every one to exit code 3.
+//! What can be wrong with data, each with the place and the remedy.
 
-use mentee_config::counted;
+use mentee_config::{counted, exit_code};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -146,8 +146,10 @@ pub enum DataError {
         /// The sample's index in its source.
         sample: u64,
     },
-    /// A decode thread could not be started.
-    #[error("cannot start decode thread {thread}: {reason}")]
+    /// A thread that reads and decodes could not be started. Nothing is wrong with the data.
+    #[error(
+        "cannot start decode thread {thread}: {reason}: allow more processes (`ulimit -u`, pids.max) or ask for fewer threads"
+    )]
     Thread {
         /// Which of them.
         thread: usize,
@@ -185,6 +187,15 @@ fn remedy(reason: &str) -> &'static str {
 }
 
 impl DataError {
+    /// How a program ends that cannot go on.
+    #[must_use]
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Thread { .. } => exit_code::FAILED,
+            _ => exit_code::DATA,
+        }
+    }
+
     /// Names the recipe key or argument a missing path came from (`data.path` unless told).
     #[must_use]
     pub fn with_key(self, name: &str) -> Self {

@@ -199,7 +199,7 @@ fn write(
         let (senders, pieces): (Vec<_>, Vec<_>) =
             (0..threads).map(|_| std::sync::mpsc::sync_channel::<Piece>(1)).unzip();
         for (thread, sender) in senders.into_iter().enumerate() {
-            scope.spawn(move || {
+            let run = move || {
                 let mut work = Prepare::new(options);
                 let starts = (first..total).step_by(PIECE as usize).skip(thread).step_by(threads);
                 for start in starts {
@@ -219,7 +219,10 @@ fn write(
                         return;
                     }
                 }
-            });
+            };
+            std::thread::Builder::new()
+                .spawn_scoped(scope, run)
+                .map_err(|error| DataError::Thread { thread, reason: error.to_string() })?;
         }
         for turn in 0..(total - first).div_ceil(PIECE) {
             let piece = pieces[turn as usize % threads].recv().map_err(|_| DataError::Thread {

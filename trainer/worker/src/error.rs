@@ -153,7 +153,8 @@ impl WorkerError {
             // What MPI says while it starts may be that another rank is gone.
             Self::Start(StartError::Mpi { .. }) => exit_code::FAILED,
             Self::Start(_) => exit_code::USAGE,
-            Self::Data(_) | Self::OtherData(_) => exit_code::DATA,
+            Self::Data(error) => error.exit_code(),
+            Self::OtherData(_) => exit_code::DATA,
             Self::Checkpoint(error) if error.is_passing() => exit_code::FAILED,
             Self::Checkpoint(_) | Self::CheckpointContent { .. } | Self::NoCheckpoint(_) => {
                 exit_code::CHECKPOINT
