@@ -3,6 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -57,7 +58,12 @@ impl Lock {
         let path = file_of(run_dir);
         let open = || {
             fs::create_dir_all(run_dir)?;
-            OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path)
+            let mut options = OpenOptions::new();
+            let file = open_itself(options.read(true).write(true).create(true).truncate(false), &path)?;
+            match file.metadata()?.is_file() {
+                true => Ok(file),
+                false => Err(io::Error::other("is no file: remove it")),
+            }
         };
         let mut file = open().map_err(|source| LockError::Io { path: path.clone(), source })?;
         let line = format!("process {} on {}\n", std::process::id(), server::hostname());
@@ -98,7 +104,7 @@ impl Lock {
 
     /// Whether another process holds it.
     pub fn is_held(run_dir: &Path) -> bool {
-        let Ok(file) = File::open(file_of(run_dir)) else { return false };
+        let Ok(file) = open_itself(OpenOptions::new().read(true), &file_of(run_dir)) else { return false };
         // A shared lock taken here ends with `file`.
         flock(&file, libc::LOCK_SH).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
     }
@@ -107,6 +113,16 @@ impl Lock {
     pub fn keep(self) {
         std::mem::forget(self);
     }
+}
+
+/// What is there under that name: not what a link leads to, which is another's to write to, and not waiting for the other end of a
+/// pipe.
+fn open_itself(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    opened.map_err(|error| match error.raw_os_error() {
+        Some(libc::ELOOP) => io::Error::other("is a symbolic link, which is not followed: remove it"),
+        _ => error,
+    })
 }
 
 fn flock(file: &File, kind: libc::c_int) -> io::Result<()> {
@@ -153,6 +169,22 @@ mod tests {
         assert!(lock.is_lost(&plan) && another.is_lost(&plan));
         drop((lock, another));
         assert!(!Lock::is_held(&run_dir));
+        fs::remove_dir_all(&run_dir).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_place_of_the_lock_is_not_followed() {
+        let run_dir = std::env::temp_dir().join(format!("mentee-lock-link-{}", std::process::id()));
+        fs::create_dir_all(&run_dir).unwrap();
+        let another = run_dir.join("another");
+        fs::write(&another, "what must stay").unwrap();
+        std::os::unix::fs::symlink(&another, file_of(&run_dir)).unwrap();
+        let error = Lock::take(&run_dir, Duration::ZERO).unwrap_err().to_string();
+        let path = file_of(&run_dir).display().to_string();
+        let said = format!("cannot open {path}: is a symbolic link, which is not followed: remove it");
+        assert_eq!(error, said);
+        assert!(!Lock::is_held(&run_dir));
+        assert_eq!(fs::read_to_string(&another).unwrap(), "what must stay");
         fs::remove_dir_all(&run_dir).unwrap();
     }
 
