@@ -21,6 +21,7 @@ mod limits;
 mod logs;
 mod metrics;
 mod monitor;
+mod out_of_memory;
 mod place;
 mod processes;
 mod progress;

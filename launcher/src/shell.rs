@@ -24,6 +24,7 @@ use crate::flood::Flood;
 use crate::left_memory;
 use crate::logs;
 use crate::metrics::Metrics;
+use crate::out_of_memory;
 use crate::processes::{descendants, end_workers, kill_all, leftovers};
 use crate::progress::Display;
 use crate::prometheus::{self, Exported};
@@ -88,6 +89,8 @@ struct Shell<'a> {
     said: Option<String>,
     /// Slurm's first word that this start was not brought about.
     launch: Option<Launch>,
+    /// Processes that the kernel had ended for want of memory before this start.
+    oom_kills: Option<u64>,
     timer: Option<(Timer, tokio::time::Instant)>,
     /// Done when nothing is left of the last start's step.
     step_over: Option<tokio::sync::oneshot::Receiver<()>>,
@@ -154,6 +157,7 @@ pub async fn supervise(
         tail: VecDeque::new(),
         said: None,
         launch: None,
+        oom_kills: None,
         timer: None,
         step_over: None,
         display,
@@ -289,6 +293,7 @@ impl Shell<'_> {
                 Ok(())
             });
         }
+        self.oom_kills = out_of_memory::kills();
         let mut child = command
             .spawn()
             .map_err(|error| Failure::failed(format!("cannot start {}: {error}", line.program.display())))?;
@@ -415,7 +420,12 @@ impl Shell<'_> {
                 while let Ok(line) = self.lines.1.try_recv() {
                     self.keep(&line);
                 }
-                Event::Settled { said: self.said.clone(), launch: self.launch.clone() }
+                let more = |before| out_of_memory::kills().is_some_and(|now| now > before);
+                Event::Settled {
+                    said: self.said.clone(),
+                    launch: self.launch.clone(),
+                    out_of_memory: self.oom_kills.is_some_and(more),
+                }
             }
             Some((timer, _)) => Event::Due(timer),
         }

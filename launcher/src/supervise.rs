@@ -60,6 +60,10 @@ const LAUNCH_BACKOFF: Duration = Duration::from_secs(5);
 /// Such tries, ten minutes in all.
 const LAUNCHES: u32 = 22;
 
+/// What is said beside a failure when the kernel has ended a process for want of memory.
+const OUT_OF_MEMORY: &str = "; the memory limit was reached: the kernel ended a process (oom_kill): ask for more memory (--mem of \
+                             Slurm), or lower schedule.global_batch or parallel.decode_threads";
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     Running,
@@ -146,10 +150,10 @@ impl Supervisor {
             }
             Event::Exited(_) => Vec::new(),
             Event::Due(timer) => self.due(timer),
-            Event::Settled { said, launch } => match self.state {
+            Event::Settled { said, launch, out_of_memory } => match self.state {
                 State::Settling { exit, longer } => match launch.filter(|_| self.waits_for_slurm()) {
                     Some(launch) => self.launch_again(exit, launch),
-                    None => self.judge(exit, said, longer),
+                    None => self.judge(exit, said, out_of_memory, longer),
                 },
                 _ => Vec::new(),
             },
@@ -352,7 +356,7 @@ impl Supervisor {
     }
 
     /// The workers are gone and all that they had to say is known.
-    fn judge(&mut self, exit: Exit, said: Option<String>, longer: bool) -> Vec<Action> {
+    fn judge(&mut self, exit: Exit, said: Option<String>, out_of_memory: bool, longer: bool) -> Vec<Action> {
         if !longer && self.culprit.as_ref().is_some_and(|culprit| culprit.kind == Failing::Follows) {
             self.state = State::Settling { exit, longer: true };
             return vec![Action::Arm(Timer::Settle, SETTLE_LONGER)];
@@ -394,10 +398,18 @@ impl Supervisor {
         }
         let mut culprit = culprit.unwrap_or_default();
         if culprit.cause.is_empty() {
-            culprit.cause = said.unwrap_or_else(|| exit.to_string());
+            let exit = if self.direct { exit.to_string() } else { exit.of_a_launcher() };
+            culprit.cause = said.unwrap_or(exit);
         } else if culprit.exit_code.is_none() && culprit.kind == Failing::Vanished {
-            let whose = if self.direct { "" } else { "its launcher: " };
-            culprit.cause = format!("{} ({whose}{exit})", culprit.cause);
+            let exit = if self.direct {
+                exit.to_string()
+            } else {
+                format!("its launcher: {}", exit.of_a_launcher())
+            };
+            culprit.cause = format!("{} ({exit})", culprit.cause);
+        }
+        if out_of_memory {
+            culprit.cause.push_str(OUT_OF_MEMORY);
         }
         if self.restarts >= self.max_restarts {
             return self.finish(RANK_FAILED, Some(culprit));

@@ -15,6 +15,35 @@ pub enum Exit {
     Signal(i32),
 }
 
+impl Exit {
+    /// Of `mpirun` or `srun`, which end with their ranks' exit code or with the number of the signal that ended one, as it is or
+    /// behind 128.
+    pub fn of_a_launcher(self) -> String {
+        let Exit::Code(code) = self else { return self.to_string() };
+        match signal_name(code).or_else(|| signal_name(code - 128)) {
+            Some(name) => format!("{self}, as of {name}"),
+            None => self.to_string(),
+        }
+    }
+}
+
+/// Of the signals that end programs by an error of theirs or for want of something; not those whose numbers are exit codes
+/// of programs in general, as 1 and 2.
+fn signal_name(signal: i32) -> Option<&'static str> {
+    Some(match signal {
+        libc::SIGILL => "SIGILL",
+        libc::SIGABRT => "SIGABRT",
+        libc::SIGBUS => "SIGBUS",
+        libc::SIGFPE => "SIGFPE",
+        libc::SIGKILL => "SIGKILL",
+        libc::SIGSEGV => "SIGSEGV",
+        libc::SIGTERM => "SIGTERM",
+        libc::SIGXCPU => "SIGXCPU",
+        libc::SIGXFSZ => "SIGXFSZ",
+        _ => return None,
+    })
+}
+
 impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -84,6 +113,8 @@ pub enum Event {
         said: Option<String>,
         /// The launcher's own word that it could not start them.
         launch: Option<Launch>,
+        /// The kernel has ended a process here for want of memory since this start.
+        out_of_memory: bool,
     },
 }
 

@@ -66,7 +66,7 @@ fn end(actions: &[Action]) -> Option<(i32, Option<&Culprit>)> {
     }
 }
 
-const SETTLED: Event = Event::Settled { said: None, launch: None };
+const SETTLED: Event = Event::Settled { said: None, launch: None, out_of_memory: false };
 const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
 
 /// Events without any restart left, and the exit code they end with.
@@ -74,7 +74,7 @@ const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
 fn how_a_run_ends() {
     let exited = |code| Event::Exited(Exit::Code(code));
     let interrupt = Event::Signal(StopSignal::Interrupt);
-    let said = Event::Settled { said: Some("what was wrong".into()), launch: None };
+    let said = Event::Settled { said: Some("what was wrong".into()), launch: None, out_of_memory: false };
     let table: Vec<(&str, Vec<Event>, i32)> = vec![
         ("all is well", vec![go(), finished(0), exited(0), SETTLED], 0),
         ("last words after the end of the process", vec![go(), exited(0), finished(0), SETTLED], 0),
@@ -311,7 +311,7 @@ fn last_words_of_a_gang_that_was_judged_are_not_the_next_ones() {
 
 #[test]
 fn what_a_worker_said_is_better_than_that_it_went() {
-    let said = |text: &str| Event::Settled { said: Some(text.into()), launch: None };
+    let said = |text: &str| Event::Settled { said: Some(text.into()), launch: None, out_of_memory: false };
     let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(1)), said("disk full")]);
     let (_, culprit) = end(&actions).expect("over");
     assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 7 (backward): disk full");
@@ -323,6 +323,35 @@ fn what_a_worker_said_is_better_than_that_it_went() {
     let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(9)), said("peer lost")]);
     let (_, culprit) = end(&actions).expect("over");
     assert!(culprit.expect("named").cause.starts_with("its process ended without a word"));
+}
+
+#[test]
+fn a_kill_is_told_by_its_signal_and_what_made_the_kernel_kill() {
+    let cause = |direct: bool, exit: Exit, out_of_memory: bool| {
+        let (mut supervisor, _) = Supervisor::new(0, direct, 1);
+        let settled = Event::Settled { said: None, launch: None, out_of_memory };
+        let events = [go(), lost(1), Event::Exited(exit), settled];
+        let actions: Vec<Action> =
+            events.into_iter().flat_map(|event| supervisor.handle_event(Duration::ZERO, event)).collect();
+        let (code, culprit) = end(&actions).expect("over");
+        assert_eq!(code, RANK_FAILED);
+        culprit.expect("named").cause.clone()
+    };
+    let went = "its process ended without a word";
+    for (code, name) in [(9, "SIGKILL"), (137, "SIGKILL"), (7, "SIGBUS"), (139, "SIGSEGV"), (15, "SIGTERM")] {
+        let said = format!("{went} (its launcher: exit code {code}, as of {name})");
+        assert_eq!(cause(false, Exit::Code(code), false), said);
+    }
+    for code in [1, 2, 75, 255] {
+        let said = format!("{went} (its launcher: exit code {code})");
+        assert_eq!(cause(false, Exit::Code(code), false), said);
+    }
+    assert_eq!(cause(true, Exit::Code(9), false), format!("{went} (exit code 9)"));
+    let killed = cause(true, Exit::Signal(libc::SIGKILL), true);
+    assert!(
+        killed.starts_with(&format!("{went} (killed (SIGKILL)); the memory limit was reached: ")),
+        "{killed}"
+    );
 }
 
 #[test]
@@ -510,7 +539,7 @@ fn what_slurm_did_not_start_is_tried_again_and_costs_no_restart() {
     let (mut supervisor, _) = Supervisor::new(1, false, 2);
     let mut fail = |launch: &Launch| {
         supervisor.handle_event(Duration::ZERO, Event::Exited(Exit::Code(1)));
-        let settled = Event::Settled { said: None, launch: Some(launch.clone()) };
+        let settled = Event::Settled { said: None, launch: Some(launch.clone()), out_of_memory: false };
         let actions = supervisor.handle_event(Duration::ZERO, settled);
         supervisor.handle_event(Duration::ZERO, Event::Due(Timer::Backoff));
         actions
@@ -542,7 +571,7 @@ fn a_launch_that_failed_later_is_a_ranks_failure() {
             .flat_map(|event| supervisor.handle_event(Duration::ZERO, event))
             .collect::<Vec<_>>()
     };
-    let settled = Event::Settled { said: None, launch: Some(launch) };
+    let settled = Event::Settled { said: None, launch: Some(launch), out_of_memory: false };
     let actions = events(vec![go(), lost(1), Event::Exited(Exit::Code(1)), settled]);
     assert!(
         actions.iter().any(|action| matches!(action, Action::Say(line) if line.contains("restart 1 of 3")))
