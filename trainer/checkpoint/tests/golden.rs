@@ -231,6 +231,16 @@ fn a_missing_manifest_means_an_incomplete_checkpoint() {
 }
 
 #[test]
+fn a_pipe_in_the_place_of_the_manifest_is_not_waited_for() {
+    let error = refused(|folder| {
+        fs::remove_file(folder.join("manifest.json")).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(folder.join("manifest.json")).status();
+        assert!(made.unwrap().success());
+    });
+    assert!(error.to_string().ends_with("not a checkpoint manifest: it is no file"), "{error}");
+}
+
+#[test]
 fn every_cut_of_the_manifest_is_refused() {
     // The last byte is the newline, which is no part of the JSON.
     for len in 0..MANIFEST.len() - 1 {

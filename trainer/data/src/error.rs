@@ -227,6 +227,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn want_of_threads_is_no_damage() {
+        let thread = DataError::Thread { thread: 3, reason: "Resource temporarily unavailable".to_owned() };
+        assert_eq!(thread.exit_code(), exit_code::FAILED);
+        assert_eq!(DataError::TooFew.exit_code(), exit_code::DATA);
+        let said = "cannot start decode thread 3: Resource temporarily unavailable: allow more processes";
+        assert!(thread.to_string().starts_with(said), "{thread}");
+    }
+
+    #[test]
     fn one_is_one() {
         let said =
             [(0, "image"), (1, "image"), (2, "image"), (1, "class"), (3, "class"), (1, "class folder")]
