@@ -17,9 +17,9 @@ use mentee_cluster::identity::{self, Allocation, COORDINATOR, GENERATION, TOKEN}
 use crate::child;
 use crate::failure::Failure;
 
-/// What a start's step is called in a Slurm job: neither another start's nor that of another run in the same allocation is
+/// What the Slurm step of a start is called: neither another start's nor that of another run in the same allocation is
 /// taken for it.
-pub fn step_name(generation: u32) -> String {
+pub fn slurm_step_name(generation: u32) -> String {
     format!("mentee-workers-{}-{generation}", std::process::id())
 }
 
@@ -189,7 +189,7 @@ pub fn command_line(
             let nodes = layout.nodes;
             let mut all = vec![
                 "--job-name".into(),
-                step_name(address.map_or(0, |address| address.generation)).into(),
+                slurm_step_name(address.map_or(0, |address| address.generation)).into(),
                 format!("--nodes={nodes}").into(),
                 format!("--ntasks={workers}").into(),
             ];
@@ -321,7 +321,7 @@ mod tests {
         assert_eq!(command.set.iter().any(|(name, _)| *name == "MENTEE_RANK"), engine == Engine::Direct);
         let words = std::iter::once(command.program.into_os_string()).chain(command.arguments);
         let line = words.map(|word| word.into_string().expect("UTF-8")).collect::<Vec<_>>().join(" ");
-        line.replace(&step_name(2), "STEP")
+        line.replace(&slurm_step_name(2), "STEP")
     }
 
     #[test]

@@ -113,6 +113,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     drop(source);
     let tools = engine::find_tools(engine, &args.engine_args)?;
 
+    // What is refused above leaves no directory behind. Under the lock some of it is asked again: another run may have begun there.
     server::allow_open_files(args.workers).map_err(|error| Failure::failed(error.to_string()))?;
     // The machine that a job was taken from may still hold it: a file system gives up the locks of one it does not hear in minutes.
     let came_back = allocation.as_ref().is_some_and(|allocation| allocation.restarts > 0);

@@ -32,7 +32,7 @@ use crate::report;
 use crate::rundir::{RunDir, unix_time};
 use crate::slurm;
 use crate::status::{Rank, State, Status};
-use crate::supervise::{Action, Culprit, Event, Exit, Launch, Outcome, StopSignal, Supervisor, Timer};
+use crate::supervise::{Action, Culprit, Event, Exit, LaunchFailure, Outcome, StopSignal, Supervisor, Timer};
 
 /// Lines of the workers' output that are kept for a failure report.
 const TAIL: usize = 20;
@@ -44,8 +44,8 @@ const ABANDON_GRACE: Duration = Duration::from_secs(5);
 const STATUS_EVERY: Duration = Duration::from_secs(1);
 /// How often the workers' shared memory is noted until all of them go: one that dies before would leave it behind.
 const NOTE_MEMORY_EVERY: Duration = Duration::from_millis(250);
-/// How long the step of an srun that has ended gets to be gone from all machines before the next start.
-const STEP_GRACE: Duration = Duration::from_secs(30);
+/// How long what a start has left gets to be gone from all machines before the next one.
+const LEFT_GRACE: Duration = Duration::from_secs(30);
 
 /// A run as it is started: what stays the same over its restarts, and the layout, which may lose machines.
 pub struct Job<'a> {
@@ -88,12 +88,12 @@ struct Shell<'a> {
     /// The first `error: …` line of this start.
     said: Option<String>,
     /// Slurm's first word that this start was not brought about.
-    launch: Option<Launch>,
+    launch_failure: Option<LaunchFailure>,
     /// Processes that the kernel had ended for want of memory before this start.
     oom_kills: Option<u64>,
     timer: Option<(Timer, tokio::time::Instant)>,
-    /// Done when nothing is left of the last start's step.
-    step_over: Option<tokio::sync::oneshot::Receiver<()>>,
+    /// Done when nothing is left of the last start.
+    nothing_left: Option<tokio::sync::oneshot::Receiver<()>>,
     display: Display,
     flood: Flood,
     status: Status,
@@ -156,20 +156,18 @@ pub async fn supervise(
         output,
         tail: VecDeque::new(),
         said: None,
-        launch: None,
+        launch_failure: None,
         oom_kills: None,
         timer: None,
-        step_over: None,
+        nothing_left: None,
         display,
         flood: Flood::default(),
         status,
         exported,
     };
     let started = Instant::now();
-    let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes);
-    if shell.job.dir.newest_step() > 0 {
-        supervisor.goes_on();
-    }
+    let has_checkpoint = shell.job.dir.newest_step() > 0;
+    let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes, has_checkpoint);
     let mut stopped_by = Vec::new();
     let mut actions = first;
     let mut status_due = tokio::time::interval(STATUS_EVERY);
@@ -237,7 +235,7 @@ impl Shell<'_> {
             Action::Kill => self.kill(),
             Action::Arm(timer, after) => self.timer = Some((timer, tokio::time::Instant::now() + after)),
             Action::RecordRestart { generation, culprit } => {
-                self.end_step();
+                self.end_what_is_left();
                 self.record_restart(generation, &culprit);
             }
             Action::LeaveOut { host } => self.leave_out(&host).await?,
@@ -251,7 +249,7 @@ impl Shell<'_> {
     }
 
     async fn start(&mut self, generation: u32) -> Result<(), Failure> {
-        if let Some(over) = self.step_over.take() {
+        if let Some(over) = self.nothing_left.take() {
             let _ = over.await; // bounded by the thread that ends it
         }
         let address = if generation == 0 {
@@ -300,7 +298,7 @@ impl Shell<'_> {
         let header = format!("--- start {generation}: {} workers\n", self.job.workers);
         let _ = self.output.write_all(header.as_bytes());
         self.tail.clear();
-        (self.said, self.launch) = (None, None);
+        (self.said, self.launch_failure) = (None, None);
         if let Some(stdout) = child.stdout.take() {
             tokio::spawn(read_lines(stdout, self.lines.0.clone()));
         }
@@ -329,15 +327,15 @@ impl Shell<'_> {
         }
     }
 
-    /// The job and the name of this start's step, where there is one.
-    fn step(&self) -> Option<(String, String)> {
+    /// The job, and the name of the Slurm step that this start's workers are, where srun starts them.
+    fn slurm_step(&self) -> Option<(String, String)> {
         let allocation = self.job.allocation.filter(|_| self.job.engine == Engine::Srun)?;
-        Some((allocation.job().to_owned(), engine::step_name(self.status.generation)))
+        Some((allocation.job().to_owned(), engine::slurm_step_name(self.status.generation)))
     }
 
     /// SIGKILL to the tasks of an srun, on all machines; not waited for, as Slurm may not answer.
-    fn kill_step(&self) {
-        if let Some((job, name)) = self.step() {
+    fn kill_slurm_step(&self) {
+        if let Some((job, name)) = self.slurm_step() {
             let kill = move || {
                 if let Err(why) = slurm::kill_step(&job, &name) {
                     tracing::warn!("cannot list the job's steps: {why}");
@@ -351,14 +349,14 @@ impl Shell<'_> {
 
     /// An srun that has ended may have left tasks on other machines, and an mpirun that was killed ranks on this one. They hold
     /// devices and memory, and write to this directory: the next start waits until they are gone.
-    fn end_step(&mut self) {
+    fn end_what_is_left(&mut self) {
         let (over, is_over) = tokio::sync::oneshot::channel();
-        self.step_over = Some(is_over);
-        let (step, dir) = (self.step(), self.job.dir.clone());
+        self.nothing_left = Some(is_over);
+        let (slurm_step, dir) = (self.slurm_step(), self.job.dir.clone());
         let end = move || {
-            let ended = match step {
-                Some((job, name)) => slurm::end_step(&job, &name, STEP_GRACE),
-                None => end_workers(&dir, STEP_GRACE),
+            let ended = match slurm_step {
+                Some((job, name)) => slurm::end_step(&job, &name, LEFT_GRACE),
+                None => end_workers(&dir, LEFT_GRACE),
             };
             if let Err(why) = ended {
                 tracing::warn!("what is left of the last start may overlap with the next: {why}");
@@ -374,7 +372,7 @@ impl Shell<'_> {
 
     /// The directory is gone, or another run's: ends the workers of this one, and nothing that is found by the directory's name.
     async fn abandon(&mut self) -> Failure {
-        self.kill_step();
+        self.kill_slurm_step();
         if let Some(pid) = self.child.as_ref().and_then(Child::id) {
             // Not asked to stop: there is no place for a checkpoint. Ranks first, so that an mpirun ends by itself.
             kill_all(&descendants(pid as libc::pid_t));
@@ -404,7 +402,7 @@ impl Shell<'_> {
     /// would leave its temporary files, and ranks that it cannot end any more.
     fn kill(&mut self) {
         left_memory::note(self.job.dir);
-        self.kill_step();
+        self.kill_slurm_step();
         let first = !std::mem::replace(&mut self.killed, true);
         if first && self.job.engine == Engine::Mpirun && kill_all(&leftovers(self.job.dir)) {
             return;
@@ -423,7 +421,7 @@ impl Shell<'_> {
                 let more = |before| out_of_memory::kills().is_some_and(|now| now > before);
                 Event::Settled {
                     said: self.said.clone(),
-                    launch: self.launch.clone(),
+                    launch_failure: self.launch_failure.clone(),
                     out_of_memory: self.oom_kills.is_some_and(more),
                 }
             }
@@ -498,8 +496,8 @@ impl Shell<'_> {
             // Said once, although every rank may have written it.
             self.said.get_or_insert_with(|| error.to_owned());
         }
-        if self.launch.is_none() {
-            self.launch = Launch::of(&line);
+        if self.launch_failure.is_none() {
+            self.launch_failure = LaunchFailure::of(&line);
         }
         if line.starts_with("warning: ") {
             for line in self.flood.pass(Instant::now(), &line) {
@@ -552,60 +550,26 @@ impl Shell<'_> {
 
     /// The last of the run: status, report, and the one line that says how it went.
     fn end(mut self, outcome: Outcome) -> Result<i32, Failure> {
-        while let Ok(line) = self.lines.1.try_recv() {
-            self.keep(&line);
-        }
-        if let Some(line) = self.flood.left() {
-            self.display.warn(&line);
-        }
-        self.display.finish();
-        let Outcome { exit_code, culprit } = outcome;
-        let dir = self.job.dir;
+        self.show_last_lines();
         if self.job.engine != Engine::Srun {
-            kill_all(&leftovers(dir));
+            kill_all(&leftovers(self.job.dir));
         }
-        self.status.exit_code = Some(exit_code);
-        self.status.state = match exit_code {
-            exit_code::DONE => State::Done,
-            exit_code::PREEMPTED => State::Preempted,
-            _ => State::Failed,
-        };
-        tracing::info!(exit_code, "over: {:?}", self.status.state);
-        let failure = match exit_code {
-            exit_code::DONE => None,
-            exit_code::PREEMPTED => {
-                if let Some(culprit) = culprit {
-                    tracing::warn!("{culprit}");
-                    complain!("warning: {culprit}");
-                }
-                None
-            }
-            exit_code::RANK_FAILED => {
-                let culprit = culprit.unwrap_or_default();
-                self.print_last_words(&culprit);
-                Some(format!(
-                    "{culprit}; no restart left: look at {}, then run the same command again to continue from the last \
-                     checkpoint",
-                    dir.logs().display()
-                ))
-            }
-            code => Some(culprit.map(|culprit| culprit.cause).unwrap_or_else(|| {
-                format!("the workers ended with exit code {code}: see {}", dir.worker_output().display())
-            })),
-        };
-        self.status.error.clone_from(&failure);
-        self.status.write(dir);
-        let report = match exit_code {
-            exit_code::PREEMPTED => Ok(()), // whoever stops a run waits for its end
-            _ => report::write(dir),
-        };
-        if let Err(error) = report {
-            complain!("warning: no report: {error}");
+        let exit_code = outcome.exit_code;
+        tracing::info!(exit_code, "over: {:?}", state_of(exit_code));
+        if let (exit_code::PREEMPTED, Some(culprit)) = (exit_code, &outcome.culprit) {
+            tracing::warn!("{culprit}");
+            complain!("warning: {culprit}");
         }
+        if exit_code == exit_code::RANK_FAILED {
+            self.print_last_words(outcome.culprit.as_ref().and_then(|culprit| culprit.rank));
+        }
+        let failure = how_failed(&outcome, self.job.dir);
+        self.write_end(exit_code, failure.clone());
         if let Some(line) = failure {
             tracing::error!("{line}");
             return Err(Failure { exit_code, line });
         }
+        let dir = self.job.dir;
         let last = Metrics::read(&dir.metrics())?;
         let step = last.last_train().map_or(0, |line| line.step);
         if exit_code == exit_code::PREEMPTED {
@@ -618,8 +582,33 @@ impl Shell<'_> {
         Ok(exit_code)
     }
 
-    fn print_last_words(&self, culprit: &Culprit) {
-        if let Some(rank) = culprit.rank {
+    /// What the workers wrote last, and the end of the line of progress.
+    fn show_last_lines(&mut self) {
+        while let Ok(line) = self.lines.1.try_recv() {
+            self.keep(&line);
+        }
+        if let Some(line) = self.flood.left() {
+            self.display.warn(&line);
+        }
+        self.display.finish();
+    }
+
+    /// The end, for those who read the run directory.
+    fn write_end(&mut self, exit_code: i32, error: Option<String>) {
+        self.status.exit_code = Some(exit_code);
+        self.status.state = state_of(exit_code);
+        self.status.error = error;
+        self.status.write(self.job.dir);
+        // Whoever stops a run waits for its end.
+        if exit_code != exit_code::PREEMPTED
+            && let Err(error) = report::write(self.job.dir)
+        {
+            complain!("warning: no report: {error}");
+        }
+    }
+
+    fn print_last_words(&self, rank: Option<u32>) {
+        if let Some(rank) = rank {
             let path = self.job.dir.rank_log(rank);
             let lines = logs::tail(&path, 10);
             if !lines.is_empty() {
@@ -645,6 +634,32 @@ fn is_ignored(signal: libc::c_int) -> bool {
     // SAFETY: nothing is changed; `now` outlives the call.
     let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut now) };
     asked == 0 && now.sa_sigaction == libc::SIG_IGN
+}
+
+/// The state of a run that has ended.
+fn state_of(exit_code: i32) -> State {
+    match exit_code {
+        exit_code::DONE => State::Done,
+        exit_code::PREEMPTED => State::Preempted,
+        _ => State::Failed,
+    }
+}
+
+/// The line of a run that failed; none of one that is done or was stopped.
+fn how_failed(outcome: &Outcome, dir: &RunDir) -> Option<String> {
+    let Outcome { exit_code, culprit } = outcome;
+    match (*exit_code, culprit) {
+        (exit_code::DONE | exit_code::PREEMPTED, _) => None,
+        (exit_code::RANK_FAILED, culprit) => Some(format!(
+            "{}; no restart left: look at {}, then run the same command again to continue from the last checkpoint",
+            culprit.clone().unwrap_or_default(),
+            dir.logs().display()
+        )),
+        (_, Some(culprit)) => Some(culprit.cause.clone()),
+        (code, None) => {
+            Some(format!("the workers ended with exit code {code}: see {}", dir.worker_output().display()))
+        }
+    }
 }
 
 /// A run that was asked to stop: after `step` steps, with a checkpoint of `newest` (0: none).

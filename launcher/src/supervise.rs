@@ -25,7 +25,7 @@ use mentee_config::exit_code::{DONE, FAILED, PREEMPTED, RANK_FAILED};
 
 use culprit::FINAL;
 pub use culprit::{Culprit, Failing};
-pub use event::{Action, Event, Exit, Launch, Outcome, StopSignal, Timer};
+pub use event::{Action, Event, Exit, LaunchFailure, Outcome, StopSignal, Timer};
 
 /// After the first signal: time to reach a step boundary and write a checkpoint.
 const STOP_GRACE: Duration = Duration::from_secs(60);
@@ -58,7 +58,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// (`SlurmdTimeout`, 300 s by default) to see that a node is gone; then it puts the job back into the queue.
 const LAUNCH_BACKOFF: Duration = Duration::from_secs(5);
 /// Such tries, ten minutes in all.
-const LAUNCHES: u32 = 22;
+const MAX_FAILED_LAUNCHES: u32 = 22;
 
 /// What is said beside a failure when the kernel has ended a process for want of memory.
 const OUT_OF_MEMORY: &str = "; the memory limit was reached: the kernel ended a process (oom_kill): ask for more memory (--mem of \
@@ -94,7 +94,7 @@ pub struct Supervisor {
     /// The workers have been told to end.
     ending: bool,
     /// The coordinator speaks of this start of the gang, no more of the last.
-    in_step: bool,
+    hears_this_generation: bool,
     culprit: Option<Culprit>,
     finished: Option<i32>,
     hosts: BTreeMap<u32, String>,
@@ -102,40 +102,41 @@ pub struct Supervisor {
     nodes: usize,
     failures: BTreeMap<String, u32>,
     /// Starts on end that Slurm did not bring about.
-    launches: u32,
+    failed_launches: u32,
 }
 
 impl Supervisor {
     /// A run that may start its workers again `max_restarts` times; returns its first actions too. `direct`: the
     /// supervised process is the worker itself, so its exit code is the worker's; `mpirun` mixes those of all ranks
     /// with signal numbers, and is believed only when no rank has spoken. `nodes`: machines of an allocation, of which
-    /// those that fail twice may be left out; 1 when there is no choice.
-    pub fn new(max_restarts: u32, direct: bool, nodes: usize) -> (Supervisor, Vec<Action>) {
+    /// those that fail twice may be left out; 1 when there is no choice. `has_checkpoint`: the run goes on from one, from its
+    /// first start on.
+    pub fn new(
+        max_restarts: u32,
+        direct: bool,
+        nodes: usize,
+        has_checkpoint: bool,
+    ) -> (Supervisor, Vec<Action>) {
         let supervisor = Supervisor {
             max_restarts,
             direct,
             state: State::Running,
             generation: 0,
             restarts: 0,
-            has_checkpoint: false,
+            has_checkpoint,
             stop: None,
             step_time: Duration::ZERO,
             stop_grace: STOP_GRACE,
             ending: false,
-            in_step: true,
+            hears_this_generation: true,
             culprit: None,
             finished: None,
             hosts: BTreeMap::new(),
             nodes,
             failures: BTreeMap::new(),
-            launches: 0,
+            failed_launches: 0,
         };
         (supervisor, vec![Action::Start { generation: 0 }])
-    }
-
-    /// The run goes on from a checkpoint, from its first start on.
-    pub fn goes_on(&mut self) {
-        self.has_checkpoint = true;
     }
 
     /// Takes one event at time `now` (since any fixed moment) and says what to do.
@@ -150,10 +151,14 @@ impl Supervisor {
             }
             Event::Exited(_) => Vec::new(),
             Event::Due(timer) => self.due(timer),
-            Event::Settled { said, launch, out_of_memory } => match self.state {
-                State::Settling { exit, longer } => match launch.filter(|_| self.waits_for_slurm()) {
-                    Some(launch) => self.launch_again(exit, launch),
-                    None => self.judge(exit, said, out_of_memory, longer),
+            Event::Settled { said, launch_failure, out_of_memory } => match self.state {
+                State::Settling { exit, longer } => match launch_failure.filter(|_| self.waits_for_slurm()) {
+                    Some(failure) => self.launch_again(exit, failure),
+                    None if !longer && self.cause_is_to_come() => {
+                        self.state = State::Settling { exit, longer: true };
+                        vec![Action::Arm(Timer::Settle, SETTLE_LONGER)]
+                    }
+                    None => self.judge(exit, said, out_of_memory),
                 },
                 _ => Vec::new(),
             },
@@ -162,15 +167,15 @@ impl Supervisor {
 
     fn output(&mut self, output: Output) -> Vec<Action> {
         if let Output::Gathering { generation } = output {
-            self.in_step = generation == self.generation;
+            self.hears_this_generation = generation == self.generation;
             return Vec::new();
         }
-        if !self.in_step || self.state == State::Waiting {
+        if !self.hears_this_generation || self.state == State::Waiting {
             return Vec::new(); // last words of a gang that has been judged
         }
         match output {
             Output::Go { ranks, .. } => {
-                self.launches = 0;
+                self.failed_launches = 0;
                 self.hosts = ranks.into_iter().map(|hello| (hello.rank, hello.host)).collect();
                 Vec::new()
             }
@@ -345,7 +350,7 @@ impl Supervisor {
             (Timer::Kill, State::Running) => vec![Action::Kill, Action::Arm(Timer::Kill, KILL_GRACE)],
             (Timer::Backoff, State::Waiting) => {
                 self.state = State::Running;
-                (self.in_step, self.ending) = (false, false);
+                (self.hears_this_generation, self.ending) = (false, false);
                 (self.culprit, self.finished) = (None, None);
                 self.step_time = Duration::ZERO;
                 self.hosts.clear();
@@ -355,65 +360,82 @@ impl Supervisor {
         }
     }
 
+    /// All that is known is that ranks missed another.
+    fn cause_is_to_come(&self) -> bool {
+        self.culprit.as_ref().is_some_and(|culprit| culprit.kind == Failing::Follows)
+    }
+
     /// The workers are gone and all that they had to say is known.
-    fn judge(&mut self, exit: Exit, said: Option<String>, out_of_memory: bool, longer: bool) -> Vec<Action> {
-        if !longer && self.culprit.as_ref().is_some_and(|culprit| culprit.kind == Failing::Follows) {
-            self.state = State::Settling { exit, longer: true };
-            return vec![Action::Arm(Timer::Settle, SETTLE_LONGER)];
-        }
-        let mut culprit = self.culprit.take();
-        if let Some(code) =
-            culprit.as_ref().and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code))
-        {
-            return self.finish(code, culprit);
-        }
+    fn judge(&mut self, exit: Exit, said: Option<String>, out_of_memory: bool) -> Vec<Action> {
         let code = match (self.finished, exit) {
             (Some(code), _) | (None, Exit::Code(code)) => Some(code),
             (None, Exit::Signal(_)) => None,
         };
+        let said = said.as_deref();
+        let culprit = self.culprit.take().map(|culprit| with_word(culprit, said, code));
+        if let Some(Outcome { exit_code, culprit }) = self.end_of_run(culprit.as_ref(), said, code) {
+            return self.finish(exit_code, culprit);
+        }
+        let culprit = self.with_exit(culprit.unwrap_or_default(), said, exit, out_of_memory);
+        if self.restarts < self.max_restarts {
+            self.restart(culprit)
+        } else {
+            self.finish(RANK_FAILED, Some(culprit))
+        }
+    }
+
+    /// How the run ends, where no other start is to follow, whatever number of them is left.
+    fn end_of_run(
+        &self,
+        culprit: Option<&Culprit>,
+        said: Option<&str>,
+        code: Option<i32>,
+    ) -> Option<Outcome> {
+        let with = |exit_code, culprit: Option<&Culprit>| Outcome { exit_code, culprit: culprit.cloned() };
+        let announced = culprit.and_then(|culprit| culprit.exit_code).filter(|code| FINAL.contains(code));
+        if let Some(code) = announced {
+            return Some(with(code, culprit));
+        }
         // A worker that ends by its own decision says why; then the code is a code and no signal's number.
         let its_own = self.direct || self.finished.is_some() || said.is_some();
-        if let (Some(culprit), Some(cause)) = (&mut culprit, &said)
-            && culprit.exit_code.is_none()
-            && culprit.kind != Failing::Stalled
-            && !is_anothers(cause, culprit.rank)
-            && code.is_some_and(|code| code == FAILED || FINAL.contains(&code))
-        {
-            culprit.cause.clone_from(cause);
-            culprit.exit_code = code;
-        }
         match code {
             Some(code @ (DONE | PREEMPTED)) if culprit.is_none() || self.finished.is_some() => {
-                return self.finish(code, None);
+                Some(with(code, None))
             }
             Some(code) if FINAL.contains(&code) && its_own => {
-                let cause = culprit.or_else(|| Some(Culprit { cause: said?, ..Culprit::default() }));
-                return self.finish(code, cause);
+                let word = said.map(|said| Culprit { cause: said.to_owned(), ..Culprit::default() });
+                Some(with(code, culprit.or(word.as_ref())))
             }
-            _ => {}
-        }
-        if self.stop.is_some() {
             // What ended because it was ended has nothing to say.
-            return self.finish(PREEMPTED, culprit.filter(|culprit| culprit.exit_code.is_some()));
+            _ if self.stop.is_some() => {
+                Some(with(PREEMPTED, culprit.filter(|culprit| culprit.exit_code.is_some())))
+            }
+            _ => None,
         }
-        let mut culprit = culprit.unwrap_or_default();
+    }
+
+    /// The culprit with what the end of the workers' process says of it.
+    fn with_exit(
+        &self,
+        mut culprit: Culprit,
+        said: Option<&str>,
+        exit: Exit,
+        out_of_memory: bool,
+    ) -> Culprit {
+        let exit = if self.direct { exit.to_string() } else { exit.of_a_launcher() };
         if culprit.cause.is_empty() {
-            let exit = if self.direct { exit.to_string() } else { exit.of_a_launcher() };
-            culprit.cause = said.unwrap_or(exit);
+            culprit.cause = said.map_or(exit, str::to_owned);
         } else if culprit.exit_code.is_none() && culprit.kind == Failing::Vanished {
-            let exit = if self.direct {
-                exit.to_string()
-            } else {
-                format!("its launcher: {}", exit.of_a_launcher())
-            };
-            culprit.cause = format!("{} ({exit})", culprit.cause);
+            let whose = if self.direct { "" } else { "its launcher: " };
+            culprit.cause = format!("{} ({whose}{exit})", culprit.cause);
         }
         if out_of_memory {
             culprit.cause.push_str(OUT_OF_MEMORY);
         }
-        if self.restarts >= self.max_restarts {
-            return self.finish(RANK_FAILED, Some(culprit));
-        }
+        culprit
+    }
+
+    fn restart(&mut self, culprit: Culprit) -> Vec<Action> {
         let wait = (BACKOFF * 2u32.saturating_pow(self.restarts)).min(MAX_BACKOFF);
         self.restarts += 1;
         let line = format!(
@@ -434,10 +456,11 @@ impl Supervisor {
     fn start_again(&mut self, line: String, culprit: Culprit, wait: Duration) -> Vec<Action> {
         self.generation += 1;
         self.state = State::Waiting;
-        let bad = culprit
-            .host
-            .clone()
-            .filter(|host| culprit.kind != Failing::Follows && self.failed_too_often(host));
+        let host = culprit.host.clone().filter(|_| culprit.kind != Failing::Follows);
+        if let Some(host) = &host {
+            *self.failures.entry(host.clone()).or_default() += 1;
+        }
+        let bad = host.filter(|host| self.is_to_be_left_out(host));
         let mut actions =
             vec![Action::Say(line), Action::RecordRestart { generation: self.generation, culprit }];
         if let Some(host) = bad {
@@ -450,26 +473,24 @@ impl Supervisor {
 
     /// Whether the workers were not started for a reason that may pass: no rank's failure, of which there is a number.
     fn waits_for_slurm(&self) -> bool {
-        self.hosts.is_empty() && self.stop.is_none() && self.launches < LAUNCHES
+        self.hosts.is_empty() && self.stop.is_none() && self.failed_launches < MAX_FAILED_LAUNCHES
     }
 
-    fn launch_again(&mut self, exit: Exit, launch: Launch) -> Vec<Action> {
-        let wait = (LAUNCH_BACKOFF * 2u32.saturating_pow(self.launches)).min(MAX_BACKOFF);
-        self.launches += 1;
+    fn launch_again(&mut self, exit: Exit, failure: LaunchFailure) -> Vec<Action> {
+        let wait = (LAUNCH_BACKOFF * 2u32.saturating_pow(self.failed_launches)).min(MAX_BACKOFF);
+        self.failed_launches += 1;
         let culprit = Culprit {
-            cause: format!("not started ({exit}): {}", launch.said),
-            host: launch.node,
+            cause: format!("not started ({exit}): {}", failure.said),
+            host: failure.node,
             ..Culprit::default()
         };
         let line = format!("{culprit}; another try in {} s, which counts as no restart", wait.as_secs());
         self.start_again(line, culprit, wait)
     }
 
-    /// Counts a failure against its machine; whether it is to be left out now, and there is another.
-    fn failed_too_often(&mut self, host: &str) -> bool {
-        let failures = self.failures.entry(host.to_owned()).or_default();
-        *failures += 1;
-        *failures == NODE_FAILURES && self.nodes > 1
+    /// Whether a machine has just failed once too often, and there is another.
+    fn is_to_be_left_out(&self, host: &str) -> bool {
+        self.failures.get(host) == Some(&NODE_FAILURES) && self.nodes > 1
     }
 
     fn finish(&mut self, exit_code: i32, culprit: Option<Culprit>) -> Vec<Action> {
@@ -494,6 +515,20 @@ fn describe_pace(pace: &Pace, host: &str) -> String {
 /// How soon after the first signal this one is no second one.
 fn repeat(signal: StopSignal) -> Duration {
     if signal == StopSignal::Interrupt { SAME_INTERRUPT } else { REPEAT }
+}
+
+/// The culprit with the workers' own word of what was wrong, where it gave none itself and that is no other rank's complaint.
+fn with_word(mut culprit: Culprit, said: Option<&str>, code: Option<i32>) -> Culprit {
+    if let Some(cause) = said
+        && culprit.exit_code.is_none()
+        && culprit.kind != Failing::Stalled
+        && !is_anothers(cause, culprit.rank)
+        && code.is_some_and(|code| code == FAILED || FINAL.contains(&code))
+    {
+        cause.clone_into(&mut culprit.cause);
+        culprit.exit_code = code;
+    }
+    culprit
 }
 
 /// Whether a worker's line (`rank 3: …`) is the word of another rank than this one.

@@ -112,7 +112,7 @@ pub enum Event {
         /// The first `error: …` line that a worker of this start wrote, without the prefix.
         said: Option<String>,
         /// The launcher's own word that it could not start them.
-        launch: Option<Launch>,
+        launch_failure: Option<LaunchFailure>,
         /// The kernel has ended a process here for want of memory since this start.
         out_of_memory: bool,
     },
@@ -120,17 +120,17 @@ pub enum Event {
 
 /// Slurm's word that a step was not started: a node or the controller does not answer.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Launch {
+pub struct LaunchFailure {
     /// The node, where it is one.
     pub node: Option<String>,
     /// The line.
     pub said: String,
 }
 
-impl Launch {
+impl LaunchFailure {
     /// From a line of srun's; none for any other. What another try would not change, as a step that asks for too much, is no
     /// such line.
-    pub fn of(line: &str) -> Option<Launch> {
+    pub fn of(line: &str) -> Option<LaunchFailure> {
         let said = line.strip_prefix("srun: error: ")?;
         let node = said
             .starts_with("Task launch for ")
@@ -140,7 +140,7 @@ impl Launch {
         let is_one = node.is_some()
             || said.starts_with("Application launch failed: Communication")
             || of_the_controller.iter().any(|words| said.contains(words));
-        is_one.then(|| Launch { node, said: said.trim().to_owned() })
+        is_one.then(|| LaunchFailure { node, said: said.trim().to_owned() })
     }
 }
 

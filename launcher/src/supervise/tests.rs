@@ -52,7 +52,7 @@ fn finished(exit_code: i32) -> Event {
 }
 
 fn run(max_restarts: u32, events: Vec<Event>) -> Vec<Action> {
-    let (mut supervisor, mut actions) = Supervisor::new(max_restarts, false, 1);
+    let (mut supervisor, mut actions) = Supervisor::new(max_restarts, false, 1, false);
     for (second, event) in events.into_iter().enumerate() {
         actions.extend(supervisor.handle_event(Duration::from_secs(10 * second as u64), event));
     }
@@ -66,7 +66,7 @@ fn end(actions: &[Action]) -> Option<(i32, Option<&Culprit>)> {
     }
 }
 
-const SETTLED: Event = Event::Settled { said: None, launch: None, out_of_memory: false };
+const SETTLED: Event = Event::Settled { said: None, launch_failure: None, out_of_memory: false };
 const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
 
 /// Events without any restart left, and the exit code they end with.
@@ -74,7 +74,8 @@ const KILLED: Event = Event::Exited(Exit::Signal(libc::SIGKILL));
 fn how_a_run_ends() {
     let exited = |code| Event::Exited(Exit::Code(code));
     let interrupt = Event::Signal(StopSignal::Interrupt);
-    let said = Event::Settled { said: Some("what was wrong".into()), launch: None, out_of_memory: false };
+    let said =
+        Event::Settled { said: Some("what was wrong".into()), launch_failure: None, out_of_memory: false };
     let table: Vec<(&str, Vec<Event>, i32)> = vec![
         ("all is well", vec![go(), finished(0), exited(0), SETTLED], 0),
         ("last words after the end of the process", vec![go(), exited(0), finished(0), SETTLED], 0),
@@ -125,7 +126,7 @@ fn how_a_run_ends() {
 #[test]
 fn the_exit_code_of_a_single_worker_is_its_own() {
     let end = |direct| {
-        let (mut supervisor, _) = Supervisor::new(0, direct, 1);
+        let (mut supervisor, _) = Supervisor::new(0, direct, 1, false);
         let mut actions = Vec::new();
         for event in [go(), lost(0), Event::Exited(Exit::Code(DIVERGED)), SETTLED] {
             actions.extend(supervisor.handle_event(Duration::ZERO, event));
@@ -216,7 +217,7 @@ fn a_rank_that_missed_another_is_no_cause_and_no_mark_against_its_machine() {
     let absent = "rank 1 on host1 at step 8: rank 0 missed it: rank 0 waited in vain";
     assert_eq!(culprit.expect("named").to_string(), absent);
 
-    let (mut supervisor, mut actions) = Supervisor::new(9, false, 2);
+    let (mut supervisor, mut actions) = Supervisor::new(9, false, 2, false);
     for generation in 0..4 {
         let crash = [
             gathering(generation),
@@ -277,7 +278,7 @@ fn what_stands_still_is_killed_named_and_started_again() {
 #[test]
 fn last_words_of_a_gang_that_was_judged_are_not_the_next_ones() {
     for late in [lost(0), missed(0, &[1]), finished(75), failed(0, 3)] {
-        let (mut supervisor, _) = Supervisor::new(9, false, 2);
+        let (mut supervisor, _) = Supervisor::new(9, false, 2, false);
         let mut actions = Vec::new();
         for event in [
             go(),
@@ -311,7 +312,8 @@ fn last_words_of_a_gang_that_was_judged_are_not_the_next_ones() {
 
 #[test]
 fn what_a_worker_said_is_better_than_that_it_went() {
-    let said = |text: &str| Event::Settled { said: Some(text.into()), launch: None, out_of_memory: false };
+    let said =
+        |text: &str| Event::Settled { said: Some(text.into()), launch_failure: None, out_of_memory: false };
     let actions = run(0, vec![go(), lost(1), Event::Exited(Exit::Code(1)), said("disk full")]);
     let (_, culprit) = end(&actions).expect("over");
     assert_eq!(culprit.expect("named").to_string(), "rank 1 on host1 at step 7 (backward): disk full");
@@ -328,8 +330,8 @@ fn what_a_worker_said_is_better_than_that_it_went() {
 #[test]
 fn a_kill_is_told_by_its_signal_and_what_made_the_kernel_kill() {
     let cause = |direct: bool, exit: Exit, out_of_memory: bool| {
-        let (mut supervisor, _) = Supervisor::new(0, direct, 1);
-        let settled = Event::Settled { said: None, launch: None, out_of_memory };
+        let (mut supervisor, _) = Supervisor::new(0, direct, 1, false);
+        let settled = Event::Settled { said: None, launch_failure: None, out_of_memory };
         let events = [go(), lost(1), Event::Exited(exit), settled];
         let actions: Vec<Action> =
             events.into_iter().flat_map(|event| supervisor.handle_event(Duration::ZERO, event)).collect();
@@ -415,19 +417,19 @@ fn a_stop_waits_for_steps_that_take_long() {
 
 #[test]
 fn a_schedulers_double_sigterm_is_one() {
-    let (mut supervisor, _) = Supervisor::new(0, false, 1);
+    let (mut supervisor, _) = Supervisor::new(0, false, 1, false);
     let mut send = |milliseconds, signal| {
         supervisor.handle_event(Duration::from_millis(milliseconds), Event::Signal(signal))
     };
     assert!(!send(0, StopSignal::Terminate).is_empty());
     assert!(send(100, StopSignal::Terminate).is_empty());
     assert!(send(2500, StopSignal::Terminate).contains(&Action::Kill));
-    let (mut supervisor, _) = Supervisor::new(0, false, 1);
+    let (mut supervisor, _) = Supervisor::new(0, false, 1, false);
     assert!(!supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt)).is_empty());
     let again = supervisor.handle_event(Duration::from_millis(300), Event::Signal(StopSignal::Interrupt));
     assert!(again.contains(&Action::Kill), "a person pressing Ctrl-C twice means it");
     // `timeout` signals the process and then its group.
-    let (mut supervisor, _) = Supervisor::new(0, false, 1);
+    let (mut supervisor, _) = Supervisor::new(0, false, 1, false);
     supervisor.handle_event(Duration::ZERO, Event::Signal(StopSignal::Interrupt));
     let twice = supervisor.handle_event(Duration::from_millis(2), Event::Signal(StopSignal::Interrupt));
     assert_eq!(twice, []);
@@ -449,7 +451,7 @@ fn a_schedulers_end_after_its_warning_is_no_impatience() {
 #[test]
 fn a_machine_that_failed_twice_is_left_out_while_there_is_another() {
     let crashes = |nodes: usize, ranks: &[u32]| {
-        let (mut supervisor, mut actions) = Supervisor::new(9, false, nodes);
+        let (mut supervisor, mut actions) = Supervisor::new(9, false, nodes, false);
         for (generation, &rank) in ranks.iter().enumerate() {
             let gathering = gathering(generation as u32);
             for event in [gathering, go(), lost(rank), KILLED, SETTLED, Event::Due(Timer::Backoff)] {
@@ -524,22 +526,23 @@ fn late_events_of_a_finished_run_do_nothing() {
 #[test]
 fn what_slurm_did_not_start_is_tried_again_and_costs_no_restart() {
     let line = "srun: error: Task launch for StepId=15.3 failed on node n2: Communication connection failure";
-    let launch = Launch::of(line).expect("a launch that failed");
+    let launch = LaunchFailure::of(line).expect("a launch that failed");
     assert_eq!(launch.node.as_deref(), Some("n2"));
     let controller = "srun: error: Unable to confirm allocation for job 7: Unable to contact slurm controller (connect failure)";
-    assert_eq!(Launch::of(controller).expect("the controller").node, None);
+    assert_eq!(LaunchFailure::of(controller).expect("the controller").node, None);
     for other in [
         "error: Task launch for StepId=15.3 failed on node n2: x",
         "srun: error: n2: task 1: Killed",
         "srun: error: Unable to create step for job 15: Requested node configuration is not available",
     ] {
-        assert_eq!(Launch::of(other), None, "{other}");
+        assert_eq!(LaunchFailure::of(other), None, "{other}");
     }
 
-    let (mut supervisor, _) = Supervisor::new(1, false, 2);
-    let mut fail = |launch: &Launch| {
+    let (mut supervisor, _) = Supervisor::new(1, false, 2, false);
+    let mut fail = |failure: &LaunchFailure| {
         supervisor.handle_event(Duration::ZERO, Event::Exited(Exit::Code(1)));
-        let settled = Event::Settled { said: None, launch: Some(launch.clone()), out_of_memory: false };
+        let settled =
+            Event::Settled { said: None, launch_failure: Some(failure.clone()), out_of_memory: false };
         let actions = supervisor.handle_event(Duration::ZERO, settled);
         supervisor.handle_event(Duration::ZERO, Event::Due(Timer::Backoff));
         actions
@@ -552,8 +555,8 @@ fn what_slurm_did_not_start_is_tried_again_and_costs_no_restart() {
     let second = fail(&launch);
     assert!(second.contains(&Action::LeaveOut { host: "n2".into() }), "{second:?}");
     assert!(second.contains(&Action::Arm(Timer::Backoff, 2 * LAUNCH_BACKOFF)));
-    let controller = Launch::of(controller).expect("the controller");
-    for _ in 2..LAUNCHES {
+    let controller = LaunchFailure::of(controller).expect("the controller");
+    for _ in 2..MAX_FAILED_LAUNCHES {
         assert!(fail(&controller).iter().any(|action| matches!(action, Action::Arm(Timer::Backoff, _))));
     }
     // Then they count, of which one is allowed.
@@ -563,15 +566,15 @@ fn what_slurm_did_not_start_is_tried_again_and_costs_no_restart() {
 
 #[test]
 fn a_launch_that_failed_later_is_a_ranks_failure() {
-    let (mut supervisor, _) = Supervisor::new(3, false, 2);
-    let launch = Launch { node: Some("n2".into()), said: "x".into() };
+    let (mut supervisor, _) = Supervisor::new(3, false, 2, false);
+    let launch = LaunchFailure { node: Some("n2".into()), said: "x".into() };
     let mut events = |events: Vec<Event>| {
         events
             .into_iter()
             .flat_map(|event| supervisor.handle_event(Duration::ZERO, event))
             .collect::<Vec<_>>()
     };
-    let settled = Event::Settled { said: None, launch: Some(launch), out_of_memory: false };
+    let settled = Event::Settled { said: None, launch_failure: Some(launch), out_of_memory: false };
     let actions = events(vec![go(), lost(1), Event::Exited(Exit::Code(1)), settled]);
     assert!(
         actions.iter().any(|action| matches!(action, Action::Say(line) if line.contains("restart 1 of 3")))
