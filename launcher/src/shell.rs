@@ -337,7 +337,7 @@ impl Shell<'_> {
     fn kill_slurm_step(&self) {
         if let Some((job, name)) = self.slurm_step() {
             let kill = move || {
-                if let Err(why) = slurm::kill_step(&job, &name) {
+                if let Err(why) = slurm::kill_job_step(&job, &name) {
                     tracing::warn!("cannot list the job's steps: {why}");
                 }
             };
@@ -355,7 +355,7 @@ impl Shell<'_> {
         let (slurm_step, dir) = (self.slurm_step(), self.job.dir.clone());
         let end = move || {
             let ended = match slurm_step {
-                Some((job, name)) => slurm::end_step(&job, &name, LEFT_GRACE),
+                Some((job, name)) => slurm::end_job_step(&job, &name, LEFT_GRACE),
                 None => end_workers(&dir, LEFT_GRACE),
             };
             if let Err(why) = ended {

@@ -305,7 +305,7 @@ pub fn put_back(
 ///
 /// # Errors
 /// Why Slurm could not be asked.
-pub fn kill_step(job: &str, name: &str) -> Result<usize, String> {
+pub fn kill_job_step(job: &str, name: &str) -> Result<usize, String> {
     let jobs = format!("--jobs={job}");
     let steps = ask("squeue", &["--steps", "--noheader", &jobs, "--format=%i %j"])?;
     let steps = steps.lines().filter_map(|line| line.trim().split_once(' ').filter(|step| step.1 == name));
@@ -324,9 +324,9 @@ pub fn kill_step(job: &str, name: &str) -> Result<usize, String> {
 ///
 /// # Errors
 /// Why it is not known to be gone.
-pub fn end_step(job: &str, name: &str, patience: Duration) -> Result<(), String> {
+pub fn end_job_step(job: &str, name: &str, patience: Duration) -> Result<(), String> {
     let since = Instant::now();
-    while kill_step(job, name)? > 0 {
+    while kill_job_step(job, name)? > 0 {
         if since.elapsed() > patience {
             return Err(format!("{name} is still there after {} s", patience.as_secs()));
         }
