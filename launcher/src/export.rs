@@ -123,6 +123,9 @@ pub fn command(args: &ExportArgs) -> Result<(), Failure> {
             args.out.display()
         )));
     }
+    if let Some(refusal) = checkpoint::refusal_to_write(&args.out) {
+        return Err(Failure::usage(refusal));
+    }
     let (json_file, card_file) = (beside(&args.out, ".json"), beside(&args.out, ".md"));
     refuse_other(&json_file, |text| {
         let described: Value = serde_json::from_str(text).unwrap_or_default();

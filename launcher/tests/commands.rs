@@ -638,6 +638,11 @@ fn an_export_overwrites_descriptions_only() {
             assert!(!run_dir.join(out).exists(), "{out}");
         }
     }
+    let checkpoints = fs::read_dir(run_dir.join("checkpoints")).expect("checkpoints").flatten();
+    let inside = checkpoints.last().expect("one").path().join("mine.safetensors");
+    let (code, _, err) = mentee(&["export", text(run_dir), "--out", text(&inside)]);
+    assert_eq!(code, Some(2), "{err}");
+    assert!(err.contains("mine.safetensors: lies in a checkpoint") && !inside.exists(), "{err}");
 }
 
 #[test]

@@ -49,7 +49,9 @@ mod write;
 pub use disk::{FileSystem, LocalDisk, NewFile};
 pub use error::CheckpointError;
 pub use manifest::{Counts, FileEntry, MANIFEST_NAME, Manifest, Meta, VERSION};
-pub use read::{Checkpoint, Entry, Newest, clean, list, newest, open, refusal_of_images, retain};
+pub use read::{
+    Checkpoint, Entry, Newest, clean, list, newest, open, refusal_of_images, refusal_to_write, retain,
+};
 pub use share::{file_name, split};
 pub use tensor::{Dtype, OwnedTensor, Tensor};
 pub use write::{Committed, Staging, write};

@@ -317,6 +317,15 @@ pub fn refusal_of_images(entries: &[Entry], images: &str, path: &Path, run_dir: 
     })
 }
 
+/// In one line, why nothing else may be written to `path`: it lies in a checkpoint, which it would spoil.
+#[must_use]
+pub fn refusal_to_write(path: &Path) -> Option<String> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    folder.join(MANIFEST_NAME).exists().then(|| {
+        format!("{}: lies in a checkpoint, which it would spoil: write it elsewhere", path.display())
+    })
+}
+
 fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,

@@ -36,6 +36,9 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         }
         newest.checkpoint
     };
+    if let Some(refusal) = args.features.as_deref().and_then(mentee_checkpoint::refusal_to_write) {
+        return Err(WorkerError::Usage(refusal));
+    }
     let mut recipe = recipe_of(&checkpoint.manifest.meta.plan_toml, &folder)?;
     let has_own_queries = !recipe.eval.path.as_os_str().is_empty();
     if let Some(data) = &args.data {
