@@ -75,8 +75,8 @@ const Driver& driver() {
 const char* kernel_source = nullptr;
 std::string nvrtc_file;
 
-// The newest architecture that this NVRTC knows, where `wanted` ("sm_130") is newer than that; else 0. Its code in PTX is understood
-// by every later device, whose driver makes machine code of it.
+// The newest architecture before `wanted` ("sm_130") that this NVRTC knows, where it does not know that itself; else 0. Its code in PTX
+// is understood by every later device, whose driver makes machine code of it.
 int known_before(void* nvrtc, const std::string& wanted) {
   auto count = reinterpret_cast<nvrtcGetNumSupportedArchs_t>(symbol(nvrtc, "nvrtcGetNumSupportedArchs"));
   auto list = reinterpret_cast<nvrtcGetSupportedArchs_t>(symbol(nvrtc, "nvrtcGetSupportedArchs"));
@@ -84,8 +84,13 @@ int known_before(void* nvrtc, const std::string& wanted) {
   if (count(&n) != 0 || n <= 0) return 0;
   std::vector<int> known(n);
   if (list(known.data()) != 0) return 0;
-  const int newest = *std::max_element(known.begin(), known.end());
-  return std::atoi(wanted.c_str() + wanted.find('_') + 1) > newest ? newest : 0;
+  const int number = std::atoi(wanted.c_str() + wanted.find('_') + 1);
+  int before = 0;
+  for (const int one : known) {
+    if (one == number) return 0;
+    if (one < number) before = std::max(before, one);
+  }
+  return before;
 }
 
 // The first line of a compiler's account that tells of an error.
