@@ -7,7 +7,8 @@ use mentee_config::{exit_code, say, show};
 use serde_json::json;
 
 use crate::failure::Failure;
-use crate::rundir::{RunDir, printable, printable_json};
+use crate::printable::{printable, printable_json};
+use crate::rundir::RunDir;
 use crate::shard::human_bytes;
 
 /// `mentee checkpoints RUN [--verify] [--json]`.

@@ -22,7 +22,8 @@ use serde_json::{Value, json};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
-use crate::rundir::{RunDir, printable};
+use crate::printable::printable;
+use crate::rundir::RunDir;
 
 /// ResNet-20 (trainer/ssl/src/encoder/resnet.rs) under the names that both libraries give a ResNet.
 const RESNET20: &str = r#"import torch

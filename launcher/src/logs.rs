@@ -24,7 +24,8 @@ use tracing_subscriber::prelude::*;
 use crate::failure::Failure;
 use crate::limits;
 use crate::metrics::Metrics;
-use crate::rundir::{RunDir, printable, printable_json, printable_lines};
+use crate::printable::{printable, printable_json, printable_lines};
+use crate::rundir::RunDir;
 use crate::slurm::{self, Record};
 use crate::status::{State, Status};
 

@@ -23,6 +23,7 @@ mod metrics;
 mod monitor;
 mod out_of_memory;
 mod place;
+mod printable;
 mod processes;
 mod progress;
 mod prometheus;

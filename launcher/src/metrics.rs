@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::failure::Failure;
-use crate::rundir::printable;
+use crate::printable::printable;
 
 /// A gap between two lines that is longer than so much of what its steps take, and than [`IDLE_S`], is no training.
 const IDLE: f64 = 10.0;

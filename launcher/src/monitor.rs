@@ -25,7 +25,8 @@ use crate::curve::{self, Points};
 use crate::failure::Failure;
 use crate::logs::Level;
 use crate::metrics::{Metrics, Step};
-use crate::rundir::{RunDir, printable};
+use crate::printable::printable;
+use crate::rundir::RunDir;
 use crate::snapshot::{RankRow, Snapshot, Watch};
 use crate::status::State;
 

@@ -13,7 +13,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::Failure;
 use crate::metrics::Metrics;
-use crate::rundir::{RunDir, printable, printable_json, unix_time};
+use crate::printable::{printable, printable_json};
+use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
 

@@ -35,8 +35,11 @@ pub(crate) trait Work: Send + Sync + 'static {
     /// Epoch and samples of a step.
     fn samples(&self, step: u64) -> (u64, Vec<u64>);
 
-    /// The sample to take instead of `id`, which cannot be used, by `attempt` from 0; or the error that ends it.
-    fn instead(&self, epoch: u64, id: u64, attempt: u32, error: DataError) -> Result<u64, DataError>;
+    /// The sample to take instead of `id`, which cannot be used, by `attempt` from 0; or the error that ends it, which is all there is
+    /// where no other image will do, as in an evaluation.
+    fn instead(&self, _epoch: u64, _id: u64, _attempt: u32, error: DataError) -> Result<u64, DataError> {
+        Err(error)
+    }
 
     /// Makes all planes of one sample; `out[p]` is its place in plane `p`.
     fn fill(

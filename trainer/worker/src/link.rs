@@ -149,16 +149,20 @@ impl Reporter {
 
     /// Time since the step began that this rank waited neither for others nor for its device; with the sums of its gradients.
     pub fn own_time(&self, communication: Communication) -> Duration {
-        let (began, [calls, device]) = self.began;
+        let (began, [calls, _]) = self.began;
         let calls = self.waits.total().saturating_sub(calls);
-        let device = self.waits.device().saturating_sub(device) + communication.device;
-        began.elapsed().saturating_sub(calls + device + communication.exposed)
+        began.elapsed().saturating_sub(calls + self.device_wait(communication) + communication.exposed)
+    }
+
+    fn device_wait(&self, communication: Communication) -> Duration {
+        let (_, [_, device]) = self.began;
+        self.waits.device().saturating_sub(device) + communication.device
     }
 
     /// Step number `done` is done, of which this rank waited so long for data.
     pub fn end_step(&mut self, done: u64, data_wait: Duration, communication: Communication) {
-        let device = self.waits.device().saturating_sub(self.began.1[1]) + communication.device;
-        self.waits.vitals.worked(self.own_time(communication), data_wait, device);
+        let (own, device) = (self.own_time(communication), self.device_wait(communication));
+        self.waits.vitals.worked(own, data_wait, device);
         self.waits.vitals.step(done);
         if let Some(link) = &self.link {
             link.news();

@@ -176,11 +176,6 @@ impl Work for EvalWork {
         (0, self.indices[first..(first + self.batch).min(self.indices.len())].to_vec())
     }
 
-    /// An accuracy over other images than were asked for would be another number: what is left out has no replacement.
-    fn instead(&self, _epoch: u64, _id: u64, _attempt: u32, error: DataError) -> Result<u64, DataError> {
-        Err(error)
-    }
-
     fn fill(
         &self,
         scratch: &mut Scratch,
@@ -231,10 +226,6 @@ impl Work for TrainingWork {
         let last = (first + self.batch).min(self.indices.len() as u64);
         let (_, places) = self.order.share(epoch, first..last);
         (epoch, places.into_iter().map(|place| self.indices[place as usize]).collect())
-    }
-
-    fn instead(&self, _epoch: u64, _id: u64, _attempt: u32, error: DataError) -> Result<u64, DataError> {
-        Err(error)
     }
 
     fn fill(

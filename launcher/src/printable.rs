@@ -1,0 +1,58 @@
+//! Text of a run directory's files on a terminal, which it is not to steer.
+
+/// What stands in a run directory's files, in one line for a terminal: what would steer it is escaped.
+pub fn printable(text: &str) -> String {
+    escaped(text, "\\n", "\\t")
+}
+
+/// The same of a text of several lines, which cannot be taken for lines of ours.
+pub fn printable_lines(text: &str) -> String {
+    escaped(&text.replace("\r\n", "\n"), "\n    ", "\t")
+}
+
+fn escaped(text: &str, end_of_line: &str, tab: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut line, letter| {
+        match letter {
+            '\n' => line.push_str(end_of_line),
+            '\t' => line.push_str(tab),
+            _ if letter.is_control() => line.push_str(&format!("\\x{:02x}", u32::from(letter))),
+            _ if turns_around(letter) => line.extend(letter.escape_unicode()),
+            _ => line.push(letter),
+        }
+        line
+    })
+}
+
+/// Whether it changes the order in which what follows is shown.
+fn turns_around(letter: char) -> bool {
+    matches!(letter, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// JSON for a terminal: its strings may hold control characters from DEL on as they are.
+pub fn printable_json(json: &str) -> String {
+    json.chars().fold(String::with_capacity(json.len()), |mut text, letter| {
+        if ('\u{7f}'..='\u{9f}').contains(&letter) || turns_around(letter) {
+            text.push_str(&format!("\\u{:04x}", u32::from(letter)));
+        } else {
+            text.push(letter);
+        }
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_steers_a_terminal_is_escaped() {
+        let text = "é\x1b[31m\u{9b}2J\x7f\r\n\tx\u{202e}";
+        assert_eq!(printable(text), "é\\x1b[31m\\x9b2J\\x7f\\x0d\\n\\tx\\u{202e}");
+        assert_eq!(printable_lines(text), "é\\x1b[31m\\x9b2J\\x7f\n    \tx\\u{202e}");
+        let json = serde_json::json!({ "a": text }).to_string();
+        let printed = printable_json(&json);
+        assert!(!printed.chars().any(|letter| letter.is_control() || turns_around(letter)), "{printed:?}");
+        let same = |text: &str| serde_json::from_str::<serde_json::Value>(text).expect("JSON");
+        assert_eq!(same(&printed), same(&json));
+    }
+}
