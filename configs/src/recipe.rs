@@ -72,6 +72,22 @@ pub struct Data {
     /// Different damaged images that [`OnDataError::Skip`] passes over, in one process, before it fails after all; or that all
     /// processes together leave out of an evaluation's bank, or of its queries.
     pub max_skipped: u64,
+    /// Whether a device holds the images.
+    pub resident: Resident,
+    /// Device memory for that.
+    pub resident_mib: u64,
+}
+
+/// Whether a device holds all images, decoded, and makes the views of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Resident {
+    /// When training waits for the loader.
+    Auto,
+    /// As soon as they are decoded.
+    Always,
+    /// The loader makes all views.
+    Never,
 }
 
 /// How the samples of an epoch are ordered.

@@ -133,6 +133,12 @@ pub(crate) const KEYS: &[Key] = &[
     key("data.max_skipped", ANY_COUNT, Decides::No, "images",
         "different damaged images that a rank skips, or an evaluation leaves out of bank or queries, before it fails after all",
         "ours"),
+    key("data.resident", Kind::Choice(&["auto", "always", "never"]), Decides::No, "",
+        "a GPU holds all images, decoded, and makes the views itself, the same to the last bit; `auto`: once training waits for the \
+         loader. Without effect on the processor",
+        "ours"),
+    key("data.resident_mib", POSITIVE_COUNT, Decides::No, "MiB",
+        "a GPU's memory for that; sets that do not fit, or have a damaged image, stay with the loader", "ours"),
 
     key("views.preset", Kind::Choice(&["byol", "simsiam", "byol-cifar", "simsiam-cifar"]), Decides::No, "",
         "fills in the rest of `[views]` (and `model.stem`)", "the method"),

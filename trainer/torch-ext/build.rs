@@ -23,6 +23,7 @@ fn main() {
         .file("cpp/launch.cpp")
         .file("cpp/device.cpp")
         .file("cpp/device_norm.cpp")
+        .file("cpp/device_views.cpp")
         .file("cpp/profile.cpp")
         .include(libtorch.join("include"))
         .include(libtorch.join("include/torch/csrc/api/include"))

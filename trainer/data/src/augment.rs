@@ -39,7 +39,7 @@ use crate::colour::{Mean, Planes, clip};
 pub use crate::decode::CropBox;
 use crate::decode::{PlanarImage, RgbImage};
 use crate::math;
-use crate::resize::{Area, Resizer, TILE};
+use crate::resize::{Area, Filter, Resizer, TILE};
 use crate::rng::Stream;
 
 /// What keys the randomness of one view.
@@ -268,11 +268,25 @@ impl Augmenter {
     }
 
     fn begin(&self, scratch: &mut Scratch, image: &PlanarImage, draw: &ViewDraw) {
-        let CropBox { width, height, .. } = draw.crop;
-        let area = Area::from(CropBox::whole(width, height));
         scratch.planes.resize(3 * self.size * self.size, 0.0);
+        let area = area_of(draw.crop);
         scratch.resizer.begin(image, draw.crop, area, self.views.resize, draw.flip, self.size);
     }
+
+    /// The weights by which a crop is resized: first down, then across.
+    pub(crate) fn filters<'a>(&self, resizer: &'a mut Resizer, draw: &ViewDraw) -> [&'a Filter; 2] {
+        resizer.weigh(draw.crop, area_of(draw.crop), self.views.resize, draw.flip, self.size)
+    }
+
+    /// The settings.
+    pub(crate) fn views(&self) -> &Views {
+        &self.views
+    }
+}
+
+/// All of a crop, from its own corner.
+fn area_of(crop: CropBox) -> Area {
+    Area::from(CropBox::whole(crop.width, crop.height))
 }
 
 /// (x − mean) / std per channel.
@@ -291,6 +305,13 @@ impl Normalise {
     pub(crate) fn of(&self, channel: usize, x: f32) -> f32 {
         (x - self.mean[channel]) * self.inverse_std[channel]
     }
+}
+
+/// Mean and 1/std of the channels, as views are normalised by them.
+#[must_use]
+pub fn normalisation(views: &Views) -> [[f32; 3]; 2] {
+    let Normalise { mean, inverse_std } = Normalise::new(views);
+    [mean, inverse_std]
 }
 
 /// All of a view, a few rows at a time, so that they are worked on in the nearest caches: resized, coloured, blurred and

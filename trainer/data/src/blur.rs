@@ -13,7 +13,7 @@ const NEGLIGIBLE_TAP: f64 = 1e-8;
 
 /// What a blur sees beyond the border.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Edge {
+pub(crate) enum Edge {
     /// Nothing, as `padding="SAME"` of a convolution: borders darken.
     Zero,
     /// The border pixel, as PIL.
@@ -29,6 +29,15 @@ fn taps(sigma: f64, radius: usize) -> Vec<f32> {
         .collect();
     let sum = weights[0] + 2.0 * weights[1..].iter().sum::<f64>();
     weights.iter().map(|w| (w / sum) as f32).collect()
+}
+
+/// Weights of a blur of a view of `size` x `size`, and what it sees beyond the border. One weight: it does nothing.
+pub(crate) fn weights(definition: Definition, sigma: f64, size: usize) -> (Vec<f32>, Edge) {
+    let (radius, edge) = match definition {
+        Definition::Byol => (size / 20, Edge::Zero),
+        Definition::Torchvision => ((4.0 * sigma).ceil() as usize, Edge::Repeat),
+    };
+    (taps(sigma, radius), edge)
 }
 
 /// Floats of a row that are blurred together, in registers.
@@ -54,11 +63,8 @@ pub(crate) struct Blur {
 impl Blur {
     /// Begins a view of `size` x `size`, made `rows` rows at a time at most. `false`: the blur is too narrow to do anything.
     pub(crate) fn begin(&mut self, definition: Definition, sigma: f64, size: usize, rows: usize) -> bool {
-        let (radius, edge) = match definition {
-            Definition::Byol => (size / 20, Edge::Zero),
-            Definition::Torchvision => ((4.0 * sigma).ceil() as usize, Edge::Repeat),
-        };
-        self.taps = taps(sigma, radius);
+        let (taps, edge) = weights(definition, sigma, size);
+        self.taps = taps;
         self.edge = Some(edge);
         self.size = size;
         self.kept = (2 * self.radius() + 1 + rows).next_power_of_two();

@@ -50,14 +50,14 @@ pub(crate) struct Resizer {
 
 /// The weights of one dimension: `view[i] = Σ_k weight[i][k] · source[start[i] + k]`, in pairs.
 #[derive(Debug, Default)]
-struct Filter {
-    starts: Vec<u32>,
+pub(crate) struct Filter {
+    pub(crate) starts: Vec<u32>,
     /// Pairs of weights of every output; those that are not needed are zero.
-    pairs: usize,
+    pub(crate) pairs: usize,
     /// `[outputs, pairs]`; the first of a pair in the low half.
-    weights: Vec<i32>,
+    pub(crate) weights: Vec<i32>,
     /// Bits of the weights' fraction.
-    precision: u32,
+    pub(crate) precision: u32,
 }
 
 fn weight(how: Interpolation, x: f64) -> f64 {
@@ -162,6 +162,20 @@ impl Resizer {
         size: usize,
     ) {
         assert!(image.part.contains(part), "the part to be resized is there");
+        self.weigh(part, area, how, mirror, size);
+        let columns = (part.width as usize).next_multiple_of(CHUNK);
+        self.tile.resize(columns / 2 + self.across.pairs, [0; TILE]);
+    }
+
+    /// The weights alone: first down, then across.
+    pub(crate) fn weigh(
+        &mut self,
+        part: CropBox,
+        area: Area,
+        how: Interpolation,
+        mirror: bool,
+        size: usize,
+    ) -> [&Filter; 2] {
         let Self { down, across, raw, .. } = self;
         down.set(how, part.height, (area.y, area.height), size, false, raw);
         across.set(how, part.width, (area.x, area.width), size, true, raw);
@@ -172,8 +186,7 @@ impl Resizer {
             across.weights.reverse();
             across.weights.chunks_exact_mut(pairs).for_each(<[i32]>::reverse);
         }
-        let columns = (part.width as usize).next_multiple_of(CHUNK);
-        self.tile.resize(columns / 2 + across.pairs, [0; TILE]);
+        [down, across]
     }
 
     /// Makes rows `top ..` (`rows`, at most [`TILE`]) of all channels: floats in [0, 1] (multiples of 1/255), to their

@@ -1,4 +1,4 @@
-// Kernels of kernels.cu through NVRTC and the driver, both opened at run time: nothing of NVIDIA's is needed to build or to start
+// Kernels of kernels.cu and views.cu through NVRTC and the driver, both opened at run time: nothing of NVIDIA's is needed to build or to start
 // the program.
 
 #include "launch.h"
@@ -103,7 +103,7 @@ std::string first_error(const std::string& log) {
   return log.substr(0, log.find('\n'));
 }
 
-// Compiles a part of kernels.cu for one architecture, such as "sm_90": to machine code, or to PTX for one that is newer than NVRTC.
+// Compiles a part of the kernels for one architecture, such as "sm_90": to machine code, or to PTX for one that is newer than NVRTC.
 std::vector<char> compile(const std::string& part, const std::string& architecture) {
   TORCH_CHECK(kernel_source, "the kernels' source was not given");
   void* nvrtc = dlopen(nvrtc_file.c_str(), RTLD_NOW);
@@ -122,8 +122,10 @@ std::vector<char> compile(const std::string& part, const std::string& architectu
   const std::string arch =
       "--gpu-architecture=" + (before ? "compute_" + std::to_string(before) : architecture);
   const std::string define = "-DPART_" + part;
-  const char* options[] = {arch.c_str(), define.c_str(), "--std=c++17", "-w"};
-  const int code = run(program, 4, options);
+  // What views are made by is the processor's, to the last bit.
+  const char* fused = part == "views" ? "--fmad=false" : "--fmad=true";
+  const char* options[] = {arch.c_str(), define.c_str(), "--std=c++17", "-w", fused};
+  const int code = run(program, 5, options);
   if (code != 0) {
     size_t size = 0;
     log_size(program, &size);

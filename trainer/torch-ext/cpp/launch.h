@@ -18,7 +18,7 @@ struct Dim {
   int64_t x = 1, y = 1, z = 1;
 };
 
-// Of a part of kernels.cu; `arguments` point to the kernel's, `shared` bytes are given to every block.
+// Of a part of the kernels; `arguments` point to the kernel's, `shared` bytes are given to every block.
 void launch_with(const Tensor& on, const std::string& part, const std::string& name, Dim grid, Dim block, int64_t shared,
                  void** arguments);
 

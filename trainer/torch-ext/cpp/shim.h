@@ -62,7 +62,7 @@ int mentee_norm(const at::Tensor* flat, double* norm);
 
 // See device_norm.cpp. All-reduces n doubles on the device in place, in the order of `stream` (a cudaStream_t).
 typedef int (*mentee_device_reduce_fn)(void* context, void* values, int64_t n, void* stream);
-// See launch.cpp. `source` is kernels.cu and must live as long as the process; `nvrtc` the file to open.
+// See launch.cpp. `source` is kernels.cu and views.cu and must live as long as the process; `nvrtc` the file to open.
 int mentee_device_start(const char* source, const char* nvrtc);
 // Size of the machine code of one part for an architecture; needs no device.
 int mentee_device_compile(const char* part, const char* architecture, int64_t* bytes);
@@ -85,6 +85,9 @@ int mentee_device_momentum(at::Tensor* param, const at::Tensor* grad, at::Tensor
 int mentee_device_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, at::Tensor* second,
                         const at::Tensor* table, double lr, double predictor_lr, double beta1, double beta2, double eps,
                         double weight_decay, int64_t step);
+// See device_views.cpp. `normalise`: mean and 1/std; `out`: [views, side, side, 3].
+int mentee_device_views(const at::Tensor* images, const at::Tensor* words, int64_t views, int64_t side, int64_t widest,
+                        const float* normalise, at::Tensor* out);
 int mentee_stream_new(int device, int64_t* id);
 int mentee_stream_use(int device, int64_t id, int64_t* previous);
 int mentee_stream_synchronise(int device, int64_t id);

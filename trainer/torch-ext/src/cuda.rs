@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use tch::{Kind, Tensor};
 
 use crate::{TorchError, check, file_of_libtorch, sys};
 
@@ -19,7 +20,7 @@ const NVRTC: &str = "libnvrtc.so.13";
 /// What NVRTC opens by itself, from wherever the loader looks.
 const NVRTC_PART: &str = "libnvrtc-builtins.so.";
 /// The kernels, compiled on the machine they run on.
-const KERNELS: &str = include_str!("../cpp/kernels.cu");
+const KERNELS: &str = concat!(include_str!("../cpp/kernels.cu"), include_str!("../cpp/views.cu"));
 
 /// Why there is no device to use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -90,7 +91,7 @@ fn nvrtc_part(folder: &Path) -> Option<PathBuf> {
     names.pop()
 }
 
-/// Compiles one part of the kernels (`flat`, `bf16`, `f32`, `f64`) for an architecture such as `sm_90`, as a run on such a
+/// Compiles one part of the kernels (`flat`, `bf16`, `f32`, `f64`, `views`) for an architecture such as `sm_90`, as a run on such a
 /// device does; returns the code's size in bytes. Needs NVRTC, and no device.
 ///
 /// # Errors
@@ -103,6 +104,48 @@ pub fn compile(part: &str, architecture: &str) -> Result<i64, TorchError> {
     // SAFETY: both strings end with NUL and outlive the call.
     unsafe { check(sys::mentee_device_compile(part.as_ptr(), architecture.as_ptr(), &mut bytes)) }?;
     Ok(bytes)
+}
+
+/// Images that a device holds, from which it makes views.
+#[derive(Debug)]
+pub struct Images {
+    /// 8-bit RGB, `[H, W, 3]` each.
+    pub pixels: Tensor,
+    /// The most columns that one of them has.
+    pub widest: u32,
+}
+
+/// Makes views `[views, 3, side, side]` of `kind` (f32, f64 or bf16), channels-last in memory, as `words` direct: the format is told in
+/// `cpp/views.cu`. `normalise`: mean and 1/std of the channels. The work is put on this thread's stream.
+///
+/// # Errors
+/// When types or sizes do not fit, when there is no memory, and when the kernel cannot be compiled or launched.
+///
+/// # Safety
+/// All places that `words` name lie within them and within the images.
+pub unsafe fn views(
+    images: &Images,
+    words: &Tensor,
+    (views, side): (i64, u32),
+    normalise: [[f32; 3]; 2],
+    kind: Kind,
+) -> Result<Tensor, TorchError> {
+    let side = i64::from(side);
+    let out = Tensor::f_empty([views, side, side, 3], (kind, images.pixels.device()));
+    let mut out = out.map_err(|error| TorchError::new(error.to_string()))?;
+    // SAFETY: the tensors and the constants outlive the call; the places by this function's contract.
+    unsafe {
+        check(sys::mentee_device_views(
+            images.pixels.as_ptr(),
+            words.as_ptr(),
+            views,
+            side,
+            images.widest.into(),
+            normalise.as_ptr().cast(),
+            out.as_mut_ptr(),
+        ))
+    }?;
+    out.f_permute([0, 3, 1, 2]).map_err(|error| TorchError::new(error.to_string()))
 }
 
 /// How a device computes.
@@ -374,7 +417,7 @@ mod tests {
     #[test]
     fn the_kernels_compile_for_the_devices_there_are() {
         for architecture in ["sm_80", "sm_90", "sm_100"] {
-            for part in ["flat", "bf16", "f32", "f64"] {
+            for part in ["flat", "bf16", "f32", "f64", "views"] {
                 let bytes = compile(part, architecture).unwrap_or_else(|error| {
                     panic!("{error} (the tests' NVRTC comes with ci/setup --python)")
                 });

@@ -140,6 +140,15 @@ unsafe extern "C" {
     pub fn mentee_device_use(device: c_int, autotune: c_int, tf32: c_int) -> c_int;
     pub fn mentee_device_capability(device: c_int, major: *mut c_int, minor: *mut c_int) -> c_int;
     pub fn mentee_device_slot(device: c_int, slot: *mut c_int) -> c_int;
+    pub fn mentee_device_views(
+        images: *const C_tensor,
+        words: *const C_tensor,
+        views: i64,
+        side: i64,
+        widest: i64,
+        normalise: *const f32,
+        out: *mut C_tensor,
+    ) -> c_int;
     pub fn mentee_device_batch_norm_train(
         x: *const C_tensor,
         weight: *const C_tensor,

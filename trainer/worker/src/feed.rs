@@ -1,17 +1,20 @@
 //! Batches as tensors where the training step wants them. On a device a thread of its own copies the next batches there, on a
-//! stream of its own, while the step computes.
+//! stream of its own, while the step computes; or has the device make them, once it holds the images.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mentee_config::Recipe;
-use mentee_data::{Batch, Loader};
+use mentee_data::directions::Directed;
+use mentee_data::held::Held;
+use mentee_data::{Batch, Loader, LoaderConfig};
 use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
+use crate::resident::{Maker, OnDevice, Residence, Resident};
 use crate::{device, views};
 
 /// Batches on the device beside the one in use.
@@ -33,11 +36,14 @@ pub struct DeviceFeed {
 }
 
 impl Feed {
-    /// Of `loader`'s batches on `device`, in the master type on the processor and as the network computes on a device.
-    pub fn new(loader: Loader, recipe: &Recipe, device: Device) -> Result<Self, WorkerError> {
+    /// Of a loader's batches on `device`, in the master type on the processor and as the network computes on a device.
+    pub fn new(config: LoaderConfig, recipe: &Recipe, device: Device) -> Result<Self, WorkerError> {
         let kinds = mentee_ssl::state::kinds(recipe.parallel.precision);
         let side = recipe.views.size;
+        let loader = Loader::new(config.clone())?;
         let Device::Cuda(index) = device else { return Ok(Self::Host { loader, side, kind: kinds.master }) };
+        let kind = kinds.compute;
+        let resident = Residence::of(recipe, config)?;
         let (send, batches) = sync_channel(AHEAD - 1);
         let (used, back) = channel();
         let recipe = recipe.clone();
@@ -47,7 +53,8 @@ impl Feed {
                 let result = device::enter(index, &recipe).and_then(|()| {
                     let stream = cuda::Stream::new(index)?;
                     stream.enter()?;
-                    copy_all(loader, side, kinds.compute, device, &send, &back)
+                    let hold = |held: &Held| OnDevice::hold(held, &recipe.views, kind, device);
+                    Copying { loader, side, kind, device, send: &send, back: &back }.all(resident, hold)
                 });
                 if let Err(error) = result {
                     // Nobody listens when training has ended first.
@@ -92,28 +99,69 @@ impl Feed {
     }
 }
 
-fn copy_all(
-    mut loader: Loader,
+/// What the copying thread works with.
+struct Copying<'a> {
+    loader: Loader,
     side: u32,
     kind: Kind,
     device: Device,
-    send: &SyncSender<Result<(Batch, Tensor), WorkerError>>,
-    back: &Receiver<Batch>,
-) -> Result<(), WorkerError> {
-    while let Some(batch) = loader.next()?.map(Arc::new) {
-        let views = views::tensor(&batch, side, Kind::Float)?.f_to_device(device)?.f_to_kind(kind)?;
-        if let Device::Cuda(index) = device {
-            // What is sent is there: the stream that computes has nothing to wait for.
-            let (stream, _) = cuda::Stream::current(index)?;
-            stream.synchronise()?;
+    send: &'a SyncSender<Result<(Batch, Tensor), WorkerError>>,
+    back: &'a Receiver<Batch>,
+}
+
+impl Copying<'_> {
+    /// Sends all batches: the loader's, until a device can make them itself.
+    fn all<M: Maker>(
+        mut self,
+        mut residence: Residence,
+        hold: impl Fn(&Held) -> Result<M, WorkerError>,
+    ) -> Result<(), WorkerError> {
+        while let Some(batch) = self.loader.next()?.map(Arc::new) {
+            let views = views::tensor(&batch, self.side, Kind::Float)?
+                .f_to_device(self.device)?
+                .f_to_kind(self.kind)?;
+            complete(self.device)?;
+            let Some(batch) = Arc::into_inner(batch) else {
+                return Err(WorkerError::Failed("a batch on a device is still its host memory".into()));
+            };
+            let resident = residence.after(batch.wait)?;
+            let resident = resident.map(|decoding| decoding.take_over(&hold, &batch, &views));
+            if self.send.send(Ok((batch, views))).is_err() {
+                return Ok(()); // training has ended
+            }
+            match resident {
+                Some(Ok(resident)) => return self.resident(resident),
+                Some(Err(reason)) => reason.tell(),
+                None => {}
+            }
+            self.back.try_iter().for_each(|batch| self.loader.recycle(batch));
         }
-        let Some(batch) = Arc::into_inner(batch) else {
-            return Err(WorkerError::Failed("a batch on a device is still its host memory".into()));
-        };
-        if send.send(Ok((batch, views))).is_err() {
-            break; // training has ended
+        Ok(())
+    }
+
+    /// Sends what the device makes.
+    fn resident<M: Maker>(self, mut resident: Resident<M>) -> Result<(), WorkerError> {
+        let Self { loader, device, send, back, .. } = self;
+        drop(loader); // its threads and batches are wanted no more
+        while let Some((directed, views)) = resident.next()? {
+            complete(device)?;
+            let Directed { step, epoch, ids, .. } = directed;
+            let (skipped, wait) = (Vec::new(), Duration::ZERO);
+            let batch = Batch { step, epoch, ids, skipped, views: Vec::new(), wait };
+            if send.send(Ok((batch, views))).is_err() {
+                break;
+            }
+            back.try_iter().for_each(drop);
         }
-        back.try_iter().for_each(|batch| loader.recycle(batch));
+        Ok(())
+    }
+}
+
+/// What is sent is there: the stream that computes has nothing to wait for.
+fn complete(device: Device) -> Result<(), WorkerError> {
+    if let Device::Cuda(index) = device {
+        let (stream, _) = cuda::Stream::current(index)?;
+        stream.synchronise()?;
     }
     Ok(())
 }
@@ -127,5 +175,148 @@ impl Drop for DeviceFeed {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use mentee_data::{DataError, Encoding, OnError, Order, Source};
+
+    use super::*;
+
+    const IMAGES: u64 = 20;
+    const SIDE: u32 = 16;
+    const STEPS: u64 = 8;
+
+    /// Images of 8 x 8 pixels, all different.
+    struct Pixels {
+        damaged: Option<u64>,
+    }
+
+    impl Source for Pixels {
+        fn len(&self) -> u64 {
+            IMAGES
+        }
+
+        fn read_into(&self, index: u64, buffer: &mut Vec<u8>) -> Result<Encoding, DataError> {
+            buffer.clear();
+            buffer.extend((0..8 * 8 * 3).map(|i| (i * (index + 3) * 7 % 251) as u8));
+            if self.damaged == Some(index) {
+                buffer.truncate(9);
+            }
+            Ok(Encoding::Raw { width: 8, height: 8 })
+        }
+
+        fn label(&self, _: u64) -> Option<u32> {
+            None
+        }
+
+        fn key(&self, index: u64) -> String {
+            format!("pixels:{index}")
+        }
+
+        fn classes(&self) -> &[String] {
+            &[]
+        }
+
+        fn digest(&self) -> String {
+            String::new()
+        }
+
+        fn stored(&self) -> (u64, u64) {
+            (0, 0)
+        }
+    }
+
+    pub fn config(damaged: Option<u64>) -> LoaderConfig {
+        let sets = [format!("views.size={SIDE}")];
+        let views = Recipe::load("demo", &sets).expect("a recipe").views;
+        LoaderConfig {
+            source: Arc::new(Pixels { damaged }),
+            order: Order::new(1, IMAGES, 6),
+            views,
+            seed: 1,
+            rank_share: 2..6,
+            first_step: 1,
+            last_step: STEPS,
+            threads: 2,
+            on_error: OnError::Skip { budget: 3 },
+            queue_steps: 2,
+        }
+    }
+
+    /// Makes what a loader does, but for what it is told to spoil.
+    struct AsLoader {
+        loader: Loader,
+        spoils: Option<u64>,
+    }
+
+    impl Maker for AsLoader {
+        fn make(&mut self, directed: &Directed) -> Result<Tensor, WorkerError> {
+            let mut batch = self.loader.next()?.expect("as many steps");
+            assert_eq!((batch.step, &batch.ids), (directed.step, &directed.ids));
+            if self.spoils == Some(batch.step) {
+                batch.views[77] += 1e-6;
+            }
+            views::tensor(&Arc::new(batch), SIDE, Kind::Double)
+        }
+    }
+
+    /// All batches of a feed whose images have been decoded before it starts; how many of them the device made.
+    fn all(
+        config: &LoaderConfig,
+        room: u64,
+        hold: impl Fn(&Held) -> Result<AsLoader, WorkerError>,
+    ) -> (Vec<(Batch, Tensor)>, usize) {
+        let residence = Residence::decoded(config.clone(), room);
+        let (send, batches) = sync_channel(STEPS as usize);
+        let (_used, back) = channel();
+        let loader = Loader::new(config.clone()).unwrap();
+        let (kind, device) = (Kind::Double, Device::Cpu); // copies
+        let copying = Copying { loader, side: SIDE, kind, device, send: &send, back: &back };
+        copying.all(residence, hold).unwrap();
+        drop(send);
+        let all: Vec<_> = batches.iter().map(Result::unwrap).collect();
+        let made = all.iter().filter(|(batch, _)| batch.views.is_empty()).count();
+        (all, made)
+    }
+
+    fn as_loader(config: &LoaderConfig, spoils: Option<u64>) -> Result<AsLoader, WorkerError> {
+        Ok(AsLoader { loader: Loader::new(config.clone())?, spoils })
+    }
+
+    #[test]
+    fn a_device_that_holds_the_images_makes_the_views_from_the_second_batch_on() {
+        let config = config(None);
+        let (found, made) = all(&config, 1 << 20, |_| as_loader(&config, None));
+        assert_eq!(made, STEPS as usize - 2);
+        let mut loader = Loader::new(config).unwrap();
+        for (batch, views) in found {
+            let expected = Arc::new(loader.next().unwrap().unwrap());
+            assert_eq!((batch.step, batch.epoch, &batch.ids), (expected.step, expected.epoch, &expected.ids));
+            assert_eq!(views, views::tensor(&expected, SIDE, Kind::Double).unwrap());
+        }
+        assert!(loader.next().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_device_that_makes_anything_else_makes_nothing() {
+        let config = config(None);
+        let (found, made) = all(&config, 1 << 20, |_| as_loader(&config, Some(1)));
+        assert_eq!((found.len(), made), (STEPS as usize - 1, 0));
+        // Nor does one that cannot hold the images, or for which they are too many.
+        let refuses = |_: &Held| Err(WorkerError::Failed("no memory".into()));
+        let (found, made) = all(&config, 1 << 20, refuses);
+        assert_eq!((found.len(), made), (STEPS as usize - 1, 0));
+        let (found, made) = all(&config, 100, |_| panic!("they are not held"));
+        assert_eq!((found.len(), made), (STEPS as usize - 1, 0));
+    }
+
+    #[test]
+    fn with_a_damaged_image_the_loader_says_what_takes_its_place() {
+        let config = config(Some(7));
+        let (found, made) = all(&config, 1 << 20, |_| panic!("not all can be held"));
+        assert_eq!((found.len(), made), (STEPS as usize - 1, 0));
+        assert!(found.iter().any(|(batch, _)| batch.skipped.iter().any(|skipped| skipped.id == 7)));
     }
 }

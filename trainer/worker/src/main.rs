@@ -29,6 +29,7 @@ mod orphan;
 mod passes;
 mod place;
 mod reducer;
+mod resident;
 mod run_dir;
 mod setup;
 mod snapshot;

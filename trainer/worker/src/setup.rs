@@ -12,7 +12,7 @@ use mentee_collectives::checked::Checked;
 use mentee_collectives::{Collectives, mpi};
 use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
-use mentee_data::{Loader, LoaderConfig, OnError, Source, open_training, order};
+use mentee_data::{LoaderConfig, OnError, Source, open_training, order};
 use mentee_ssl::layers::OverRanks;
 use mentee_ssl::{Method, Schedule, State};
 
@@ -209,7 +209,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
 
     let order = order(&*source, recipe.data.order, recipe.run.seed, recipe.schedule.global_batch);
     let rank_share = share(recipe.schedule.global_batch, identity.rank, identity.world_size);
-    let loader = Loader::new(LoaderConfig {
+    let loader = LoaderConfig {
         source: source.clone(),
         order,
         views: recipe.views.clone(),
@@ -220,7 +220,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         threads: decode_threads,
         on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
-    })?;
+    };
     let evaluator = Evaluator::of_run(&*collectives, recipe, source, decode_threads, device)?;
     let faults = Faults::from_env(identity.rank)?;
     let settings = Settings {

@@ -16,7 +16,7 @@ use mentee_cluster::Identity;
 use mentee_collectives::{Collectives, Single};
 use mentee_commands::TraceArgs;
 use mentee_config::{Plan, Recipe, counted, exit_code, say};
-use mentee_data::{Loader, LoaderConfig, OnError, open_training, order};
+use mentee_data::{LoaderConfig, OnError, open_training, order};
 use mentee_ssl::layers::OverRanks;
 use mentee_ssl::layout::view;
 use mentee_ssl::{Rates, Schedule};
@@ -86,7 +86,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     import::of_recipe(&mut state, recipe)?;
     let mut reducer = GradientReducer::new(&collectives, None, &mut state, recipe.parallel.bucket_mib)?;
     let (schedule, global_batch) = (Schedule::new(&plan), recipe.schedule.global_batch);
-    let loader = Loader::new(LoaderConfig {
+    let loader = LoaderConfig {
         order: order(&*source, recipe.data.order, recipe.run.seed, global_batch),
         source: source.clone(),
         views: recipe.views.clone(),
@@ -97,7 +97,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         threads: decode_threads,
         on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
-    })?;
+    };
     let mut feed = Feed::new(loader, recipe, device)?;
     let mut trace = Trace {
         mentee_version: env!("CARGO_PKG_VERSION"),
