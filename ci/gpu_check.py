@@ -7,6 +7,7 @@ next; OUT/gpu-check.json is written anew after each part and each measurement, s
   parity   the first steps of a run on the CPU and on the GPU, every tensor compared, in f64, f32 and bf16
   step     BYOL's training step against PyTorch's on the same GPU, in turns; a ratio is PyTorch's time over mentee's in one round
   nccl     two processes on one GPU: all-reduce, losses of 2 ranks against 1, what is said when a rank is killed
+  resident views made by the GPU of images that it holds: the same losses as with the loader's, and what it buys with one thread
   profile  where the GPU's time goes in a step
   train    BYOL to the end on the packed images, with nearest neighbours (only when named)
   learn    the same settings here and in byol_reference.py, plain PyTorch: nearest neighbours of both on the way (only when named)
@@ -32,8 +33,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 240, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
-DEFAULT_PARTS = "smoke,parity,step,nccl,profile"
+PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 240, "resident": 90, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
+DEFAULT_PARTS = "smoke,parity,resident,step,nccl,profile"
 RECIPE = "byol-cifar10-resnet18"
 # name -> arguments of bench_step.py. LARS in a loop over parameters is how it is shipped; at its fastest it is not.
 WAYS = {
@@ -778,6 +779,39 @@ class Check:
     def said(watch, folder):
         paths = sorted(watch.glob("stderr-*")) + sorted((folder / "logs").glob("rank-*.jsonl"))
         return {path.name: path.read_text(errors="replace")[-TAIL:] for path in paths}
+
+    # Images on the GPU.
+
+    def resident(self, part):
+        """Losses in f32, which are the same in every run, and speeds in bf16 with one thread that decodes."""
+        if self.small:
+            part["summary"] = "on the processor the loader makes all views"
+            return None
+        cases = {"f32": ({"schedule.max_steps": 150}, 4), "bf16": ({"schedule.global_batch": 512, "schedule.max_steps": 250}, 1)}
+        for precision, (more, threads) in cases.items():
+            its = part[precision] = {}
+            for how in ("never", "always"):
+                more |= {"data.resident": how, "parallel.decode_threads": threads}
+                folder, command = self.short_run(f"resident-{precision}-{how}", precision, **more)
+                self.run(command)
+                lines = [line for line in read_lines(folder / "metrics.jsonl") if line["kind"] == "train"]
+                held = [line for line in read_lines(folder / "logs/rank-00000.jsonl") if "the device holds all images" in json.dumps(line)]
+                last = lines[-len(lines) // 4 :]
+                its[how] = {
+                    "losses": [line["loss"] for line in lines],
+                    "said": held,
+                    "images_per_s": statistics.median(line["images_per_s"] for line in last),
+                    "data_wait_ms": statistics.median(line["data_wait_ms"] for line in last),
+                }
+                shutil.rmtree(folder, ignore_errors=True)
+            self.save()
+        same = part["f32"]["never"]["losses"] == part["f32"]["always"]["losses"]
+        held = all(its["always"]["said"] and not its["never"]["said"] for its in (part["f32"], part["bf16"]))
+        never, always = (part["bf16"][how]["images_per_s"] for how in ("never", "always"))
+        words = "the same losses" if same else "OTHER LOSSES"
+        words += "" if held else ", the GPU did NOT take over"
+        part["summary"] = f"{words}; images/s with one thread: loader {never:.0f}, GPU {always:.0f}"
+        return same and held
 
     # Where the time goes.
 
