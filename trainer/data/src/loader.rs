@@ -10,6 +10,7 @@ use crate::augment::{Augmenter, ViewDraw, ViewKey};
 use crate::damaged::{Damaged, OnError};
 use crate::decode::CropBox;
 use crate::error::DataError;
+use crate::memory::Memory;
 use crate::order::Order;
 pub use crate::pool::Skipped;
 use crate::pool::{Pool, Scratch, Work};
@@ -55,7 +56,7 @@ pub struct Batch {
     /// Damaged samples among them that were replaced; `ids` has the replacements.
     pub skipped: Vec<Skipped>,
     /// Normalised views, channels last. `[V, N, H, W, C]`, V = 2, C = 3
-    pub views: Vec<f32>,
+    pub views: Memory,
     /// How long [`Loader::next`] blocked for it.
     pub wait: Duration,
 }

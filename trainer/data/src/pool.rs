@@ -19,6 +19,7 @@ use crate::augment;
 use crate::decode::{PlanarImage, RgbImage};
 use crate::error::DataError;
 use crate::eval::view::EvalScratch;
+use crate::memory::Memory;
 use crate::reader::Reader;
 
 /// What to fill batches with.
@@ -89,7 +90,7 @@ pub(crate) struct Filled {
     /// Samples that were replaced, by place.
     pub(crate) skipped: Vec<Skipped>,
     /// `[planes, N, sample_len]`
-    pub(crate) buffer: Vec<f32>,
+    pub(crate) buffer: Memory,
     /// How long [`Pool::next`] blocked for it.
     pub(crate) wait: Duration,
 }
@@ -118,7 +119,7 @@ struct State {
     open: VecDeque<Open>,
     next_step: u64,
     /// Buffers given back.
-    free: Vec<Vec<f32>>,
+    free: Vec<Memory>,
     stop: bool,
     /// The first error delivered: nothing comes after it.
     failed: Option<DataError>,
@@ -128,7 +129,7 @@ struct Open {
     step: u64,
     epoch: u64,
     ids: Arc<Vec<u64>>,
-    buffer: Vec<f32>,
+    buffer: Memory,
     /// Samples not yet claimed start here.
     claimed: usize,
     /// Samples not yet in.
@@ -231,7 +232,7 @@ impl Pool {
     }
 
     /// Gives a buffer back to be filled again.
-    pub(crate) fn recycle(&self, buffer: Vec<f32>) {
+    pub(crate) fn recycle(&self, buffer: Memory) {
         let mut state = lock(&self.shared.state);
         if state.free.len() <= self.shared.queue {
             state.free.push(buffer);
@@ -296,7 +297,7 @@ impl Shared {
                 state.next_step += 1;
                 let (epoch, ids) = self.work.samples(step);
                 let mut buffer = state.free.pop().unwrap_or_default();
-                buffer.resize(self.work.planes() * ids.len() * self.work.sample_len(), 0.0);
+                buffer.resize(self.work.planes() * ids.len() * self.work.sample_len());
                 let missing = ids.len();
                 state.open.push_back(Open {
                     step,

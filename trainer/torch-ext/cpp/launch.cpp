@@ -21,6 +21,11 @@ typedef int (*cuModuleLoadData_t)(void**, const void*);
 typedef int (*cuModuleGetFunction_t)(void**, void*, const char*);
 typedef int (*cuDeviceGetAttribute_t)(int*, int, int);
 typedef int (*cuGetErrorString_t)(int, const char**);
+typedef int (*cuMemHostRegister_t)(void*, size_t, unsigned);
+typedef int (*cuMemHostUnregister_t)(void*);
+typedef int (*cuCtxGetCurrent_t)(void**);
+typedef int (*cuCtxPushCurrent_t)(void*);
+typedef int (*cuCtxPopCurrent_t)(void**);
 typedef int (*nvrtcCreateProgram_t)(void**, const char*, const char*, int, const char* const*, const char* const*);
 typedef int (*nvrtcCompileProgram_t)(void*, int, const char* const*);
 typedef int (*nvrtcGetSize_t)(void*, size_t*);
@@ -45,6 +50,11 @@ struct Driver {
   cuModuleGetFunction_t function = nullptr;
   cuDeviceGetAttribute_t attribute = nullptr;
   cuGetErrorString_t text = nullptr;
+  cuMemHostRegister_t pin = nullptr;
+  cuMemHostUnregister_t unpin = nullptr;
+  cuCtxGetCurrent_t context = nullptr;
+  cuCtxPushCurrent_t push = nullptr;
+  cuCtxPopCurrent_t pop = nullptr;
   aoti_stream_t stream = nullptr;
 
   void check(int code, const std::string& what) const {
@@ -65,6 +75,12 @@ const Driver& driver() {
     d.function = reinterpret_cast<cuModuleGetFunction_t>(symbol(cuda, "cuModuleGetFunction"));
     d.attribute = reinterpret_cast<cuDeviceGetAttribute_t>(symbol(cuda, "cuDeviceGetAttribute"));
     d.text = reinterpret_cast<cuGetErrorString_t>(symbol(cuda, "cuGetErrorString"));
+    // As cuda.h names the versions that its types are of.
+    d.pin = reinterpret_cast<cuMemHostRegister_t>(symbol(cuda, "cuMemHostRegister_v2"));
+    d.unpin = reinterpret_cast<cuMemHostUnregister_t>(symbol(cuda, "cuMemHostUnregister"));
+    d.context = reinterpret_cast<cuCtxGetCurrent_t>(symbol(cuda, "cuCtxGetCurrent"));
+    d.push = reinterpret_cast<cuCtxPushCurrent_t>(symbol(cuda, "cuCtxPushCurrent_v2"));
+    d.pop = reinterpret_cast<cuCtxPopCurrent_t>(symbol(cuda, "cuCtxPopCurrent_v2"));
     // Exported by libtorch's CUDA part, which is loaded by then.
     d.stream = reinterpret_cast<aoti_stream_t>(symbol(RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream"));
     return d;
@@ -218,6 +234,27 @@ int mentee_device_slot(int device, int* slot) {
     slot[0] = mentee::device::attribute(device, kPciDomain);
     slot[1] = mentee::device::attribute(device, kPciBus);
     slot[2] = mentee::device::attribute(device, kPciDevice);
+  });
+}
+
+int mentee_pin(void* memory, int64_t bytes, void** context) {
+  return mentee::guarded([&] {
+    const Driver& d = driver();
+    d.check(d.context(context), "this thread's device");
+    TORCH_CHECK(*context, "CUDA: this thread has no device");
+    constexpr unsigned kPortable = 1;
+    d.check(d.pin(memory, static_cast<size_t>(bytes), kPortable), "pinning a batch's memory");
+  });
+}
+
+// From any thread. Nothing can be done about a failure: at the end of the process the driver may be gone.
+void mentee_unpin(void* memory, void* context) {
+  mentee::guarded([&] {
+    const Driver& d = driver();
+    if (d.push(context) != 0) return;
+    d.unpin(memory);
+    void* popped = nullptr;
+    d.pop(&popped);
   });
 }
 

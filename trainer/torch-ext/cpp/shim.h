@@ -85,6 +85,9 @@ int mentee_device_momentum(at::Tensor* param, const at::Tensor* grad, at::Tensor
 int mentee_device_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* first, at::Tensor* second,
                         const at::Tensor* table, double lr, double predictor_lr, double beta1, double beta2, double eps,
                         double weight_decay, int64_t step);
+// Lets devices copy from host memory directly, until mentee_unpin with the same context; a device is this thread's. See launch.cpp.
+int mentee_pin(void* memory, int64_t bytes, void** context);
+void mentee_unpin(void* memory, void* context);
 // See device_views.cpp. `normalise`: mean and 1/std; `out`: [views, side, side, 3].
 int mentee_device_views(const at::Tensor* images, const at::Tensor* words, int64_t views, int64_t side, int64_t widest,
                         const float* normalise, at::Tensor* out);

@@ -106,6 +106,42 @@ pub fn compile(part: &str, architecture: &str) -> Result<i64, TorchError> {
     Ok(bytes)
 }
 
+/// Host memory that devices copy from directly, as long as this lives.
+#[derive(Debug)]
+pub struct Pinned {
+    memory: *mut std::ffi::c_void,
+    context: *mut std::ffi::c_void,
+}
+
+// SAFETY: both are names to the driver, which may be called from any thread.
+unsafe impl Send for Pinned {}
+// SAFETY: as above; nothing can be done with a reference.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// Pins `bytes` at `memory`. This thread uses a device ([`use_device`]).
+    ///
+    /// # Errors
+    /// When the system or the driver allows no (more) pinned memory.
+    ///
+    /// # Safety
+    /// The memory stays where it is until this is dropped.
+    pub unsafe fn new(memory: *mut u8, bytes: usize) -> Result<Self, TorchError> {
+        let (memory, bytes) = (memory.cast(), i64::try_from(bytes).unwrap_or(i64::MAX));
+        let mut context = std::ptr::null_mut();
+        // SAFETY: the result outlives the call; the memory by this function's contract.
+        unsafe { check(sys::mentee_pin(memory, bytes, &mut context)) }?;
+        Ok(Self { memory, context })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // SAFETY: it was pinned in this context.
+        unsafe { sys::mentee_unpin(self.memory, self.context) };
+    }
+}
+
 /// Images that a device holds, from which it makes views.
 #[derive(Debug)]
 pub struct Images {

@@ -140,6 +140,8 @@ unsafe extern "C" {
     pub fn mentee_device_use(device: c_int, autotune: c_int, tf32: c_int) -> c_int;
     pub fn mentee_device_capability(device: c_int, major: *mut c_int, minor: *mut c_int) -> c_int;
     pub fn mentee_device_slot(device: c_int, slot: *mut c_int) -> c_int;
+    pub fn mentee_pin(memory: *mut c_void, bytes: i64, context: *mut *mut c_void) -> c_int;
+    pub fn mentee_unpin(memory: *mut c_void, context: *mut c_void);
     pub fn mentee_device_views(
         images: *const C_tensor,
         words: *const C_tensor,

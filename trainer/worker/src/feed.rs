@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use mentee_config::Recipe;
 use mentee_data::directions::Directed;
 use mentee_data::held::Held;
-use mentee_data::{Batch, Loader, LoaderConfig};
+use mentee_data::{Batch, Loader, LoaderConfig, Memory};
 use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
@@ -116,7 +116,12 @@ impl Copying<'_> {
         mut residence: Residence,
         hold: impl Fn(&Held) -> Result<M, WorkerError>,
     ) -> Result<(), WorkerError> {
-        while let Some(batch) = self.loader.next()?.map(Arc::new) {
+        let mut pins = matches!(self.device, Device::Cuda(_));
+        while let Some(mut batch) = self.loader.next()? {
+            if pins {
+                pins = pin(&mut batch.views);
+            }
+            let batch = Arc::new(batch);
             let views = views::tensor(&batch, self.side, Kind::Float)?
                 .f_to_device(self.device)?
                 .f_to_kind(self.kind)?;
@@ -147,7 +152,7 @@ impl Copying<'_> {
             complete(device)?;
             let Directed { step, epoch, ids, .. } = directed;
             let (skipped, wait) = (Vec::new(), Duration::ZERO);
-            let batch = Batch { step, epoch, ids, skipped, views: Vec::new(), wait };
+            let batch = Batch { step, epoch, ids, skipped, views: Memory::default(), wait };
             if send.send(Ok((batch, views))).is_err() {
                 break;
             }
@@ -155,6 +160,16 @@ impl Copying<'_> {
         }
         Ok(())
     }
+}
+
+/// Has the device copy a batch from where it lies, which is done once for each memory that goes round. Whether that can be.
+fn pin(views: &mut Memory) -> bool {
+    // SAFETY: the memory lets go of what holds it before it moves or ends.
+    let pinned = views.hold(|at, len| unsafe { cuda::Pinned::new(at.cast(), len * size_of::<f32>()) });
+    if let Err(error) = &pinned {
+        tracing::info!("batches are copied to the device by way of another memory: {error}");
+    }
+    pinned.is_ok()
 }
 
 /// What is sent is there: the stream that computes has nothing to wait for.

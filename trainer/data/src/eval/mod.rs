@@ -113,7 +113,8 @@ pub struct EvalImages {
 impl EvalImages {
     /// What was filled, with its labels and without the places of damaged images.
     fn batch(&self, filled: Filled) -> Result<EvalBatch, DataError> {
-        let Filled { mut ids, buffer: mut images, .. } = filled;
+        let Filled { mut ids, buffer, .. } = filled;
+        let mut images = buffer.into_vec();
         let usable: Vec<bool> = ids.iter().map(|&id| !self.damaged.contains(id)).collect();
         if usable.contains(&false) {
             let view = images.len() / ids.len();
