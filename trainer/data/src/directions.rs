@@ -92,6 +92,12 @@ impl Director {
         Self { config, augmenter, images, resizer: Resizer::default() }
     }
 
+    /// The settings it was given.
+    #[must_use]
+    pub fn into_config(self) -> LoaderConfig {
+        self.config
+    }
+
     /// The views of a step; none after the last.
     pub fn step(&mut self, step: u64) -> Option<Directed> {
         if step >= self.config.last_step {

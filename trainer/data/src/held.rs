@@ -57,6 +57,12 @@ pub enum NotHeld {
     /// it needs.
     #[error("{}", .0.brief())]
     Unreadable(#[from] DataError),
+    /// The host has no room for them.
+    #[error("no memory for {} MiB of pixels", bytes >> 20)]
+    NoMemory {
+        /// All of them, as far as some tell.
+        bytes: u64,
+    },
     /// Asked to.
     #[error("stopped")]
     Stopped,
@@ -70,16 +76,12 @@ impl Held {
     /// See [`NotHeld`].
     pub fn load(source: &dyn Source, limit: u64, threads: usize, stop: &AtomicBool) -> Result<Self, NotHeld> {
         let count = source.len();
-        let estimate = estimate(source)?;
-        if estimate > limit {
-            return Err(NotHeld::TooLarge { bytes: estimate });
-        }
+        let estimate = estimate(source, limit, stop)?;
         let next = AtomicU64::new(0);
-        let held = Held {
-            images: Images { sizes: vec![Size::default(); count as usize], widest: 0 },
-            pixels: Vec::with_capacity(estimate as usize),
-        };
-        let all = Mutex::new(Ok(held));
+        let images = Images { sizes: vec![Size::default(); count as usize], widest: 0 };
+        let mut pixels = Vec::new();
+        pixels.try_reserve(estimate as usize).map_err(|_| NotHeld::NoMemory { bytes: estimate })?;
+        let all = Mutex::new(Ok(Held { images, pixels }));
         let work = || {
             let (mut reader, mut image) = (Reader::default(), RgbImage::default());
             while !stop.load(Ordering::Relaxed) {
@@ -89,12 +91,18 @@ impl Held {
                 }
                 let (mut sizes, mut pixels, mut failed) = (Vec::new(), Vec::new(), None);
                 for id in first..(first + CLAIM).min(count) {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
                     if let Err(error) = reader.whole(source, id, &mut image) {
                         failed = Some(NotHeld::Unreadable(error));
                         break;
                     }
                     sizes.push(Size { first: pixels.len() as u64, width: image.width, height: image.height });
                     pixels.extend_from_slice(&image.data);
+                    if pixels.len() as u64 > limit {
+                        break; // told below
+                    }
                 }
                 let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
                 let Ok(held) = &mut *all else { return };
@@ -111,7 +119,8 @@ impl Held {
         };
         std::thread::scope(|scope| {
             for _ in 1..threads {
-                scope.spawn(work);
+                // Where there are no more threads, fewer do it.
+                let _ = std::thread::Builder::new().spawn_scoped(scope, work);
             }
             work();
         });
@@ -131,18 +140,25 @@ impl Held {
     }
 }
 
-/// Bytes of all pixels, as far as some images tell that lie evenly among them.
-fn estimate(source: &dyn Source) -> Result<u64, DataError> {
+/// Bytes of all pixels, at most `limit`, as far as some images tell that lie evenly among them.
+fn estimate(source: &dyn Source, limit: u64, stop: &AtomicBool) -> Result<u64, NotHeld> {
     let (mut reader, mut image) = (Reader::default(), RgbImage::default());
     let (count, looked_at) = (source.len(), LOOKED_AT.min(source.len()));
     let mut bytes = 0;
     for n in 0..looked_at {
+        if stop.load(Ordering::Relaxed) {
+            return Err(NotHeld::Stopped);
+        }
         reader.whole(
             source,
             (u128::from(n) * u128::from(count) / u128::from(looked_at)) as u64,
             &mut image,
         )?;
         bytes += image.data.len() as u64;
+        if bytes > limit {
+            return Err(NotHeld::TooLarge { bytes });
+        }
     }
-    Ok((u128::from(bytes) * u128::from(count) / u128::from(looked_at.max(1))) as u64)
+    let all = (u128::from(bytes) * u128::from(count) / u128::from(looked_at.max(1))) as u64;
+    if all > limit { Err(NotHeld::TooLarge { bytes: all }) } else { Ok(all) }
 }

@@ -106,6 +106,7 @@ extern "C" {
 int mentee_device_use(int device, int autotune, int tf32) {
   return mentee::guarded([&] {
     VirtualGuardImpl(at::kCUDA).setDevice(Device(at::kCUDA, device));
+    bind(device);
     at::globalContext().setBenchmarkCuDNN(autotune != 0);
     // Who does not look for the fastest algorithm has one that gives the same bits every time.
     at::globalContext().setDeterministicCuDNN(autotune == 0);

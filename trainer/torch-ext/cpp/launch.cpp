@@ -24,6 +24,8 @@ typedef int (*cuGetErrorString_t)(int, const char**);
 typedef int (*cuMemHostRegister_t)(void*, size_t, unsigned);
 typedef int (*cuMemHostUnregister_t)(void*);
 typedef int (*cuCtxGetCurrent_t)(void**);
+typedef int (*cuCtxSetCurrent_t)(void*);
+typedef int (*cuDevicePrimaryCtxRetain_t)(void**, int);
 typedef int (*cuCtxPushCurrent_t)(void*);
 typedef int (*cuCtxPopCurrent_t)(void**);
 typedef int (*nvrtcCreateProgram_t)(void**, const char*, const char*, int, const char* const*, const char* const*);
@@ -53,6 +55,8 @@ struct Driver {
   cuMemHostRegister_t pin = nullptr;
   cuMemHostUnregister_t unpin = nullptr;
   cuCtxGetCurrent_t context = nullptr;
+  cuCtxSetCurrent_t set = nullptr;
+  cuDevicePrimaryCtxRetain_t retain = nullptr;
   cuCtxPushCurrent_t push = nullptr;
   cuCtxPopCurrent_t pop = nullptr;
   aoti_stream_t stream = nullptr;
@@ -79,6 +83,8 @@ const Driver& driver() {
     d.pin = reinterpret_cast<cuMemHostRegister_t>(symbol(cuda, "cuMemHostRegister_v2"));
     d.unpin = reinterpret_cast<cuMemHostUnregister_t>(symbol(cuda, "cuMemHostUnregister"));
     d.context = reinterpret_cast<cuCtxGetCurrent_t>(symbol(cuda, "cuCtxGetCurrent"));
+    d.set = reinterpret_cast<cuCtxSetCurrent_t>(symbol(cuda, "cuCtxSetCurrent"));
+    d.retain = reinterpret_cast<cuDevicePrimaryCtxRetain_t>(symbol(cuda, "cuDevicePrimaryCtxRetain"));
     d.push = reinterpret_cast<cuCtxPushCurrent_t>(symbol(cuda, "cuCtxPushCurrent_v2"));
     d.pop = reinterpret_cast<cuCtxPopCurrent_t>(symbol(cuda, "cuCtxPopCurrent_v2"));
     // Exported by libtorch's CUDA part, which is loaded by then.
@@ -168,27 +174,36 @@ int attribute(int device, int which) {
   return value;
 }
 
+void bind(int device) {
+  void* context = nullptr;
+  driver().check(driver().retain(&context, device), "the device's context");  // kept as long as the process
+  driver().check(driver().set(context), "this thread's device");
+}
+
 void* current_stream(int device) {
   void* stream = nullptr;
   TORCH_CHECK(driver().stream(device, &stream) == 0, "libtorch has no current stream");
   return stream;
 }
 
-// A kernel by its name, on the device that is current; parts are compiled once a process and device.
+// A kernel by its name, on the device that is current; parts are compiled once a process and device, without holding up who
+// launches what is there.
 static void* kernel(int device, const std::string& part, const std::string& name) {
   static std::mutex mutex;
   static std::map<std::pair<int, std::string>, void*> modules, functions;
-  const std::lock_guard<std::mutex> lock(mutex);
+  std::unique_lock<std::mutex> lock(mutex);
   auto& function = functions[{device, name}];
   if (function) return function;
   auto& module = modules[{device, part}];
   if (!module) {
+    lock.unlock();
     const auto architecture =
         "sm_" + std::to_string(attribute(device, kMajor)) + std::to_string(attribute(device, kMinor));
     const auto binary = compile(part, architecture);
-    driver().check(driver().load(&module, binary.data()), "loading the kernels of part " + part);
+    lock.lock();
+    if (!module) driver().check(driver().load(&module, binary.data()), "loading the kernels of part " + part);
   }
-  driver().check(driver().function(&function, module, name.c_str()), "kernel " + name);
+  if (!function) driver().check(driver().function(&function, module, name.c_str()), "kernel " + name);
   return function;
 }
 

@@ -14,6 +14,10 @@ int attribute(int device, int which);
 // The stream of this thread on a device: a cudaStream_t.
 void* current_stream(int device);
 
+// Makes a device's context this thread's. libtorch binds none to a new thread whose device is number 0, as every thread's is at
+// first, and the driver's own calls want one.
+void bind(int device);
+
 struct Dim {
   int64_t x = 1, y = 1, z = 1;
 };

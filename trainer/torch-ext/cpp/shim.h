@@ -88,9 +88,10 @@ int mentee_device_adamw(at::Tensor* param, const at::Tensor* grad, at::Tensor* f
 // Lets devices copy from host memory directly, until mentee_unpin with the same context; a device is this thread's. See launch.cpp.
 int mentee_pin(void* memory, int64_t bytes, void** context);
 void mentee_unpin(void* memory, void* context);
-// See device_views.cpp. `normalise`: mean and 1/std; `out`: [views, side, side, 3].
-int mentee_device_views(const at::Tensor* images, const at::Tensor* words, int64_t views, int64_t side, int64_t widest,
-                        const float* normalise, at::Tensor* out);
+// See device_views.cpp. `normalise`: mean and 1/std; `scratch`: as many bytes as ..._room says; `out`: [views, side, side, 3].
+int mentee_device_views_room(int device, int64_t pixels, int64_t views, int64_t side, int64_t widest, int64_t* scratch);
+int mentee_device_views(const at::Tensor* images, const at::Tensor* words, int64_t widest, const float* normalise,
+                        at::Tensor* scratch, at::Tensor* out);
 int mentee_stream_new(int device, int64_t* id);
 int mentee_stream_use(int device, int64_t id, int64_t* previous);
 int mentee_stream_synchronise(int device, int64_t id);

@@ -253,7 +253,9 @@ __device__ inline void make_view(const u8* images, const i32* words, i64 view, i
     }                                                                                                                  \
   }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800  // there is no bf16 before
 VIEW_KERNEL(bf16, bf16)
+#endif
 VIEW_KERNEL(f32, float)
 VIEW_KERNEL(f64, double)
 #endif

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{TorchError, check, file_of_libtorch, sys};
 
@@ -146,42 +146,74 @@ impl Drop for Pinned {
 #[derive(Debug)]
 pub struct Images {
     /// 8-bit RGB, `[H, W, 3]` each.
-    pub pixels: Tensor,
+    pixels: Tensor,
     /// The most columns that one of them has.
-    pub widest: u32,
+    widest: i64,
+    /// Of the views that are being made.
+    scratch: Tensor,
+    views: i64,
+    side: i64,
 }
 
-/// Makes views `[views, 3, side, side]` of `kind` (f32, f64 or bf16), channels-last in memory, as `words` direct: the format is told in
-/// `cpp/views.cu`. `normalise`: mean and 1/std of the channels. The work is put on this thread's stream.
-///
-/// # Errors
-/// When types or sizes do not fit, when there is no memory, and when the kernel cannot be compiled or launched.
-///
-/// # Safety
-/// All places that `words` name lie within them and within the images.
-pub unsafe fn views(
-    images: &Images,
-    words: &Tensor,
-    (views, side): (i64, u32),
-    normalise: [[f32; 3]; 2],
-    kind: Kind,
-) -> Result<Tensor, TorchError> {
-    let side = i64::from(side);
-    let out = Tensor::f_empty([views, side, side, 3], (kind, images.pixels.device()));
-    let mut out = out.map_err(|error| TorchError::new(error.to_string()))?;
-    // SAFETY: the tensors and the constants outlive the call; the places by this function's contract.
-    unsafe {
-        check(sys::mentee_device_views(
-            images.pixels.as_ptr(),
-            words.as_ptr(),
-            views,
-            side,
-            images.widest.into(),
-            normalise.as_ptr().cast(),
-            out.as_mut_ptr(),
-        ))
-    }?;
-    out.f_permute([0, 3, 1, 2]).map_err(|error| TorchError::new(error.to_string()))
+impl Images {
+    /// Brings images to a device, one behind the other, 8-bit RGB, `[H, W, 3]` each, of `widest` columns at most; `views` of
+    /// `side` x `side` pixels are to be made of them at a time. A tenth of the device's memory stays free.
+    ///
+    /// # Errors
+    /// When there is no room for that, or images or views are too large for the kernel.
+    pub fn hold(
+        pixels: &[u8],
+        widest: u32,
+        (views, side): (i64, u32),
+        device: usize,
+    ) -> Result<Self, TorchError> {
+        let (widest, side, len) = (i64::from(widest), i64::from(side), pixels.len() as i64);
+        let mut scratch = 0;
+        // SAFETY: the result outlives the call.
+        unsafe {
+            check(sys::mentee_device_views_room(number(device), len, views, side, widest, &mut scratch))
+        }?;
+        let to = Device::Cuda(device);
+        // SAFETY: the pixels outlive the tensor over them, of which the device gets a copy before this returns.
+        let own = unsafe { Tensor::f_from_blob(pixels.as_ptr(), &[len], &[1], Kind::Uint8, Device::Cpu) };
+        let pixels = own.and_then(|own| own.f_to_device(to)).map_err(TorchError::of)?;
+        let scratch = Tensor::f_empty([scratch], (Kind::Uint8, to)).map_err(TorchError::of)?;
+        Ok(Self { pixels, widest, scratch, views, side })
+    }
+
+    /// Makes the views, `[views, 3, side, side]` of `kind` (f32, f64 or bf16), channels-last in memory, as `words` direct: the format is
+    /// told in `cpp/views.cu`. `normalise`: mean and 1/std of the channels. The work is put on this thread's stream, which is
+    /// always the same.
+    ///
+    /// # Errors
+    /// When sizes do not fit, when there is no memory, and when the kernel cannot be compiled or launched.
+    ///
+    /// # Safety
+    /// All places that `words` name lie within them and within the images.
+    pub unsafe fn views(
+        &mut self,
+        words: &[i32],
+        normalise: [[f32; 3]; 2],
+        kind: Kind,
+    ) -> Result<Tensor, TorchError> {
+        let Self { pixels, widest, scratch, views, side } = self;
+        let words = Tensor::f_from_slice(words).and_then(|words| words.f_to_device(pixels.device()));
+        let words = words.map_err(TorchError::of)?;
+        let out = Tensor::f_empty([*views, *side, *side, 3], (kind, pixels.device()));
+        let mut out = out.map_err(TorchError::of)?;
+        // SAFETY: the tensors and the constants outlive the call; the places by this function's contract.
+        unsafe {
+            check(sys::mentee_device_views(
+                pixels.as_ptr(),
+                words.as_ptr(),
+                *widest,
+                normalise.as_ptr().cast(),
+                scratch.as_mut_ptr(),
+                out.as_mut_ptr(),
+            ))
+        }?;
+        out.f_permute([0, 3, 1, 2]).map_err(TorchError::of)
+    }
 }
 
 /// How a device computes.
@@ -462,6 +494,9 @@ mod tests {
         }
         for unknown in ["sm_999", "sm_99"] {
             assert!(compile("flat", unknown).is_ok(), "{unknown} gets what every later device understands");
+        }
+        for part in ["flat", "f32", "views"] {
+            assert!(compile(part, "sm_75").is_ok(), "{part} needs no bf16");
         }
         let error = compile("flat", "sm_1").expect_err("no such device").to_string();
         assert!(error.contains("NVRTC") && !error.contains('\n'), "{error}");

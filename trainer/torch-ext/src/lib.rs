@@ -38,6 +38,10 @@ impl TorchError {
     pub fn new(what: String) -> Self {
         Self(what)
     }
+
+    fn of(error: tch::TchError) -> Self {
+        Self(error.to_string())
+    }
 }
 
 fn check(code: std::ffi::c_int) -> Result<(), TorchError> {

@@ -142,13 +142,20 @@ unsafe extern "C" {
     pub fn mentee_device_slot(device: c_int, slot: *mut c_int) -> c_int;
     pub fn mentee_pin(memory: *mut c_void, bytes: i64, context: *mut *mut c_void) -> c_int;
     pub fn mentee_unpin(memory: *mut c_void, context: *mut c_void);
-    pub fn mentee_device_views(
-        images: *const C_tensor,
-        words: *const C_tensor,
+    pub fn mentee_device_views_room(
+        device: c_int,
+        pixels: i64,
         views: i64,
         side: i64,
         widest: i64,
+        scratch: *mut i64,
+    ) -> c_int;
+    pub fn mentee_device_views(
+        images: *const C_tensor,
+        words: *const C_tensor,
+        widest: i64,
         normalise: *const f32,
+        scratch: *mut C_tensor,
         out: *mut C_tensor,
     ) -> c_int;
     pub fn mentee_device_batch_norm_train(

@@ -14,7 +14,7 @@ use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::WorkerError;
-use crate::resident::{Maker, OnDevice, Residence, Resident};
+use crate::resident::{Maker, NotResident, OnDevice, Residence, Resident};
 use crate::{device, views};
 
 /// Batches on the device beside the one in use.
@@ -43,7 +43,8 @@ impl Feed {
         let loader = Loader::new(config.clone())?;
         let Device::Cuda(index) = device else { return Ok(Self::Host { loader, side, kind: kinds.master }) };
         let kind = kinds.compute;
-        let resident = Residence::of(recipe, config)?;
+        let share = config.rank_share.end - config.rank_share.start;
+        let residence = Residence::of(recipe, config);
         let (send, batches) = sync_channel(AHEAD - 1);
         let (used, back) = channel();
         let recipe = recipe.clone();
@@ -53,8 +54,8 @@ impl Feed {
                 let result = device::enter(index, &recipe).and_then(|()| {
                     let stream = cuda::Stream::new(index)?;
                     stream.enter()?;
-                    let hold = |held: &Held| OnDevice::hold(held, &recipe.views, kind, device);
-                    Copying { loader, side, kind, device, send: &send, back: &back }.all(resident, hold)
+                    let hold = |held: &Held| OnDevice::hold(held, &recipe.views, share, kind, index);
+                    Copying { side, kind, device, send: &send, back: &back }.all(loader, residence, hold)
                 });
                 if let Err(error) = result {
                     // Nobody listens when training has ended first.
@@ -101,7 +102,6 @@ impl Feed {
 
 /// What the copying thread works with.
 struct Copying<'a> {
-    loader: Loader,
     side: u32,
     kind: Kind,
     device: Device,
@@ -110,14 +110,32 @@ struct Copying<'a> {
 }
 
 impl Copying<'_> {
-    /// Sends all batches: the loader's, until a device can make them itself.
+    /// Sends all batches: the loader's, until a device can make them itself, and as long as it can.
     fn all<M: Maker>(
-        mut self,
+        self,
+        loader: Loader,
         mut residence: Residence,
         hold: impl Fn(&Held) -> Result<M, WorkerError>,
     ) -> Result<(), WorkerError> {
+        let mut next = Some(loader);
+        while let Some(mut loader) = next.take() {
+            if let Some(resident) = self.loaded(&mut loader, &mut residence, &hold)? {
+                drop(loader); // its threads and batches are wanted no more
+                next = self.made(resident)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends what the loader makes, until the device can: then what makes the rest.
+    fn loaded<M: Maker>(
+        &self,
+        loader: &mut Loader,
+        residence: &mut Residence,
+        hold: impl Fn(&Held) -> Result<M, WorkerError>,
+    ) -> Result<Option<Resident<M>>, WorkerError> {
         let mut pins = matches!(self.device, Device::Cuda(_));
-        while let Some(mut batch) = self.loader.next()? {
+        while let Some(mut batch) = loader.next()? {
             if pins {
                 pins = pin(&mut batch.views);
             }
@@ -129,36 +147,42 @@ impl Copying<'_> {
             let Some(batch) = Arc::into_inner(batch) else {
                 return Err(WorkerError::Failed("a batch on a device is still its host memory".into()));
             };
-            let resident = residence.after(batch.wait)?;
-            let resident = resident.map(|decoding| decoding.take_over(&hold, &batch, &views));
+            let resident = residence.after(batch.wait).and_then(|decoding| {
+                let asked_for = decoding.asked_for;
+                let resident = decoding.take_over(&hold, &batch, &views);
+                resident.inspect_err(|reason| reason.tell(asked_for)).ok()
+            });
             if self.send.send(Ok((batch, views))).is_err() {
-                return Ok(()); // training has ended
+                return Ok(None); // training has ended
             }
-            match resident {
-                Some(Ok(resident)) => return self.resident(resident),
-                Some(Err(reason)) => reason.tell(),
-                None => {}
+            if resident.is_some() {
+                return Ok(resident);
             }
-            self.back.try_iter().for_each(|batch| self.loader.recycle(batch));
+            self.back.try_iter().for_each(|batch| loader.recycle(batch));
         }
-        Ok(())
+        Ok(None)
     }
 
-    /// Sends what the device makes.
-    fn resident<M: Maker>(self, mut resident: Resident<M>) -> Result<(), WorkerError> {
-        let Self { loader, device, send, back, .. } = self;
-        drop(loader); // its threads and batches are wanted no more
-        while let Some((directed, views)) = resident.next()? {
-            complete(device)?;
+    /// Sends what the device makes; a loader of what is left when it cannot go on.
+    fn made<M: Maker>(&self, mut resident: Resident<M>) -> Result<Option<Loader>, WorkerError> {
+        loop {
+            let (directed, views) = match resident.next() {
+                Ok(Some(next)) => next,
+                Ok(None) => return Ok(None),
+                Err(error) => {
+                    NotResident::Refused(error).tell(true);
+                    return resident.into_loader().map(Some);
+                }
+            };
+            complete(self.device)?;
             let Directed { step, epoch, ids, .. } = directed;
             let (skipped, wait) = (Vec::new(), Duration::ZERO);
             let batch = Batch { step, epoch, ids, skipped, views: Memory::default(), wait };
-            if send.send(Ok((batch, views))).is_err() {
-                break;
+            if self.send.send(Ok((batch, views))).is_err() {
+                return Ok(None);
             }
-            back.try_iter().for_each(drop);
+            self.back.try_iter().for_each(drop);
         }
-        Ok(())
     }
 }
 
@@ -264,12 +288,16 @@ pub mod tests {
     struct AsLoader {
         loader: Loader,
         spoils: Option<u64>,
+        fails: Option<u64>,
     }
 
     impl Maker for AsLoader {
         fn make(&mut self, directed: &Directed) -> Result<Tensor, WorkerError> {
             let mut batch = self.loader.next()?.expect("as many steps");
             assert_eq!((batch.step, &batch.ids), (directed.step, &directed.ids));
+            if self.fails == Some(batch.step) {
+                return Err(WorkerError::Failed("no memory".into()));
+            }
             if self.spoils == Some(batch.step) {
                 batch.views[77] += 1e-6;
             }
@@ -288,23 +316,19 @@ pub mod tests {
         let (_used, back) = channel();
         let loader = Loader::new(config.clone()).unwrap();
         let (kind, device) = (Kind::Double, Device::Cpu); // copies
-        let copying = Copying { loader, side: SIDE, kind, device, send: &send, back: &back };
-        copying.all(residence, hold).unwrap();
+        let copying = Copying { side: SIDE, kind, device, send: &send, back: &back };
+        copying.all(loader, residence, hold).unwrap();
         drop(send);
         let all: Vec<_> = batches.iter().map(Result::unwrap).collect();
         let made = all.iter().filter(|(batch, _)| batch.views.is_empty()).count();
         (all, made)
     }
 
-    fn as_loader(config: &LoaderConfig, spoils: Option<u64>) -> Result<AsLoader, WorkerError> {
-        Ok(AsLoader { loader: Loader::new(config.clone())?, spoils })
+    fn as_loader(config: &LoaderConfig) -> Result<AsLoader, WorkerError> {
+        Ok(AsLoader { loader: Loader::new(config.clone())?, spoils: None, fails: None })
     }
 
-    #[test]
-    fn a_device_that_holds_the_images_makes_the_views_from_the_second_batch_on() {
-        let config = config(None);
-        let (found, made) = all(&config, 1 << 20, |_| as_loader(&config, None));
-        assert_eq!(made, STEPS as usize - 2);
+    fn is_as_the_loaders(config: LoaderConfig, found: Vec<(Batch, Tensor)>) {
         let mut loader = Loader::new(config).unwrap();
         for (batch, views) in found {
             let expected = Arc::new(loader.next().unwrap().unwrap());
@@ -315,9 +339,27 @@ pub mod tests {
     }
 
     #[test]
+    fn a_device_that_holds_the_images_makes_the_views_from_the_second_batch_on() {
+        let config = config(None);
+        let (found, made) = all(&config, 1 << 20, |_| as_loader(&config));
+        assert_eq!(made, STEPS as usize - 2);
+        is_as_the_loaders(config, found);
+    }
+
+    #[test]
+    fn when_the_device_can_no_more_the_loader_goes_on() {
+        let config = config(None);
+        let fails = |_: &Held| Ok(AsLoader { fails: Some(4), ..as_loader(&config)? });
+        let (found, made) = all(&config, 1 << 20, fails);
+        assert_eq!(made, 2);
+        is_as_the_loaders(config, found);
+    }
+
+    #[test]
     fn a_device_that_makes_anything_else_makes_nothing() {
         let config = config(None);
-        let (found, made) = all(&config, 1 << 20, |_| as_loader(&config, Some(1)));
+        let spoils = |_: &Held| Ok(AsLoader { spoils: Some(1), ..as_loader(&config)? });
+        let (found, made) = all(&config, 1 << 20, spoils);
         assert_eq!((found.len(), made), (STEPS as usize - 1, 0));
         // Nor does one that cannot hold the images, or for which they are too many.
         let refuses = |_: &Held| Err(WorkerError::Failed("no memory".into()));

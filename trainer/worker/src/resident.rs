@@ -12,9 +12,9 @@ use mentee_config::Recipe;
 use mentee_config::recipe::{self, Views};
 use mentee_data::directions::{Directed, Director};
 use mentee_data::held::{Held, NotHeld};
-use mentee_data::{Batch, LoaderConfig};
+use mentee_data::{Batch, Loader, LoaderConfig};
 use mentee_torch_ext::cuda;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::error::WorkerError;
 
@@ -36,47 +36,52 @@ pub enum Residence {
 
 impl Residence {
     /// Of the images of `config.source`, as the recipe has it.
-    pub fn of(recipe: &Recipe, config: LoaderConfig) -> Result<Self, WorkerError> {
+    pub fn of(recipe: &Recipe, config: LoaderConfig) -> Self {
         let limit = recipe.data.resident_mib.saturating_mul(1 << 20);
-        Ok(match recipe.data.resident {
+        match recipe.data.resident {
             recipe::Resident::Never => Self::Never,
-            recipe::Resident::Always => Self::Decoding(Decoding::start(config, limit)?),
+            recipe::Resident::Always => Self::begin(config, limit, true),
             recipe::Resident::Auto => {
                 Self::NotYet { config, limit, batches: 0, since: Instant::now(), waited: Duration::ZERO }
             }
-        })
+        }
+    }
+
+    fn begin(config: LoaderConfig, limit: u64, asked_for: bool) -> Self {
+        match Decoding::start(config, limit, asked_for) {
+            Ok(decoding) => Self::Decoding(decoding),
+            Err(error) => {
+                NotResident::Refused(error).tell(asked_for);
+                Self::Never
+            }
+        }
     }
 
     /// After a batch for which the loader was waited for so long: the images, once they are decoded.
-    pub fn after(&mut self, wait: Duration) -> Result<Option<Decoding>, WorkerError> {
-        match self {
+    pub fn after(&mut self, wait: Duration) -> Option<Decoding> {
+        match std::mem::replace(self, Self::Never) {
             Self::Never => {}
             Self::NotYet { config, limit, batches, since, waited } => {
-                *batches += 1;
-                *waited += wait;
-                if *batches % WINDOW == 0 {
-                    // The first ones are waited for in any case.
-                    if *batches > WINDOW && waited.as_secs_f64() > MAY_WAIT * since.elapsed().as_secs_f64() {
-                        *self = Self::Decoding(Decoding::start(config.clone(), *limit)?);
-                        return Ok(None);
-                    }
-                    (*since, *waited) = (Instant::now(), Duration::ZERO);
-                }
+                let (batches, waited) = (batches + 1, waited + wait);
+                let may_wait = MAY_WAIT * since.elapsed().as_secs_f64();
+                *self = if batches % WINDOW > 0 {
+                    Self::NotYet { config, limit, batches, since, waited }
+                } else if batches > WINDOW && waited.as_secs_f64() > may_wait {
+                    Self::begin(config, limit, false) // the first ones are waited for in any case
+                } else {
+                    Self::NotYet { config, limit, batches, since: Instant::now(), waited: Duration::ZERO }
+                };
             }
-            Self::Decoding(decoding) if decoding.is_over() => {
-                if let Self::Decoding(decoding) = std::mem::replace(self, Self::Never) {
-                    return Ok(Some(decoding));
-                }
-            }
-            Self::Decoding(_) => {}
+            Self::Decoding(decoding) if decoding.is_over() => return Some(decoding),
+            Self::Decoding(decoding) => *self = Self::Decoding(decoding),
         }
-        Ok(None)
+        None
     }
 
     /// With images that have been decoded.
     #[cfg(test)]
     pub fn decoded(config: LoaderConfig, limit: u64) -> Self {
-        let decoding = Decoding::start(config, limit).expect("a thread");
+        let decoding = Decoding::start(config, limit, true).expect("a thread");
         while !decoding.is_over() {
             std::thread::yield_now();
         }
@@ -88,24 +93,26 @@ impl Residence {
 pub struct Decoding {
     /// What a loader of the same views has.
     config: LoaderConfig,
+    /// The recipe wants it in any case.
+    pub asked_for: bool,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Held, NotHeld>>>,
 }
 
 impl Decoding {
     /// Of `config.source`, if its pixels are at most `limit` bytes.
-    pub fn start(config: LoaderConfig, limit: u64) -> Result<Self, WorkerError> {
+    fn start(config: LoaderConfig, limit: u64, asked_for: bool) -> Result<Self, WorkerError> {
         let stop = Arc::new(AtomicBool::new(false));
         let (source, threads, stopped) = (config.source.clone(), config.threads.div_ceil(2), stop.clone());
         let thread = std::thread::Builder::new()
             .name("resident".into())
             .spawn(move || Held::load(&*source, limit, threads, &stopped))
             .map_err(|error| WorkerError::Failed(format!("failed to start a thread: {error}")))?;
-        Ok(Self { config, stop, thread: Some(thread) })
+        Ok(Self { config, asked_for, stop, thread: Some(thread) })
     }
 
     /// Whether it has ended, with images or without.
-    pub fn is_over(&self) -> bool {
+    fn is_over(&self) -> bool {
         self.thread.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
@@ -118,7 +125,8 @@ impl Decoding {
         views: &Tensor,
     ) -> Result<Resident<M>, NotResident> {
         let thread = self.thread.take().ok_or(NotResident::NotHeld(NotHeld::Stopped))?;
-        let held = thread.join().map_err(|_| NotResident::NotHeld(NotHeld::Stopped))??;
+        let held =
+            thread.join().map_err(|_| WorkerError::Failed("the thread that decodes panicked".into()))??;
         let mib = held.pixels.len() >> 20;
         let maker = hold(&held)?;
         let director = Director::new(self.config.clone(), held.images);
@@ -164,12 +172,15 @@ pub enum NotResident {
 }
 
 impl NotResident {
-    /// Says so: loudly where somebody should look into it.
-    pub fn tell(&self) {
-        let set = "data.resident=never does without";
+    /// Says so: loudly where it was `asked_for`, or somebody should look into it.
+    pub fn tell(&self, asked_for: bool) {
         match self {
-            Self::NotHeld(reason) => tracing::info!("the loader makes all views: {reason}"),
-            Self::Refused(_) | Self::Differs => tracing::warn!("the loader makes all views: {self}; {set}"),
+            Self::NotHeld(reason) if !asked_for => tracing::info!("the loader makes the views: {reason}"),
+            Self::NotHeld(_) | Self::Refused(_) | Self::Differs => {
+                tracing::warn!(
+                    "the loader makes the views: {self}; data.resident=never does without the device's"
+                );
+            }
         }
     }
 }
@@ -183,36 +194,30 @@ pub trait Maker {
 /// A device that has the images.
 pub struct OnDevice {
     images: cuda::Images,
-    side: u32,
     /// Mean and 1/std.
     normalise: [[f32; 3]; 2],
     kind: Kind,
 }
 
 impl OnDevice {
-    /// Brings the images to `device`.
-    pub fn hold(held: &Held, views: &Views, kind: Kind, device: Device) -> Result<Self, WorkerError> {
-        let len = held.pixels.len() as i64;
-        // SAFETY: the pixels outlive the tensor over them, of which the device gets a copy before this returns.
-        let pixels = unsafe {
-            Tensor::f_from_blob(held.pixels.as_ptr(), &[len], &[1], Kind::Uint8, Device::Cpu)?
-                .f_to_device(device)?
-        };
-        Ok(Self {
-            images: cuda::Images { pixels, widest: held.images.widest },
-            side: views.size,
-            normalise: mentee_data::augment::normalisation(views),
-            kind,
-        })
+    /// Brings the images to `device`, which makes steps of `count` images of them.
+    pub fn hold(
+        held: &Held,
+        views: &Views,
+        count: u64,
+        kind: Kind,
+        device: usize,
+    ) -> Result<Self, WorkerError> {
+        let count = mentee_ssl::state::VIEWS * count as i64;
+        let images = cuda::Images::hold(&held.pixels, held.images.widest, (count, views.size), device)?;
+        Ok(Self { images, normalise: mentee_data::augment::normalisation(views), kind })
     }
 }
 
 impl Maker for OnDevice {
     fn make(&mut self, directed: &Directed) -> Result<Tensor, WorkerError> {
-        let words = Tensor::f_from_slice(&directed.words)?.f_to_device(self.images.pixels.device())?;
-        let views = (mentee_ssl::state::VIEWS * directed.ids.len() as i64, self.side);
         // SAFETY: the words are a director's of these very images.
-        Ok(unsafe { cuda::views(&self.images, &words, views, self.normalise, self.kind) }?)
+        Ok(unsafe { self.images.views(&directed.words, self.normalise, self.kind) }?)
     }
 }
 
@@ -224,12 +229,17 @@ pub struct Resident<M> {
 }
 
 impl<M: Maker> Resident<M> {
-    /// The next step and its views; none after the last.
+    /// The next step and its views; none after the last. After an error the same step is the next.
     pub fn next(&mut self) -> Result<Option<(Directed, Tensor)>, WorkerError> {
         let Some(directed) = self.director.step(self.next_step) else { return Ok(None) };
-        self.next_step += 1;
         let views = self.maker.make(&directed)?;
+        self.next_step += 1;
         Ok(Some((directed, views)))
+    }
+
+    /// A loader of what is left; the device's memory is given back.
+    pub fn into_loader(self) -> Result<Loader, WorkerError> {
+        Ok(Loader::new(LoaderConfig { first_step: self.next_step, ..self.director.into_config() })?)
     }
 }
 
@@ -240,10 +250,10 @@ mod tests {
     /// Whether decoding begins when each batch is waited for so long, of which one a millisecond or so is taken.
     fn begins(wait: impl Fn(u32) -> Duration) -> bool {
         let recipe = Recipe::load("demo", &[]).expect("a recipe");
-        let mut residence = Residence::of(&recipe, crate::feed::tests::config(None)).unwrap();
+        let mut residence = Residence::of(&recipe, crate::feed::tests::config(None));
         for batch in 0..3 * WINDOW {
             std::thread::sleep(Duration::from_millis(1));
-            assert!(residence.after(wait(batch)).unwrap().is_none());
+            assert!(residence.after(wait(batch)).is_none());
             if matches!(residence, Residence::Decoding(_)) {
                 return true;
             }

@@ -221,6 +221,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         on_error: OnError::of(&recipe.data),
         queue_steps: QUEUE_STEPS,
     };
+    let feed = Feed::new(loader, recipe, device)?;
     let evaluator = Evaluator::of_run(&*collectives, recipe, source, decode_threads, device)?;
     let faults = Faults::from_env(identity.rank)?;
     let settings = Settings {
@@ -237,7 +238,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
             stop.clone(),
         )?,
         schedule: Schedule::new(&plan),
-        feed: Feed::new(loader, recipe, device)?,
+        feed,
         // Several ranks would have to record their sums as well; several parts differ in size.
         passes: Passes::new(device, identity.world_size == 1 && recipe.parallel.micro_batches == 1)?,
         reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,

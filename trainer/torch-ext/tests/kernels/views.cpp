@@ -1,7 +1,7 @@
 // The kernel that makes views, on the processor, against views that the processor's own path made: the same to the last bit.
 //   views FILE
 // FILE (little-endian): side, widest, views, words, bytes (64 bits each); mean and 1/std (f32); the words (32 bits); the images'
-// bytes; the views (f32, [views][side][side][3]). The test that writes it is tests/device_views.rs.
+// bytes; the views (f32, [views][side][side][3]). The test that writes it is trainer/data/tests/directions.rs.
 
 #include "emulated.h"
 
