@@ -4,10 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
-use system_tests::process::{Outcome, finish, mentee, worker};
+use system_tests::process::{Outcome, finish, mentee, start, worker};
 use system_tests::recipe::{NUM_TEST, NUM_TRAIN, TinyRecipe, image, write_images};
 use system_tests::run_dir::{losses, metrics};
-use system_tests::{machine, temp_dir};
+use system_tests::{machine, root, temp_dir};
 
 fn run(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> Outcome {
     let mut command = mentee();
@@ -192,9 +192,39 @@ fn the_demo_removes_nothing_that_it_did_not_draw() {
     let own = dir.path().join("data/train/cat/own.jpg");
     fs::create_dir_all(own.parent().expect("a folder")).expect("a folder can be made");
     fs::write(&own, "mine").expect("a file can be written");
-    let refused = run(&[&"demo", &"--out", &dir.path()]).expect(3);
+    let refused = run(&[&"demo", &"--out", &dir.path()]).expect(2);
     assert!(refused.error_line().contains("data/train"), "{}", refused.told());
     assert_eq!(fs::read_to_string(&own).expect("the file"), "mine");
+    // Nor does it draw anything into what is no place for it.
+    let refused = run(&[&"demo", &"--out", &own]).expect(2);
+    assert!(refused.error_line().ends_with("is a file: give a folder"), "{}", refused.told());
+    let other = dir.path().join("other");
+    fs::create_dir(&other).expect("a folder");
+    fs::copy(root().join("configs/tests/plan-of-the-first-version.toml"), other.join("plan.toml"))
+        .expect("a plan");
+    let refused = run(&[&"demo", &"--out", &other]).expect(2);
+    assert!(refused.error_line().contains("holds a run of another recipe"), "{}", refused.told());
+    assert!(!other.join("data").exists());
+}
+
+#[test]
+fn a_bare_worker_has_its_run_directory_on_its_command_line() {
+    let _machine = machine();
+    let dir = temp_dir();
+    write_images(&dir.path().join("images"));
+    let recipe = TinyRecipe::new(&dir.path().join("images"))
+        .set("schedule.max_steps", "3")
+        .write(dir.path().join("tiny.toml"));
+    let mut command = worker();
+    command.arg(&recipe).args(["--set", "run.name=\"bare\""]).current_dir(dir.path());
+    let mut running = start(command);
+    let command_line = format!("/proc/{}/cmdline", running.pid());
+    while !fs::read_to_string(&command_line).is_ok_and(|line| line.contains("--run-dir\0runs/bare")) {
+        assert!(!running.has_ended(), "{}", running.finish().told());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    running.finish().expect(0);
+    assert_eq!(losses(&dir.path().join("runs/bare")).len(), 3);
 }
 
 #[test]

@@ -139,6 +139,15 @@ fn student_and_teacher_load_under_torchvisions_names() {
     command.arg("run").arg(&recipe).arg("--run-dir").arg(&run_dir);
     finish(command).expect(0);
     let state = run_dir.join("checkpoints/step-00000003/state.safetensors");
+    for (what, out, code, said) in [
+        ("checkpoints/step-00000009", "no.safetensors", 4, "manifest.json"),
+        (".", "nowhere/no.safetensors", 1, ": make "),
+    ] {
+        let mut command = mentee();
+        command.arg("export").arg(run_dir.join(what)).arg("--out").arg(dir.path().join(out));
+        let refused = finish(command).expect(code);
+        assert!(refused.error_line().contains(said), "{}", refused.told());
+    }
     for (network, layout) in [("student", "timm"), ("teacher", "torchvision")] {
         let out = dir.path().join(format!("{network}.safetensors"));
         let mut command = mentee();

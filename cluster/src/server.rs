@@ -372,10 +372,12 @@ async fn core(
     }
 }
 
+/// `false`: the peer does not read what it is sent, or it cannot be sent.
 fn send(connections: &HashMap<Peer, Connection>, peer: Peer, message: &ToWorker) -> bool {
     let Some(connection) = connections.get(&peer) else { return true };
     match wire::encode_within(message, MAX_TO_WORKER) {
-        Ok(frame) => connection.outbound.try_send(frame).is_ok(),
+        // One that has ended says so itself, behind what it has sent.
+        Ok(frame) => !matches!(connection.outbound.try_send(frame), Err(mpsc::error::TrySendError::Full(_))),
         Err(error) => {
             tracing::error!(target: "mentee::coordinator", "{error}");
             false
@@ -456,5 +458,22 @@ async fn connection(
     tokio::select! {
         why = reading => why,
         why = writing => why,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_has_ended_is_not_taken_for_one_that_does_not_read() {
+        let (outbound, queue) = mpsc::channel(1);
+        let connections = HashMap::from([(1, Connection { outbound, admitted: Arc::default() })]);
+        let message = ToWorker::Abandon { step: 3, reason: "none".into() };
+        assert!(send(&connections, 1, &message), "there is room");
+        assert!(!send(&connections, 1, &message), "nobody has read the first");
+        drop(queue);
+        assert!(send(&connections, 1, &message), "its own end is on its way, behind what it said last");
+        assert!(send(&connections, 2, &message), "nobody");
     }
 }

@@ -285,7 +285,7 @@ pub(crate) const KEYS: &[Key] = &[
     key("parallel.stall_s", Kind::Real(PATIENCE), Decides::No, "seconds",
         "when nothing goes on for so long the workers are started again from the last checkpoint; at least ten of \
          the longest recent steps, ten times as long at the start and in a checkpoint, thirty times in an \
-         evaluation; a worker of which nothing is heard is given a quarter of it",
+         evaluation; a worker of which nothing is heard is given a quarter of it, at least 5",
         "ours"),
     key("parallel.threads", THREADS, Decides::No, "threads per rank",
         "compute; 0 = the cores this rank may use", "ours"),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use mentee_config::{exit_code, say};
+use mentee_config::{Recipe, exit_code, say};
 use mentee_data::shard::INDEX_FILE;
 use mentee_data::synthetic::{CLASSES, SyntheticConfig, write_synthetic};
 
@@ -33,9 +33,13 @@ pub struct DemoArgs {
 /// As `mentee run`.
 pub fn command(args: &DemoArgs) -> Result<i32, Failure> {
     let data = args.out.join("data");
-    draw(&data)?;
     let mut sets = vec![format!("data.path={}", toml_string(&data)?)];
     sets.extend_from_slice(&args.sets);
+    // What is refused leaves nothing behind.
+    let mut recipe = Recipe::load("demo", &sets)?;
+    recipe.make_paths_absolute()?;
+    RunDir::at(&args.out)?.check_recipe(&recipe)?;
+    draw(&data)?;
     let ended = run::command(&run::RunArgs {
         recipe: "demo".into(),
         workers: args.workers,

@@ -97,7 +97,7 @@ fn find(path: &Path) -> Result<(Checkpoint, Option<RunDir>), Failure> {
         let run = path.canonicalize().ok().and_then(|path| RunDir::existing(path.parent()?.parent()?).ok());
         return Ok((checkpoint::open(path)?, run));
     }
-    if path.parent().is_some_and(|parent| parent.ends_with("checkpoints")) && path.is_dir() {
+    if path.parent().is_some_and(|parent| parent.ends_with("checkpoints")) {
         return Ok((checkpoint::open(path)?, None)); // says what it lacks
     }
     let run = RunDir::existing(path)?;

@@ -26,7 +26,12 @@ impl Failure {
 
     /// The system refused something.
     pub fn io(doing: &str, path: &std::path::Path, error: &std::io::Error) -> Failure {
-        Failure::failed(format!("cannot {doing} {}: {error}", path.display()))
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.exists());
+        let remedy = match folder.filter(|_| error.kind() == std::io::ErrorKind::NotFound) {
+            Some(folder) => format!(": make {} first", folder.display()),
+            None => String::new(),
+        };
+        Failure::failed(format!("cannot {doing} {}: {error}{remedy}", path.display()))
     }
 }
 

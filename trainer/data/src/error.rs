@@ -192,6 +192,7 @@ impl DataError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Thread { .. } => exit_code::FAILED,
+            Self::OutputExists { .. } => exit_code::USAGE,
             _ => exit_code::DATA,
         }
     }

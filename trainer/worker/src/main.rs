@@ -41,12 +41,13 @@ mod train;
 mod views;
 mod waits;
 
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use mentee_commands::{BenchCommand, EvalArgs, HELP_WIDTH, TraceArgs};
-use mentee_config::{complain, exit_code};
+use mentee_config::{Recipe, complain, exit_code};
 
 use crate::error::WorkerError;
 
@@ -103,7 +104,10 @@ fn main() -> ExitCode {
         (Some(Command::Trace(args)), _) => trace::command(&args),
         (Some(Command::Doctor(args)), _) => doctor::command(&args),
         (Some(Command::Bench(what)), _) => bench::command(&what),
-        (None, Some(args)) => train::command(&args),
+        (None, Some(args)) => {
+            name_run_dir(&args);
+            train::command(&args)
+        }
         (None, None) => Err(WorkerError::Usage("no recipe given: mentee-worker RECIPE, or --help".into())),
     };
     match result {
@@ -115,6 +119,22 @@ fn main() -> ExitCode {
             code(error.exit_code())
         }
     }
+}
+
+/// Puts the run directory on the command line, where `pgrep -f` and the next start look for it: by becoming this program anew, before
+/// anything has begun. Whatever is wrong is for training to say.
+fn name_run_dir(args: &TrainArgs) {
+    if args.run_dir.is_some() {
+        return;
+    }
+    let (Ok(program), Ok(recipe)) = (std::env::current_exe(), Recipe::load(&args.recipe, &args.sets)) else {
+        return;
+    };
+    let mut own = std::env::args_os();
+    let mut again = std::process::Command::new(program);
+    again.arg0(own.next().unwrap_or_default()).args(own);
+    let error = again.arg("--run-dir").arg(run_dir::default_path(&recipe)).exec();
+    complain!("warning: the run directory is not on the command line: {error}");
 }
 
 fn code(code: i32) -> ExitCode {

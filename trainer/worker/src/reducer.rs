@@ -276,7 +276,9 @@ impl GradientReducer {
                 .map_err(|source| WorkerError::Collective { step, source })?;
             lane.in_flight -= 1;
         }
-        Ok(Communication { total, exposed: start.elapsed(), device: Duration::ZERO })
+        let exposed = start.elapsed();
+        // What is waited for also counts where the thread that sums was late.
+        Ok(Communication { total: total.max(exposed), exposed, device: Duration::ZERO })
     }
 
     /// Whether this rank's own gradient of the last step was finite before it was summed.

@@ -201,7 +201,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         if recipe.parallel.check_collectives { Arc::new(Checked::new(collectives)) } else { collectives };
     tracing::info!(
         next_step,
-        total_steps = plan.total_steps,
+        total_steps = plan.end_step(),
         parameters = state.student.weights.layout.num_parameters(),
         state_digest = own.state_digest,
         "ready"

@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use mentee_cluster::{Phase, Progress, WorkerEvent};
 use mentee_config::exit_code;
+use mentee_data::{Batch, Skipped};
 use mentee_ssl::StepLoss;
 
 use crate::agree::{self, Agreed};
@@ -42,18 +43,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
 
         reporter.begin_step();
         let (batch, views) = run.feed.next()?.ok_or_else(|| ended_early(step))?; // [2N, 3, H, W]
-        for skipped in &batch.skipped {
-            tracing::warn!(
-                step,
-                sample = skipped.id,
-                instead = skipped.instead,
-                reason = skipped.reason,
-                "skipped a damaged image"
-            );
-        }
-        if step == 0 && run.identity.rank == 0 {
-            views::write_strip(&run.run_dir.join("views.png"), &batch, &recipe.views)?;
-        }
+        show_batch(run, &batch)?;
 
         run.reducer.begin(&run.state.gradients, run.faults.of_gradient(step));
         let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
@@ -103,12 +93,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         meter.add(start.elapsed(), data_wait, communication);
         record(run, reporter, &mut meter, &rates, &agreed, grad_norm)?;
         let is_last = agreed.stop || run.next_step == end;
-        if run.checkpoints.is_due(run.next_step, is_last)
-            || is_multiple(run.next_step, recipe.parallel.check_every_steps)
-        {
-            agree::on_statistics(&*run.collectives, step, &recipe, &mut run.state)?;
-            agree::on_weights(&*run.collectives, step, &run.state)?;
-        }
+        check_state(run, step, is_last)?;
         run.collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
         let content = Content { state: &run.state, probe: run.probe.as_ref(), counts: run.counts() };
         run.checkpoints.maybe_save(run.next_step, is_last, content, &mut run.metrics, reporter)?;
@@ -118,6 +103,28 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         evaluate_if_due(run, reporter)?; // behind the checkpoint: who is stopped here loses nothing
     }
     Ok(Outcome::Done)
+}
+
+/// Names the damaged images that were replaced; the run's first views as a picture.
+fn show_batch(run: &Run, batch: &Batch) -> Result<(), WorkerError> {
+    for Skipped { id, instead, reason, .. } in &batch.skipped {
+        tracing::warn!(step = batch.step, sample = id, instead, reason, "skipped a damaged image");
+    }
+    if batch.step == 0 && run.identity.rank == 0 {
+        views::write_strip(&run.run_dir.join("views.png"), batch, &run.plan.recipe.views)?;
+    }
+    Ok(())
+}
+
+/// That all ranks hold the same: before a checkpoint, and every so many steps.
+fn check_state(run: &mut Run, step: u64, is_last: bool) -> Result<(), WorkerError> {
+    let recipe = &run.plan.recipe;
+    let by_step = is_multiple(run.next_step, recipe.parallel.check_every_steps);
+    if by_step || run.checkpoints.is_due(run.next_step, is_last) {
+        agree::on_statistics(&*run.collectives, step, recipe, &mut run.state)?;
+        agree::on_weights(&*run.collectives, step, &run.state)?;
+    }
+    Ok(())
 }
 
 /// Whether this rank was asked to stop.

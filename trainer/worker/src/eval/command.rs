@@ -27,7 +27,10 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
         mentee_checkpoint::open(&folder)?
     } else {
         if !args.checkpoint.is_dir() {
-            return Err(WorkerError::Usage(format!("{}: no such folder", args.checkpoint.display())));
+            return Err(WorkerError::Usage(format!(
+                "{}: no such folder: give a run directory, or one of its checkpoints",
+                args.checkpoint.display()
+            )));
         }
         let newest = mentee_checkpoint::newest(&folder)?
             .ok_or_else(|| WorkerError::NoCheckpoint(args.checkpoint.clone()))?;

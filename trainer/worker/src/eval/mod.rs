@@ -23,7 +23,7 @@ pub use command::command;
 
 use crate::agree;
 use crate::error::WorkerError;
-use crate::metrics::{EvalLine, GridPoint};
+use crate::metrics::{self, EvalLine, GridPoint};
 
 /// The seed by which images are chosen, whatever that of the run: evaluations of different runs are of the same images.
 const CHOICE: u64 = 0;
@@ -267,6 +267,7 @@ impl Evaluator {
             line.effective_rank = Some(spectrum.effective_rank);
         }
         line.add_protocol(&self.knn_protocol(trained));
+        line.time = metrics::now();
         Ok(())
     }
 
