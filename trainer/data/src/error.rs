@@ -181,6 +181,9 @@ fn remedy(reason: &str) -> &'static str {
     let says = |words: &[&str]| words.iter().any(|words| reason.contains(words));
     match () {
         () if says(&["(--bands)"]) => "",
+        () if says(&["altered since "]) => {
+            ": copy or write the shard again (`mentee data verify` finds all such)"
+        }
         () if says(&["is not read: ", "megapixels: "]) => " (`mentee data verify` finds all such)",
         () => ": repair or remove it (`mentee data verify` finds all such)",
     }

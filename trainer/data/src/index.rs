@@ -42,6 +42,9 @@ pub struct IndexShard {
     pub offsets: Vec<u64>,
     /// How long each image is, bytes.
     pub lengths: Vec<u32>,
+    /// CRC-32C of each image; none of a set that was written before there were any.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub crc32c: Vec<u32>,
     /// The label of each.
     pub labels: Vec<Option<u32>>,
 }
@@ -88,8 +91,16 @@ impl Index {
                     shard.file.escape_debug()
                 )));
             }
-            if shard.offsets.len() != shard.lengths.len() || shard.offsets.len() != shard.labels.len() {
+            let count = shard.offsets.len();
+            if count != shard.lengths.len() || count != shard.labels.len() {
                 return Err(bad(format!("{}: offsets, lengths and labels differ in number", shard.file)));
+            }
+            if !shard.crc32c.is_empty() && count != shard.crc32c.len() {
+                return Err(bad(format!(
+                    "{}: {} checksums of {count} images",
+                    shard.file,
+                    shard.crc32c.len()
+                )));
             }
             if let Some(label) = shard.labels.iter().flatten().find(|&&label| label >= MAX_CLASSES) {
                 let most = MAX_CLASSES - 1;

@@ -7,8 +7,9 @@
 //! ```
 //! `index.json`, version 1: `format` ("mentee-shards"), `version`, `classes` (names), and `shards`, each with `file`,
 //! `bytes`, `blake3` (hex, of the whole file) and, for each sample in order, `offsets` (of the image's first byte in
-//! the shard), `lengths` (bytes) and `labels` (null when there is none); and `changed` when the images are not those that
-//! were given but made from them (null when they are): such a set is another data set, by its digest too.
+//! the shard), `lengths` (bytes), `crc32c` (of its bytes: held against them at every reading; left out by earlier versions) and
+//! `labels` (null when there is none); and `changed` when the images are not those that were given but made from them (null when they
+//! are): such a set is another data set, by its digest too.
 //!
 //! Everything is written into a hidden folder, synced, and moved: OUT is there complete or not at all (`partial.rs`).
 //! Shards that were finished there stay when the writer is killed or cannot move them, and are taken over by the next that
@@ -429,6 +430,7 @@ impl ShardWriter {
         }
         shard.entry.offsets.push(offset);
         shard.entry.lengths.push(length);
+        shard.entry.crc32c.push(crc32c::crc32c(image));
         shard.entry.labels.push(label);
         self.shard = Some(shard);
         self.samples += 1;
@@ -449,6 +451,7 @@ impl ShardWriter {
                 blake3: String::new(),
                 offsets: Vec::new(),
                 lengths: Vec::new(),
+                crc32c: Vec::new(),
                 labels: Vec::new(),
             },
         })

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use crate::decode::is_image_name;
 use crate::error::{DataError, shown};
 use crate::folder::is_foreign;
-use crate::index::{INDEX_FILE, Index};
+use crate::index::{INDEX_FILE, Index, IndexShard};
 use crate::listing::{Names, sorted_entries};
 use crate::partial::is_unfinished;
 use crate::passed_over::{PassedOver, image_patterns};
@@ -67,6 +67,8 @@ struct Shard {
     first: u64,
     /// By the index, when there is one.
     blake3: Option<String>,
+    /// Of its images, by an index that has any.
+    crc32c: Vec<u32>,
 }
 
 #[derive(Debug)]
@@ -185,9 +187,11 @@ impl TarShards {
         }
     }
 
-    fn push_shard(&mut self, path: PathBuf, file: File, blake3: Option<String>) {
+    fn push_shard(&mut self, path: PathBuf, file: File, entry: Option<&IndexShard>) {
         let file = (self.shards.len() < MAX_OPEN).then_some(file);
-        self.shards.push(Shard { path, file, first: self.offsets.len() as u64, blake3 });
+        let first = self.offsets.len() as u64;
+        let (blake3, crc32c) = entry.map(|entry| (entry.blake3.clone(), entry.crc32c.clone())).unzip();
+        self.shards.push(Shard { path, file, first, blake3, crc32c: crc32c.unwrap_or_default() });
     }
 
     fn from_index(dir: &Path, index: &Index, problem: OnProblem<'_>) -> Result<Self, DataError> {
@@ -214,7 +218,7 @@ impl TarShards {
                     ),
                 ))?;
             }
-            set.push_shard(path, file, Some(shard.blake3.clone()));
+            set.push_shard(path, file, Some(shard));
             set.offsets.extend(&shard.offsets);
             set.lengths.extend(&shard.lengths);
             set.labels.extend(shard.labels.iter().map(|label| label.unwrap_or(NO_LABEL)));
@@ -352,6 +356,11 @@ impl Source for TarShards {
             sample: self.key(index),
             reason: format!("cannot be read: {e}"),
         })?;
+        let written = shard.crc32c.get((index - shard.first) as usize);
+        if written.is_some_and(|&written| crc32c::crc32c(buffer) != written) {
+            let reason = "altered since its shard was written".to_owned();
+            return Err(DataError::BadSample { sample: self.key(index), reason });
+        }
         Ok(Encoding::File)
     }
 

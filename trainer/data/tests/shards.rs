@@ -281,12 +281,49 @@ fn verify_finds_everything() {
         assert!(found, "{parts:?} in {:#?}", report.problems);
     };
     has(&["00000.tar`", "do not match the digest"]);
-    has(&["00000.tar:00000000", "PNG"]);
+    has(&["00000.tar:00000000: altered since its shard was written"]);
     has(&["00001.tar`", "2000 bytes", "truncated or replaced"]);
     has(&["00001.tar:", "cannot be read"]);
     has(&["cannot open", "00002.tar"]);
     assert!(report.problems.iter().all(|line| !line.contains('\n')));
     assert!(check::verify(&out.join("nowhere"), DataFormat::Auto, 1, &|_, _| {}).is_err());
+}
+
+#[test]
+fn an_altered_image_is_damaged_though_it_can_be_decoded() {
+    let source = Arc::new(Memory {
+        files: vec![jpeg(40, 30, false, jpeg_encoder::ColorType::Rgb); 3],
+        labels: vec![None; 3],
+        classes: Vec::new(),
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("shards");
+    write_shards(&*source, &out, 1 << 20, &mut quiet()).unwrap();
+    let place = out.join("00000.tar");
+    let mut bytes = fs::read(&place).unwrap();
+    // The last bytes of the second image's scan.
+    let begin = bytes.windows(3).enumerate().filter(|(_, b)| b == &[0xFF, 0xD8, 0xFF]).nth(1).unwrap().0;
+    bytes[begin + source.files[1].len() - 9] ^= 4;
+    fs::write(&place, &bytes).unwrap();
+    let set = open(&out, DataFormat::Auto).unwrap();
+    assert_eq!(set.read(0).unwrap().bytes, source.files[0]);
+    let said = set.read(1).unwrap_err().to_string();
+    assert!(said.contains("00000.tar:00000001: altered since its shard was written: copy or "), "{said}");
+    // Without checksums, as sets of an earlier version are, nobody knows.
+    let index = out.join("index.json");
+    let text = fs::read_to_string(&index).unwrap();
+    let (before, rest) = text.split_once(",\"crc32c\":[").unwrap();
+    let (_, after) = rest.split_once(']').unwrap();
+    let digest = set.digest();
+    fs::write(&index, format!("{before}{after}")).unwrap();
+    let older = open(&out, DataFormat::Auto).unwrap();
+    assert_eq!(older.digest(), digest);
+    let altered = older.read(1).unwrap().bytes;
+    assert!(altered != source.files[1] && mentee_data::decode(&altered).is_ok());
+    // As many as there are images, or none.
+    fs::write(&index, format!("{before},\"crc32c\":[1,2]{after}")).unwrap();
+    let said = open(&out, DataFormat::Auto).err().unwrap().to_string();
+    assert!(said.contains("00000.tar: 2 checksums of 3 images"), "{said}");
 }
 
 #[test]
