@@ -42,6 +42,7 @@ impl From<CropBox> for Area {
 pub(crate) struct Resizer {
     down: Filter,
     across: Filter,
+    known: Known,
     raw: Vec<f64>,
     tile: Vec<[i32; TILE]>,
     /// Sixteen columns of neighbouring rows, interleaved: 16 bits each, `[row, half]`.
@@ -58,6 +59,47 @@ pub(crate) struct Filter {
     pub(crate) weights: Vec<i32>,
     /// Bits of the weights' fraction.
     pub(crate) precision: u32,
+}
+
+/// The longest side and the largest view whose weights are kept.
+const KEPT: usize = 256;
+
+/// Weights of whole sides, which their length alone decides: worked out once for small images, where that is most of the work.
+#[derive(Debug, Default)]
+struct Known {
+    /// What they are for.
+    of: Option<(Interpolation, usize)>,
+    /// Down, across, across mirrored: by length; those not known have no pairs.
+    filters: [Vec<Filter>; 3],
+}
+
+impl Known {
+    /// Makes `filter` that of a side, which `set` works out.
+    fn fill(
+        &mut self,
+        filter: &mut Filter,
+        what: usize,
+        length: u32,
+        is_whole: bool,
+        (how, size): (Interpolation, usize),
+        set: impl FnOnce(&mut Filter),
+    ) {
+        if !is_whole || length as usize > KEPT || size > KEPT {
+            return set(filter);
+        }
+        if self.of != Some((how, size)) {
+            *self = Self { of: Some((how, size)), ..Self::default() };
+        }
+        let known = &mut self.filters[what];
+        if known.is_empty() {
+            known.resize_with(KEPT + 1, Filter::default);
+        }
+        let known = &mut known[length as usize];
+        if known.pairs == 0 {
+            set(known);
+        }
+        filter.clone_from(known);
+    }
 }
 
 fn weight(how: Interpolation, x: f64) -> f64 {
@@ -86,6 +128,13 @@ fn weight(how: Interpolation, x: f64) -> f64 {
 }
 
 impl Filter {
+    fn mirror(&mut self) {
+        self.starts.reverse();
+        // Reversed as a whole, then each output's own weights back.
+        self.weights.reverse();
+        self.weights.chunks_exact_mut(self.pairs).for_each(<[i32]>::reverse);
+    }
+
     /// Weights for `outputs` pixels over `from .. from + length` of `size` source pixels. `even`: starts at even pixels.
     fn set(
         &mut self,
@@ -149,6 +198,21 @@ impl Filter {
     }
 }
 
+impl Clone for Filter {
+    fn clone(&self) -> Self {
+        let mut clone = Self::default();
+        clone.clone_from(self);
+        clone
+    }
+
+    /// In the memory that is there.
+    fn clone_from(&mut self, other: &Self) {
+        self.starts.clone_from(&other.starts);
+        self.weights.clone_from(&other.weights);
+        (self.pairs, self.precision) = (other.pairs, other.precision);
+    }
+}
+
 impl Resizer {
     /// Begins to resize `area` of `part` (pixels from its corner) to `size` x `size`, mirrored if asked. `part` is within
     /// `image.part`; pixels outside it play no part.
@@ -176,16 +240,17 @@ impl Resizer {
         mirror: bool,
         size: usize,
     ) -> [&Filter; 2] {
-        let Self { down, across, raw, .. } = self;
-        down.set(how, part.height, (area.y, area.height), size, false, raw);
-        across.set(how, part.width, (area.x, area.width), size, true, raw);
-        if mirror {
-            across.starts.reverse();
-            let pairs = across.pairs;
-            // Reversed as a whole, then each output's own weights back.
-            across.weights.reverse();
-            across.weights.chunks_exact_mut(pairs).for_each(<[i32]>::reverse);
-        }
+        let Self { down, across, known, raw, .. } = self;
+        let (is_whole, view) = (area == Area::from(CropBox::whole(part.width, part.height)), (how, size));
+        known.fill(down, 0, part.height, is_whole, view, |down| {
+            down.set(how, part.height, (area.y, area.height), size, false, raw);
+        });
+        known.fill(across, 1 + usize::from(mirror), part.width, is_whole, view, |across| {
+            across.set(how, part.width, (area.x, area.width), size, true, raw);
+            if mirror {
+                across.mirror();
+            }
+        });
         [down, across]
     }
 
