@@ -202,6 +202,7 @@ fn the_demo_removes_nothing_that_it_did_not_draw() {
     fs::create_dir(&other).expect("a folder");
     fs::copy(root().join("configs/tests/plan-of-the-first-version.toml"), other.join("plan.toml"))
         .expect("a plan");
+    fs::write(other.join("metrics.jsonl"), "{}\n").expect("a step");
     let refused = run(&[&"demo", &"--out", &other]).expect(2);
     assert!(refused.error_line().contains("holds a run of another recipe"), "{}", refused.told());
     assert!(!other.join("data").exists());
