@@ -7,6 +7,8 @@
 //!              decode ─► Augmenter (Philox: seed, epoch, sample, view) ─► Loader ─► Batch
 //! ```
 //!
+//! Where a device holds the images ([`held`]), it makes the views itself, as [`directions`] tell it, to the last bit what the loader makes.
+//!
 //! Three promises hold everywhere below:
 //! - **Order** is computed, not stored: [`order::Order`] is a keyed permutation in constant memory.
 //! - **Randomness** is keyed by `(seed, epoch, sample, view)` ([`rng`]), never by thread, rank or time of arrival:

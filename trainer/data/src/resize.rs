@@ -50,7 +50,7 @@ pub(crate) struct Resizer {
 }
 
 /// The weights of one dimension: `view[i] = Σ_k weight[i][k] · source[start[i] + k]`, in pairs.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub(crate) struct Filter {
     pub(crate) starts: Vec<u32>,
     /// Pairs of weights of every output; those that are not needed are zero.
@@ -98,7 +98,7 @@ impl Known {
         if known.pairs == 0 {
             set(known);
         }
-        filter.clone_from(known);
+        filter.copy_from(known);
     }
 }
 
@@ -128,6 +128,13 @@ fn weight(how: Interpolation, x: f64) -> f64 {
 }
 
 impl Filter {
+    /// Becomes the same as another, in the memory that is there.
+    fn copy_from(&mut self, other: &Self) {
+        self.starts.clone_from(&other.starts);
+        self.weights.clone_from(&other.weights);
+        (self.pairs, self.precision) = (other.pairs, other.precision);
+    }
+
     fn mirror(&mut self) {
         self.starts.reverse();
         // Reversed as a whole, then each output's own weights back.
@@ -195,21 +202,6 @@ impl Filter {
                 *pair = first | fixed(2 * p + 1 - odd) << 16;
             }
         }
-    }
-}
-
-impl Clone for Filter {
-    fn clone(&self) -> Self {
-        let mut clone = Self::default();
-        clone.clone_from(self);
-        clone
-    }
-
-    /// In the memory that is there.
-    fn clone_from(&mut self, other: &Self) {
-        self.starts.clone_from(&other.starts);
-        self.weights.clone_from(&other.weights);
-        (self.pairs, self.precision) = (other.pairs, other.precision);
     }
 }
 
@@ -511,6 +503,36 @@ mod tests {
     use fast_image_resize::{FilterType, ResizeAlg, ResizeOptions};
 
     use super::*;
+
+    /// Weights that are kept are those that would be worked out, whatever was asked for before.
+    #[test]
+    fn kept_weights_are_the_same() {
+        let mut kept = Resizer::default();
+        for round in 0..2 {
+            for (how, size) in
+                [(Interpolation::Bicubic, 32), (Interpolation::Bilinear, 32), (Interpolation::Bicubic, 300)]
+            {
+                for (width, height, mirror) in
+                    [(32, 7, false), (32, 7, true), (256, 257, true), (1, 40, false), (7, 32, true)]
+                {
+                    let part = CropBox::whole(width, height);
+                    let parts = [
+                        Area::from(part),
+                        Area { x: 0.5, width: f64::from(width) - 0.5, ..Area::from(part) },
+                    ];
+                    for area in parts {
+                        let found = kept.weigh(part, area, how, mirror, size);
+                        let mut fresh = Resizer::default();
+                        assert_eq!(
+                            found,
+                            fresh.weigh(part, area, how, mirror, size),
+                            "{round} {how:?} {size} {area:?} {mirror}"
+                        );
+                    }
+                }
+            }
+        }
+    }
     use crate::image::RgbImage;
     use crate::rng::Stream;
 
