@@ -8,6 +8,7 @@ next; OUT/gpu-check.json is written anew after each part and each measurement, s
   step     BYOL's training step against PyTorch's on the same GPU, in turns; a ratio is PyTorch's time over mentee's in one round
   nccl     two processes on one GPU: all-reduce, losses of 2 ranks against 1, what is said when a rank is killed
   resident views made by the GPU of images that it holds: the same losses as with the loader's, and what it buys with one thread
+  overlap  the teacher's pass on a stream of its own: the same losses, and what it buys, in turns
   profile  where the GPU's time goes in a step
   train    BYOL to the end on the packed images, with nearest neighbours (only when named)
   learn    the same settings here and in byol_reference.py, plain PyTorch: nearest neighbours of both on the way (only when named)
@@ -33,8 +34,8 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 240, "resident": 90, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
-DEFAULT_PARTS = "smoke,parity,resident,step,nccl,profile"
+PARTS = {"smoke": 60, "parity": 180, "step": 420, "nccl": 240, "resident": 90, "overlap": 180, "profile": 90, "train": 3600, "learn": 3600}  # seconds at most
+DEFAULT_PARTS = "smoke,parity,resident,step,nccl,overlap,profile"
 RECIPE = "byol-cifar10-resnet18"
 # name -> arguments of bench_step.py. LARS in a loop over parameters is how it is shipped; at its fastest it is not.
 WAYS = {
@@ -812,6 +813,37 @@ class Check:
         words += "" if held else ", the GPU did NOT take over"
         part["summary"] = f"{words}; images/s with one thread: loader {never:.0f}, GPU {always:.0f}"
         return same and held
+
+    # The teacher's pass beside the student's.
+
+    def overlap(self, part):
+        """Losses of eight steps in f64, recorded as one graph and not, which are the same on one stream and on two; steps in bf16."""
+        sides = {"one stream": [], "two streams": ["--set", "parallel.overlap_teacher=true"]}
+
+        def bench(case, *more):
+            return json.loads(self.run([*self.step_command(case), *more])["stdout"].strip().splitlines()[-1])
+
+        exact = self.cases()[0] | {"precision": "f64", "batch": 8 if self.small else 64}
+        losses = part["losses"] = {
+            f"{graph}, {side}": bench(exact, "--steps", 8, "--warmup", 0, *without, *more)["loss"]
+            for graph, without in {"recorded": [], "one by one": ["--without", "graph"]}.items()
+            for side, more in sides.items()
+        }
+        self.save()
+        off = max(losses.values()) - min(losses.values())
+        words = ["the same losses" if off <= EXACT * abs(max(losses.values())) else f"OTHER LOSSES, by {off:.1e}"]
+        rows = part.setdefault("cases", {})
+        for case in self.cases():
+            row = rows[case["name"]] = {side: [] for side in sides}
+            for round in range(min(2, self.a.rounds)):
+                for side in sides if round % 2 == 0 else reversed(sides):
+                    row[side].append(bench(case, "--steps", case["steps"], "--warmup", 1 if self.small else 10, *sides[side]))
+                self.save()
+            one, two = (statistics.median(run["step_ms"] for run in row[side]) for side in sides)
+            row["ratio"] = one / two
+            words.append(f"{case['name']}: {one:.2f} ms on one stream, {two:.2f} on two ({one / two:.3f}x)")
+        part["summary"] = "; ".join(words)
+        return words[0] == "the same losses"
 
     # Where the time goes.
 

@@ -204,7 +204,7 @@ def compare(found, expected):
     return worst, where
 
 
-def replay(folder, recipe, rates):
+def replay(folder, recipe, step):
     kind = {"f64": torch.float64, "f32": torch.float32}[recipe["parallel"]["precision"]]
     before = read(folder / "before.safetensors")
     both = read(folder / "views.safetensors")["views"].to(kind)
@@ -222,6 +222,7 @@ def replay(folder, recipe, rates):
     }
     assert gradients.keys() == recorded.keys(), sorted(gradients.keys() ^ recorded.keys())
     momentum = {name: value.clone() for name, value in before.items() if name.startswith("momentum.")}
+    rates = step["rates"]
     update(recipe, rates, student, momentum)
     if recipe["method"]["teacher"] == "ema":
         with torch.no_grad():
@@ -236,7 +237,7 @@ def replay(folder, recipe, rates):
     moved = max((after[name] - before[name]).abs().max().item() for name in part("student."))
     assert moved > 0, "the recorded step changed nothing"
     return {
-        "loss": abs(loss.item() - rates["loss"]) / abs(rates["loss"]),
+        "loss": abs(loss.item() - step["loss"]) / abs(step["loss"]),
         "gradients": compare(gradients, recorded),
         "student": compare(found, part("student.")),
         "momentum": compare(found, part("momentum.")),
@@ -258,17 +259,17 @@ def main():
         method, optimizer, precision = recipe["method"]["name"], recipe["optimizer"]["name"], recipe["parallel"]["precision"]
         print(f"{method}, {optimizer}, {precision}: largest relative differences to PyTorch {torch.__version__}")
     last = None
-    for rates in trace["steps"]:
-        folder = a.trace / f"step-{rates['step']:04}"
+    for step in trace["steps"]:
+        folder = a.trace / f"step-{step['step']:04}"
         before = read(folder / "before.safetensors")
         if last is not None:
             assert before.keys() == last.keys() and all(torch.equal(before[name], last[name]) for name in last), "a gap between steps"
         last = read(folder / "after.safetensors")
-        result = replay(folder, recipe, rates)
+        result = replay(folder, recipe, step)
         where = ", ".join(value[1] for value in result.values() if isinstance(value, tuple))
         result = {name: value[0] if isinstance(value, tuple) else value for name, value in result.items()}
         if not a.json:
-            print(f"step {rates['step']}: " + "  ".join(f"{name} {value:.1e}" for name, value in result.items()) + f"  ({where})")
+            print(f"step {step['step']}: " + "  ".join(f"{name} {value:.1e}" for name, value in result.items()) + f"  ({where})")
         worst = {name: max(value, worst.get(name, 0.0)) for name, value in result.items()}
     if a.json:
         print(json.dumps(worst))

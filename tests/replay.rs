@@ -22,6 +22,11 @@ fn differences(sets: &[(&str, &str)]) -> serde_json::Map<String, Value> {
     let mut command = mentee();
     command.arg("trace").arg(recipe).args(["--steps", "3", "--out"]).arg(&trace);
     finish(command).expect(0);
+    let told = std::fs::read_to_string(trace.join("trace.json")).expect("the trace");
+    for step in serde_json::from_str::<Value>(&told).expect("an object")["steps"].as_array().expect("steps") {
+        assert!(step["loss"].is_f64(), "{step}");
+        assert_eq!((&step["lr"], &step["tau"]), (&step["rates"]["lr"], &step["rates"]["tau"]), "{step}");
+    }
     let mut python = Command::new(root().join(".venv/bin/python"));
     python.arg(root().join("tests/replay.py")).arg(trace).arg("--json");
     let said = finish(python).expect(0).stdout;

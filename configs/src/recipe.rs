@@ -387,6 +387,8 @@ pub struct Parallel {
     pub micro_batches: u64,
     /// Size of a gradient bucket, which is all-reduced while backward goes on.
     pub bucket_mib: f64,
+    /// On a device, the teacher's pass has a stream of its own beside the student's.
+    pub overlap_teacher: bool,
     /// Every so many steps the ranks compare digests of student and teacher; 0 = off.
     pub check_every_steps: u64,
     /// Ranks compare every collective call before they make it.

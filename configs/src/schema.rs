@@ -274,6 +274,10 @@ pub(crate) const KEYS: &[Key] = &[
     key("parallel.bucket_mib", Kind::Real(POSITIVE), Decides::No, "MiB",
         "gradients all-reduced at a time, while backward goes on; the first bucket has at most 1 MiB",
         "25 in `torch.nn.parallel.DistributedDataParallel`"),
+    key("parallel.overlap_teacher", Kind::Switch, Decides::No, "",
+        "on a GPU, the teacher's pass has a stream of its own beside the student's: the same numbers, more memory. \
+         Without effect where batch norms sum over ranks, and on the processor",
+        "ours"),
     key("parallel.check_every_steps", ANY_COUNT, Decides::No, "steps",
         "ranks compare digests of student and teacher; 0 = off", "ours"),
     key("parallel.check_collectives", Kind::Switch, Decides::No, "",

@@ -385,6 +385,7 @@ fn the_hash_depends_on_what_decides_the_numbers_and_on_nothing_else() {
         "parallel.threads",
         "parallel.decode_threads",
         "parallel.bucket_mib",
+        "parallel.overlap_teacher",
         "parallel.check_every_steps",
         "parallel.check_collectives",
         "parallel.timeout_s",

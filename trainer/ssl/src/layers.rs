@@ -8,6 +8,7 @@ use mentee_torch_ext::{self as ext, DeviceReduce, StatReduce};
 use tch::{Kind, Tensor};
 
 use crate::SslError;
+use crate::beside::SideStream;
 use crate::layout::{Declaration, Declarations, Init, ParamId, Role, StatId};
 use crate::params::Weights;
 use crate::statistics::{Stats, Values};
@@ -68,6 +69,8 @@ pub struct Pass<'a> {
     gather: Option<Arc<GatherRows>>,
     /// The backbone's features of this pass, without a graph, where somebody wants them.
     features: Option<RefCell<Vec<Tensor>>>,
+    /// Where it works, if not on this thread's stream.
+    side: Option<&'a dyn SideStream>,
 }
 
 enum Mode<'a> {
@@ -105,7 +108,7 @@ impl<'a> Pass<'a> {
     }
 
     fn new(weights: &'a Weights, mode: Mode<'a>) -> Self {
-        Self { weights, mode, apart: false, gather: None, features: None }
+        Self { weights, mode, apart: false, gather: None, features: None, side: None }
     }
 
     /// Rows [n, D] of all ranks, [N, D] in rank order, and where this rank's begin; without a gradient.
@@ -132,6 +135,20 @@ impl<'a> Pass<'a> {
     pub fn take_features(&self) -> Result<Option<Tensor>, SslError> {
         let Some(kept) = &self.features else { return Ok(None) };
         Ok(Some(Tensor::f_cat(&kept.take(), 0)?))
+    }
+
+    /// Has [`Self::beside`] work on `side`, which was forked.
+    pub fn on_side(&mut self, side: &'a dyn SideStream) {
+        self.side = Some(side);
+    }
+
+    /// Does `work` on the pass's side stream, where it has one. Streams are joined after a failure too.
+    pub(crate) fn beside<T>(&self, work: impl FnOnce() -> Result<T, SslError>) -> Result<T, SslError> {
+        let Some(side) = self.side else { return work() };
+        side.enter()?;
+        let done = work();
+        side.join()?;
+        done
     }
 
     /// Lets the views pass one after the other.

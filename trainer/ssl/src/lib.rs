@@ -4,6 +4,7 @@
 //! Shapes: V = 2 views, N samples of this rank, D the projection's width, C channels, H x W pixels. A batch is
 //! [V·N, C, H, W] with view 1 in the first N rows, channels-last in memory.
 
+pub mod beside;
 pub mod encoder;
 pub mod gradients;
 pub mod head;

@@ -4,7 +4,7 @@ use mentee_config::plan::Plan;
 use mentee_config::recipe::{Decay, TauSchedule};
 
 /// What one update uses.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Rates {
     /// Learning rate of everything but the predictor.
     pub lr: f64,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use mentee_config::recipe::{NormStatistics, Precision, Recipe, Teacher as TeacherKind};
 use tch::{Device, Kind, Tensor, no_grad};
 
+use crate::beside::{CudaSide, SideStream};
 use crate::gradients::Gradients;
 use crate::layers::{OverRanks, Pass};
 use crate::layout::{Declarations, Kinds, Layout, view};
@@ -52,6 +53,9 @@ pub struct State {
     pub one_pass: bool,
     /// Whether a step's loss comes with the features it was made of.
     pub keep_features: bool,
+    /// Where the teacher's pass works, if not behind the student's. Not used where batch norms sum over ranks: all ranks' sums have
+    /// one order.
+    pub side: Option<Box<dyn SideStream>>,
 }
 
 /// The types that a precision means.
@@ -97,7 +101,11 @@ impl State {
             }
         };
         let optimizer = Optimizer::new(&recipe.optimizer, &student.weights)?;
-        Ok(Self { student, gradients, teacher, optimizer, one_pass: true, keep_features: false })
+        let side: Option<Box<dyn SideStream>> = match device {
+            Device::Cuda(index) if recipe.parallel.overlap_teacher => Some(Box::new(CudaSide::new(index)?)),
+            _ => None,
+        };
+        Ok(Self { student, gradients, teacher, optimizer, one_pass: true, keep_features: false, side })
     }
 
     /// The loss of a batch [V·N, 3, H, W] of this rank: its samples' part of the mean over the global batch. Batch-norm
@@ -115,6 +123,12 @@ impl State {
         if !self.one_pass {
             student.views_apart();
             teacher.iter_mut().for_each(Pass::views_apart);
+        }
+        if let Some(side) = self.side.as_deref().filter(|_| over.reduce.is_none())
+            && let Some(teacher) = &mut teacher
+        {
+            side.fork()?;
+            teacher.on_side(side);
         }
         if self.keep_features {
             student.keep_features();

@@ -48,10 +48,11 @@ struct Step {
     epoch: u64,
     /// Mean over the batch.
     loss: f64,
+    /// As in `metrics.jsonl`.
     lr: f64,
-    predictor_lr: f64,
     tau: f64,
-    weight_decay: f64,
+    /// All that the update used.
+    rates: Rates,
     /// The batch, by number within the data set.
     samples: Vec<u64>,
 }
@@ -134,15 +135,15 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
             .collect::<Result<_, WorkerError>>()?;
         write(&folder.join("gradients.safetensors"), gradients)?;
 
-        let Rates { lr, predictor_lr, tau, weight_decay } = schedule.at(step);
+        let rates = schedule.at(step);
         let grad_norm = state.grad_norm().map_err(at_step)?;
         state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
-        state.update(&schedule.at(step), step).map_err(at_step)?;
+        state.update(&rates, step).map_err(at_step)?;
         let epoch_ends = (step + 1).is_multiple_of(plan.steps_per_epoch);
-        state.move_teacher(recipe.method.teacher, &schedule.at(step), epoch_ends).map_err(at_step)?;
+        state.move_teacher(recipe.method.teacher, &rates, epoch_ends).map_err(at_step)?;
         write(&folder.join("after.safetensors"), state.tensors()?)?;
         let (loss, epoch, samples) = (out.loss.f_double_value(&[])?, batch.epoch, batch.ids.clone());
-        trace.steps.push(Step { step, epoch, loss, lr, predictor_lr, tau, weight_decay, samples });
+        trace.steps.push(Step { step, epoch, loss, lr: rates.lr, tau: rates.tau, rates, samples });
         drop((out, views)); // both point into the batch
         feed.recycle(batch);
     }

@@ -127,7 +127,7 @@ fn target(
     z: &Tensor,
 ) -> Result<Tensor, SslError> {
     match teacher {
-        Some(teacher) => tch::no_grad(|| networks.project(teacher, views)),
+        Some(teacher) => teacher.beside(|| tch::no_grad(|| networks.project(teacher, views))),
         None if settings.stop_gradient => Ok(z.detach()),
         None => Ok(z.shallow_clone()),
     }
