@@ -30,6 +30,7 @@ pub mod usage;
 mod validate;
 
 pub use error::{ConfigError, Place};
+pub use load::RecipeText;
 pub use plan::Plan;
 pub use recipe::Recipe;
 pub use say::counted;

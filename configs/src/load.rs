@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
@@ -33,6 +33,47 @@ const BUILT_IN: &[(&str, &str)] = recipes![
 /// The longest recipe or plan: a hundred times what one of every key with every comment takes.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// The text of a recipe, to be resolved with several kinds of `--set`: a pipe is read once.
+#[derive(Debug, Clone)]
+pub struct RecipeText {
+    text: String,
+    /// As messages name it.
+    path: PathBuf,
+    /// The run's, where the text has none.
+    name: String,
+}
+
+impl RecipeText {
+    /// As [`Recipe::load`] finds it.
+    ///
+    /// # Errors
+    /// [`ConfigError::NotFound`] and [`ConfigError::Read`].
+    pub fn read(name_or_path: &str) -> Result<Self, ConfigError> {
+        let path = Path::new(name_or_path);
+        let is_name = !name_or_path.contains('/') && !name_or_path.ends_with(".toml");
+        if is_name && !path.is_file() {
+            let built_in = BUILT_IN.iter().find(|(name, _)| *name == name_or_path);
+            let (name, text) = built_in.ok_or_else(|| not_found(name_or_path, name_or_path))?;
+            let path = format!("built-in {name}.toml").into();
+            return Ok(Self { text: (*text).to_owned(), path, name: (*name).to_owned() });
+        }
+        let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
+        let text = read(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => not_found(name_or_path, &name),
+            _ => ConfigError::Read { path: path.to_owned(), source },
+        })?;
+        Ok(Self { text, path: path.to_owned(), name })
+    }
+
+    /// The recipe, with `--set section.key=value` arguments applied in order.
+    ///
+    /// # Errors
+    /// Those of [`Recipe::load`] but the ones above.
+    pub fn resolve(&self, sets: &[String]) -> Result<Recipe, ConfigError> {
+        resolve(&self.text, &self.path, &self.name, sets)
+    }
+}
+
 impl Recipe {
     /// Reads the recipe in a file, or the built-in one of that name, applies `--set section.key=value`
     /// arguments in order, fills in the defaults and checks everything. A resolved recipe (`plan.toml`) is a
@@ -42,24 +83,7 @@ impl Recipe {
     ///
     /// # Errors Any [`ConfigError`] but those of a plan.
     pub fn load(name_or_path: &str, sets: &[String]) -> Result<Recipe, ConfigError> {
-        let path = Path::new(name_or_path);
-        let is_name = !name_or_path.contains('/') && !name_or_path.ends_with(".toml");
-        if is_name && !path.is_file() {
-            let (name, text) = BUILT_IN
-                .iter()
-                .find(|(name, _)| *name == name_or_path)
-                .ok_or_else(|| not_found(name_or_path, name_or_path))?;
-            return resolve(text, Path::new(&format!("built-in {name}.toml")), name, sets);
-        }
-        let text = read(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => {
-                let stem = path.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
-                not_found(name_or_path, &stem)
-            }
-            _ => ConfigError::Read { path: path.to_owned(), source },
-        })?;
-        let stem = path.file_stem().map(|stem| stem.to_string_lossy()).unwrap_or_default();
-        resolve(&text, path, &stem, sets)
+        RecipeText::read(name_or_path)?.resolve(sets)
     }
 
     /// Reads a `plan.toml`: like a recipe, but every key must be there, as a default may change between

@@ -313,7 +313,7 @@ fn other_value(key: &str, value: &Value) -> Value {
         "data.format" => "tar",
         "data.order" => "windowed",
         "data.on_error" => "skip",
-        "data.resident" => "never",
+        "data.resident" => "auto",
         "views.preset" => "simsiam",
         "views.definition" => "torchvision",
         "views.resize" => "bilinear",

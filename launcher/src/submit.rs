@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use mentee_config::replace::write_atomically;
-use mentee_config::{Plan, Recipe, complain, say, show};
+use mentee_config::{Plan, Recipe, RecipeText, complain, say, show};
 use mentee_data::open_training;
 use serde::{Deserialize, Serialize};
 
@@ -348,9 +348,8 @@ fn merged(args: &SubmitArgs, site: Site) -> Site {
 }
 
 /// The resolved recipe of one run, with paths that mean the same on every machine.
-fn resolve(args: &SubmitArgs, more: &[String]) -> Result<Recipe, Failure> {
-    let sets = [args.sets.as_slice(), more].concat();
-    let mut recipe = Recipe::load(&args.recipe, &sets)?;
+fn resolve(text: &RecipeText, args: &SubmitArgs, more: &[String]) -> Result<Recipe, Failure> {
+    let mut recipe = text.resolve(&[args.sets.as_slice(), more].concat())?;
     recipe.make_paths_absolute()?;
     Ok(recipe)
 }
@@ -399,7 +398,8 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         )));
     }
     let variants = variants(&args.sweeps)?;
-    let base = resolve(args, &[])?;
+    let text = RecipeText::read(&args.recipe)?;
+    let base = resolve(&text, args, &[])?;
     let folder = args.run_dir.clone().unwrap_or_else(|| Path::new("runs").join(&base.run.name));
     let dir = RunDir::at(&folder)?;
     let folder = dir.path().to_owned();
@@ -416,7 +416,7 @@ pub fn command(args: &SubmitArgs) -> Result<(), Failure> {
         runs.push((dir.clone(), base.clone()));
     }
     for (index, sets) in variants.iter().enumerate() {
-        runs.push((RunDir::at(&folder.join(index.to_string()))?, resolve(args, sets)?));
+        runs.push((RunDir::at(&folder.join(index.to_string()))?, resolve(&text, args, sets)?));
     }
     for (run, recipe) in &runs {
         run.check_recipe(recipe)?;

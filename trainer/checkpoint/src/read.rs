@@ -43,6 +43,8 @@ pub struct Entry {
 pub struct Newest {
     /// The checkpoint; all its digests have been verified.
     pub checkpoint: Checkpoint,
+    /// What it holds, so that nobody reads it again.
+    pub tensors: BTreeMap<String, OwnedTensor>,
     /// Newer ones that cannot be used, newest first, with the reason: worth a warning.
     pub rejected: Vec<(PathBuf, CheckpointError)>,
 }
@@ -340,7 +342,7 @@ fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
     Ok(names)
 }
 
-/// The newest checkpoint whose digests all verify; `None` if there is no checkpoint at all.
+/// The newest checkpoint whose digests all verify, read once; `None` if there is no checkpoint at all.
 ///
 /// # Errors
 /// `NoneUsable` if there are checkpoints and none is intact: starting over silently would lose the run. `Io`
@@ -348,12 +350,12 @@ fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
 pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError> {
     let mut rejected = Vec::new();
     for Entry { path, state, .. } in list(checkpoints_dir)?.into_iter().rev() {
-        let verified = state.and_then(|manifest| {
+        let loaded = state.and_then(|manifest| {
             let checkpoint = Checkpoint { folder: path.clone(), manifest };
-            checkpoint.verify().map(|()| checkpoint)
+            checkpoint.load().map(|tensors| (checkpoint, tensors))
         });
-        match verified {
-            Ok(checkpoint) => return Ok(Some(Newest { checkpoint, rejected })),
+        match loaded {
+            Ok((checkpoint, tensors)) => return Ok(Some(Newest { checkpoint, tensors, rejected })),
             Err(reason) => rejected.push((path, reason)),
         }
     }

@@ -1,6 +1,7 @@
 //! What can be wrong with data, each with the place and the remedy.
 
 use mentee_config::{counted, exit_code};
+use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -38,6 +39,8 @@ pub enum DataError {
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
+        /// Of what kind.
+        kind: ErrorKind,
         /// The system's words.
         reason: String,
     },
@@ -190,11 +193,34 @@ fn remedy(reason: &str) -> &'static str {
 }
 
 impl DataError {
+    /// Whether the system refused for a reason of its own: another try may find all as it should be.
+    fn is_passing(&self) -> bool {
+        use ErrorKind::{
+            InvalidData, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound,
+            PermissionDenied, UnexpectedEof,
+        };
+        match self {
+            Self::Thread { .. } => true,
+            Self::Io { kind, .. } => !matches!(
+                kind,
+                InvalidData
+                    | InvalidFilename
+                    | InvalidInput
+                    | IsADirectory
+                    | NotADirectory
+                    | NotFound
+                    | PermissionDenied
+                    | UnexpectedEof
+            ),
+            _ => false,
+        }
+    }
+
     /// How a program ends that cannot go on.
     #[must_use]
     pub fn exit_code(&self) -> i32 {
         match self {
-            Self::Thread { .. } => exit_code::FAILED,
+            passing if passing.is_passing() => exit_code::FAILED,
             Self::OutputExists { .. } => exit_code::USAGE,
             _ => exit_code::DATA,
         }
@@ -218,7 +244,7 @@ impl DataError {
     }
 
     pub(crate) fn io(action: &'static str, path: &Path, error: &std::io::Error) -> Self {
-        Self::Io { action, path: path.to_owned(), reason: error.to_string() }
+        Self::Io { action, path: path.to_owned(), kind: error.kind(), reason: error.to_string() }
     }
 
     pub(crate) fn bad_file(path: &Path, reason: impl Into<String>) -> Self {
@@ -237,6 +263,15 @@ mod tests {
         assert_eq!(DataError::TooFew.exit_code(), exit_code::DATA);
         let said = "cannot start decode thread 3: Resource temporarily unavailable: allow more processes";
         assert!(thread.to_string().starts_with(said), "{thread}");
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_stays_away_and_a_server_that_does_not_answer_may_come_back() {
+        let code = |errno| {
+            DataError::io("read", Path::new("a.tar"), &std::io::Error::from_raw_os_error(errno)).exit_code()
+        };
+        assert_eq!([libc::ENOENT, libc::EACCES, libc::EISDIR].map(code), [exit_code::DATA; 3]);
+        assert_eq!([libc::EIO, libc::ESTALE, libc::EMFILE].map(code), [exit_code::FAILED; 3]);
     }
 
     #[test]

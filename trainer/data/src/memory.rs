@@ -36,6 +36,11 @@ impl Memory {
         self.floats.resize(len, 0.0);
     }
 
+    /// Where it begins. No reference to the floats is made: parts of them may be in use.
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.floats.as_mut_ptr()
+    }
+
     /// The floats, in their own memory.
     pub(crate) fn into_vec(mut self) -> Vec<f32> {
         self.holder = None;

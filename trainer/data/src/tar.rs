@@ -352,9 +352,12 @@ impl Source for TarShards {
             Some(file) => file.read_exact_at(buffer, offset),
             None => File::open(&shard.path).and_then(|file| file.read_exact_at(buffer, offset)),
         };
-        read.map_err(|e| DataError::BadSample {
-            sample: self.key(index),
-            reason: format!("cannot be read: {e}"),
+        read.map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => DataError::BadSample {
+                sample: self.key(index),
+                reason: "lies beyond the end of its shard".to_owned(),
+            },
+            _ => DataError::io("read", &shard.path, &e),
         })?;
         let written = shard.crc32c.get((index - shard.first) as usize);
         if written.is_some_and(|&written| crc32c::crc32c(buffer) != written) {

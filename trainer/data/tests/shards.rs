@@ -283,10 +283,27 @@ fn verify_finds_everything() {
     has(&["00000.tar`", "do not match the digest"]);
     has(&["00000.tar:00000000: altered since its shard was written"]);
     has(&["00001.tar`", "2000 bytes", "truncated or replaced"]);
-    has(&["00001.tar:", "cannot be read"]);
+    has(&["00001.tar:", "lies beyond the end of its shard"]);
     has(&["cannot open", "00002.tar"]);
     assert!(report.problems.iter().all(|line| !line.contains('\n')));
     assert!(check::verify(&out.join("nowhere"), DataFormat::Auto, 1, &|_, _| {}).is_err());
+}
+
+/// Of many shards not all stay open.
+#[test]
+fn a_shard_that_the_system_does_not_open_again_is_no_damaged_image() {
+    let dir = TempDir::new().unwrap();
+    let out = dir.path().join("shards");
+    let source = Memory::noise(600);
+    write_shards(&*source, &out, 1, &mut quiet()).unwrap();
+    let shards = open(&out, DataFormat::Auto).unwrap();
+    assert_eq!(shards.stored().1, 600, "one image a shard");
+    fs::remove_file(out.join("00599.tar")).unwrap();
+    let error = shards.read(599).err().unwrap();
+    assert!(
+        matches!(&error, DataError::Io { action: "read", path, .. } if path.ends_with("00599.tar")),
+        "{error}"
+    );
 }
 
 #[test]

@@ -403,7 +403,7 @@ pub struct Event {
 
 // SAFETY: CUDA's events may be used from any thread.
 unsafe impl Send for Event {}
-// SAFETY: as above; recording takes the event mutably.
+// SAFETY: as above; an event stays where it was recorded.
 unsafe impl Sync for Event {}
 
 impl Event {

@@ -174,8 +174,12 @@ impl Copying<'_> {
                     return resident.into_loader().map(Some);
                 }
             };
-            complete(self.device)?;
             let Directed { step, epoch, ids, .. } = directed;
+            // What a kernel does wrong is told here at the earliest, and leaves no device to go on with.
+            complete(self.device).map_err(|error| {
+                let line = format!("the device, making the views of step {step}: {error}; data.resident=never does without it");
+                WorkerError::Failed(line)
+            })?;
             let (skipped, wait) = (Vec::new(), Duration::ZERO);
             let batch = Batch { step, epoch, ids, skipped, views: Memory::default(), wait };
             if self.send.send(Ok((batch, views))).is_err() {

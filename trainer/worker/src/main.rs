@@ -41,6 +41,7 @@ mod train;
 mod views;
 mod waits;
 
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -122,18 +123,21 @@ fn main() -> ExitCode {
 }
 
 /// Puts the run directory on the command line, where `pgrep -f` and the next start look for it: by becoming this program anew, before
-/// anything has begun. Whatever is wrong is for training to say.
+/// anything has begun. Whatever is wrong is for training to say. Not for a recipe from a pipe, which can be read once.
 fn name_run_dir(args: &TrainArgs) {
-    if args.run_dir.is_some() {
+    let is_pipe = std::fs::metadata(&args.recipe).is_ok_and(|it| it.file_type().is_fifo());
+    if args.run_dir.is_some() || is_pipe {
         return;
     }
     let (Ok(program), Ok(recipe)) = (std::env::current_exe(), Recipe::load(&args.recipe, &args.sets)) else {
         return;
     };
+    let run_dir = run_dir::default_path(&recipe);
+    let run_dir = std::path::absolute(&run_dir).unwrap_or(run_dir);
     let mut own = std::env::args_os();
     let mut again = std::process::Command::new(program);
     again.arg0(own.next().unwrap_or_default()).args(own);
-    let error = again.arg("--run-dir").arg(run_dir::default_path(&recipe)).exec();
+    let error = again.arg("--run-dir").arg(run_dir).exec();
     complain!("warning: the run directory is not on the command line: {error}");
 }
 

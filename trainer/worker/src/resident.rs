@@ -249,7 +249,7 @@ mod tests {
 
     /// Whether decoding begins when each batch is waited for so long, of which one a millisecond or so is taken.
     fn begins(wait: impl Fn(u32) -> Duration) -> bool {
-        let recipe = Recipe::load("demo", &[]).expect("a recipe");
+        let recipe = Recipe::load("demo", &["data.resident=auto".to_owned()]).expect("a recipe");
         let mut residence = Residence::of(&recipe, crate::feed::tests::config(None));
         for batch in 0..3 * WINDOW {
             std::thread::sleep(Duration::from_millis(1));

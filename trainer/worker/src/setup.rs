@@ -282,7 +282,7 @@ fn resume(
         return Err(WorkerError::OtherRecipesCheckpoint { checkpoint: checkpoint.folder, difference });
     }
     let (step, counts) = (meta.step, meta.counts);
-    snapshot::load(state, probe, &checkpoint)?;
+    snapshot::load(state, probe, &checkpoint.folder, newest.tensors)?;
     tracing::info!(step, "resumed from a checkpoint");
     Ok((step, counts))
 }

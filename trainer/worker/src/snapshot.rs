@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::path::Path;
 
-use mentee_checkpoint::{self as checkpoint, Checkpoint, Dtype};
+use mentee_checkpoint::{self as checkpoint, Dtype, OwnedTensor};
 use mentee_ssl::State;
 use tch::{Kind, Tensor};
 
@@ -168,15 +169,16 @@ pub fn digest(state: &State) -> Result<String, WorkerError> {
     Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
 
-/// Takes the state from a checkpoint, and the online probe where there is one; nothing is changed when the state does not
-/// fit.
+/// Takes the state from what the checkpoint in `folder` holds, and the online probe where there is one; nothing is changed when
+/// the state does not fit.
 pub fn load(
     state: &mut State,
     probe: Option<&mut OnlineProbe>,
-    checkpoint: &Checkpoint,
+    folder: &Path,
+    held: BTreeMap<String, OwnedTensor>,
 ) -> Result<(), WorkerError> {
     let (mut tensors, mut of_probe) = (BTreeMap::new(), BTreeMap::new());
-    for (name, tensor) in checkpoint.load()? {
+    for (name, tensor) in held {
         let kind = match tensor.dtype {
             Dtype::F32 => Kind::Float,
             Dtype::F64 => Kind::Double,
@@ -188,7 +190,7 @@ pub fn load(
         let part = if name.starts_with(online::PREFIX) { &mut of_probe } else { &mut tensors };
         part.insert(name, Tensor::f_from_data_size(tensor.bytes(), &shape, kind)?);
     }
-    let path = checkpoint.folder.clone();
+    let path = folder.to_owned();
     state.load(&tensors).map_err(|source| WorkerError::CheckpointContent { path, source })?;
     probe.map_or(Ok(()), |probe| probe.load(&of_probe))
 }

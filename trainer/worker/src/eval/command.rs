@@ -69,7 +69,7 @@ pub fn command(args: &EvalArgs) -> Result<i32, WorkerError> {
     // What cannot be asked for is refused before there is anything to wait for.
     linear(evaluator.bank.indices.len() as u64)?;
     let (method, mut state) = mentee_ssl::state::on(&recipe, device)?;
-    snapshot::load(&mut state, None, &checkpoint)?;
+    snapshot::load(&mut state, None, &checkpoint.folder, checkpoint.load()?)?;
     let meta = &checkpoint.manifest.meta;
     let alone = Single::new();
     let trained = evaluator.features(&alone, &|images| Ok(state.features(&*method, images)?))?;
