@@ -2,17 +2,16 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mentee_checkpoint::Counts;
+use mentee_cluster::Phase;
 use mentee_collectives::{Collectives, bench};
 use mentee_commands::BenchCommand;
 use mentee_commands::bench::{AllreduceArgs, CheckpointArgs, Gain, StepArgs};
-use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe, exit_code, show};
-use mentee_ssl::layers::OverRanks;
 use mentee_ssl::state::VIEWS;
-use mentee_ssl::{Method, Schedule, State};
+use mentee_ssl::{Schedule, SslError, StepLoss};
 use mentee_torch_ext::cuda;
 use tch::{Device, Kind, Tensor};
 
@@ -20,13 +19,12 @@ use crate::checkpoints::{Checkpoints, Content, Settings};
 use crate::device::{self, DeviceGroup};
 use crate::error::WorkerError;
 use crate::kernels::{Kernel, Kernels};
+use crate::learner::Learner;
 use crate::link::Reporter;
 use crate::metrics::{self, Metrics};
-use crate::passes::Passes;
 use crate::place::Place;
-use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
-use crate::{across, agree, setup};
+use crate::{agree, setup};
 
 /// Medians over the measured steps.
 #[derive(serde::Serialize)]
@@ -135,18 +133,12 @@ fn all_reduce_devices(
 struct Rig {
     plan: Plan,
     device: Device,
-    method: Box<dyn Method>,
-    state: State,
-    passes: Passes,
-    reducer: GradientReducer,
-    over_ranks: OverRanks,
+    learner: Learner,
     schedule: Schedule,
     views: Tensor,
     collectives: Arc<dyn Collectives>,
     /// Lives as long as the reducer does.
     _group: Option<DeviceGroup>,
-    /// Gradients are summed while backward goes on.
-    overlap: bool,
     /// Each phase is waited for.
     profile: bool,
     /// Of the last step.
@@ -170,28 +162,24 @@ impl Rig {
         let group = DeviceGroup::start(&collectives, recipe, device, &place.waits)?;
         let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
         state.one_pass = !without.contains(&Gain::OnePass);
-        let reducer =
-            GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?;
+        let may_record = !profile && !without.contains(&Gain::Graph);
+        let mut learner =
+            Learner::new(&plan, (method, state), &collectives, group.as_ref(), (device, may_record))?;
+        learner.overlaps = !without.contains(&Gain::Overlap);
 
-        let own = share(batch, identity.rank, identity.world_size);
+        let own = &learner.rank_share;
         let side = i64::from(recipe.views.size);
         let shape = [VIEWS * (own.end - own.start) as i64, side, side, 3];
         tch::manual_seed(1);
         let views = Tensor::randn(shape, (Kind::Float, Device::Cpu)).permute([0, 3, 1, 2]);
         let kinds = mentee_ssl::state::kinds(recipe.parallel.precision);
         let kind = if device == Device::Cpu { kinds.master } else { kinds.compute };
-        let may_record = collectives.world_size() == 1 && !profile && !without.contains(&Gain::Graph);
         Ok(Self {
-            reducer,
-            over_ranks: across::over_ranks(recipe, &collectives, group.as_ref()),
+            learner,
             schedule: Schedule::new(&plan),
             views: views.f_to_device(device)?.f_to_kind(kind)?,
-            passes: Passes::new(device, may_record)?,
-            overlap: !without.contains(&Gain::Overlap),
             plan,
             device,
-            method,
-            state,
             collectives,
             _group: group,
             profile,
@@ -201,9 +189,9 @@ impl Rig {
 
     /// [forward, backward, reduce, update, all, communication], milliseconds.
     fn step(&mut self, n: u64) -> Result<[f64; 6], WorkerError> {
-        let Self { plan, method, state, passes, reducer, over_ranks, views, collectives, .. } = self;
+        let Self { learner, views, collectives, .. } = self;
         let (device, profile) = (self.device, self.profile);
-        let wait = || -> Result<(), WorkerError> {
+        let wait = || -> Result<(), SslError> {
             if let Device::Cuda(index) = device
                 && profile
             {
@@ -211,34 +199,27 @@ impl Rig {
             }
             Ok(())
         };
-        let recipe = &plan.recipe;
-        let (batch, statistics) = (recipe.schedule.global_batch, recipe.parallel.norm_statistics);
         let at_step = |source| WorkerError::Step { step: n, source };
         let rates = self.schedule.at(n);
         let start = Instant::now();
-        reducer.begin(&state.gradients, None);
-        if self.overlap {
-            reducer.last_pass();
-        }
-        let mut forward = start.elapsed();
-        let out = passes.run(views, |views| -> Result<_, WorkerError> {
-            let out = state.loss(&**method, views, batch, statistics, over_ranks)?;
+        let (mut forward, mut began) = (Duration::ZERO, None);
+        let parts = learner.loss_and_gradient(views, None, |phase| {
             wait()?;
-            forward = start.elapsed();
-            state.backward(&out.loss, 0)?;
-            Ok(out)
-        })?;
-        wait()?;
+            match phase {
+                Phase::Forward => began = Some(Instant::now()),
+                _ => forward += began.take().map_or(Duration::ZERO, |began| began.elapsed()),
+            }
+            Ok(())
+        });
+        let parts = parts.map_err(at_step)?;
         let backward = start.elapsed();
-        let communication = reducer.finish(state, n)?;
+        let communication = learner.sum_gradients(n)?;
+        let out = StepLoss::sum(&parts).map_err(at_step)?;
         self.loss = agree::on_step(&**collectives, n, &out, false)?.loss;
-        let grad_norm =
-            agree::on_gradient(&**collectives, n, state, || reducer.own_was_finite(&state.gradients))?;
+        let grad_norm = agree::on_gradient(&**collectives, n, &learner.state, || learner.own_was_finite())?;
         let updating = start.elapsed();
-        state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
-        state.update(&rates, n).map_err(at_step)?;
-        state.move_teacher(recipe.method.teacher, &rates, false).map_err(at_step)?;
-        wait()?;
+        learner.update(&rates, n, grad_norm).map_err(at_step)?;
+        wait().map_err(at_step)?;
         let end = start.elapsed();
         let times =
             [forward, backward - forward, communication.exposed, end - updating, end, communication.total];
@@ -354,7 +335,7 @@ fn write_checkpoints(
     };
     let mut checkpoints = Checkpoints::new(
         settings,
-        &rig.state,
+        &rig.learner.state,
         None,
         rig.collectives.clone(),
         reporter.shares(),
@@ -369,14 +350,14 @@ fn write_checkpoints(
         // After so many steps: none after the last one, which would have no steps beside it.
         let is_due = checkpoints.is_due(n, false) && n > 0;
         if is_due && world_size > 1 {
-            agree::on_weights(&*rig.collectives, n, &rig.state)?;
+            agree::on_weights(&*rig.collectives, n, &rig.learner.state)?;
         }
         if is_due && stalls.is_empty() {
             first = Instant::now();
         }
         let start = Instant::now();
         if n > 0 {
-            let content = Content { state: &rig.state, probe: None, counts: Counts::default() };
+            let content = Content { state: &rig.learner.state, probe: None, counts: Counts::default() };
             checkpoints.maybe_save(n, false, content, &mut metrics, &mut reporter)?;
         }
         if is_due {
@@ -397,7 +378,7 @@ fn write_checkpoints(
         .collect();
     let step_ms = median(quiet);
     let slowed_ms = beside.iter().map(|ms| ms - step_ms).sum::<f64>();
-    let tensors = rig.state.tensors()?;
+    let tensors = rig.learner.state.tensors()?;
     let bytes: usize =
         tensors.iter().map(|(_, tensor)| tensor.numel() * tensor.kind().elt_size_in_bytes()).sum();
     Ok(CheckpointReport {

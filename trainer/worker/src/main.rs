@@ -21,6 +21,7 @@ mod feed;
 mod import;
 mod kernels;
 mod lane;
+mod learner;
 mod link;
 mod logging;
 mod metrics;

@@ -1,7 +1,6 @@
 //! From a command line to a [`Run`]: who this rank is, the network, the plan, the data, the state, and the step to
 //! go on from. In that order, each failing with one line on one rank.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,11 +9,9 @@ use mentee_checkpoint::{Counts, LocalDisk, Meta};
 use mentee_cluster::{Identity, Phase, Shares};
 use mentee_collectives::checked::Checked;
 use mentee_collectives::{Collectives, mpi};
-use mentee_config::plan::share;
 use mentee_config::{Plan, Recipe};
 use mentee_data::{LoaderConfig, OnError, Source, open_training, order};
-use mentee_ssl::layers::OverRanks;
-use mentee_ssl::{Method, Schedule, State};
+use mentee_ssl::{Schedule, State};
 
 use crate::checkpoints::{Checkpoints, Settings};
 use crate::collapse::CollapseWatch;
@@ -23,14 +20,13 @@ use crate::error::WorkerError;
 use crate::eval::Evaluator;
 use crate::faults::Faults;
 use crate::feed::Feed;
+use crate::learner::Learner;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
-use crate::passes::Passes;
 use crate::place::Place;
-use crate::reducer::GradientReducer;
 use crate::stop::StopFlag;
-use crate::{TrainArgs, across, affinity, agree, import, logging, run_dir, snapshot};
+use crate::{TrainArgs, affinity, agree, import, logging, run_dir, snapshot};
 
 /// Batches decoded ahead of the step.
 const QUEUE_STEPS: usize = 3;
@@ -42,16 +38,9 @@ pub struct Run {
     pub plan: Plan,
     pub run_dir: PathBuf,
     pub schedule: Schedule,
-    pub method: Box<dyn Method>,
-    pub state: State,
+    pub learner: Learner,
     pub feed: Feed,
-    /// This rank's positions within the global batch.
-    pub rank_share: Range<u64>,
-    pub passes: Passes,
-    pub reducer: GradientReducer,
     pub faults: Faults,
-    /// What the networks get from the other ranks.
-    pub over_ranks: OverRanks,
     /// None when the recipe does not evaluate, or not all images have labels that mean the same in bank and queries.
     pub evaluator: Option<Evaluator>,
     /// None when the recipe has none, or the images have no labels.
@@ -208,13 +197,13 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     );
 
     let order = order(&*source, recipe.data.order, recipe.run.seed, recipe.schedule.global_batch);
-    let rank_share = share(recipe.schedule.global_batch, identity.rank, identity.world_size);
+    let learner = Learner::new(&plan, (method, state), &collectives, group.as_ref(), (device, true))?;
     let loader = LoaderConfig {
         source: source.clone(),
         order,
         views: recipe.views.clone(),
         seed: recipe.run.seed,
-        rank_share: rank_share.clone(),
+        rank_share: learner.rank_share.clone(),
         first_step: next_step,
         last_step: plan.end_step(),
         threads: decode_threads,
@@ -231,7 +220,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
     Ok(Run {
         checkpoints: Checkpoints::new(
             settings,
-            &state,
+            &learner.state,
             probe.as_ref(),
             collectives.clone(),
             shares,
@@ -239,12 +228,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         )?,
         schedule: Schedule::new(&plan),
         feed,
-        // Several ranks would have to record their sums as well; several parts differ in size.
-        passes: Passes::new(device, identity.world_size == 1 && recipe.parallel.micro_batches == 1)?,
-        reducer: GradientReducer::new(&collectives, group.as_ref(), &mut state, recipe.parallel.bucket_mib)?,
         faults,
-        rank_share: rank_share.clone(),
-        over_ranks: across::over_ranks(recipe, &collectives, group.as_ref()),
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         collapse,
         stop,
@@ -252,8 +236,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         collectives,
         plan,
         run_dir,
-        method,
-        state,
+        learner,
         group,
         evaluator,
         probe,

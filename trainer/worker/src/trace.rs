@@ -17,15 +17,14 @@ use mentee_collectives::{Collectives, Single};
 use mentee_commands::TraceArgs;
 use mentee_config::{Plan, Recipe, counted, exit_code, say};
 use mentee_data::{LoaderConfig, OnError, open_training, order};
-use mentee_ssl::layers::OverRanks;
 use mentee_ssl::layout::view;
-use mentee_ssl::{Rates, Schedule};
+use mentee_ssl::{Rates, Schedule, State, StepLoss};
 use tch::Tensor;
 
 use crate::dense::write;
 use crate::error::WorkerError;
 use crate::feed::Feed;
-use crate::reducer::GradientReducer;
+use crate::learner::Learner;
 use crate::{device, import, setup};
 
 /// Batches decoded ahead.
@@ -57,6 +56,17 @@ struct Step {
     samples: Vec<u64>,
 }
 
+/// The student's, under their names.
+fn gradients(state: &State) -> Result<Vec<(String, Tensor)>, WorkerError> {
+    let places = state.student.weights.layout.params();
+    places
+        .map(|place| {
+            let name = format!("student.{}", place.declaration.name);
+            Ok((name, view(&state.gradients.flat, place)?))
+        })
+        .collect()
+}
+
 /// Makes `path`, unless it is there and empty.
 fn new_folder(path: &Path) -> Result<(), WorkerError> {
     std::fs::create_dir_all(path).map_err(WorkerError::io("create", path))?;
@@ -85,7 +95,7 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
     let device = device::of_recipe(recipe, &alone)?;
     let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
     import::of_recipe(&mut state, recipe)?;
-    let mut reducer = GradientReducer::new(&collectives, None, &mut state, recipe.parallel.bucket_mib)?;
+    let mut learner = Learner::new(&plan, (method, state), &collectives, None, (device, false))?;
     let (schedule, global_batch) = (Schedule::new(&plan), recipe.schedule.global_batch);
     let loader = LoaderConfig {
         order: order(&*source, recipe.data.order, recipe.run.seed, global_batch),
@@ -112,39 +122,22 @@ pub fn command(args: &TraceArgs) -> Result<i32, WorkerError> {
         let folder = args.out.join(format!("step-{step:04}"));
         std::fs::create_dir(&folder).map_err(WorkerError::io("create", &folder))?;
         let at_step = |source| WorkerError::Step { step, source };
-        write(
-            &folder.join("views.safetensors"),
-            [("views".to_owned(), views.f_to_kind(state.student.weights.master.kind())?)],
-        )?;
-        write(&folder.join("before.safetensors"), state.tensors()?)?;
+        let kind = learner.state.student.weights.master.kind();
+        write(&folder.join("views.safetensors"), [("views".to_owned(), views.f_to_kind(kind)?)])?;
+        write(&folder.join("before.safetensors"), learner.state.tensors()?)?;
 
-        reducer.begin(&state.gradients, None);
-        reducer.last_pass();
-        let out = state
-            .loss(&*method, &views, global_batch, recipe.parallel.norm_statistics, &OverRanks::ALONE)
-            .map_err(at_step)?;
-        state.backward(&out.loss, 0).map_err(at_step)?;
-        reducer.finish(&mut state, step)?;
-        let layout = state.student.weights.layout.clone();
-        let gradients: Vec<(String, Tensor)> = layout
-            .params()
-            .map(|place| {
-                let name = format!("student.{}", place.declaration.name);
-                Ok((name, view(&state.gradients.flat, place)?))
-            })
-            .collect::<Result<_, WorkerError>>()?;
-        write(&folder.join("gradients.safetensors"), gradients)?;
+        let parts = learner.loss_and_gradient(&views, None, |_| Ok(())).map_err(at_step)?;
+        learner.sum_gradients(step)?;
+        let out = StepLoss::sum(&parts).map_err(at_step)?;
+        write(&folder.join("gradients.safetensors"), gradients(&learner.state)?)?;
 
         let rates = schedule.at(step);
-        let grad_norm = state.grad_norm().map_err(at_step)?;
-        state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
-        state.update(&rates, step).map_err(at_step)?;
-        let epoch_ends = (step + 1).is_multiple_of(plan.steps_per_epoch);
-        state.move_teacher(recipe.method.teacher, &rates, epoch_ends).map_err(at_step)?;
-        write(&folder.join("after.safetensors"), state.tensors()?)?;
+        let grad_norm = learner.state.grad_norm().map_err(at_step)?;
+        learner.update(&rates, step, grad_norm).map_err(at_step)?;
+        write(&folder.join("after.safetensors"), learner.state.tensors()?)?;
         let (loss, epoch, samples) = (out.loss.f_double_value(&[])?, batch.epoch, batch.ids.clone());
         trace.steps.push(Step { step, epoch, loss, lr: rates.lr, tau: rates.tau, rates, samples });
-        drop((out, views)); // both point into the batch
+        drop((out, parts, views)); // all point into the batch
         feed.recycle(batch);
     }
     let path = args.out.join("trace.json");

@@ -28,8 +28,7 @@ enum Outcome {
 
 /// Trains until every step of the plan is done, or until any rank is asked to stop.
 fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError> {
-    let recipe = run.plan.recipe.clone();
-    let (end, global_batch) = (run.plan.end_step(), recipe.schedule.global_batch);
+    let end = run.plan.end_step();
     let mut meter = Meter::default();
     if run.next_step < end && agree::any(&*run.collectives, run.next_step, wants_stop(run, reporter))? {
         return Ok(preempted(run, reporter, "stopping before the first step")); // nothing was done since the last checkpoint
@@ -45,49 +44,35 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let (batch, views) = run.feed.next()?.ok_or_else(|| ended_early(step))?; // [2N, 3, H, W]
         show_batch(run, &batch)?;
 
-        run.reducer.begin(&run.state.gradients, run.faults.of_gradient(step));
-        let micro_batches = views::micro_batches(&views, &run.rank_share, recipe.parallel.micro_batches)?;
-        let mut parts = Vec::with_capacity(micro_batches.len());
-        for (n, views) in micro_batches.iter().enumerate() {
-            let (state, statistics) = (&mut run.state, recipe.parallel.norm_statistics);
-            reporter.phase(Phase::Forward);
-            let part = run.passes.run(views, |views| {
-                let part = state.loss(&*run.method, views, global_batch, statistics, &run.over_ranks)?;
-                reporter.phase(Phase::Backward);
-                if n + 1 == micro_batches.len() {
-                    run.reducer.last_pass(); // from here on, gradients are summed over ranks as they are completed
-                }
-                state.backward(&part.loss, n)?;
-                Ok(part)
-            });
-            parts.push(part.map_err(at_step)?);
-        }
-        reporter.phase(Phase::Backward); // also where both passes were recorded before, and are at work on a device
+        let told = |phase| {
+            reporter.phase(phase);
+            Ok(())
+        };
+        let fault = run.faults.of_gradient(step);
+        let parts = run.learner.loss_and_gradient(&views, fault, told).map_err(at_step)?; // forward and backward
         if run.identity.world_size > 1 {
             reporter.phase(Phase::Reduce);
         }
-        let communication = run.reducer.finish(&mut run.state, step)?; // every rank holds the mean gradient
+        let communication = run.learner.sum_gradients(step)?; // every rank holds the mean gradient
         reporter.reduced(communication);
         let out = StepLoss::sum(&parts).map_err(at_step)?;
         let wants_stop = wants_stop(run, reporter);
         let agreed = agree::on_step(&*run.collectives, step, &out, wants_stop)?; // not finite on any rank: all end here
-        let own_was_finite = || run.reducer.own_was_finite(&run.state.gradients);
-        let grad_norm = agree::on_gradient(&*run.collectives, step, &run.state, own_was_finite)?;
+        let learner = &run.learner;
+        let grad_norm =
+            agree::on_gradient(&*run.collectives, step, &learner.state, || learner.own_was_finite())?;
 
         if let Some(probe) = &mut run.probe {
-            probe.step(&*run.collectives, step, &parts, &batch.ids, &run.rank_share)?;
+            probe.step(&*run.collectives, step, &parts, &batch.ids, &run.learner.rank_share)?;
         }
         reporter.phase(Phase::Update);
-        run.state.clip_gradients(grad_norm, recipe.optimizer.clip_norm).map_err(at_step)?;
-        run.state.update(&rates, step).map_err(at_step)?;
+        run.learner.update(&rates, step, grad_norm).map_err(at_step)?; // the student, and the teacher behind it
         run.next_step = step + 1;
-        let epoch_ends = run.next_step.is_multiple_of(run.plan.steps_per_epoch);
-        run.state.move_teacher(recipe.method.teacher, &rates, epoch_ends).map_err(at_step)?;
 
         let data_wait = batch.wait;
-        drop((out, parts, micro_batches, views)); // all point into the batch
+        drop((out, parts, views)); // all point into the batch
         run.feed.recycle(batch);
-        run.faults.on_weights(step, &mut run.state)?;
+        run.faults.on_weights(step, &mut run.learner.state)?;
         run.faults.on_pace(step, reporter.own_time(communication));
         reporter.end_step(run.next_step, data_wait, communication);
         meter.add(start.elapsed(), data_wait, communication);
@@ -95,7 +80,7 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
         let is_last = agreed.stop || run.next_step == end;
         check_state(run, step, is_last)?;
         run.collapse.watch(step, agreed.z_std).map_err(|error| error.known(run.identity.rank == 0))?;
-        let content = Content { state: &run.state, probe: run.probe.as_ref(), counts: run.counts() };
+        let content = Content { state: &run.learner.state, probe: run.probe.as_ref(), counts: run.counts() };
         run.checkpoints.maybe_save(run.next_step, is_last, content, &mut run.metrics, reporter)?;
         if agreed.stop && run.next_step < end {
             return Ok(preempted(run, reporter, "stopping with a checkpoint"));
@@ -121,8 +106,8 @@ fn check_state(run: &mut Run, step: u64, is_last: bool) -> Result<(), WorkerErro
     let recipe = &run.plan.recipe;
     let by_step = is_multiple(run.next_step, recipe.parallel.check_every_steps);
     if by_step || run.checkpoints.is_due(run.next_step, is_last) {
-        agree::on_statistics(&*run.collectives, step, recipe, &mut run.state)?;
-        agree::on_weights(&*run.collectives, step, &run.state)?;
+        agree::on_statistics(&*run.collectives, step, recipe, &mut run.learner.state)?;
+        agree::on_weights(&*run.collectives, step, &run.learner.state)?;
     }
     Ok(())
 }
@@ -218,9 +203,10 @@ fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerE
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     reporter.phase(Phase::Eval);
     run.checkpoints.finish(&mut run.metrics, reporter)?;
-    run.passes.forget(); // its memory is not the evaluation's
-    agree::on_statistics(&*run.collectives, run.next_step, &run.plan.recipe, &mut run.state)?;
-    let line = evaluator.knn(&*run.collectives, &*run.method, &run.state, run.next_step, epoch)?;
+    run.learner.passes.forget(); // its memory is not the evaluation's
+    agree::on_statistics(&*run.collectives, run.next_step, &run.plan.recipe, &mut run.learner.state)?;
+    let learner = &run.learner;
+    let line = evaluator.knn(&*run.collectives, &*learner.method, &learner.state, run.next_step, epoch)?;
     run.metrics.write(&line)?;
     if run.identity.rank != 0 {
         return Ok(());

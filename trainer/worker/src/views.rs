@@ -7,6 +7,7 @@ use std::sync::Arc;
 use mentee_config::plan::first_row;
 use mentee_config::recipe::Views;
 use mentee_data::Batch;
+use mentee_ssl::SslError;
 use mentee_ssl::state::VIEWS;
 use mentee_torch_ext::over_memory;
 use tch::{Kind, Tensor};
@@ -32,7 +33,7 @@ pub fn tensor(batch: &Arc<Batch>, size: u32, kind: Kind) -> Result<Tensor, Worke
 
 /// The micro-batches of a batch of views [V·N, 3, H, W] of this rank's share: [V·n, 3, H, W] each, where the n samples
 /// are those that `mentee_config::plan::first_row` says. One part is the batch itself.
-pub fn micro_batches(views: &Tensor, own: &Range<u64>, parts: u64) -> Result<Vec<Tensor>, WorkerError> {
+pub fn micro_batches(views: &Tensor, own: &Range<u64>, parts: u64) -> Result<Vec<Tensor>, SslError> {
     if parts == 1 {
         return Ok(vec![views.shallow_clone()]);
     }
@@ -49,7 +50,7 @@ pub fn micro_batches(views: &Tensor, own: &Range<u64>, parts: u64) -> Result<Vec
                         parts as i64,
                     )?)
                 })
-                .collect::<Result<Vec<_>, WorkerError>>()?;
+                .collect::<Result<Vec<_>, SslError>>()?;
             Ok(Tensor::f_cat(&both, 0)?)
         })
         .collect()
