@@ -125,7 +125,7 @@ fn a_device_makes_the_views_that_the_loader_makes() {
 
         let mut file = Vec::new();
         let views_made = all as usize / HEAD;
-        for n in [size as usize, images.widest as usize, views_made, words.len(), pixels.len()] {
+        for n in [size as usize, images.widest as usize, views_made, words.len(), pixels.len(), HEAD] {
             file.extend((n as i64).to_le_bytes());
         }
         file.extend(views.mean.iter().flat_map(|&mean| (mean as f32).to_le_bytes()));

@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "launch.h"
+#include "views_layout.h"
 
 namespace {
 
@@ -14,7 +15,6 @@ namespace {
 constexpr int64_t kMost = 1024, kFewest = 32;
 // Memory that they may take together.
 constexpr int64_t kScratch = 256 << 20;
-constexpr int64_t kHead = 32, kMeanBlock = 1024, kLanes = 16;
 
 struct Normalise {
   float mean[3], inverse_std[3];
@@ -27,8 +27,7 @@ struct Room {
 Room room(int64_t views, int64_t side, int64_t widest) {
   TORCH_CHECK(3 * side * std::max(side, widest) <= std::numeric_limits<int32_t>::max(), "images of ", widest,
               " columns are too wide for a device to make views of ", side, " pixels");
-  const int64_t area = side * side, sums = 3 * ((area + kMeanBlock - 1) / kMeanBlock) * kLanes;
-  const int64_t each = ((6 * area + sums) * 4 + 3 * side * widest + 255) / 256 * 256;
+  const int64_t each = scratch_bytes(side, widest);
   const int64_t blocks = std::min({views, kMost, kScratch / each});
   TORCH_CHECK(blocks >= std::min(views, kFewest), "views of ", side, " pixels, of images of up to ", widest,
               " columns, are too large for a device to make many at a time");

@@ -3,24 +3,19 @@
 // solarize, normalise. The additions and multiplications are those of the processor's path (resize.rs, colour.rs, blur.rs,
 // augment.rs of trainer/data) in the same order, and none are fused (this part is compiled with --fmad=false): the same bits.
 //
-// A block makes one view after the other, all of its threads together. `scratch` has for every block
-//   line    [3][S][widest] bytes: the crop, resized down
-//   planes  [3][S*S] f32, and as many again for the blur
-//   lanes   [3][ceil(S*S/1024)][16] f32: sums for the means that contrast needs
+// A block makes one view after the other, all of its threads together, each block in memory of its own: views_layout.h, which stands
+// in front of this text.
 
 #ifdef PART_views
 
 typedef int i32;
 
 // Places of a head's words, as directions.rs has them.
-constexpr int kHead = 32, kPixels = 0, kStride = 2, kWidth = 3, kHeight = 4, kDown = 5, kAcross = 9, kOps = 13, kKinds = 14,
+constexpr int kPixels = 0, kStride = 2, kWidth = 3, kHeight = 4, kDown = 5, kAcross = 9, kOps = 13, kKinds = 14,
               kStrengths = 18, kGray = 22, kRadius = 23, kTaps = 24, kRepeats = 25, kSolarize = 26;
 enum Op { kAdd, kTimes, kContrastOfChannels, kContrastOfGray, kSaturationHsv, kSaturationGray, kHue };
 
 struct Normalise { float mean[3], inverse_std[3]; };
-
-// The mean of a plane is summed in blocks of so many values, in so many lanes each.
-constexpr int kMeanBlock = 1024, kLanes = 16;
 
 __device__ inline float lesser(float a, float b) { return a < b ? a : b; }
 __device__ inline float greater(float a, float b) { return a > b ? a : b; }

@@ -20,7 +20,11 @@ const NVRTC: &str = "libnvrtc.so.13";
 /// What NVRTC opens by itself, from wherever the loader looks.
 const NVRTC_PART: &str = "libnvrtc-builtins.so.";
 /// The kernels, compiled on the machine they run on.
-const KERNELS: &str = concat!(include_str!("../cpp/kernels.cu"), include_str!("../cpp/views.cu"));
+const KERNELS: &str = concat!(
+    include_str!("../cpp/kernels.cu"),
+    include_str!("../cpp/views_layout.h"),
+    include_str!("../cpp/views.cu")
+);
 
 /// Why there is no device to use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,12 +1,13 @@
 // The kernel that makes views, on the processor, against views that the processor's own path made: the same to the last bit.
 //   views FILE
-// FILE (little-endian): side, widest, views, words, bytes (64 bits each); mean and 1/std (f32); the words (32 bits); the images'
+// FILE (little-endian): side, widest, views, words, bytes, words a head (64 bits each); mean and 1/std (f32); the words (32 bits); the images'
 // bytes; the views (f32, [views][side][side][3]). The test that writes it is trainer/data/tests/directions.rs.
 
 #include "emulated.h"
 
 #define PART_views
 #include "../../cpp/kernels.cu"
+#include "../../cpp/views_layout.h"
 #include "../../cpp/views.cu"
 
 template <typename T>
@@ -24,8 +25,14 @@ template <typename T, typename Kernel>
 static std::vector<T> run(int64_t views, int64_t side, int64_t each, Kernel kernel) {
   std::vector<T> out(views * side * side * 3);
   const unsigned blocks = 3;
+  const float untouched = 123.25f;
   std::vector<float> scratch(blocks * each / 4, std::nanf(""));
+  scratch.resize(scratch.size() + 4096, untouched);
   launch({blocks}, {32}, [&] { kernel(reinterpret_cast<u8*>(scratch.data()), out.data()); });
+  if (std::any_of(scratch.end() - 4096, scratch.end(), [&](float x) { return x != untouched; })) {
+    std::printf("views of %lld pixels take more memory than they have\n", static_cast<long long>(side));
+    std::exit(1);
+  }
   return out;
 }
 
@@ -53,7 +60,11 @@ static uint32_t bits(float x) {
 int main(int, char** arguments) {
   std::FILE* file = std::fopen(arguments[1], "rb");
   if (!file) return 1;
-  const auto sizes = read<int64_t>(file, 5);
+  const auto sizes = read<int64_t>(file, 6);
+  if (sizes[5] != kHead) {
+    std::printf("heads of %lld words\n", static_cast<long long>(sizes[5]));
+    return 1;
+  }
   const int64_t side = sizes[0], widest = sizes[1], views = sizes[2];
   Normalise normalise;
   const auto constants = read<float>(file, 6);
@@ -65,9 +76,7 @@ int main(int, char** arguments) {
   const auto expected = read<float>(file, views * len);
   std::fclose(file);
 
-  // As device_views.cpp has it.
-  const int64_t sums = 3 * ((side * side + kMeanBlock - 1) / kMeanBlock) * kLanes;
-  const int64_t each = ((6 * side * side + sums) * 4 + 3 * side * widest + 255) / 256 * 256;
+  const int64_t each = scratch_bytes(side, widest);
   const auto of = [&](auto kernel) {
     return [&, kernel](u8* scratch, auto* out) {
       kernel(images.data(), words.data(), views, static_cast<i32>(side), static_cast<i32>(widest), normalise, scratch, each, out);
