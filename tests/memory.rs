@@ -7,7 +7,8 @@ use system_tests::recipe::{TinyRecipe, write_images};
 use system_tests::run_dir::metrics;
 use system_tests::{machine, temp_dir};
 
-/// What a leak of one small tensor a step would exceed, and the allocator's own wandering does not.
+/// What a leak of one batch a step would exceed, and the allocator's own wandering does not. (`trainer/ssl/tests/memory.rs` sees
+/// smaller ones of the step itself.)
 const SLACK_KIB: u64 = 6 * 1024;
 const STEPS: usize = 240;
 

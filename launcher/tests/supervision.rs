@@ -142,20 +142,8 @@ fn children(of: i32) -> Vec<i32> {
     text.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
 }
 
-/// Whether an `mpirun` is there; says so when not, since a test cannot be left out at run time.
-fn mpirun() -> bool {
-    let built_with = option_env!("MPICC").map(|mpicc| Path::new(mpicc).with_file_name("mpirun"));
-    let there = built_with.is_some_and(|path| path.is_file())
-        || Command::new("mpirun").arg("--version").output().is_ok_and(|output| output.status.success());
-    if !there {
-        eprintln!("SKIPPED the part with several workers: no mpirun on this machine");
-    }
-    there
-}
-
-fn worlds() -> Vec<u32> {
-    if mpirun() { vec![1, 2] } else { vec![1] }
-}
+/// Several workers are started by the `mpirun` that ci/setup brings.
+const WORLDS: [u32; 2] = [1, 2];
 
 #[test]
 fn a_warning_of_every_rank_is_shown_once() {
@@ -171,7 +159,7 @@ fn a_warning_of_every_rank_is_shown_once() {
 
 #[test]
 fn a_run_that_goes_well() {
-    for workers in worlds() {
+    for workers in WORLDS {
         let place = Place::new();
         let ended = place.run("", workers, &[]);
         assert_eq!(ended.code, Some(0), "{ended:?}");
@@ -192,7 +180,7 @@ fn a_run_that_goes_well() {
 
 #[test]
 fn a_killed_rank_is_answered_with_a_restart() {
-    for workers in worlds() {
+    for workers in WORLDS {
         let place = Place::new();
         let last = workers - 1;
         let ended = place.run(&format!("kill={last}@7"), workers, &[]);
@@ -209,7 +197,7 @@ fn a_killed_rank_is_answered_with_a_restart() {
 
 #[test]
 fn a_budget_that_is_spent_ends_with_a_report() {
-    for workers in worlds() {
+    for workers in WORLDS {
         let place = Place::new();
         let last = workers - 1;
         let ended = place.run(&format!("kill_always={last}@7"), workers, &["--max-restarts", "1"]);
@@ -240,7 +228,7 @@ fn shared_memory_of_a_worker_that_dies_before_all_have_come_is_removed() {
 
 #[test]
 fn what_a_restart_cannot_help_ends_at_once_with_its_own_code() {
-    for workers in worlds() {
+    for workers in WORLDS {
         for code in [2, 3, 4, 6] {
             let place = Place::new();
             let ended = place.run(&format!("fail={}@3:{code}", workers - 1), workers, &[]);
@@ -265,9 +253,6 @@ fn what_a_restart_cannot_help_ends_at_once_with_its_own_code() {
 
 #[test]
 fn a_rank_that_sees_other_data_ends_the_run_with_3() {
-    if !mpirun() {
-        return;
-    }
     let place = Place::new();
     let ended = place.run("other_data=1", 2, &[]);
     assert_eq!(ended.code, Some(3), "{ended:?}");
@@ -277,7 +262,7 @@ fn a_rank_that_sees_other_data_ends_the_run_with_3() {
 
 #[test]
 fn a_stop_is_a_checkpoint_and_75_and_the_same_command_goes_on() {
-    for workers in worlds() {
+    for workers in WORLDS {
         for asked in [libc::SIGINT, libc::SIGTERM] {
             let place = Place::new();
             let script = "steps=100000 step_ms=2";
@@ -322,9 +307,6 @@ fn a_hang_up_that_is_ignored_ends_no_run() {
 /// A rank that hangs outlives its killed mpirun; were it continued later, it would write beside the next start.
 #[test]
 fn the_ranks_of_a_killed_mpirun_are_gone_before_the_next_start() {
-    if !mpirun() {
-        return;
-    }
     let place = Place::new();
     let child = place.start("steps=100000 step_ms=2", 2);
     becomes("steps are made", || place.steps() > 5);
@@ -410,9 +392,6 @@ fn what_an_srun_leaves_is_ended_before_the_next_start() {
 /// A terminal that was opened in a job of two nodes which is over.
 #[test]
 fn the_variables_of_a_job_that_is_over_are_passed_over() {
-    if !mpirun() {
-        return;
-    }
     let place = Place::new();
     let bin = place.folder.path().join("bin");
     fs::create_dir_all(&bin).expect("made");
@@ -427,7 +406,7 @@ fn the_variables_of_a_job_that_is_over_are_passed_over() {
 
 #[test]
 fn a_second_signal_kills() {
-    for workers in worlds() {
+    for workers in WORLDS {
         let place = Place::new();
         let child = place.start("steps=100000 step_ms=2 deaf", workers);
         becomes("steps are made", || place.steps() > 5);
@@ -444,7 +423,7 @@ fn a_second_signal_kills() {
 
 #[test]
 fn a_killed_launcher_leaves_nothing_and_the_same_command_goes_on() {
-    for workers in worlds() {
+    for workers in WORLDS {
         let place = Place::new();
         let mut child = place.start("steps=100000 step_ms=2 deaf", workers);
         becomes("steps are made", || place.steps() > 5);

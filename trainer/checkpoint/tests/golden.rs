@@ -7,7 +7,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use mentee_checkpoint::{CheckpointError, Counts, Dtype, Manifest, Meta, Tensor, newest, open, write};
+use mentee_checkpoint::{
+    CheckpointError, Counts, Dtype, Manifest, Meta, Tensor, VERSION, newest, open, write,
+};
 use tempfile::TempDir;
 
 /// Version 2: `student.fc.bias` = f32 [1.0, -2.0] and `student.flag` = u8 [7], in that order: floats have the larger
@@ -30,6 +32,9 @@ const STATE_1: &[u8] = b"\x88\0\0\0\0\0\0\0\
 
 const MANIFEST_1: &str = include_str!("golden/manifest-1.json");
 
+/// The same state with counts, in version 3.
+const MANIFEST_3: &str = include_str!("golden/manifest-3.json");
+
 fn meta() -> Meta {
     Meta {
         step: 1000,
@@ -41,6 +46,14 @@ fn meta() -> Meta {
         mentee_version: "0.1.0".into(),
         counts: Counts::default(),
     }
+}
+
+/// The state, in another order than the file has it.
+fn tensors() -> Vec<Tensor<'static>> {
+    vec![
+        Tensor::new("student.flag", Dtype::U8, &[1], &[7]),
+        Tensor::new("student.fc.bias", Dtype::F32, &[2], &[0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0]),
+    ]
 }
 
 /// A run's checkpoint folder that holds the golden checkpoint.
@@ -124,12 +137,7 @@ fn sign(compact: &str) -> String {
 #[test]
 fn the_writer_produces_exactly_these_bytes() {
     let run = TempDir::new().unwrap();
-    let bias = [0, 0, 0x80, 0x3f, 0, 0, 0, 0xc0];
-    let tensors = vec![
-        Tensor::new("student.flag", Dtype::U8, &[1], &[7]),
-        Tensor::new("student.fc.bias", Dtype::F32, &[2], &bias),
-    ];
-    let folder = write(run.path(), &meta(), &[("state.safetensors".into(), tensors)]).unwrap();
+    let folder = write(run.path(), &meta(), &[("state.safetensors".into(), tensors())]).unwrap();
     assert_eq!(folder, run.path().join("step-00001000"));
     assert_eq!(fs::read(folder.join("state.safetensors")).unwrap(), STATE);
     assert_eq!(fs::read_to_string(folder.join("manifest.json")).unwrap(), MANIFEST);
@@ -140,20 +148,22 @@ fn counts_make_it_version_3() {
     let (run, counts) =
         (TempDir::new().unwrap(), Counts { collapsed_steps: 7, online_correct: 5, online_views: 9 });
     let meta = Meta { counts, ..meta() };
-    let folder = write(run.path(), &meta, &[("state.safetensors".into(), vec![])]).unwrap();
-    let text = fs::read_to_string(folder.join("manifest.json")).unwrap();
-    let expected = r#"    "mentee_version": "0.1.0",
-    "counts": {
-      "collapsed_steps": 7,
-      "online_correct": 5,
-      "online_views": 9
-    }
-  },"#;
-    assert!(text.contains(expected) && text.contains(r#""version": 3"#), "{text}");
-    assert_eq!(open(&folder).unwrap().manifest.meta, meta);
+    let folder = write(run.path(), &meta, &[("state.safetensors".into(), tensors())]).unwrap();
+    assert_eq!(fs::read(folder.join("state.safetensors")).unwrap(), STATE);
+    assert_eq!(fs::read_to_string(folder.join("manifest.json")).unwrap(), MANIFEST_3);
+    let read = newest(run.path()).unwrap().unwrap();
+    assert_eq!((read.checkpoint.manifest.meta, read.tensors.len()), (meta, 2));
     // Part of what the digest is of.
-    fs::write(folder.join("manifest.json"), text.replace(": 7,", ": 8,")).unwrap();
+    fs::write(folder.join("manifest.json"), MANIFEST_3.replace(": 7,", ": 8,")).unwrap();
     assert!(matches!(open(&folder).unwrap_err(), CheckpointError::ManifestAltered { .. }));
+}
+
+#[test]
+fn the_format_is_described() {
+    let format = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("FORMAT.md")).unwrap();
+    assert!(format.starts_with(&format!("# Checkpoint format, version {VERSION}\n")));
+    let newest = format.lines().rfind(|line| line.starts_with("| ")).unwrap();
+    assert!(newest.starts_with(&format!("| {VERSION} | ")), "{newest}");
 }
 
 #[test]

@@ -33,26 +33,15 @@ impl fmt::Display for Outcome {
 }
 
 /// The mpirun of the MPI library that this was linked to, else the one on PATH.
-fn mpirun() -> Option<PathBuf> {
-    let mpicc = Path::new(option_env!("MENTEE_MPICC").unwrap_or(""));
-    let beside = mpicc
-        .parent()
-        .map(|folder| folder.join("mpirun"))
-        .filter(|path| path.is_absolute() && path.is_file());
-    beside.or_else(|| {
-        env::split_paths(&env::var_os("PATH")?)
-            .map(|folder| folder.join("mpirun"))
-            .find(|path| path.is_file())
+fn mpirun() -> PathBuf {
+    let mpicc = option_env!("MENTEE_MPICC").unwrap_or("");
+    let beside = Path::new(mpicc).parent().map(|folder| folder.join("mpirun"));
+    let beside = beside.filter(|path| path.is_absolute());
+    let on_path = env::var_os("PATH").unwrap_or_default();
+    let all = beside.into_iter().chain(env::split_paths(&on_path).map(|folder| folder.join("mpirun")));
+    all.into_iter().find(|path| path.is_file()).unwrap_or_else(|| {
+        panic!("no mpirun beside {mpicc:?} (MPICC) nor on PATH: run ci/setup, or set MPICC to an MPI compiler wrapper")
     })
-}
-
-/// Says on the terminal, past the test harness, that a test could not run.
-fn skipped() {
-    let _ = writeln!(
-        std::io::stderr(),
-        "skipped: no mpirun beside {:?} (MPICC) nor on PATH; set MPICC to an MPI compiler wrapper",
-        option_env!("MENTEE_MPICC").unwrap_or("")
-    );
 }
 
 /// The example, which `cargo test` builds before it runs the tests.
@@ -109,19 +98,15 @@ fn run(command: &mut Command) -> Outcome {
     }
 }
 
-/// Starts a world of `ranks`; `None` if there is no mpirun, which has then been said.
-fn world(ranks: u32, args: &[&str]) -> Option<Outcome> {
-    let Some(mpirun) = mpirun() else {
-        skipped();
-        return None;
-    };
-    Some(run(Command::new(mpirun).arg("-n").arg(ranks.to_string()).arg(check_program()).args(args)))
+/// Starts a world of `ranks`.
+fn world(ranks: u32, args: &[&str]) -> Outcome {
+    run(Command::new(mpirun()).arg("-n").arg(ranks.to_string()).arg(check_program()).args(args))
 }
 
 /// By messages, and through shared memory.
 fn all_is_well(ranks: u32, command: &str) {
     for args in [&[command][..], &[command, "shm"]] {
-        let Some(outcome) = world(ranks, args) else { return };
+        let outcome = world(ranks, args);
         assert_eq!(outcome.code, Some(0), "{args:?}: {outcome}");
         for rank in 0..ranks {
             assert!(outcome.stdout.contains(&format!("rank {rank} of {ranks}: all well")), "{outcome}");
@@ -160,7 +145,7 @@ fn lanes_do_not_wait_for_one_another() {
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn abort_wakes_all_lanes() {
     for (ranks, how) in [(2, "messages"), (4, "messages"), (4, "shm")] {
-        let Some(outcome) = world(ranks, &["wake", "1", "6", how]) else { return };
+        let outcome = world(ranks, &["wake", "1", "6", how]);
         assert_eq!(outcome.code, Some(6), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
     }
@@ -178,7 +163,7 @@ fn one_process_without_mpirun_is_a_world_of_one() {
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_panic_on_one_rank_ends_all() {
     for (ranks, how) in [(2, "messages"), (3, "messages"), (3, "shm")] {
-        let Some(outcome) = world(ranks, &["panic", "1", how]) else { return };
+        let outcome = world(ranks, &["panic", "1", how]);
         assert_eq!(outcome.code, Some(1), "{outcome}");
         assert!(outcome.stderr.contains("a panic on purpose"), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
@@ -188,7 +173,7 @@ fn a_panic_on_one_rank_ends_all() {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_panic_on_another_thread_ends_all_though_mpi_is_busy() {
-    let Some(outcome) = world(2, &["panic-elsewhere", "1"]) else { return };
+    let outcome = world(2, &["panic-elsewhere", "1"]);
     assert_eq!(outcome.code, Some(1), "{outcome}");
     assert!(outcome.stderr.contains("a panic on purpose"), "{outcome}");
     assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
@@ -198,7 +183,7 @@ fn a_panic_on_another_thread_ends_all_though_mpi_is_busy() {
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_rank_that_leaves_by_an_error_does_not_hang_in_finalize() {
     for how in ["messages", "shm"] {
-        let Some(outcome) = world(2, &["leave", "1", how]) else { return };
+        let outcome = world(2, &["leave", "1", how]);
         assert!(outcome.code.is_some_and(|code| code != 0), "{outcome}");
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
     }
@@ -208,7 +193,7 @@ fn a_rank_that_leaves_by_an_error_does_not_hang_in_finalize() {
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_rank_that_does_not_come_is_named_and_all_end() {
     for ranks in [2, 3] {
-        let Some(outcome) = world(ranks, &["sleep", "1"]) else { return };
+        let outcome = world(ranks, &["sleep", "1"]);
         assert_eq!(outcome.code, Some(1), "{outcome}");
         let (call, message) = (
             format!("error: all-reduce (call 0 on lane gradients) failed on rank 0 of {ranks}: waited "),
@@ -221,7 +206,7 @@ fn a_rank_that_does_not_come_is_named_and_all_end() {
         assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
     }
     // Through shared memory it is known who did not come, and the error is the caller's.
-    let Some(outcome) = world(3, &["sleep", "1", "shm"]) else { return };
+    let outcome = world(3, &["sleep", "1", "shm"]);
     assert!(outcome.code.is_some_and(|code| code != 0), "{outcome}"); // whose code it is depends on who ended first
     assert!(outcome.stderr.contains("(call 0 on lane gradients)"), "{outcome}");
     assert!(outcome.stderr.contains("waited 0.5 s for rank 1;"), "{outcome}");
@@ -231,7 +216,7 @@ fn a_rank_that_does_not_come_is_named_and_all_end() {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn a_rank_that_stops_in_the_middle_of_a_sum_is_named() {
-    let Some(outcome) = world(2, &["stop", "1"]) else { return };
+    let outcome = world(2, &["stop", "1"]);
     assert_eq!(outcome.code, Some(1), "{outcome}");
     for line in [
         "error: all-reduce (call 1) failed on rank 0 of 2: waited ",
@@ -246,7 +231,7 @@ fn a_rank_that_stops_in_the_middle_of_a_sum_is_named() {
 #[test]
 #[cfg_attr(not(feature = "mpi"), ignore = "built without the feature mpi")]
 fn abort_ends_all_with_its_code() {
-    let Some(outcome) = world(2, &["abort", "0", "4"]) else { return };
+    let outcome = world(2, &["abort", "0", "4"]);
     assert_eq!(outcome.code, Some(4), "{outcome}");
     assert!(outcome.elapsed < LIMIT / 4, "{outcome}");
 }
@@ -263,7 +248,7 @@ fn ranks_that_mpi_does_not_know_of_are_refused() {
     let outcome = run(Command::new(check_program()).args(["expect", "0", "1"]));
     assert_eq!(outcome.code, Some(0), "{outcome}");
 
-    let Some(outcome) = world(2, &["expect", "0", "3"]) else { return };
+    let outcome = world(2, &["expect", "0", "3"]);
     assert_eq!(outcome.code, Some(2), "{outcome}");
     // The first rank to end takes the other with it, message or not.
     assert!(outcome.stderr.contains("the environment says rank 0 of 3, but MPI says rank"), "{outcome}");
