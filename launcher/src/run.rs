@@ -46,7 +46,7 @@ pub struct RunArgs {
     /// Where the run lives; a run that is there already is resumed [default: runs/<name of the recipe>]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
-    /// How often a crash is answered with another start from the last checkpoint
+    /// How often crashes are answered with another start from the last checkpoint, in all
     #[arg(long, default_value_t = 3, value_name = "K")]
     pub max_restarts: u32,
     /// Replaces a value of the recipe; may be given several times

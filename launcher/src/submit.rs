@@ -72,7 +72,7 @@ pub struct SubmitArgs {
     /// Where the run lives, on all machines; a run that is there already is resumed [default: runs/<name>]
     #[arg(long, value_name = "DIR")]
     pub run_dir: Option<PathBuf>,
-    /// How often a crash is answered with another start inside the allocation
+    /// How often crashes are answered with another start inside the allocation, in all
     #[arg(long, default_value_t = 3, value_name = "K")]
     pub max_restarts: u32,
     /// Replaces a value of the recipe; may be given several times
