@@ -128,6 +128,12 @@ fn skip_trains_through_and_names_each() {
         &["data.on_error=\"skip\"", "data.max_skipped=0", "run.name=\"strict\""],
     );
     assert!(outcome.expect(DATA).error_line().contains("max_skipped"));
+    // Each rank has met fewer than all.
+    let run_dir = dir.path().join("together");
+    let outcome =
+        run(&recipe, &run_dir, &["data.on_error=\"skip\"", "data.max_skipped=4", "run.name=\"together\""]);
+    assert!(outcome.expect(DATA).error_line().contains("5 damaged samples, data.max_skipped is 4"));
+    assert_eq!(losses(&run_dir).len(), 15);
 }
 
 #[test]

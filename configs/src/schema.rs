@@ -131,7 +131,8 @@ pub(crate) const KEYS: &[Key] = &[
         "a damaged image ends the run; or is replaced (left out of an evaluation), the same on any number of ranks, and named \
          in the log", "ours"),
     key("data.max_skipped", ANY_COUNT, Decides::No, "images",
-        "different damaged images that a rank skips, or an evaluation leaves out of bank or queries, before it fails after all",
+        "different damaged images that training skips from a start on, all ranks together, or an evaluation leaves out of bank or \
+         queries, before it fails after all; ranks tell each other every `parallel.check_every_steps` and before checkpoints",
         "ours"),
     key("data.resident", Kind::Choice(&["auto", "always", "never"]), Decides::No, "",
         "a GPU holds all images, decoded, and makes the views itself, the same to the last bit; `auto`: once training waits for the \

@@ -33,6 +33,7 @@ mod reducer;
 mod resident;
 mod run_dir;
 mod setup;
+mod skipped;
 mod snapshot;
 mod stop;
 mod tensorboard;

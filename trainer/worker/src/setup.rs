@@ -25,6 +25,7 @@ use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
 use crate::place::Place;
+use crate::skipped::SkippedImages;
 use crate::stop::StopFlag;
 use crate::{TrainArgs, affinity, agree, import, logging, run_dir, snapshot};
 
@@ -40,6 +41,7 @@ pub struct Run {
     pub schedule: Schedule,
     pub learner: Learner,
     pub feed: Feed,
+    pub skipped: SkippedImages,
     pub faults: Faults,
     /// None when the recipe does not evaluate, or not all images have labels that mean the same in bank and queries.
     pub evaluator: Option<Evaluator>,
@@ -228,6 +230,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         )?,
         schedule: Schedule::new(&plan),
         feed,
+        skipped: SkippedImages::new(&recipe.data),
         faults,
         metrics: Metrics::open(&run_dir, identity.rank, next_step)?,
         collapse,

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use mentee_cluster::{Phase, Progress, WorkerEvent};
 use mentee_config::exit_code;
-use mentee_data::{Batch, Skipped};
+use mentee_data::Batch;
 use mentee_ssl::StepLoss;
 
 use crate::agree::{self, Agreed};
@@ -91,23 +91,22 @@ fn train(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerError>
 }
 
 /// Names the damaged images that were replaced; the run's first views as a picture.
-fn show_batch(run: &Run, batch: &Batch) -> Result<(), WorkerError> {
-    for Skipped { id, instead, reason, .. } in &batch.skipped {
-        tracing::warn!(step = batch.step, sample = id, instead, reason, "skipped a damaged image");
-    }
+fn show_batch(run: &mut Run, batch: &Batch) -> Result<(), WorkerError> {
+    run.skipped.note(batch);
     if batch.step == 0 && run.identity.rank == 0 {
         views::write_strip(&run.run_dir.join("views.png"), batch, &run.plan.recipe.views)?;
     }
     Ok(())
 }
 
-/// That all ranks hold the same: before a checkpoint, and every so many steps.
+/// That all ranks hold the same, and what they read is good enough: before a checkpoint, and every so many steps.
 fn check_state(run: &mut Run, step: u64, is_last: bool) -> Result<(), WorkerError> {
     let recipe = &run.plan.recipe;
     let by_step = is_multiple(run.next_step, recipe.parallel.check_every_steps);
     if by_step || run.checkpoints.is_due(run.next_step, is_last) {
         agree::on_statistics(&*run.collectives, step, recipe, &mut run.learner.state)?;
         agree::on_weights(&*run.collectives, step, &run.learner.state)?;
+        run.skipped.check(&*run.collectives, step)?;
     }
     Ok(())
 }
