@@ -12,7 +12,7 @@ pub enum ConfigError {
     NotFound {
         /// What was asked for.
         name: String,
-        /// The nearest built-in recipe, or all of them.
+        /// The nearest built-in recipe, or all of them; of a folder, what to give instead.
         hint: String,
     },
     /// The file is there but cannot be read.

@@ -59,7 +59,7 @@ impl RecipeText {
         }
         let name = path.file_stem().map(|stem| stem.to_string_lossy().into_owned()).unwrap_or_default();
         let text = read(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => not_found(name_or_path, &name),
+            io::ErrorKind::NotFound | io::ErrorKind::IsADirectory => not_found(name_or_path, &name),
             _ => ConfigError::Read { path: path.to_owned(), source },
         })?;
         Ok(Self { text, path: path.to_owned(), name })
@@ -197,7 +197,22 @@ fn resolve(text: &str, path: &Path, name: &str, sets: &[String]) -> Result<Recip
 }
 
 fn not_found(asked: &str, stem: &str) -> ConfigError {
-    let hint = match schema::nearest(stem, Recipe::built_in_names()) {
+    let hint = if Path::new(asked).is_dir() { folder(asked) } else { nothing_there(stem) };
+    ConfigError::NotFound { name: asked.to_owned(), hint }
+}
+
+/// What to give in place of a folder.
+fn folder(asked: &str) -> String {
+    let plan = Path::new(asked).join("plan.toml");
+    if plan.is_file() {
+        format!("it is the folder of a run, whose recipe is {}", plan.display())
+    } else {
+        "it is a folder: give the path of a .toml file, or the name of a built-in recipe".to_owned()
+    }
+}
+
+fn nothing_there(stem: &str) -> String {
+    match schema::nearest(stem, Recipe::built_in_names()) {
         Some(near) if near == stem => {
             format!("no such file; the built-in recipe is called `{near}`, without a path")
         }
@@ -206,6 +221,5 @@ fn not_found(asked: &str, stem: &str) -> ConfigError {
             let names: Vec<_> = Recipe::built_in_names().collect();
             format!("no such file, and the built-in ones are {}", names.join(", "))
         }
-    };
-    ConfigError::NotFound { name: asked.to_owned(), hint }
+    }
 }

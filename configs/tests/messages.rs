@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
+use mentee_config::Recipe;
 use mentee_config::recipe::{Device, OnDataError};
-use mentee_config::{ConfigError, Recipe};
 
 /// Smallest recipe that loads.
 const SMALL: &str = "[data]\npath = \"images\"\n[method]\nname = \"byol\"\n";
@@ -436,7 +436,15 @@ fn recipes_that_are_not_there() {
     );
     let folder = tempfile::tempdir().unwrap();
     let name = format!("{}/", folder.path().display());
-    assert!(matches!(Recipe::load(&name, &[]), Err(ConfigError::Read { .. })));
+    assert_eq!(
+        of(&name),
+        format!(
+            "no recipe `{name}`: it is a folder: give the path of a .toml file, or the name of a built-in recipe"
+        )
+    );
+    std::fs::write(folder.path().join("plan.toml"), "").unwrap();
+    let plan = format!("no recipe `{name}`: it is the folder of a run, whose recipe is {name}plan.toml");
+    assert_eq!(of(&name), plan);
     let not_text = folder.path().join("x.toml");
     std::fs::write(&not_text, [0xff, 0xfe]).unwrap();
     assert!(of(not_text.to_str().unwrap()).starts_with("cannot read "));
