@@ -56,13 +56,20 @@ pub fn decimals(step: f64) -> usize {
     (-step.log10().floor()).clamp(0.0, 9.0) as usize
 }
 
-/// As short as a tick wants to be.
+/// As short as a tick wants to be: `0.25`, `21.4k`, `1.2M`, `5.0e22`.
 pub fn number(value: f64, digits: usize) -> String {
     match value.abs() {
-        1e6.. => format!("{:.1}M", value / 1e6),
-        1e4.. => format!("{:.0}k", value / 1e3),
+        1e9.. => format!("{value:.1e}"),
+        1e6.. => format!("{}M", four_digits(value / 1e6)),
+        1e4.. => format!("{}k", four_digits(value / 1e3)),
         _ => format!("{:.digits$}", if value == 0.0 { 0.0 } else { value }),
     }
+}
+
+/// Of a number from 1 to 1000: `1.234`, `21.4`, `500`.
+fn four_digits(value: f64) -> String {
+    let places = (3.0 - value.abs().log10().floor()).clamp(1.0, 3.0) as usize;
+    format!("{value:.places$}").trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 #[cfg(test)]
@@ -76,6 +83,12 @@ mod tests {
         }
         assert_eq!(number(0.25, decimals(0.05)), "0.25");
         assert_eq!(number(20_000.0, 0), "20k");
+        let ticks = [10_000.0, 10_500.0, -11_000.0, 100_500.0, 999_999.0, 1.25e6, 4e7];
+        assert_eq!(
+            ticks.map(|tick| number(tick, 0)),
+            ["10k", "10.5k", "-11k", "100.5k", "1000k", "1.25M", "40M"]
+        );
+        assert_eq!(number(5e22, 0), "5.0e22", "of a run that diverges");
         assert_eq!(number(-0.0, 1), "0.0");
     }
 
