@@ -48,7 +48,7 @@ pub struct LoaderArgs {
     #[arg(long, value_name = "PATH")]
     data: Option<PathBuf>,
     /// What the data set is, when it cannot be told by looking
-    #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
+    #[arg(long, value_parser = format(), default_value = "auto", value_name = "FORMAT")]
     format: DataFormat,
     /// Images in each measurement [default: what takes about a second]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=MOST_IMAGES))]

@@ -23,7 +23,7 @@ pub enum DataCommand {
         #[arg(value_name = "DIR")]
         path: PathBuf,
         /// What it is, when it cannot be told by looking
-        #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
+        #[arg(long, value_parser = format(), default_value = "auto", value_name = "FORMAT")]
         format: DataFormat,
     },
     /// Says what is in a data set: classes, sizes, colours
@@ -32,7 +32,7 @@ pub enum DataCommand {
         #[arg(value_name = "DIR")]
         path: PathBuf,
         /// What it is, when it cannot be told by looking
-        #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
+        #[arg(long, value_parser = format(), default_value = "auto", value_name = "FORMAT")]
         format: DataFormat,
         /// As one JSON array, an object a part
         #[arg(long)]

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use mentee_config::{counted, recipe::DataFormat, say};
 use mentee_data::decode::Reading;
 use mentee_data::shard::{ShardOptions, Store, Written, forget_part, write_part, write_shards_with};
@@ -43,7 +44,7 @@ pub struct ShardArgs {
     #[command(flatten)]
     pub reading: ReadingArgs,
     /// What the source is, when it cannot be told by looking
-    #[arg(long, value_parser = format, default_value = "auto", value_name = "FORMAT")]
+    #[arg(long, value_parser = format(), default_value = "auto", value_name = "FORMAT")]
     pub format: DataFormat,
 }
 
@@ -85,12 +86,14 @@ impl ShardArgs {
 }
 
 /// `auto`, `tar`, `folder`, `cifar` or `idx`.
-pub fn format(text: &str) -> Result<DataFormat, String> {
+pub fn format() -> impl TypedValueParser<Value = DataFormat> {
     use serde::Deserialize;
     use serde::de::IntoDeserializer;
-    use serde::de::value::{Error, StrDeserializer};
-    let words: StrDeserializer<'_, Error> = text.into_deserializer();
-    DataFormat::deserialize(words).map_err(|_| "one of auto, tar, folder, cifar, idx".into())
+    use serde::de::value::{Error, StringDeserializer};
+    PossibleValuesParser::new(["auto", "tar", "folder", "cifar", "idx"]).try_map(|word| {
+        let word: StringDeserializer<Error> = word.into_deserializer();
+        DataFormat::deserialize(word)
+    })
 }
 
 /// `0:4095`, `-1000:400`, `0:0.3`.
@@ -260,7 +263,12 @@ mod tests {
 
     #[test]
     fn formats() {
-        assert_eq!(format("idx"), Ok(DataFormat::Idx));
-        assert!(format("zip").is_err());
+        let parsed =
+            |word: &str| format().parse_ref(&clap::Command::new("x"), None, std::ffi::OsStr::new(word)).ok();
+        assert_eq!(parsed("idx"), Some(DataFormat::Idx));
+        assert_eq!(parsed("zip"), None);
+        for word in format().possible_values().expect("for help and completions") {
+            assert!(parsed(word.get_name()).is_some(), "{word:?}");
+        }
     }
 }
