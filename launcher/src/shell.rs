@@ -129,11 +129,13 @@ pub async fn supervise(
 
     let display = Display::new();
     let name = &job.plan.recipe.run.name;
+    let newest_step = job.dir.newest_step();
     display.say(&format!(
-        "{name}: {} ({}), {}, in {}",
+        "{name}: {} ({}), {}{}, in {}",
         counted(job.workers.into(), "worker"),
         format!("{:?}", job.engine).to_lowercase(),
         counted(job.plan.end_step(), "step"),
+        if newest_step > 0 { format!(", continued from step {newest_step}") } else { String::new() },
         job.dir.path().display()
     ));
     let status = Status::new(name, job.workers);
@@ -166,8 +168,7 @@ pub async fn supervise(
         exported,
     };
     let started = Instant::now();
-    let has_checkpoint = shell.job.dir.newest_step() > 0;
-    let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes, has_checkpoint);
+    let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes, newest_step > 0);
     let mut stopped_by = Vec::new();
     let mut actions = first;
     let mut status_due = tokio::time::interval(STATUS_EVERY);
