@@ -6,7 +6,7 @@ mod coordinator;
 use std::path::PathBuf;
 
 use mentee_config::recipe::DataFormat;
-use mentee_config::{Recipe, show};
+use mentee_config::{Recipe, counted, show};
 use mentee_data::bench::{LoaderBench, LoaderReport};
 use mentee_data::{DataError, Split, bench, open_split};
 
@@ -122,8 +122,8 @@ fn print(report: &LoaderReport, json: bool) {
     );
     for line in &report.threads {
         show!(
-            "{} decode threads: {:.0} images/s, {:.0} per CPU-second",
-            line.threads,
+            "{}: {:.0} images/s, {:.0} per CPU-second",
+            counted(line.threads as u64, "decode thread"),
             line.images_per_s,
             line.images_per_cpu_s
         );

@@ -296,7 +296,7 @@ impl Shell<'_> {
         let mut child = command
             .spawn()
             .map_err(|error| Failure::failed(format!("cannot start {}: {error}", line.program.display())))?;
-        let header = format!("--- start {generation}: {} workers\n", self.job.workers);
+        let header = format!("--- start {generation}: {}\n", counted(self.job.workers.into(), "worker"));
         let _ = self.output.write_all(header.as_bytes());
         self.tail.clear();
         (self.said, self.launch_failure) = (None, None);
@@ -535,8 +535,10 @@ impl Shell<'_> {
             return Ok(());
         };
         (self.job.layout, self.job.workers) = self.job.layout.without(node, self.job.workers);
-        let line =
-            format!("{node} failed twice and is left out: {} workers go on without it", self.job.workers);
+        let line = format!(
+            "{node} failed twice and is left out: the run goes on with {}",
+            counted(self.job.workers.into(), "worker")
+        );
         tracing::warn!("{line}");
         self.display.say(&line);
         // The coordinator's world has another size.

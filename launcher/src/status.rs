@@ -345,7 +345,8 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         show!("{}", printable_json(&format!("{:#}", serde_json::Value::Array(values))));
         return Ok(());
     }
-    show!("{}: {} runs", printable(&folder.display().to_string()), sweep.variants.len());
+    let runs = counted(sweep.variants.len() as u64, "run");
+    show!("{}: {runs}", printable(&folder.display().to_string()));
     let widths: [usize; 6] =
         std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
     for row in rows {

@@ -13,7 +13,7 @@ use mentee_checkpoint::{self as checkpoint, Manifest};
 use mentee_cluster::StepTimes;
 use mentee_cluster::words::clock;
 use mentee_config::replace::write_atomically;
-use mentee_config::show;
+use mentee_config::{counted, show};
 
 use self::chart::{COLOURS, Chart, Mark, MarkKind, Series};
 use crate::curve::Points;
@@ -144,7 +144,8 @@ impl Run {
             mark(line.step, MarkKind::Restart, format!("restart from step {}: {why}", line.step))
         });
         let worlds = self.metrics.world_changes().into_iter().map(|(step, from, to)| {
-            mark(step, MarkKind::World, format!("step {step}: {from} ranks before, {to} from here on"))
+            let ranks = counted(from.into(), "rank");
+            mark(step, MarkKind::World, format!("step {step}: {ranks} before, {to} from here on"))
         });
         checkpoints.chain(restarts).chain(worlds).collect()
     }
@@ -642,8 +643,9 @@ fn events(page: &mut String, run: &Run) {
         (line.step, format!("{start}{}", line.text("reason").unwrap_or("unknown")))
     });
     let worlds = run.metrics.world_changes();
-    let worlds =
-        worlds.iter().map(|(step, from, to)| (*step, format!("{to} ranks from here on, {from} before")));
+    let worlds = worlds.iter().map(|&(step, from, to)| {
+        (step, format!("{} from here on, {from} before", counted(to.into(), "rank")))
+    });
     let mut rows: Vec<(u64, String)> = restarts.chain(worlds).collect();
     if rows.is_empty() {
         return;
