@@ -263,7 +263,7 @@ fn a_snapshot_shows_ranks_and_numbers(bench: &Bench) {
 
 fn logs_are_filtered_and_merged(bench: &Bench) {
     let text = said(&["logs"], &bench.run);
-    let times: Vec<&str> = text.lines().filter_map(|line| line.get(..12)).collect();
+    let times: Vec<&str> = text.lines().filter_map(|line| line.get(..23)).collect();
     assert!(times.is_sorted() && times.len() > 10, "merged by time:\n{text}");
     assert!(!text.contains("where time went"), "times are for those who ask");
     let times = said(&["logs", "--level", "debug", "--target", "mentee_worker::times", "--json"], &bench.run);

@@ -83,7 +83,7 @@ impl Level {
 
 /// `mentee logs`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Of a run that failed, the reason comes first.
+#[command(after_help = "Of a run that failed, the reason comes first. Times are in UTC.
 
 Examples:
   mentee logs runs/try-3 --follow
@@ -197,9 +197,12 @@ impl Entry {
         self.fields.get(key)?.as_f64()
     }
 
-    /// Its time of day, to the millisecond; the date is in the file.
-    fn clock(&self) -> &str {
-        self.time.get(11..23).unwrap_or(&self.time)
+    /// Its day and time of day, to the millisecond: a run takes days, or goes on after some.
+    fn clock(&self) -> String {
+        match (self.time.get(..10), self.time.get(11..23)) {
+            (Some(day), Some(time)) => format!("{day} {time}"),
+            _ => self.time.clone(),
+        }
     }
 
     fn show(&self, colour: bool) -> String {
@@ -211,12 +214,12 @@ impl Entry {
             Some(Level::Trace) => ("TRACE", "35"),
             None => ("     ", "0"),
         };
-        let (clock, who) = (printable(self.clock()), printable(&self.who));
+        let (clock, who) = (printable(&self.clock()), printable(&self.who));
         if !colour {
-            return format!("{clock:<12} {name} {who:<11} {}", printable_lines(&self.text()));
+            return format!("{clock:<23} {name} {who:<11} {}", printable_lines(&self.text()));
         }
         format!(
-            "\x1b[2m{clock:<12}\x1b[0m \x1b[{code}m{name}\x1b[0m {who:<11} {}\x1b[2m{}\x1b[0m",
+            "\x1b[2m{clock:<23}\x1b[0m \x1b[{code}m{name}\x1b[0m {who:<11} {}\x1b[2m{}\x1b[0m",
             printable_lines(&self.message),
             printable_lines(&self.details())
         )
@@ -687,21 +690,24 @@ mod tests {
         let line = r#"{"timestamp":"2026-01-02T03:04:05.678901Z","level":"WARN","fields":{"message":"slow","rank":3,"why":"disk"},"target":"x"}"#;
         let entry = Entry::parse("rank 3", line, "");
         assert_eq!(entry.level, Some(Level::Warn));
-        assert_eq!(entry.show(false), "03:04:05.678  WARN rank 3      slow rank=3 why=disk");
+        assert_eq!(entry.show(false), "2026-01-02 03:04:05.678  WARN rank 3      slow rank=3 why=disk");
         let line = r#"{"timestamp":"2026-01-02T03:04:05.678901Z","level":"INFO","message":"checkpoint","step":8,"target":"x"}"#;
         assert_eq!(
             Entry::parse("rank 0", line, "").show(false),
-            "03:04:05.678  INFO rank 0      checkpoint step=8"
+            "2026-01-02 03:04:05.678  INFO rank 0      checkpoint step=8"
         );
         let noise = Entry::parse("rank 3", "Segmentation fault", &entry.time);
-        assert_eq!(noise.show(false), "03:04:05.678       rank 3      Segmentation fault");
+        assert_eq!(noise.show(false), "2026-01-02 03:04:05.678       rank 3      Segmentation fault");
     }
 
     #[test]
     fn what_a_log_holds_steers_no_terminal() {
         let line = "{\"timestamp\":\"\\u001b[2J\",\"level\":\"WARN\",\"message\":\"a\\u001b[31mb\\n\\tc\",\"why\":\"\u{9b}1m\"}";
         let entry = Entry::parse("x\x1b", line, "");
-        assert_eq!(entry.show(false), "\\x1b[2J       WARN x\\x1b       a\\x1b[31mb\n    \tc why=\\x9b1m");
+        assert_eq!(
+            entry.show(false),
+            "\\x1b[2J                  WARN x\\x1b       a\\x1b[31mb\n    \tc why=\\x9b1m"
+        );
         let coloured = entry.show(true);
         assert!(coloured.contains("a\\x1b[31mb") && coloured.contains("why=\\x9b1m"), "{coloured:?}");
         assert!(!entry.json().chars().any(char::is_control), "{:?}", entry.json());
