@@ -610,8 +610,7 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
         complain!("{}", printable(&line));
     }
     if !args.follow && files(&run, args.rank)?.is_empty() {
-        let whose = args.rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
-        return Err(Failure::failed(format!("no log{whose} in {}", run.logs().display())));
+        return Err(Failure::failed(no_log(&run, args.rank)?));
     }
     let mut out = Results::new();
     let shown = |entry: &Entry| if args.json { entry.json() } else { entry.show(colour) };
@@ -654,6 +653,15 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
         }
         out.flush();
     }
+}
+
+/// Why there is nothing to show, in a line.
+fn no_log(run: &RunDir, rank: Option<u32>) -> Result<String, Failure> {
+    let whose = rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
+    let last = files(run, None)?.iter().filter_map(|file| file.rank).max();
+    let why =
+        last.map_or("no rank has started yet".into(), |last| format!("the last rank with one is {last}"));
+    Ok(format!("no log{whose} in {}: {why}", run.logs().display()))
 }
 
 /// The last lines of one log, for people; empty when there is none.
