@@ -226,6 +226,14 @@ impl Watch {
             }
         }
         snapshot.notes = self.noted.clone();
+        // The supervisor's log says once more why it started the ranks again, and why the run failed.
+        let restarts = snapshot.metrics.restarts().iter().filter_map(|line| line.text("reason"));
+        let failure = snapshot.status.as_ref().and_then(|status| status.error.as_deref());
+        let told: Vec<&str> = restarts.chain(failure).filter(|reason| !reason.is_empty()).collect();
+        snapshot.notes.retain(|note| {
+            let of_supervisor = note.text.strip_prefix("launcher: ");
+            !of_supervisor.is_some_and(|text| told.iter().any(|reason| text.starts_with(reason)))
+        });
         snapshot.notes.extend(milestones(&snapshot.metrics));
         snapshot.notes.sort_by(|a, b| a.time.total_cmp(&b.time));
         Ok(snapshot)
@@ -397,6 +405,25 @@ mod tests {
         status.write(&run);
         let seen = watch.look().expect("a snapshot");
         assert_eq!((seen.ranks[&0].step, seen.ranks[&1].step), (30, 12));
+        // Why it started the ranks again, and why it gave up, is told once.
+        let warnings: String = ["lost; restart 1 of 3", "gone", "something else"]
+            .map(|text| {
+                format!(
+                    "{{\"timestamp\":\"2026-01-02T03:06:00Z\",\"level\":\"WARN\",\"message\":\"{text}\"}}\n"
+                )
+            })
+            .concat();
+        std::fs::write(run.logs().join("launcher.jsonl"), warnings).expect("written");
+        std::fs::write(
+            run.metrics(),
+            "{\"kind\":\"restart\",\"step\":9,\"time\":1767323160,\"reason\":\"lost\"}\n",
+        )
+        .expect("written");
+        status.error = Some("gone".into());
+        status.write(&run);
+        let seen = watch.look().expect("a snapshot");
+        let texts: Vec<&str> = seen.notes.iter().map(|note| note.text.as_str()).collect();
+        assert_eq!(texts[2..], ["launcher: something else", "restart from step 9: lost"]);
         let by_rank = times_by_rank(&run).expect("times");
         assert_eq!(by_rank[&0].comm_ms, 20.0, "ten steps of 10 ms and ten of 30 ms");
     }
