@@ -689,6 +689,19 @@ pub fn unix_seconds(time: &str) -> Option<f64> {
     Some((days * 86_400 + of_day) as f64 + seconds)
 }
 
+/// Year, month and day of a time in seconds since 1970: UTC.
+pub fn date(seconds: f64) -> (i64, i64, i64) {
+    // Of years that begin in March, in eras of 400 years; the way back from [`unix_seconds`].
+    let days = (seconds / 86_400.0).floor() as i64 + 719_468;
+    let (era, of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (of_era - of_era / 1_460 + of_era / 36_524 - of_era / 146_096) / 365;
+    let of_year = of_era - (365 * year + year / 4 - year / 100);
+    let month = (5 * of_year + 2) / 153;
+    let day = of_year - (153 * month + 2) / 5 + 1;
+    let (year, month) = if month < 10 { (year, month + 3) } else { (year + 1, month - 9) };
+    (400 * era + year, month, day)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -745,6 +758,8 @@ mod tests {
         ];
         for (text, seconds) in table {
             assert_eq!(unix_seconds(text), Some(seconds), "{text}");
+            let (year, month, day) = date(seconds);
+            assert_eq!(format!("{year:04}-{month:02}-{day:02}"), text[..10]);
         }
         assert_eq!(unix_seconds("yesterday"), None);
     }

@@ -23,7 +23,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::curve::{self, Points};
 use crate::failure::Failure;
-use crate::logs::Level;
+use crate::logs::{self, Level};
 use crate::metrics::{Metrics, Step};
 use crate::printable::printable;
 use crate::rundir::RunDir;
@@ -36,6 +36,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const STILL: f64 = 30.0;
 /// Characters of the name of other data that an evaluation was made on.
 const MOST_OF_DATA: usize = 24;
+/// Lines for why a run failed.
+const MOST_OF_FAILURE: usize = 6;
 /// Width of a snapshot that goes to no terminal.
 const PLAIN_WIDTH: u16 = 80;
 
@@ -129,9 +131,10 @@ fn show(
 
 /// The snapshot as lines of text, as high as it needs to be.
 fn plain(snapshot: &Snapshot, width: u16) -> String {
-    let notes = snapshot.notes.len().clamp(1, 8) as u16;
+    let width = width.clamp(40, 400);
+    let notes = snapshot.notes.len().clamp(1, 8) as u16 + failure(snapshot, width).len() as u16;
     let height = HEAD + 9 + (2 + snapshot.ranks.len().clamp(1, 2000) as u16) + (1 + notes);
-    let area = Rect::new(0, 0, width.clamp(40, 400), height);
+    let area = Rect::new(0, 0, width, height);
     let mut buffer = Buffer::empty(area);
     sections(snapshot, View::default(), area, notes, &mut buffer);
     let mut text = String::new();
@@ -155,8 +158,8 @@ pub fn draw(snapshot: &Snapshot, view: View, area: Rect, buffer: &mut Buffer) {
         30..45 => 6,
         _ => 10,
     };
-    let failed = snapshot.status.as_ref().is_some_and(|status| status.error.is_some());
-    let notes = notes.min(snapshot.notes.len().max(1) as u16 + u16::from(failed));
+    let failure = failure(snapshot, main.width).len() as u16;
+    let notes = (notes + failure.saturating_sub(1)).min(snapshot.notes.len().max(1) as u16 + failure);
     sections(snapshot, view, main, notes, buffer);
     Line::from(" q quit   tab other curves   ↑ ↓ ranks".dim()).render(keys, buffer);
 }
@@ -279,7 +282,7 @@ fn numbers(snapshot: &Snapshot, width: u16) -> Line<'static> {
     let mut spans: Vec<Span<'static>> = vec![" ".into()];
     let mut add = |name: &str, key: &str, digits: usize, unit: &str| {
         if let Some(value) = last.number(key) {
-            let text = if value != 0.0 && value.abs() < 0.001 {
+            let text = if value != 0.0 && !(0.001..1e7).contains(&value.abs()) {
                 format!("{value:.2e}")
             } else {
                 format!("{value:.digits$}")
@@ -435,7 +438,9 @@ fn draw_ranks(snapshot: &Snapshot, first: usize, area: Rect, buffer: &mut Buffer
         }
         more.push(" ".into());
     }
-    let rows = usize::from(area.height - 2);
+    // The names of the columns go before the last rank does.
+    let named = area.height > 2;
+    let rows = usize::from(area.height - 1) - usize::from(named);
     let count = snapshot.ranks.len();
     let first = first.min(count.saturating_sub(rows));
     let title = if count > rows {
@@ -453,7 +458,9 @@ fn draw_ranks(snapshot: &Snapshot, first: usize, area: Rect, buffer: &mut Buffer
         " {:>4} {:<10} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7} {:>6} {:>6}  {}",
         "rank", "phase", "step", "ms/step", "data", "forward", "backw.", "comm.", "update", "MiB", "host"
     );
-    text.push(Line::from(header.dim()));
+    if named {
+        text.push(Line::from(header.dim()));
+    }
     for (rank, row) in snapshot.ranks.iter().skip(first).take(rows) {
         let style =
             if slow.iter().any(|slow| slow.rank == *rank) { Style::new().yellow() } else { Style::new() };
@@ -494,17 +501,16 @@ fn draw_events(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     if area.height < 2 {
         return;
     }
-    let mut text = vec![heading("events", Vec::new(), area.width)];
+    let mut text = vec![heading("events, UTC", Vec::new(), area.width)];
     let room = usize::from(area.height - 1);
-    let mut shown: Vec<Line<'_>> = Vec::new();
     // How it ended is the most important.
-    if let Some(error) = snapshot.status.as_ref().and_then(|status| status.error.as_ref()) {
-        shown.push(Line::from(format!(" failed: {}", printable(error)).red()));
-    }
+    let mut shown: Vec<Line<'_>> =
+        failure(snapshot, area.width).into_iter().map(|line| Line::from(line.red())).collect();
+    shown.truncate(room);
     let newest = snapshot.notes.iter().rev().take(room.saturating_sub(shown.len()));
     let events: Vec<Line<'_>> = newest
         .map(|note| {
-            let line = format!(" {} {}", time_of_day(note.time), printable(&note.text));
+            let line = format!(" {} {}", when(note.time, snapshot.now), printable(&note.text));
             match note.level {
                 Level::Error => Line::from(line.red()),
                 Level::Warn => Line::from(line.yellow()),
@@ -520,10 +526,34 @@ fn draw_events(snapshot: &Snapshot, area: Rect, buffer: &mut Buffer) {
     lines(text, area, buffer);
 }
 
-/// UTC, as in the logs.
-fn time_of_day(seconds: f64) -> String {
-    let seconds = seconds as u64;
-    format!("{:02}:{:02}:{:02}", seconds / 3600 % 24, seconds / 60 % 60, seconds % 60)
+/// Why it failed, and what to do, cut into lines; none of a run that did not.
+fn failure(snapshot: &Snapshot, width: u16) -> Vec<String> {
+    let Some(error) = snapshot.status.as_ref().and_then(|status| status.error.as_ref()) else {
+        return Vec::new();
+    };
+    let mut lines = vec![" failed:".to_owned()];
+    for word in printable(error).split(' ') {
+        let last = lines.last_mut().expect("one to begin with");
+        if last.chars().count() + 1 + word.chars().count() <= usize::from(width) {
+            last.push(' ');
+            last.push_str(word);
+        } else {
+            lines.push(format!("   {word}"));
+        }
+    }
+    lines.truncate(MOST_OF_FAILURE);
+    lines
+}
+
+/// The time of day, as in the logs; the day too, unless it is that of `now`. Seconds since 1970, UTC.
+fn when(time: f64, now: f64) -> String {
+    let seconds = time.max(0.0) as u64;
+    let of_day = format!("{:02}:{:02}:{:02}", seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    if (time / 86_400.0).floor() == (now / 86_400.0).floor() {
+        return of_day;
+    }
+    let (_, month, day) = logs::date(time);
+    format!("{month:02}-{day:02} {of_day}")
 }
 
 #[cfg(test)]
@@ -676,6 +706,48 @@ mod tests {
         assert!(text.contains("failed: rank 1 on node1 at step 9"), "{text}");
         assert!(text.contains("(backward)") && !text.contains("to go") && !text.contains('\u{1b}'), "{text}");
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn what_to_do_about_a_failure_is_not_cut_off() {
+        let mut failed = snapshot();
+        let why = "after step 1: the loss on rank 0 is not finite, no rank was updated; lower optimizer.base_lr, or \
+                   lengthen schedule.warmup_epochs";
+        if let Some(status) = &mut failed.status {
+            (status.state, status.error) = (State::Failed, Some(why.into()));
+        }
+        for text in [plain(&failed, 80), screen(&failed, View::default(), 80, 24)] {
+            let words: Vec<&str> = text.split(['"', ' ', '\n']).filter(|word| !word.is_empty()).collect();
+            assert!(words.join(" ").contains(why), "{text}");
+        }
+        assert!(failure(&failed, 20).iter().all(|line| line.chars().count() <= 27), "a long word has a line");
+        assert_eq!(failure(&snapshot(), 80), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_low_screen_shows_a_rank_rather_than_names_of_columns() {
+        let text = screen(&snapshot(), View::default(), 80, 12);
+        assert!(text.contains("ranks 0 to 0 of 4") && text.contains("    0 backward"), "{text}");
+    }
+
+    #[test]
+    fn numbers_of_a_run_that_diverges_leave_room_for_others() {
+        let mut diverges = snapshot();
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics.jsonl");
+        let line =
+            "{\"kind\":\"train\",\"step\":1,\"loss\":3.9,\"lr\":6.25e28,\"tau\":0.99,\"grad_norm\":5e22}\n";
+        std::fs::write(&path, line).expect("written");
+        diverges.metrics = Metrics::read(&path).expect("read");
+        let text = plain(&diverges, 80);
+        assert!(text.contains("lr 6.25e28  tau 0.9900") && text.contains("grad 5.00e22"), "{text}");
+    }
+
+    #[test]
+    fn an_event_of_another_day_has_its_date() {
+        let day = 86_400.0;
+        assert_eq!(when(20_785.0 * day + 3723.0, 20_786.0 * day - 1.0), "01:02:03");
+        assert_eq!(when(20_785.0 * day + 3723.0, 20_786.0 * day), "11-28 01:02:03");
     }
 
     #[test]
