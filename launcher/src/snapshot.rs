@@ -9,7 +9,7 @@ use crate::failure::Failure;
 use crate::logs::{self, Entry, Level, Reader};
 use crate::metrics::Metrics;
 use crate::rundir::{RunDir, unix_time};
-use crate::status::{State, Status};
+use crate::status::Status;
 
 /// The target of the lines in the ranks' logs that say where time went (`trainer/worker/src/times.rs`).
 const TIMES: &str = "mentee_worker::times";
@@ -79,9 +79,7 @@ pub struct Snapshot {
 impl Snapshot {
     /// Whether the run is going on.
     pub fn is_alive(&self) -> bool {
-        self.status.as_ref().is_some_and(|status| {
-            matches!(status.state, State::Starting | State::Running | State::Stopping | State::Restarting)
-        })
+        self.status.as_ref().is_some_and(|status| status.state.is_alive())
     }
 
     /// Steps completed.

@@ -18,6 +18,11 @@ use crate::rundir::{RunDir, unix_time};
 use crate::slurm::{self, Jobs, Known, Record};
 use crate::submit::Sweep;
 
+/// A supervisor writes every second; what is older than so many seconds is no news.
+const FRESH_S: f64 = 10.0;
+/// A network file system may show another machine what was there a minute ago; after so many seconds it is silence.
+const SILENT_S: f64 = 90.0;
+
 /// What a run is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -41,6 +46,11 @@ pub enum State {
 }
 
 impl State {
+    /// Whether a supervisor is at work on it.
+    pub fn is_alive(self) -> bool {
+        matches!(self, State::Starting | State::Running | State::Stopping | State::Restarting)
+    }
+
     /// One word, as in JSON.
     pub fn word(self) -> &'static str {
         match self {
@@ -178,14 +188,24 @@ impl Status {
     /// Reads it, and corrects the state when the supervisor is gone without a word.
     pub fn read(run: &RunDir) -> Option<Status> {
         let mut status: Status = serde_json::from_slice(&std::fs::read(run.status()).ok()?).ok()?;
-        let alive =
-            matches!(status.state, State::Starting | State::Running | State::Stopping | State::Restarting);
         // The lock is not always visible from another machine; a fresh status is.
         let here = status.host == mentee_cluster::server::hostname();
-        if alive && !run.is_locked() && (here || unix_time() - status.updated > 10.0) {
+        if status.state.is_alive() && !run.is_locked() && (here || unix_time() - status.updated > FRESH_S) {
             status.state = State::Interrupted;
         }
         Some(status)
+    }
+
+    /// In words, how long a supervisor that should be at work has been silent; `now` in seconds since 1970.
+    fn silence(&self, now: f64) -> Option<String> {
+        let silent = Some(now - self.updated).filter(|&s| self.state.is_alive() && s > SILENT_S)?;
+        let silent = Duration::try_from_secs_f64(silent).ok()?;
+        Some(format!(
+            "nothing new for {}: its supervisor (process {} on {}) is stopped, or its disk does not answer",
+            clock(silent),
+            self.pid,
+            printable(&self.host)
+        ))
     }
 }
 
@@ -256,6 +276,9 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
             show!("  {}: {}", printable(&status.name), status.state);
             if let Some(error) = &status.error {
                 show!("  error: {}", printable(error));
+            }
+            if let Some(silence) = status.silence(unix_time()) {
+                show!("  {silence}");
             }
         }
     }
@@ -358,4 +381,23 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
         show!("  Slurm could not be asked ({})", printable(why));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_supervisor_that_is_silent_is_told_unless_it_has_ended() {
+        let mut status = Status::new("x", 1);
+        (status.updated, status.pid, status.host) = (1000.0, 7, "here".into());
+        assert_eq!(status.silence(1080.0), None);
+        let silence = status.silence(1200.0).expect("long");
+        assert!(
+            silence.starts_with("nothing new for 3:20: its supervisor (process 7 on here) is"),
+            "{silence}"
+        );
+        status.state = State::Done;
+        assert_eq!(status.silence(1200.0), None);
+    }
 }
