@@ -8,7 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, IsTerminal, Read, Seek, SeekFrom};
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
@@ -24,7 +24,7 @@ use tracing_subscriber::prelude::*;
 use crate::failure::Failure;
 use crate::limits;
 use crate::metrics::Metrics;
-use crate::printable::{printable, printable_json, printable_lines};
+use crate::printable::{on_a_terminal, printable, printable_json, printable_lines};
 use crate::rundir::RunDir;
 use crate::slurm::{self, Record};
 use crate::status::{State, Status};
@@ -602,7 +602,7 @@ pub fn causes(run: &RunDir, status: Option<&Status>, metrics: &Metrics) -> Resul
 /// When there is no run, or no such rank.
 pub fn command(args: &LogsArgs) -> Result<(), Failure> {
     let run = RunDir::existing(&args.run)?;
-    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    let colour = on_a_terminal() && std::env::var_os("NO_COLOR").is_none();
     if let Some(record) = Record::read(&run) {
         // Not among the lines, which others may read on.
         let known = slurm::describe(&slurm::query(&record.job));
@@ -850,6 +850,21 @@ mod tests {
         assert_eq!(
             (entry.number("generation"), entry.text().as_str()),
             (Some(1.0), "started /bin/w generation=1")
+        );
+    }
+
+    #[test]
+    fn a_rank_without_a_log_is_told_who_has_one() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let run = RunDir::at(folder.path()).expect("a path");
+        let none = no_log(&run, None).expect("looked");
+        assert!(none.starts_with("no log in ") && none.ends_with("/logs: no rank has started yet"), "{none}");
+        fs::create_dir(run.logs()).expect("made");
+        fs::write(run.rank_log(3), "").expect("written");
+        let none = no_log(&run, Some(5)).expect("looked");
+        assert!(
+            none.starts_with("no log of rank 5 in ") && none.ends_with("the last rank with one is 3"),
+            "{none}"
         );
     }
 

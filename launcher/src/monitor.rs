@@ -25,7 +25,7 @@ use crate::curve::{self, Points};
 use crate::failure::Failure;
 use crate::logs::{self, Level};
 use crate::metrics::{Metrics, Step};
-use crate::printable::printable;
+use crate::printable::{on_a_terminal, printable};
 use crate::rundir::RunDir;
 use crate::snapshot::{RankRow, Snapshot, Watch};
 use crate::status::State;
@@ -61,7 +61,7 @@ pub struct MonitorArgs {
 /// When there is no run, or the terminal cannot be used.
 pub fn command(args: &MonitorArgs) -> Result<(), Failure> {
     let mut watch = Watch::new(RunDir::existing(&args.run)?);
-    if args.once || !std::io::stdout().is_terminal() {
+    if args.once || !on_a_terminal() {
         let width = ratatui::crossterm::terminal::size().ok().filter(|_| std::io::stdout().is_terminal());
         show!("{}", plain(watch.look()?, width.map_or(PLAIN_WIDTH, |(width, _)| width)).trim_end());
         return Ok(());

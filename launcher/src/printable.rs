@@ -1,4 +1,17 @@
-//! Text of a run directory's files on a terminal, which it is not to steer.
+//! Text of a run directory's files on a terminal, which it is not to steer; and whether ours may.
+
+use std::ffi::OsStr;
+use std::io::IsTerminal;
+
+/// Whether standard output is a terminal that understands colours and the like.
+pub fn on_a_terminal() -> bool {
+    std::io::stdout().is_terminal() && understands(std::env::var_os("TERM").as_deref())
+}
+
+/// Of the value of `TERM`: a shell in Emacs is a terminal, and prints what is to steer it.
+fn understands(term: Option<&OsStr>) -> bool {
+    term.is_some_and(|term| !term.is_empty() && term != "dumb")
+}
 
 /// What stands in a run directory's files, in one line for a terminal: what would steer it is escaped.
 pub fn printable(text: &str) -> String {
@@ -43,6 +56,13 @@ pub fn printable_json(json: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_dumb_terminal_is_not_steered() {
+        let answers = [None, Some(""), Some("dumb"), Some("xterm-256color"), Some("linux")]
+            .map(|term| understands(term.map(OsStr::new)));
+        assert_eq!(answers, [false, false, false, true, true]);
+    }
 
     #[test]
     fn what_steers_a_terminal_is_escaped() {
