@@ -75,10 +75,24 @@ pub fn command(args: &MonitorArgs) -> Result<(), Failure> {
             .map_err(cannot)?;
         signal_hook::flag::register(signal, ended.clone()).map_err(cannot)?;
     }
+    end_with_the_terminal();
     let mut terminal = ratatui::try_init().map_err(cannot)?;
     let result = show(&mut terminal, &mut watch, &ended);
     ratatui::restore();
     result
+}
+
+/// Ends this process when its terminal is gone: a window closed, a connection lost. The library that reads its keys would read
+/// on and on, at the cost of a core, and look at no flag meanwhile (crossterm 0.29); there is nothing to give back.
+fn end_with_the_terminal() {
+    let wait = || {
+        let mut terminal = libc::pollfd { fd: libc::STDOUT_FILENO, events: 0, revents: 0 };
+        // SAFETY: one entry, which outlives the call. No events are asked for, so that it returns for a hang-up, or a signal.
+        while unsafe { libc::poll(&raw mut terminal, 1, -1) } <= 0 {}
+        std::process::exit(exit_code::FAILED);
+    };
+    // Where no thread is to be had, it is ended by hand.
+    drop(std::thread::Builder::new().spawn(wait));
 }
 
 /// What the user has chosen to see.
