@@ -214,12 +214,14 @@ impl Entry {
             Some(Level::Trace) => ("TRACE", "35"),
             None => ("     ", "0"),
         };
-        let (clock, who) = (printable(&self.clock()), printable(&self.who));
+        let clock = printable(&self.clock());
+        // Of one log alone, nobody need be named.
+        let who = if self.who.is_empty() { String::new() } else { format!("{:<11} ", printable(&self.who)) };
         if !colour {
-            return format!("{clock:<23} {name} {who:<11} {}", printable_lines(&self.text()));
+            return format!("{clock:<23} {name} {who}{}", printable_lines(&self.text()));
         }
         format!(
-            "\x1b[2m{clock:<23}\x1b[0m \x1b[{code}m{name}\x1b[0m {who:<11} {}\x1b[2m{}\x1b[0m",
+            "\x1b[2m{clock:<23}\x1b[0m \x1b[{code}m{name}\x1b[0m {who}{}\x1b[2m{}\x1b[0m",
             printable_lines(&self.message),
             printable_lines(&self.details())
         )
@@ -717,6 +719,7 @@ mod tests {
             Entry::parse("rank 0", line, "").show(false),
             "2026-01-02 03:04:05.678  INFO rank 0      checkpoint step=8"
         );
+        assert_eq!(Entry::parse("", line, "").show(false), "2026-01-02 03:04:05.678  INFO checkpoint step=8");
         let noise = Entry::parse("rank 3", "Segmentation fault", &entry.time);
         assert_eq!(noise.show(false), "2026-01-02 03:04:05.678       rank 3      Segmentation fault");
     }
