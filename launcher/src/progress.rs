@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::IsTerminal;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileTypeExt;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -20,19 +21,20 @@ pub struct Display {
 }
 
 impl Display {
-    /// A bar on stderr when that is a terminal that can show one; lines on stdout when that is a file, or there is no bar.
+    /// A bar on stderr when that is a terminal that can show one; lines on stdout when that is a file, or there is no bar. There
+    /// is none where stdout is a pipe, which may end on the same terminal (`mentee run … | tee log`).
     pub fn new() -> Display {
         let bar = ProgressBar::new(0);
         let style = ProgressStyle::with_template("{wide_bar:.cyan/blue} {pos}/{len}  {msg}")
             .expect("the template is constant and valid");
         bar.set_style(style);
+        let stdout = std::io::stdout().as_fd().try_clone_to_owned();
+        let stdout = stdout.and_then(|stdout| Ok(File::from(stdout).metadata()?.file_type())).ok();
+        let (is_file, is_pipe) =
+            stdout.map_or((false, false), |it| (it.is_file(), it.is_fifo() || it.is_socket()));
         // TERM=dumb is a terminal too.
-        let bar = Some(bar).filter(|bar| !bar.is_hidden());
-        let is_file = || {
-            let stdout = std::io::stdout().as_fd().try_clone_to_owned();
-            stdout.is_ok_and(|stdout| File::from(stdout).metadata().is_ok_and(|about| about.is_file()))
-        };
-        let lines = bar.is_none() || is_file();
+        let bar = Some(bar).filter(|bar| !bar.is_hidden() && !is_pipe);
+        let lines = bar.is_none() || is_file;
         Display { bar, lines, words: Lines::new(Instant::now()) }
     }
 

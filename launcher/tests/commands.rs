@@ -1,14 +1,12 @@
 //! The commands that need no worker, and the demo with a fake one.
 
-use std::ffi::CStr;
 use std::fs;
 use std::io::Read;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{put, script};
+use common::{put, script, terminal};
 use mentee_checkpoint::{Dtype, Meta, Tensor};
 use mentee_config::Recipe;
 use mentee_config::recipe::DataFormat;
@@ -716,34 +714,12 @@ fn a_run_directory_steers_no_terminal() {
     }
 }
 
-/// A new terminal: our end of it, and the path of the other. No program that another test starts meanwhile gets ours.
-fn terminal() -> (fs::File, PathBuf) {
-    // SAFETY: no memory is involved.
-    let ours = unsafe { libc::posix_openpt(libc::O_RDWR | libc::O_NOCTTY | libc::O_CLOEXEC) };
-    assert!(ours >= 0, "a terminal");
-    // SAFETY: it was just opened, and nobody else has it.
-    let ours = unsafe { fs::File::from_raw_fd(ours) };
-    let mut name = [0; 64];
-    let size = libc::winsize { ws_row: 24, ws_col: 80, ws_xpixel: 0, ws_ypixel: 0 };
-    // SAFETY: the descriptor is open, `size` is what that request reads, and `name` is as long as is said.
-    let made = unsafe {
-        libc::ioctl(ours.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) == 0
-            && libc::grantpt(ours.as_raw_fd()) == 0
-            && libc::unlockpt(ours.as_raw_fd()) == 0
-            && libc::ptsname_r(ours.as_raw_fd(), name.as_mut_ptr(), name.len()) == 0
-    };
-    assert!(made, "a terminal");
-    // SAFETY: ptsname_r has ended it with a zero.
-    let name = unsafe { CStr::from_ptr(name.as_ptr()) };
-    (ours, PathBuf::from(name.to_str().expect("a path")))
-}
-
 #[test]
 fn a_monitor_ends_with_its_terminal() {
     let folder = tempfile::tempdir().expect("a folder");
     fs::write(folder.path().join("metrics.jsonl"), "").expect("written");
     let (mut ours, theirs) = terminal();
-    let open = || fs::OpenOptions::new().read(true).write(true).open(&theirs).expect("opened");
+    let open = || theirs.try_clone().expect("a descriptor");
     let mut child = Command::new(env!("CARGO_BIN_EXE_mentee"))
         .args(["monitor", text(folder.path())])
         .env("TERM", "xterm")
@@ -758,7 +734,7 @@ fn a_monitor_ends_with_its_terminal() {
         let count = ours.read(&mut some).expect("it draws");
         seen.extend_from_slice(&some[..count]);
     }
-    drop(ours);
+    drop((ours, theirs));
     let since = Instant::now();
     while child.try_wait().expect("asked").is_none() {
         if since.elapsed() > Duration::from_secs(60) {

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use common::{put, script};
+use common::{put, script, terminal};
 use mentee_data::synthetic::{SyntheticConfig, write_synthetic};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -175,6 +175,19 @@ fn a_run_that_goes_well() {
         }
         assert!(place.run_dir().join("plan.toml").is_file());
         assert!(place.processes().is_empty());
+    }
+}
+
+/// `mentee run … | tee log` in a terminal.
+#[test]
+fn a_pipe_gets_the_lines_also_where_a_bar_could_be_drawn() {
+    let place = Place::new();
+    let (_ours, theirs) = terminal();
+    let output = place.command("kill=0@7", 1, &[]).env("TERM", "xterm").stderr(theirs).output();
+    let ended = Ended::of(output.expect("mentee starts"));
+    assert_eq!(ended.code, Some(0), "{ended:?}");
+    for part in ["demo: 1 worker (direct), ", "restart 1 of 3", "done: 20 steps"] {
+        assert!(ended.stdout.contains(part), "no {part} in {ended:?}");
     }
 }
 
