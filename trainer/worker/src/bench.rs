@@ -9,7 +9,7 @@ use mentee_cluster::Phase;
 use mentee_collectives::{Collectives, bench};
 use mentee_commands::BenchCommand;
 use mentee_commands::bench::{AllreduceArgs, CheckpointArgs, Gain, StepArgs};
-use mentee_config::{Plan, Recipe, exit_code, show};
+use mentee_config::{Plan, Recipe, counted, exit_code, show};
 use mentee_ssl::state::VIEWS;
 use mentee_ssl::{Schedule, SslError, StepLoss};
 use mentee_torch_ext::cuda;
@@ -242,6 +242,11 @@ impl Rig {
     }
 }
 
+/// "2 ranks of 1 thread"
+fn size(ranks: u32, threads: i32) -> String {
+    format!("{} of {}", counted(ranks.into(), "rank"), counted(threads.max(0) as u64, "thread"))
+}
+
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
@@ -304,14 +309,12 @@ fn checkpoint(args: &CheckpointArgs, place: &Place) -> Result<(), WorkerError> {
         let CheckpointReport { state_mb, step_ms, longest_stall_ms, slowed_ms, write_ms, .. } = &report;
         show!(
             "{:.2} % of the time · longest stall {longest_stall_ms:.0} ms · steps of {step_ms:.0} ms slower by {slowed_ms:.0} ms \
-             in all · {state_mb:.0} MB written in {:.1} s beside training · {} checkpoints, one every {} steps · {} ranks of \
-             {} threads",
+             in all · {state_mb:.0} MB written in {:.1} s beside training · {} checkpoints, one every {} steps · {}",
             report.cost_percent,
             median(write_ms.clone()) / 1e3,
             report.n,
             report.every,
-            report.world_size,
-            report.threads,
+            size(report.world_size, report.threads),
         );
     }
     Ok(())
@@ -450,12 +453,11 @@ fn step(args: &StepArgs, place: &Place) -> Result<(), WorkerError> {
         let Breakdown { forward, backward, reduce, update } = report.breakdown_ms;
         show!(
             "{:.1} images/s · step {step_ms:.1} ms (forward {forward:.1}, backward {backward:.1}, reduce \
-             {reduce:.1} of {:.1}, update {update:.1}) · peak {:.0} MiB · {} ranks of {} threads · n = {}",
+             {reduce:.1} of {:.1}, update {update:.1}) · peak {:.0} MiB · {} · n = {}",
             report.images_per_s,
             report.communication_ms,
             report.peak_rss_mb,
-            report.world_size,
-            report.threads,
+            size(report.world_size, report.threads),
             report.n
         );
         if let Some(Kernels { busy_ms, span_ms, idle_percent, each }) = &report.kernels {

@@ -79,7 +79,8 @@ fn choose(
             Ok(Device::Cpu)
         }
         (Err(reason), recipe::Device::Cuda) => {
-            Err(WorkerError::Usage(format!("parallel.device = \"cuda\": {reason}")))
+            let remedy = r#"run it where there is one, or set parallel.device = "auto" or "cpu""#;
+            Err(WorkerError::Usage(format!("parallel.device = \"cuda\": {reason}: {remedy}")))
         }
         (Err(reason @ NoCuda::NoLibrary { .. }), _) => {
             tracing::warn!("computing on the processor, though there is an NVIDIA driver: {reason}");

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use mentee_cluster::words::{self, Lines};
 use mentee_cluster::{
     Agreement, CoordinatorAddress, CoordinatorHandle, Hello, LastWords, Link, Phase, Progress, Shares,
-    StepTimes, WorkerEvent, coordinator::STALL, server,
+    StepTimes, StopReason, WorkerEvent, coordinator::STALL, server,
 };
 use mentee_collectives::mpi;
 use mentee_config::{exit_code, say};
@@ -199,8 +199,8 @@ impl Reporter {
     }
 
     /// Why, for the log.
-    pub fn stop_reason(&self) -> Option<String> {
-        self.link.as_ref().and_then(Link::stop_reason).map(|reason| reason.to_string())
+    pub fn stop_reason(&self) -> Option<StopReason> {
+        self.link.as_ref().and_then(Link::stop_reason)
     }
 
     /// Tells what ends this rank, unless another rank says it; once.

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use mentee_cluster::{Phase, Progress, WorkerEvent};
+use mentee_cluster::{Phase, Progress, StopReason, WorkerEvent};
 use mentee_config::exit_code;
 use mentee_data::Batch;
 use mentee_ssl::StepLoss;
@@ -117,8 +117,13 @@ fn wants_stop(run: &Run, reporter: &Reporter) -> bool {
 }
 
 fn preempted(run: &Run, reporter: &Reporter, how: &str) -> Outcome {
-    let reason = reporter.stop_reason().unwrap_or_else(|| "another rank or a signal".into());
-    tracing::warn!(step = run.next_step, reason, "{how}");
+    let step = run.next_step;
+    match reporter.stop_reason() {
+        // Who asked for it need not be warned.
+        Some(reason @ StopReason::Requested(_)) => tracing::info!(step, %reason, "{how}"),
+        Some(reason) => tracing::warn!(step, %reason, "{how}"),
+        None => tracing::warn!(step, reason = "another rank or a signal", "{how}"),
+    }
     Outcome::Preempted
 }
 
