@@ -2,10 +2,9 @@
 //! to go on.
 
 use std::collections::BTreeMap;
-use std::time::Duration;
 
 use mentee_collectives::{Buffer, Collectives};
-use mentee_config::{Recipe, complain};
+use mentee_config::Recipe;
 use mentee_ssl::loss::l2_normalise;
 use mentee_ssl::{State, StepLoss};
 use tch::{Device, Kind, Tensor};
@@ -158,26 +157,6 @@ pub fn any(collectives: &dyn Collectives, step: u64, own: bool) -> Result<bool, 
         .all_gather(&[u8::from(own)])
         .map_err(|source| WorkerError::Collective { step, source })?;
     Ok(all.iter().any(|said| said.contains(&1)))
-}
-
-/// How long a rank that fails because of another stays before it ends all.
-const CAUSE_FIRST: Duration = Duration::from_millis(300);
-
-/// The end of a rank that failed. When all ranks know, they part in order; when only this one does, it says why and
-/// ends the others, which would wait for it.
-pub fn leave(collectives: &dyn Collectives, error: WorkerError) -> WorkerError {
-    if collectives.world_size() > 1 && !matches!(error, WorkerError::Known { .. }) {
-        complain!("error: rank {}: {error}", collectives.rank());
-        if error.peers().is_some() {
-            // Another rank is the cause: time for its own word, or for the end of its connection, to be heard before
-            // the end of everyone.
-            std::thread::sleep(CAUSE_FIRST);
-        }
-        collectives.abort(error.exit_code());
-    }
-    // The exit code tells how the run went; a network that cannot be shut down does not change that.
-    let _ = collectives.finish();
-    error
 }
 
 /// What the ranks agreed on after one backward pass.
@@ -339,6 +318,8 @@ fn odd_ones(values: &[&[u8]]) -> Option<Vec<usize>> {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use mentee_collectives::threads;
     use mentee_config::exit_code;
 

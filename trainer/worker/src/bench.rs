@@ -22,8 +22,8 @@ use crate::kernels::{Kernel, Kernels};
 use crate::learner::Learner;
 use crate::link::Reporter;
 use crate::metrics::{self, Metrics};
-use crate::place::Place;
 use crate::stop::StopFlag;
+use crate::world::World;
 use crate::{agree, setup};
 
 /// Medians over the measured steps.
@@ -56,8 +56,8 @@ struct Breakdown {
 }
 
 /// That there are as many ranks as asked for.
-fn check_workers(workers: Option<u32>, place: &Place) -> Result<(), WorkerError> {
-    match (workers, place.identity.world_size) {
+fn check_workers(workers: Option<u32>, world: &World) -> Result<(), WorkerError> {
+    match (workers, world.identity.world_size) {
         (Some(workers), started) if workers != started => Err(WorkerError::Usage(format!(
             "--workers {workers}, but this is one of {started} ranks: start it as `mentee bench … --workers {workers}`"
         ))),
@@ -67,24 +67,24 @@ fn check_workers(workers: Option<u32>, place: &Place) -> Result<(), WorkerError>
 
 /// Runs a benchmark.
 pub fn command(command: &BenchCommand) -> Result<i32, WorkerError> {
-    let place = Place::find()?;
+    let world = World::find()?;
     let result = match command {
-        BenchCommand::Step(args) => step(args, &place),
-        BenchCommand::Checkpoint(args) => checkpoint(args, &place),
-        BenchCommand::Allreduce(args) => all_reduce(args, &place),
+        BenchCommand::Step(args) => step(args, &world),
+        BenchCommand::Checkpoint(args) => checkpoint(args, &world),
+        BenchCommand::Allreduce(args) => all_reduce(args, &world),
     };
     match result {
         Ok(()) => {
-            place.collectives.finish().map_err(|error| WorkerError::Failed(error.to_string()))?;
+            world.collectives.finish().map_err(|error| WorkerError::Failed(error.to_string()))?;
             Ok(exit_code::DONE)
         }
-        Err(error) => Err(agree::leave(&*place.collectives, error)),
+        Err(error) => Err(world.leave(error)),
     }
 }
 
-fn all_reduce(args: &AllreduceArgs, place: &Place) -> Result<(), WorkerError> {
-    check_workers(args.workers, place)?;
-    if place.identity.world_size == 1 {
+fn all_reduce(args: &AllreduceArgs, world: &World) -> Result<(), WorkerError> {
+    check_workers(args.workers, world)?;
+    if world.identity.world_size == 1 {
         return Err(WorkerError::Usage(
             "a world of one has nobody to sum with: use `mentee bench allreduce --workers 2`, or mpirun with several ranks"
                 .into(),
@@ -93,12 +93,12 @@ fn all_reduce(args: &AllreduceArgs, place: &Place) -> Result<(), WorkerError> {
     let mut sets = args.sets.clone();
     sets.extend(args.device.iter().map(|device| format!("parallel.device={device}")));
     let recipe = Recipe::load(&args.recipe, &sets)?;
-    let device = device::of_recipe(&recipe, &place.identity)?;
-    let rows = match DeviceGroup::start(&place.collectives, &recipe, device, &place.waits)? {
-        Some(group) => all_reduce_devices(group, device, args.seconds, place)?,
-        None => bench::all_reduce(&*place.collectives, &bench::SIZES, args.seconds)?,
+    let device = device::of_recipe(&recipe, &world.identity)?;
+    let rows = match DeviceGroup::start(&world.collectives, &recipe, device, &world.waits)? {
+        Some(group) => all_reduce_devices(group, device, args.seconds, world)?,
+        None => bench::all_reduce(&*world.collectives, &bench::SIZES, args.seconds)?,
     };
-    if place.identity.rank != 0 {
+    if world.identity.rank != 0 {
         return Ok(());
     }
     if args.json {
@@ -118,11 +118,11 @@ fn all_reduce_devices(
     group: DeviceGroup,
     device: Device,
     seconds: f64,
-    place: &Place,
+    world: &World,
 ) -> Result<Vec<bench::Row>, WorkerError> {
     let rows = bench::SIZES.iter().map(|&bytes| {
         let mut values = Tensor::f_zeros([bytes as i64 / 4], (Kind::Float, device))?;
-        bench::measure_by(&*place.collectives, bytes, seconds, || group.sum(&mut values))
+        bench::measure_by(&*world.collectives, bytes, seconds, || group.sum(&mut values))
     });
     let rows = rows.collect::<Result<Vec<_>, WorkerError>>()?;
     group.finish()?;
@@ -149,17 +149,17 @@ impl Rig {
     fn new(
         recipe: Recipe,
         steps: u64,
-        place: &Place,
+        world: &World,
         without: &[Gain],
         profile: bool,
     ) -> Result<Self, WorkerError> {
-        let (identity, collectives) = (place.identity, place.collectives.clone());
+        let (identity, collectives) = (world.identity, world.collectives.clone());
         let batch = recipe.schedule.global_batch;
         let plan = Plan::new(recipe, batch.saturating_mul(steps.max(1)), identity.world_size)?;
         let recipe = &plan.recipe;
         setup::threads(recipe, &*collectives)?;
         let device = device::of_recipe(recipe, &identity)?;
-        let group = DeviceGroup::start(&collectives, recipe, device, &place.waits)?;
+        let group = DeviceGroup::start(&collectives, recipe, device, &world.waits)?;
         let (method, mut state) = mentee_ssl::state::on(recipe, device)?;
         state.one_pass = !without.contains(&Gain::OnePass);
         let may_record = !profile && !without.contains(&Gain::Graph);
@@ -275,26 +275,26 @@ struct CheckpointReport {
     threads: i32,
 }
 
-fn checkpoint(args: &CheckpointArgs, place: &Place) -> Result<(), WorkerError> {
-    check_workers(args.workers, place)?;
+fn checkpoint(args: &CheckpointArgs, world: &World) -> Result<(), WorkerError> {
+    check_workers(args.workers, world)?;
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
     let steps = args.every * (args.checkpoints + 1);
-    let mut rig = Rig::new(recipe, args.warmup + steps, place, &[], false)?;
-    let attempt = agree::attempt(&*place.collectives)?;
+    let mut rig = Rig::new(recipe, args.warmup + steps, world, &[], false)?;
+    let attempt = agree::attempt(&*world.collectives)?;
     let out = match &args.out {
         Some(out) => out.clone(),
         None => std::env::temp_dir().join(format!("mentee-bench-{attempt}")),
     };
-    let rank = place.identity.rank;
+    let rank = world.identity.rank;
     let made = match rank {
         0 => std::fs::create_dir(&out).map_err(WorkerError::io("create", &out)),
         _ => Ok(()),
     };
-    agree::together(&*place.collectives, made)?;
-    let result = write_checkpoints(args, &mut rig, place, attempt, &out);
+    agree::together(&*world.collectives, made)?;
+    let result = write_checkpoints(args, &mut rig, world, attempt, &out);
     // Only ranks that all know of a failure may wait for each other.
     if result.is_ok() {
-        place.collectives.barrier()?;
+        world.collectives.barrier()?;
     }
     if rank == 0 {
         std::fs::remove_dir_all(&out).map_err(WorkerError::io("remove", &out))?;
@@ -323,13 +323,13 @@ fn checkpoint(args: &CheckpointArgs, place: &Place) -> Result<(), WorkerError> {
 fn write_checkpoints(
     args: &CheckpointArgs,
     rig: &mut Rig,
-    place: &Place,
+    world: &World,
     attempt: String,
     out: &Path,
 ) -> Result<CheckpointReport, WorkerError> {
-    let (rank, world_size) = (place.identity.rank, place.identity.world_size);
+    let (rank, world_size) = (world.identity.rank, world.identity.world_size);
     let plan_hash = rig.plan.recipe.hash();
-    let mut reporter = Reporter::connect(place, &plan_hash, "made up")?;
+    let mut reporter = Reporter::connect(world, &plan_hash, "made up")?;
     let mut metrics = Metrics::open(out, rank, 0)?;
     let settings = Settings {
         every_steps: args.every,
@@ -399,12 +399,12 @@ fn write_checkpoints(
     })
 }
 
-fn step(args: &StepArgs, place: &Place) -> Result<(), WorkerError> {
-    check_workers(args.workers, place)?;
-    let identity = place.identity;
+fn step(args: &StepArgs, world: &World) -> Result<(), WorkerError> {
+    check_workers(args.workers, world)?;
+    let identity = world.identity;
     let recipe = Recipe::load(&args.recipe, &args.sets)?;
     let batch = recipe.schedule.global_batch;
-    let mut rig = Rig::new(recipe, args.steps, place, &args.without, args.profile)?;
+    let mut rig = Rig::new(recipe, args.steps, world, &args.without, args.profile)?;
     // Of each measured step.
     let mut times: Vec<[f64; 6]> = Vec::new();
     for n in 0..args.warmup + args.steps {

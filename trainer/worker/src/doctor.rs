@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::beside_libtorch;
 use crate::error::WorkerError;
-use crate::place::Place;
+use crate::world::World;
 use crate::{affinity, agree};
 
 /// Elements of the all-reduce: 1 MiB of f32.
@@ -97,12 +97,12 @@ struct AllReduce {
 
 /// Prints [`Facts`].
 pub fn command(args: &DoctorArgs) -> Result<i32, WorkerError> {
-    let place = Place::find()?;
-    examine(args, &place).map_err(|error| agree::leave(&*place.collectives, error))
+    let world = World::find()?;
+    examine(args, &world).map_err(|error| world.leave(error))
 }
 
-fn examine(args: &DoctorArgs, place: &Place) -> Result<i32, WorkerError> {
-    let collectives = &*place.collectives;
+fn examine(args: &DoctorArgs, world: &World) -> Result<i32, WorkerError> {
+    let collectives = &*world.collectives;
     let deadline = Duration::try_from_secs_f64(args.timeout)
         .map_err(|_| WorkerError::Usage(format!("--timeout {}: give seconds", args.timeout)))?;
     mpi::set_patience(deadline);
@@ -111,19 +111,19 @@ fn examine(args: &DoctorArgs, place: &Place) -> Result<i32, WorkerError> {
     let devices = devices();
     let parallel = &recipe.parallel;
     let failed = WorkerError::from;
-    let all_reduce = all_reduce(collectives, &place.exchange)?;
+    let all_reduce = all_reduce(collectives, &world.exchange)?;
     collectives.barrier().map_err(failed)?;
     let own = RankFacts {
-        rank: place.identity.rank,
+        rank: world.identity.rank,
         host: hostname(),
         cores: affinity::cores(collectives)?,
-        device: place.identity.device(devices.count),
-        advice: affinity::advice(&place.identity, parallel.threads, parallel.decode_threads),
+        device: world.identity.device(devices.count),
+        advice: affinity::advice(&world.identity, parallel.threads, parallel.decode_threads),
         clock: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |time| time.as_secs_f64()),
     };
     let own = serde_json::to_vec(&own).map_err(json_failed)?;
     let all = collectives.all_gather(&own).map_err(failed)?;
-    if place.identity.rank == 0 {
+    if world.identity.rank == 0 {
         let ranks = all.iter().map(|bytes| serde_json::from_slice(bytes)).collect::<Result<_, _>>();
         let facts = Facts {
             libraries: Libraries {

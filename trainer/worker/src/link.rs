@@ -15,9 +15,9 @@ use mentee_config::{exit_code, say};
 
 use crate::error::{self, WorkerError};
 use crate::lane::Communication;
-use crate::place::Place;
 use crate::times::{self, Clock};
 use crate::waits::Waits;
+use crate::world::World;
 
 /// All ranks must have said hello by then: loading libraries over a cold network file system takes a while.
 const RENDEZVOUS: Duration = Duration::from_secs(300);
@@ -44,8 +44,8 @@ pub struct Reporter {
 
 impl Reporter {
     /// Connects, or hosts the coordinator that the other ranks connect to.
-    pub fn connect(place: &Place, plan_hash: &str, data_digest: &str) -> Result<Self, WorkerError> {
-        let Place { identity, collectives, waits, .. } = place;
+    pub fn connect(world: &World, plan_hash: &str, data_digest: &str) -> Result<Self, WorkerError> {
+        let World { identity, collectives, waits, .. } = world;
         let version = env!("CARGO_PKG_VERSION").to_owned();
         let supervisor = supervisor();
         let mut hosted = None;

@@ -28,7 +28,6 @@ mod metrics;
 mod online;
 mod orphan;
 mod passes;
-mod place;
 mod reducer;
 mod resident;
 mod run_dir;
@@ -42,6 +41,7 @@ mod trace;
 mod train;
 mod views;
 mod waits;
+mod world;
 
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;

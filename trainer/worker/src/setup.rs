@@ -24,9 +24,9 @@ use crate::learner::Learner;
 use crate::link::Reporter;
 use crate::metrics::Metrics;
 use crate::online::OnlineProbe;
-use crate::place::Place;
 use crate::skipped::SkippedImages;
 use crate::stop::StopFlag;
+use crate::world::World;
 use crate::{TrainArgs, affinity, agree, import, logging, run_dir, snapshot};
 
 /// Batches decoded ahead of the step.
@@ -108,8 +108,8 @@ fn local(args: &TrainArgs, recipe: Recipe, identity: &Identity) -> Result<Local,
 }
 
 /// Reads what `args` names, starts the log, and joins the other ranks at the coordinator.
-pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), WorkerError> {
-    let Place { identity, collectives, .. } = place;
+pub fn join(args: &TrainArgs, world: &World) -> Result<(Local, Reporter), WorkerError> {
+    let World { identity, collectives, .. } = world;
     let recipe = agree::together(&**collectives, read_recipe(args))?;
     agree::on_recipe(&**collectives, &recipe)?;
     let local = agree::together(&**collectives, local(args, recipe, identity))?;
@@ -118,22 +118,22 @@ pub fn join(args: &TrainArgs, place: &Place) -> Result<(Local, Reporter), Worker
     let hosts = !supervised && identity.rank == 0 && identity.world_size > 1;
     logging::start(&local.run_dir, identity.rank, supervised, hosts)?;
     let (plan_hash, data_digest) = (local.plan.recipe.hash(), local.source.digest());
-    let mut reporter = Reporter::connect(place, &plan_hash, &data_digest)?;
+    let mut reporter = Reporter::connect(world, &plan_hash, &data_digest)?;
     reporter.phase(Phase::Starting);
     Ok((local, reporter))
 }
 
 /// Sets up this rank of the run, from its newest checkpoint where there is one. `shares`: the way to the coordinator that
 /// commits checkpoints. `stop`: what signals ask for.
-pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) -> Result<Run, WorkerError> {
+pub fn run(local: Local, world: &World, shares: Option<Shares>, stop: StopFlag) -> Result<Run, WorkerError> {
     let Local { plan, run_dir, source } = local;
-    let (identity, collectives) = (place.identity, place.collectives.clone());
+    let (identity, collectives) = (world.identity, world.collectives.clone());
     let recipe = &plan.recipe;
     let decode_threads = threads(recipe, &*collectives)?;
     let device = agree::together(&*collectives, device::of_recipe(recipe, &identity))?;
     let slot = agree::together(&*collectives, device::slot(device))?;
     agree::on_device(&*collectives, device, slot)?;
-    let group = DeviceGroup::start(&collectives, recipe, device, &place.waits)?;
+    let group = DeviceGroup::start(&collectives, recipe, device, &world.waits)?;
     let parallel = &recipe.parallel;
     if let Some(advice) = affinity::advice(&identity, parallel.threads, parallel.decode_threads) {
         tracing::warn!("{advice}");
@@ -147,7 +147,7 @@ pub fn run(local: Local, place: &Place, shares: Option<Shares>, stop: StopFlag) 
         world_size = identity.world_size,
         launcher = identity.source,
         device = ?device,
-        exchange = place.exchange,
+        exchange = world.exchange,
         compute_threads = tch::get_num_threads(),
         decode_threads,
         plan_hash,

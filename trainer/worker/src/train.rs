@@ -13,9 +13,9 @@ use crate::error::WorkerError;
 use crate::link::Reporter;
 use crate::metrics::{self, Meter, TrainLine};
 use crate::online::OnlineProbe;
-use crate::place::Place;
 use crate::setup::{self, Run};
 use crate::stop::StopFlag;
+use crate::world::World;
 use crate::{TrainArgs, views};
 
 /// How a run ended.
@@ -253,21 +253,20 @@ fn run_to_end(run: &mut Run, reporter: &mut Reporter) -> Result<Outcome, WorkerE
 /// One rank, from the command line to its exit code.
 pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
     let stop = StopFlag::install()?; // before what takes time: a signal from here on loses nothing
-    let place = Place::find()?;
-    let collectives = place.collectives.clone();
-    let (local, mut reporter) = match setup::join(args, &place) {
+    let world = World::find()?;
+    let (local, mut reporter) = match setup::join(args, &world) {
         Ok(joined) => joined,
-        Err(error) => return Err(agree::leave(&*collectives, error)),
+        Err(error) => return Err(world.leave(error)),
     };
     let shares = reporter.shares();
-    let outcome = setup::run(local, &place, shares, stop).and_then(|mut run| {
+    let outcome = setup::run(local, &world, shares, stop).and_then(|mut run| {
         reporter.resumed(run.next_step);
         let outcome = run_to_end(&mut run, &mut reporter);
         let Some(group) = &run.group else { return outcome };
         match outcome {
             Ok(outcome) => group.finish().map(|()| outcome),
             Err(error) => {
-                let error = place.waits.explain(group.ahead().explain(error));
+                let error = world.waits.explain(group.ahead().explain(error));
                 reporter.fails(&error); // before what may not return
                 group.abort(error.exit_code());
                 Err(error)
@@ -282,13 +281,13 @@ pub fn command(args: &TrainArgs) -> Result<i32, WorkerError> {
             reporter.phase(Phase::Done);
             reporter.event(WorkerEvent::Finished { exit_code });
             reporter.close();
-            collectives.finish().map_err(|error| WorkerError::Failed(error.to_string()))?;
+            world.collectives.finish().map_err(|error| WorkerError::Failed(error.to_string()))?;
             Ok(exit_code)
         }
         Err(error) => {
-            let error = place.waits.explain(error);
+            let error = world.waits.explain(error);
             reporter.failed(&error);
-            Err(agree::leave(&*collectives, error))
+            Err(world.leave(error))
         }
     }
 }

@@ -1,18 +1,20 @@
 //! Who this rank is, and by what it is connected with the others.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mentee_cluster::{Identity, identity};
 use mentee_collectives::mpi::{self, Mpi};
 use mentee_collectives::shm::Shm;
 use mentee_collectives::{CollectiveError, Collectives, Single};
+use mentee_config::complain;
 
 use crate::error::WorkerError;
 use crate::orphan::ParentWatch;
 use crate::waits::{Waits, Watched};
 
 /// Who this rank is and the network it is part of.
-pub struct Place {
+pub struct World {
     pub identity: Identity,
     pub collectives: Arc<dyn Collectives>,
     /// Of the calls made through `collectives`.
@@ -24,8 +26,11 @@ pub struct Place {
 /// `0` keeps ranks of one machine from exchanging data through its memory.
 const SHARED_MEMORY: &str = "MENTEE_SHARED_MEMORY";
 
-impl Place {
-    /// Finds this rank's place. Starts MPI only when there is more than one rank.
+/// How long a rank that fails because of another stays before it ends all.
+const CAUSE_FIRST: Duration = Duration::from_millis(300);
+
+impl World {
+    /// Finds what this rank is part of. Starts MPI only when there is more than one rank.
     pub fn find() -> Result<Self, WorkerError> {
         let identity = identity::discover(&|name| std::env::var(name).ok())?;
         let waits = Arc::new(Waits::default());
@@ -38,6 +43,24 @@ impl Place {
         drop(launcher_is_there); // from here on waits have deadlines
         let (group, exchange) = exchange(Arc::new(mpi))?;
         Ok(Self { identity, collectives: Arc::new(Watched::new(group, waits.clone())), waits, exchange })
+    }
+
+    /// The end of a rank that failed. When all ranks know, they part in order; when only this one does, it says why and
+    /// ends the others, which would wait for it.
+    pub fn leave(&self, error: WorkerError) -> WorkerError {
+        let collectives = &*self.collectives;
+        if collectives.world_size() > 1 && !matches!(error, WorkerError::Known { .. }) {
+            complain!("error: rank {}: {error}", collectives.rank());
+            if error.peers().is_some() {
+                // Another rank is the cause: time for its own word, or for the end of its connection, to be heard before
+                // the end of everyone.
+                std::thread::sleep(CAUSE_FIRST);
+            }
+            collectives.abort(error.exit_code());
+        }
+        // The exit code tells how the run went; a network that cannot be shut down does not change that.
+        let _ = collectives.finish();
+        error
     }
 }
 
