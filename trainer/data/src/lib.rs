@@ -45,6 +45,7 @@ mod idx;
 mod image;
 mod index;
 mod jpeg;
+mod kept_open;
 mod listing;
 mod math;
 mod memory;

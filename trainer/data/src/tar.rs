@@ -20,6 +20,7 @@ use crate::decode::is_image_name;
 use crate::error::{DataError, shown};
 use crate::folder::is_foreign;
 use crate::index::{INDEX_FILE, Index, IndexShard};
+use crate::kept_open::KeptOpen;
 use crate::listing::{Names, sorted_entries};
 use crate::partial::is_unfinished;
 use crate::passed_over::{PassedOver, image_patterns};
@@ -30,9 +31,6 @@ pub(crate) const BLOCK: u64 = 512;
 
 /// The longest long name or pax header that is read, bytes.
 const MAX_EXTENDED: u64 = 1 << 20;
-
-/// Shards whose files stay open; those beyond are opened for every read.
-const MAX_OPEN: usize = 512;
 
 const NO_LABEL: u32 = u32::MAX;
 
@@ -63,7 +61,7 @@ pub(crate) struct TarShards {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    file: Option<File>,
+    file: Option<KeptOpen>,
     first: u64,
     /// By the index, when there is one.
     blake3: Option<String>,
@@ -188,7 +186,7 @@ impl TarShards {
     }
 
     fn push_shard(&mut self, path: PathBuf, file: File, entry: Option<&IndexShard>) {
-        let file = (self.shards.len() < MAX_OPEN).then_some(file);
+        let file = KeptOpen::new(file);
         let first = self.offsets.len() as u64;
         let (blake3, crc32c) = entry.map(|entry| (entry.blake3.clone(), entry.crc32c.clone())).unzip();
         self.shards.push(Shard { path, file, first, blake3, crc32c: crc32c.unwrap_or_default() });
@@ -349,7 +347,7 @@ impl Source for TarShards {
         let (offset, length) = (self.offsets[index as usize], self.lengths[index as usize] as usize);
         buffer.resize(length, 0);
         let read = match &shard.file {
-            Some(file) => file.read_exact_at(buffer, offset),
+            Some(kept) => kept.file().read_exact_at(buffer, offset),
             None => File::open(&shard.path).and_then(|file| file.read_exact_at(buffer, offset)),
         };
         read.map_err(|e| match e.kind() {
