@@ -1,8 +1,7 @@
 //! Reading samples and decoding them, in memory that is used again.
 
 use crate::decode::{
-    CropBox, DecodeError, Decoder, PlanarImage, Reading, RgbImage, Values, check_head, encode_png,
-    is_changed, is_deep,
+    CropBox, DecodeError, Decoder, PlanarImage, Reading, RgbImage, Values, encode_png, is_changed, is_deep,
 };
 use crate::error::DataError;
 use crate::source::{Encoding, Source};
@@ -61,7 +60,7 @@ impl Reader {
         let encoding = source.read_into(index, &mut self.bytes)?;
         let bad = |reason: String| DataError::BadSample { sample: source.key(index), reason };
         if encoding == Encoding::File {
-            check_head(&self.bytes, self.decoder.reading).map_err(|error| bad(error.to_string()))?;
+            self.decoder.check_head(&self.bytes).map_err(|error| bad(error.to_string()))?;
         }
         if encoding == Encoding::File && !is_changed(&self.bytes, self.decoder.reading) {
             return Ok(std::mem::take(&mut self.bytes));

@@ -147,6 +147,23 @@ fn every_format_goes_into_shards_as_it_is() {
 }
 
 #[test]
+fn images_too_large_to_be_read_are_not_stored() {
+    let small = jpeg(16, 8, false, jpeg_encoder::ColorType::Rgb);
+    let frame = small.windows(2).position(|pair| matches!(pair, [0xFF, 0xC0 | 0xC1])).unwrap();
+    let mut large_jpeg = small.clone();
+    large_jpeg[frame + 5..frame + 9].copy_from_slice(&20_000u16.to_be_bytes().repeat(2)); // height, width
+    let mut large_png = rgb_png(2, 2, 1);
+    large_png[16..24].copy_from_slice(&20_000u32.to_be_bytes().repeat(2));
+    for large in [large_jpeg, large_png] {
+        let source = Memory { files: vec![small.clone(), large], labels: vec![None; 2], classes: vec![] };
+        let dir = TempDir::new().unwrap();
+        let refused = write_shards(&source, &dir.path().join("out"), 1 << 20, &mut quiet()).unwrap_err();
+        assert!(refused.to_string().contains("20000 x 20000 pixels, more than 100 megapixels"), "{refused}");
+        assert_eq!(names(dir.path()), [""; 0]);
+    }
+}
+
+#[test]
 fn deep_images_are_stored_as_told_and_others_as_they_are() {
     let dir = TempDir::new().unwrap();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");

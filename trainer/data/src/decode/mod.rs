@@ -187,6 +187,22 @@ impl Decoder {
         Ok(Opened { decoder: self, bytes, header, width, height })
     }
 
+    /// Refuses a file that will not be read by what stands before its pixels, where that is little work: of a JPEG or PNG,
+    /// one that is too large. (Other damage is for a run to find, which may pass over it.)
+    ///
+    /// # Errors
+    /// [`DecodeError`].
+    pub(crate) fn check_head(&mut self, bytes: &[u8]) -> Result<(), DecodeError> {
+        let sides = match Format::of(bytes)? {
+            Format::Tiff => return tiff::check_head(bytes, self.reading),
+            Format::Ppm | Format::Pgm => return pnm::check_head(bytes),
+            Format::Jpeg => self.jpeg.header(bytes).ok().map(|header| (header.width, header.height)),
+            Format::Png => png::sides(bytes),
+            Format::WebP | Format::Bmp => None,
+        };
+        sides.map_or(Ok(()), |(width, height)| check_size(width.into(), height.into()).map(|_| ()))
+    }
+
     fn set_upright(&mut self, orientation: u8) {
         if orientation != 1 {
             let stored = std::mem::take(&mut self.whole);
@@ -286,15 +302,6 @@ pub(crate) fn is_deep(bytes: &[u8]) -> bool {
         Ok(Format::Tiff) => tiff::is_deep(bytes),
         Ok(Format::Ppm | Format::Pgm) => pnm::is_deep(bytes),
         Ok(Format::Jpeg | Format::WebP | Format::Bmp) | Err(_) => false,
-    }
-}
-
-/// Refuses a file that will not be read by what stands before its pixels, where that is little work.
-pub(crate) fn check_head(bytes: &[u8], reading: Reading) -> Result<(), DecodeError> {
-    match Format::of(bytes)? {
-        Format::Tiff => tiff::check_head(bytes, reading),
-        Format::Ppm | Format::Pgm => pnm::check_head(bytes),
-        Format::Jpeg | Format::Png | Format::WebP | Format::Bmp => Ok(()),
     }
 }
 

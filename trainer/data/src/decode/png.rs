@@ -10,6 +10,12 @@ pub(super) fn is_deep(bytes: &[u8]) -> bool {
     bytes.get(24) == Some(&16)
 }
 
+/// Width and height of what is a PNG (PNG, 11.2.2), where it is long enough to say them.
+pub(super) fn sides(bytes: &[u8]) -> Option<(u32, u32)> {
+    let side = |at: usize| Some(u32::from_be_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+    side(16).zip(side(20))
+}
+
 /// Decodes as stored, and returns EXIF's orientation.
 pub(super) fn decode(bytes: &[u8], mut taker: Taker<'_>, image: &mut RgbImage) -> Result<u8, DecodeError> {
     let fail = |error: png::DecodingError| match error {
