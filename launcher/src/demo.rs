@@ -100,7 +100,7 @@ fn toml_string(path: &std::path::Path) -> Result<String, Failure> {
 }
 
 fn conclude(dir: &RunDir) -> Result<(), Failure> {
-    let metrics = Metrics::read(&dir.metrics())?;
+    let metrics = Metrics::read_without_steps(&dir.metrics())?;
     say!("");
     if let Some(eval) = metrics.last_eval() {
         for line in eval.table() {

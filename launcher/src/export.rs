@@ -243,7 +243,7 @@ fn describe(
 ) -> Result<Value, Failure> {
     let (meta, views) = (&found.manifest.meta, &recipe.views);
     let measured = |run: &RunDir| -> Result<Option<Value>, Failure> {
-        let metrics = Metrics::read(&run.metrics())?;
+        let metrics = Metrics::read_without_steps(&run.metrics())?;
         Ok(metrics.eval_to_show(meta.step).map(|line| {
             let mut object = line.object.clone();
             object.retain(|key, _| !["kind", "time"].contains(&key.as_str()));

@@ -559,10 +559,10 @@ fn merged(
 ///
 /// # Errors
 /// When a log cannot be read.
-pub fn causes(run: &RunDir, status: Option<&Status>, metrics: &Metrics) -> Result<Vec<String>, Failure> {
+pub fn causes(run: &RunDir, status: Option<&Status>) -> Result<Vec<String>, Failure> {
     let Some(status) = status.filter(|status| status.state == State::Failed) else { return Ok(Vec::new()) };
     let mut lines = Vec::new();
-    for restart in metrics.restarts() {
+    for restart in Metrics::read_without_steps(&run.metrics())?.restarts() {
         let reason = restart.text("reason").unwrap_or("unknown");
         lines.push(format!("restarted from step {}: {reason}", restart.step));
     }
@@ -617,7 +617,7 @@ pub fn command(args: &LogsArgs) -> Result<(), Failure> {
     let mut out = Results::new();
     let shown = |entry: &Entry| if args.json { entry.json() } else { entry.show(colour) };
     if !args.json {
-        let causes = causes(&run, Status::read(&run).as_ref(), &Metrics::read(&run.metrics())?)?;
+        let causes = causes(&run, Status::read(&run).as_ref())?;
         let (on, off) = if colour { ("\x1b[31m", "\x1b[0m") } else { ("", "") };
         for line in &causes {
             out.line(format_args!("{on}{}{off}", printable_lines(line)));
@@ -844,7 +844,7 @@ mod tests {
             .expect("written");
         let mut status = Status::new("run", 2);
         (status.state, status.exit_code, status.error) = (State::Failed, Some(1), Some("why".into()));
-        let causes = causes(&run, Some(&status), &Metrics::default()).expect("read");
+        let causes = causes(&run, Some(&status)).expect("read");
         assert_eq!(
             causes,
             ["failed with exit code 1: why", "first error of a rank: 2026-01-02T03:04:25Z rank 1: the cause"]

@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{BufRead, BufReader, Seek, SeekFrom};
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
@@ -18,6 +18,9 @@ const IDLE: f64 = 10.0;
 /// See [`IDLE`]; seconds.
 const IDLE_S: f64 = 30.0;
 
+/// Read at a time.
+const BUFFER_BYTES: usize = 256 << 10;
+
 /// One line, whole.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Line {
@@ -29,6 +32,11 @@ pub struct Line {
 }
 
 impl Line {
+    fn parse(text: &str) -> Option<Line> {
+        let object: Map<String, Value> = serde_json::from_str(text).ok()?;
+        Some(Line { step: object.get("step")?.as_u64()?, object })
+    }
+
     /// A number of it.
     pub fn number(&self, key: &str) -> Option<f64> {
         self.object.get(key)?.as_f64()
@@ -100,7 +108,9 @@ struct Head<'a> {
 /// A run's metrics, read as they grow.
 #[derive(Debug, Default)]
 pub struct Metrics {
-    train: BTreeMap<u64, Step>,
+    /// In order; none where only the last is wanted.
+    train: Vec<Step>,
+    without_steps: bool,
     last_train: Option<Line>,
     eval: BTreeMap<u64, Line>,
     /// On other data, each data set once a step, as last recorded.
@@ -122,63 +132,97 @@ impl Metrics {
         Ok(metrics)
     }
 
+    /// The same without [`Self::train`] and what is told from it: of a run of any length a few kilobytes.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn read_without_steps(path: &Path) -> Result<Metrics, Failure> {
+        let mut metrics = Metrics { without_steps: true, ..Metrics::default() };
+        metrics.read_on(path)?;
+        Ok(metrics)
+    }
+
     /// Reads what the file has got since the last call.
     ///
     /// # Errors
     /// When the system refuses.
     pub fn read_on(&mut self, path: &Path) -> Result<(), Failure> {
-        let mut more = || {
-            let mut file = File::open(path)?;
-            if file.metadata()?.len() < self.offset {
-                *self = Metrics::default(); // another file
+        match self.read_lines(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Failure::io("read", path, &error))
             }
-            file.seek(SeekFrom::Start(self.offset))?;
-            self.offset += file.read_to_end(&mut self.partial)? as u64;
-            Ok::<(), std::io::Error>(())
-        };
-        match more() {
-            Ok(()) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Failure::io("read", path, &error)),
+            _ => Ok(()),
         }
-        let whole = self.partial.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
-        let rest = self.partial.split_off(whole);
-        let lines = std::mem::replace(&mut self.partial, rest);
-        for line in String::from_utf8_lossy(&lines).lines() {
-            self.add(line);
+    }
+
+    fn read_lines(&mut self, path: &Path) -> std::io::Result<()> {
+        let mut file = File::open(path)?;
+        if file.metadata()?.len() < self.offset {
+            // Another file.
+            *self = Metrics { without_steps: self.without_steps, ..Metrics::default() };
+        }
+        file.seek(SeekFrom::Start(self.offset))?;
+        let mut file = BufReader::with_capacity(BUFFER_BYTES, file);
+        let mut last_train = None;
+        loop {
+            self.offset += file.read_until(b'\n', &mut self.partial)? as u64;
+            if self.partial.last() != Some(&b'\n') {
+                break;
+            }
+            let mut line = std::mem::take(&mut self.partial);
+            if self.add(&String::from_utf8_lossy(&line)) {
+                std::mem::swap(last_train.get_or_insert_with(Vec::new), &mut line);
+            }
+            line.clear();
+            self.partial = line;
+        }
+        if let Some(line) = last_train.and_then(|line| Line::parse(&String::from_utf8_lossy(&line))) {
+            self.last_train = Some(line);
         }
         Ok(())
     }
 
-    fn add(&mut self, line: &str) {
-        let Ok(Head { kind, step }) = serde_json::from_str(line) else { return };
+    /// Takes a line in, and says whether it is a step's.
+    fn add(&mut self, line: &str) -> bool {
+        let Ok(Head { kind, step }) = serde_json::from_str(line) else { return false };
         if kind == "train" {
-            let Ok(train) = serde_json::from_str::<Step>(line) else { return };
-            // What a stretch that was lost had measured and saved goes with it.
-            self.train.split_off(&step);
-            self.eval.split_off(&step);
-            self.elsewhere.split_off(&step);
-            self.checkpoints.split_off(&step);
-            self.train.insert(step, train);
+            return self.add_step(line, step);
         }
-        let object = || serde_json::from_str(line).map(|object| Line { step, object });
-        match (kind, object()) {
-            ("train", Ok(line)) => self.last_train = Some(line),
-            ("eval", Ok(line)) if line.text("data").is_some() => {
+        let Some(line) = Line::parse(line) else { return false };
+        match kind {
+            "eval" if line.text("data").is_some() => {
                 let lines = self.elsewhere.entry(step).or_default();
                 lines.retain(|known| known.text("data") != line.text("data"));
                 lines.push(line);
             }
-            ("eval", Ok(line)) => drop(self.eval.insert(step, line)),
-            ("checkpoint", Ok(line)) => drop(self.checkpoints.insert(step, line)),
-            ("restart", Ok(line)) => self.restarts.push(line),
+            "eval" => drop(self.eval.insert(step, line)),
+            "checkpoint" => drop(self.checkpoints.insert(step, line)),
+            "restart" => self.restarts.push(line),
             _ => {}
         }
+        false
+    }
+
+    fn add_step(&mut self, line: &str, step: u64) -> bool {
+        if !self.without_steps {
+            let Ok(train) = serde_json::from_str::<Step>(line) else { return false };
+            let before = match self.train.last() {
+                Some(last) if last.step >= step => self.train.partition_point(|known| known.step < step),
+                _ => self.train.len(),
+            };
+            self.train.truncate(before);
+            self.train.push(train);
+        }
+        // What a stretch that was lost had measured and saved goes with it.
+        self.eval.split_off(&step);
+        self.elsewhere.split_off(&step);
+        self.checkpoints.split_off(&step);
+        true
     }
 
     /// Every logged step, in order.
-    pub fn train(&self) -> impl DoubleEndedIterator<Item = &Step> {
-        self.train.values()
+    pub fn train(&self) -> impl DoubleEndedIterator<Item = &Step> + Clone {
+        self.train.iter()
     }
 
     /// Evaluations on the recipe's data, in order.
@@ -250,7 +294,7 @@ impl Metrics {
     /// Where the number of ranks changed: the first step with another number, the number before, the number from there.
     pub fn world_changes(&self) -> Vec<(u64, u32, u32)> {
         let sizes: Vec<(u64, u32)> =
-            self.train.values().filter_map(|line| Some((line.step, line.world_size?))).collect();
+            self.train.iter().filter_map(|line| Some((line.step, line.world_size?))).collect();
         let changes = sizes.windows(2).filter(|pair| pair[0].1 != pair[1].1);
         changes.map(|pair| (pair[1].0, pair[0].1, pair[1].1)).collect()
     }
@@ -300,6 +344,29 @@ mod tests {
             eval.table(),
             ["kNN top-1, trained        51.2 %", "kNN top-1, raw pixels     20.0 %", "protocol: k = 200"]
         );
+    }
+
+    #[test]
+    fn without_its_steps_a_run_says_the_same_of_everything_else() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("metrics.jsonl");
+        let text = "{\"kind\":\"eval\",\"step\":1,\"knn_top1\":1}\n\
+             {\"kind\":\"train\",\"step\":2,\"loss\":2.0}\n\
+             {\"kind\":\"eval\",\"step\":2,\"knn_top1\":2}\n\
+             {\"kind\":\"restart\",\"step\":1,\"generation\":1}\n\
+             {\"kind\":\"train\",\"step\":2,\"loss\":1.5}\n\
+             {\"kind\":\"checkpoint\",\"step\":2}\n\
+             {\"kind\":\"train\",\"st";
+        std::fs::write(&path, text).expect("written");
+        let (with, without) =
+            (Metrics::read(&path).expect("read"), Metrics::read_without_steps(&path).expect("read"));
+        assert_eq!((with.train().count(), without.train().count()), (1, 0));
+        assert_eq!(without.last_train().expect("one").number("loss"), Some(1.5));
+        assert_eq!(without.last_eval().expect("one").step, 1, "that of step 2 was lost");
+        assert_eq!(with.last_train(), without.last_train());
+        assert_eq!(with.last_eval(), without.last_eval());
+        assert_eq!(with.checkpoints().collect::<Vec<_>>(), without.checkpoints().collect::<Vec<_>>());
+        assert_eq!(with.restarts(), without.restarts());
     }
 
     #[test]

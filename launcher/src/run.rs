@@ -180,7 +180,9 @@ fn is_evaluated(dir: &RunDir, plan: &Plan) -> Result<bool, Failure> {
     if said || plan.recipe.eval.knn_every_epochs == 0 {
         return Ok(true);
     }
-    Ok(Metrics::read(&dir.metrics())?.last_eval().is_some_and(|eval| eval.step >= plan.end_step()))
+    Ok(Metrics::read_without_steps(&dir.metrics())?
+        .last_eval()
+        .is_some_and(|eval| eval.step >= plan.end_step()))
 }
 
 /// Whether a checkpoint holds what was written, down to its last byte.

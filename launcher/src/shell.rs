@@ -573,7 +573,7 @@ impl Shell<'_> {
             return Err(Failure { exit_code, line });
         }
         let dir = self.job.dir;
-        let last = Metrics::read(&dir.metrics())?;
+        let last = Metrics::read_without_steps(&dir.metrics())?;
         let step = last.last_train().map_or(0, |line| line.step);
         if exit_code == exit_code::PREEMPTED {
             say!("{}", how_stopped(step, dir.newest_step()));

@@ -246,7 +246,7 @@ pub fn command(path: &Path, json: bool) -> Result<(), Failure> {
     let run = RunDir::existing(path)?;
     let slurm = slurm_job(&run, slurm::query);
     let status = Status::read(&run);
-    let metrics = Metrics::read(&run.metrics())?;
+    let metrics = Metrics::read_without_steps(&run.metrics())?;
     let checkpoints: Vec<u64> = checkpoint::list(&run.checkpoints())?
         .into_iter()
         .filter(|entry| entry.state.is_ok())
@@ -332,7 +332,7 @@ fn table(folder: &Path, sweep: &Sweep, json: bool) -> Result<(), Failure> {
     for (index, sets) in sweep.variants.iter().enumerate() {
         let run = RunDir::at(&folder.join(index.to_string()))?;
         let (status, slurm) = (Status::read(&run), slurm_job(&run, |job| jobs.query(job)));
-        let metrics = Metrics::read(&run.metrics())?;
+        let metrics = Metrics::read_without_steps(&run.metrics())?;
         let job = slurm.as_ref().and_then(|(_, job)| job.as_ref().ok()?.as_ref());
         let state = match (&status, job) {
             // A job that waits says more than what the run was doing when it last stopped.
