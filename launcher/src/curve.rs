@@ -4,23 +4,27 @@
 pub type Points = Vec<(f64, f64)>;
 
 /// Merges neighbours into their lowest and highest, in order, until there are at most about `most`: no spike is lost.
-pub fn thin(points: &[(f64, f64)], most: usize) -> Points {
-    if points.len() <= most {
-        return points.to_vec();
+pub fn thin(points: impl Iterator<Item = (f64, f64)> + Clone, most: usize) -> Points {
+    let count = points.clone().count();
+    if count <= most {
+        return points.collect();
     }
-    let size = points.len().div_ceil((most / 2).max(1));
-    points
-        .chunks(size)
-        .flat_map(|chunk| {
-            let by_value = |a: &&(f64, f64), b: &&(f64, f64)| a.1.total_cmp(&b.1);
-            let low = chunk.iter().min_by(by_value).copied();
-            let high = chunk.iter().max_by(by_value).copied();
-            let mut pair: Points = low.into_iter().chain(high).collect();
-            pair.sort_by(|a, b| a.0.total_cmp(&b.0));
-            pair.dedup();
-            pair
-        })
-        .collect()
+    let size = count.div_ceil((most / 2).max(1));
+    let mut thinned = Points::new();
+    let mut points = points.peekable();
+    // Many lines of a long run: none of them is copied.
+    while points.peek().is_some() {
+        let chunk = points.by_ref().take(size).map(|point| (point, point));
+        let ends = chunk.reduce(|(low, high), (point, _)| {
+            let is_below = |a: (f64, f64), b: (f64, f64)| a.1.total_cmp(&b.1).is_lt();
+            (if is_below(point, low) { point } else { low }, if is_below(point, high) { high } else { point })
+        });
+        let mut pair: Points = ends.into_iter().flat_map(|(low, high)| [low, high]).collect();
+        pair.sort_by(|a, b| a.0.total_cmp(&b.0));
+        pair.dedup();
+        thinned.extend(pair);
+    }
+    thinned
 }
 
 /// Lowest and highest; none when nothing is finite.
@@ -107,7 +111,7 @@ mod tests {
         let mut points: Points = (0..10_000).map(|step| (f64::from(step), 1.0)).collect();
         points[1234].1 = 99.0;
         points[5678].1 = -99.0;
-        let thinned = thin(&points, 400);
+        let thinned = thin(points.iter().copied(), 400);
         assert!(thinned.len() <= 402);
         assert!(thinned.is_sorted_by(|a, b| a.0 <= b.0));
         assert!(thinned.contains(&(1234.0, 99.0)) && thinned.contains(&(5678.0, -99.0)));

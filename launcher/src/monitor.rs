@@ -21,7 +21,7 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, Paragraph, Widget};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::curve::{self, Points};
+use crate::curve;
 use crate::failure::Failure;
 use crate::logs::{self, Level};
 use crate::metrics::{Metrics, Step};
@@ -32,6 +32,10 @@ use crate::status::State;
 
 /// How often the directory is read.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// So many times as long as a drawing takes, nothing is done after it: a million steps are not drawn again every second,
+const REST: u32 = 9;
+/// but at least so often.
+const LOOK_AT_LEAST_EVERY: Duration = Duration::from_secs(10);
 /// Without a step for so long, and for ten steps' time, a run that should go on is said to stand still.
 const STILL: f64 = 30.0;
 /// Characters of the name of other data that an evaluation was made on.
@@ -118,8 +122,10 @@ fn show(
             if ended.load(Ordering::Relaxed) {
                 return Ok(());
             }
+            let begun = Instant::now();
             terminal.draw(|frame| draw(snapshot, view, frame.area(), frame.buffer_mut())).map_err(cannot)?;
-            let left = LOOK_EVERY.saturating_sub(looked.elapsed());
+            let every = (REST * begun.elapsed()).clamp(LOOK_EVERY, LOOK_AT_LEAST_EVERY);
+            let left = every.saturating_sub(looked.elapsed());
             if left.is_zero() || !event::poll(left).map_err(cannot)? {
                 break;
             }
@@ -386,21 +392,20 @@ fn draw_curve(
     area: Rect,
     buffer: &mut Buffer,
 ) {
-    let points: Points = metrics
-        .train()
-        .filter_map(|line| Some((line.step as f64, number(line).filter(|v| v.is_finite())?)))
-        .collect();
+    let mut points =
+        metrics.train().filter_map(|line| Some((line.step as f64, number(line).filter(|v| v.is_finite())?)));
     let title = heading(name, Vec::new(), area.width.saturating_sub(1));
+    // Braille has two points a column.
+    let thinned = curve::thin(points.clone(), 2 * usize::from(area.width).max(2));
     let values =
-        points.iter().map(|point| point.1).chain(include.into_iter().flat_map(|(low, high)| [low, high]));
+        thinned.iter().map(|point| point.1).chain(include.into_iter().flat_map(|(low, high)| [low, high]));
+    let ends = points.clone().next().zip(points.next_back());
     let (Some((first, last)), Some((low, high))) =
-        (curve::range(points.iter().map(|point| point.0)), curve::range(values))
+        (ends.map(|(first, last)| (first.0, last.0)), curve::range(values))
     else {
         lines(vec![title, Line::from(" nothing yet".dim())], area, buffer);
         return;
     };
-    // Braille has two points a column.
-    let thinned = curve::thin(&points, 2 * usize::from(area.width).max(2));
     let margin = if low == high { 0.05 * high.abs().max(1e-3) } else { 0.0 };
     let (low, high) = (low - margin, high + margin);
     let middle = (low + high) / 2.0;

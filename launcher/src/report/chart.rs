@@ -178,7 +178,7 @@ impl Chart {
             return;
         }
         let mut line = |points: &[(f64, f64)], class: &str| {
-            let path: Vec<String> = thin(points, MAX_POINTS)
+            let path: Vec<String> = thin(points.iter().copied(), MAX_POINTS)
                 .iter()
                 .map(|&(px, py)| format!("{:.1},{:.1}", x(px), y(py)))
                 .collect();
