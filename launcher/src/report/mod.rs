@@ -111,8 +111,10 @@ impl Run {
     }
 
     fn series(&self, number: fn(&Step) -> Option<f64>) -> Series {
-        let points =
-            self.metrics.train().filter_map(|line| Some((line.step as f64, number(line)?))).collect();
+        self.line(self.metrics.train().filter_map(|line| Some((line.step as f64, number(line)?))).collect())
+    }
+
+    fn line(&self, points: Points) -> Series {
         Series::new(&self.label, points).coloured(self.colour)
     }
 
@@ -447,32 +449,8 @@ fn curves(page: &mut String, runs: &[Run]) {
             });
             own.into_iter().chain(elsewhere).collect()
         }
-        _ => runs
-            .iter()
-            .map(|run| Series::new(&run.label, run.evals("knn_top1")).coloured(run.colour))
-            .collect(),
+        _ => runs.iter().map(|run| run.line(run.evals("knn_top1"))).collect(),
     };
-    let chart = |title: &str, series: Vec<Series>| Chart { legend: false, ..Chart::new(title, series) };
-    let all = [
-        Chart { smooth: true, ..chart("Loss", each(|line| line.loss)) },
-        Chart {
-            legend: alone,
-            ..chart(if alone { "Top-1, percent" } else { "kNN top-1, percent" }, accuracies)
-        },
-        Chart {
-            include: Some([0.0, 1.0]),
-            ..chart("z_std: 1 healthy, 0 collapsed", each(|line| line.z_std))
-        },
-        chart("Learning rate", each(|line| line.lr)),
-        chart("Teacher momentum tau", each(|line| line.tau)),
-        Chart { smooth: true, ..chart("Gradient norm", each(|line| line.grad_norm)) },
-        Chart {
-            include: Some([0.0, 0.0]),
-            smooth: true,
-            ..chart("Images a second", each(|line| line.images_per_s))
-        },
-        spectra(runs),
-    ];
     let marks: Vec<Mark> = match runs {
         [run] => run.marks(),
         // Whose they are could not be told; every run's own section lists them.
@@ -483,10 +461,30 @@ fn curves(page: &mut String, runs: &[Run]) {
         chart::legend(page, &each(|line| line.loss.or(line.time)));
     }
     let _ = writeln!(page, "<div class=\"charts\">");
-    for chart in all {
+    // One after the other: the points of a chart are let go before those of the next are gathered.
+    let mut draw = |chart: Chart| {
         let marks: &[Mark] = if chart.log { &[] } else { &marks };
         chart.draw(page, marks);
-    }
+    };
+    let chart = |title: &str, series: Vec<Series>| Chart { legend: false, ..Chart::new(title, series) };
+    draw(Chart { smooth: true, ..chart("Loss", each(|line| line.loss)) });
+    draw(Chart {
+        legend: alone,
+        ..chart(if alone { "Top-1, percent" } else { "kNN top-1, percent" }, accuracies)
+    });
+    draw(Chart {
+        include: Some([0.0, 1.0]),
+        ..chart("z_std: 1 healthy, 0 collapsed", each(|line| line.z_std))
+    });
+    draw(chart("Learning rate", each(|line| line.lr)));
+    draw(chart("Teacher momentum tau", each(|line| line.tau)));
+    draw(Chart { smooth: true, ..chart("Gradient norm", each(|line| line.grad_norm)) });
+    draw(Chart {
+        include: Some([0.0, 0.0]),
+        smooth: true,
+        ..chart("Images a second", each(|line| line.images_per_s))
+    });
+    draw(spectra(runs));
     let _ = writeln!(page, "</div>\n<p class=\"legend\"><span>Over steps.</span>");
     let kinds = [
         (MarkKind::Restart, "restart", "restart"),
