@@ -380,11 +380,15 @@ pub fn retain(
     keep: u64,
 ) -> Result<Vec<PathBuf>, CheckpointError> {
     let disk = Disk(disk);
+    let keep = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
+    // No manifest is read while there are no more folders than may stay: they would be read again after every commit.
+    if names(checkpoints_dir)?.len() <= keep {
+        return Ok(Vec::new());
+    }
     let mut complete: Vec<Checkpoint> = list(checkpoints_dir)?
         .into_iter()
         .filter_map(|entry| Some(Checkpoint { folder: entry.path, manifest: entry.state.ok()? }))
         .collect();
-    let keep = usize::try_from(keep).unwrap_or(usize::MAX).max(1);
     if complete.len() <= keep {
         return Ok(Vec::new());
     }
