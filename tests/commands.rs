@@ -220,12 +220,14 @@ fn a_bare_worker_has_its_run_directory_on_its_command_line() {
     command.arg(&recipe).args(["--set", "run.name=\"bare\""]).current_dir(dir.path());
     let mut running = start(command);
     let command_line = format!("/proc/{}/cmdline", running.pid());
-    while !fs::read_to_string(&command_line).is_ok_and(|line| line.contains("--run-dir\0runs/bare")) {
+    let run_dir = dir.path().canonicalize().expect("the folder").join("runs/bare");
+    let words = format!("--run-dir\0{}\0", run_dir.display());
+    while !fs::read_to_string(&command_line).is_ok_and(|line| line.contains(&words)) {
         assert!(!running.has_ended(), "{}", running.finish().told());
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
     running.finish().expect(0);
-    assert_eq!(losses(&dir.path().join("runs/bare")).len(), 3);
+    assert_eq!(losses(&run_dir).len(), 3);
 }
 
 #[test]

@@ -190,20 +190,26 @@ fn record(
 
 /// The evaluation at the step of the checkpoint that a run goes on from, if it was stopped before it had that.
 fn evaluate_if_missed(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
-    let missed =
-        run.next_step > 0 && run.identity.rank == 0 && !metrics::has_eval(&run.run_dir, run.next_step)?;
+    if run.next_step == 0 || run.evaluator.is_none() || !is_evaluation_due(run) {
+        return Ok(());
+    }
+    let missed = run.identity.rank == 0 && !metrics::has_eval(&run.run_dir, run.next_step)?;
     if agree::any(&*run.collectives, run.next_step, missed)? {
         evaluate_if_due(run, reporter)?;
     }
     Ok(())
 }
 
+/// Whether an evaluation belongs to the step that the run is at: on all ranks alike.
+fn is_evaluation_due(run: &Run) -> bool {
+    let every = run.plan.recipe.eval.knn_every_epochs.saturating_mul(run.plan.steps_per_epoch);
+    is_multiple(run.next_step, every) || run.next_step == run.plan.end_step()
+}
+
 /// kNN every so many epochs, and at the end of a run that evaluates at all.
 fn evaluate_if_due(run: &mut Run, reporter: &mut Reporter) -> Result<(), WorkerError> {
-    let (every, steps_per_epoch) = (run.plan.recipe.eval.knn_every_epochs, run.plan.steps_per_epoch);
-    let epoch = run.next_step / steps_per_epoch;
-    let due = is_multiple(run.next_step, every.saturating_mul(steps_per_epoch))
-        || run.next_step == run.plan.end_step();
+    let epoch = run.next_step / run.plan.steps_per_epoch;
+    let due = is_evaluation_due(run);
     let Some(evaluator) = run.evaluator.as_mut().filter(|_| due) else { return Ok(()) };
     reporter.phase(Phase::Eval);
     run.checkpoints.finish(&mut run.metrics, reporter)?;
