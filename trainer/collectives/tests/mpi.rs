@@ -3,7 +3,7 @@
 
 use std::{
     env, fmt,
-    io::{Read, Write},
+    io::Read,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Mutex, PoisonError},
