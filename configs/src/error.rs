@@ -3,7 +3,9 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-/// A recipe that cannot be used, and why. Every one of them is [`exit_code::USAGE`](crate::exit_code::USAGE).
+use crate::{exit_code, is_passing};
+
+/// A recipe that cannot be used, and why.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -106,6 +108,17 @@ pub enum ConfigError {
     /// The table of keys and the Rust types disagree: a mistake in this crate, excluded by its tests.
     #[error("the recipe's keys and types disagree (a bug in mentee): {0}")]
     Schema(String),
+}
+
+impl ConfigError {
+    /// How a program ends that cannot go on.
+    #[must_use]
+    pub fn exit_code(&self) -> i32 {
+        match self {
+            Self::Read { source, .. } if is_passing(source) => exit_code::FAILED,
+            _ => exit_code::USAGE,
+        }
+    }
 }
 
 /// Where a value comes from.

@@ -20,6 +20,7 @@ mod error;
 pub mod exit_code;
 mod file;
 mod load;
+mod passing;
 pub mod plan;
 pub mod recipe;
 pub mod reference;
@@ -31,6 +32,7 @@ mod validate;
 
 pub use error::{ConfigError, Place};
 pub use load::RecipeText;
+pub use passing::is_passing;
 pub use plan::Plan;
 pub use recipe::Recipe;
 pub use say::counted;

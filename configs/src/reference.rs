@@ -26,7 +26,7 @@ is resumed only by a recipe that agrees in all of them.
 
 Sources: `byol/…` are files of google-deepmind/deepmind-research, `main_simsiam.py` and `simsiam/…` of
 facebookresearch/simsiam, `main_moco.py` of facebookresearch/moco-v3; \"the preset\" stands for the source at the head of
-`configs/defaults/views-PRESET.toml`; \"ours\" comes from no paper.
+`configs/defaults/views-<preset>.toml`; \"ours\" comes from no paper.
 ";
 
 /// The page in Markdown: every key with its values, default, unit, meaning and source, and the built-in

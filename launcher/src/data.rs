@@ -125,6 +125,11 @@ fn verify(path: &Path, format: DataFormat) -> Result<(), Failure> {
             show!("{}: all well: {looked_at}", path.display());
             Ok(())
         }
+        problems if problems == report.refused => Err(Failure::failed(format!(
+            "{}: {} could not be looked at among {looked_at}: look again when the system lets it",
+            path.display(),
+            counted(problems as u64, "place")
+        ))),
         problems => Err(Failure {
             exit_code: exit_code::DATA,
             line: format!(

@@ -51,7 +51,7 @@ pub fn parser_said(error: &clap::Error) -> i32 {
 
 impl From<ConfigError> for Failure {
     fn from(error: ConfigError) -> Failure {
-        Failure::usage(error.to_string())
+        Failure { exit_code: error.exit_code(), line: error.to_string() }
     }
 }
 
@@ -63,6 +63,7 @@ impl From<DataError> for Failure {
 
 impl From<mentee_checkpoint::CheckpointError> for Failure {
     fn from(error: mentee_checkpoint::CheckpointError) -> Failure {
-        Failure { exit_code: exit_code::CHECKPOINT, line: error.to_string() }
+        let exit_code = if error.is_passing() { exit_code::FAILED } else { exit_code::CHECKPOINT };
+        Failure { exit_code, line: error.to_string() }
     }
 }

@@ -5,13 +5,13 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use mentee_config::{counted, say};
 
 use crate::failure::Failure;
-use crate::rundir::RunDir;
+use crate::rundir::{RunDir, resolved};
 
 /// How long the workers of a supervisor that was killed get to end by themselves before a new one ends them.
 const LEFTOVER_GRACE: Duration = Duration::from_secs(10);
@@ -38,17 +38,18 @@ fn workers_in(proc: &Path, user: libc::uid_t, run_dir: &Path) -> Vec<libc::pid_t
             let program = words.next().unwrap_or_default();
             program.ends_with(crate::engine::WORKER.as_bytes())
                 && words.any(|word| word == b"--run-dir")
-                && words.next().is_some_and(|given| absolute(&process, given) == run_dir)
+                && words.next().is_some_and(|given| names(&process, given, run_dir))
                 && fs::metadata(&process).is_ok_and(|it| it.uid() == user)
                 && sees(&process, run_dir)
         })
         .collect()
 }
 
-/// A path that was given to a process.
-fn absolute(process: &Path, given: &[u8]) -> PathBuf {
+/// Whether a path that was given to a process names the directory.
+fn names(process: &Path, given: &[u8], run_dir: &Path) -> bool {
     let current = fs::read_link(process.join("cwd")).unwrap_or_default();
-    current.join(OsStr::from_bytes(given))
+    let given = current.join(OsStr::from_bytes(given));
+    given == run_dir || resolved(&given).is_ok_and(|given| given == run_dir)
 }
 
 /// Whether a process finds the directory at `path` that this one finds there.
@@ -163,7 +164,7 @@ mod tests {
         };
         let mut workers = [
             waiting(&["plan.toml", "--run-dir", here]),
-            waiting(&["plan.toml", "--run-dir", name]),
+            waiting(&["plan.toml", "--run-dir", &format!("{name}/../{name}")]),
             waiting(&["eval", here]),
             waiting(&["plan.toml", "--run-dir", "elsewhere", "--set", here]),
         ];

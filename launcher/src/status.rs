@@ -200,8 +200,10 @@ impl Status {
     fn silence(&self, now: f64) -> Option<String> {
         let silent = Some(now - self.updated).filter(|&s| self.state.is_alive() && s > SILENT_S)?;
         let silent = Duration::try_from_secs_f64(silent).ok()?;
+        let here = self.host == mentee_cluster::server::hostname();
+        let clocks = if here { "" } else { ", or the clocks of the two machines differ" };
         Some(format!(
-            "nothing new for {}: its supervisor (process {} on {}) is stopped, or its disk does not answer",
+            "nothing new for {}: its supervisor (process {} on {}) is stopped, or its disk does not answer{clocks}",
             clock(silent),
             self.pid,
             printable(&self.host)

@@ -43,7 +43,7 @@ pub struct Entry {
 pub struct Newest {
     /// The checkpoint; all its digests have been verified.
     pub checkpoint: Checkpoint,
-    /// What it holds, so that nobody reads it again.
+    /// What it holds: it was read to be verified.
     pub tensors: BTreeMap<String, OwnedTensor>,
     /// Newer ones that cannot be used, newest first, with the reason: worth a warning.
     pub rejected: Vec<(PathBuf, CheckpointError)>,
@@ -287,7 +287,7 @@ pub fn list(checkpoints_dir: &Path) -> Result<Vec<Entry>, CheckpointError> {
     let mut set_aside = Vec::new();
     for name in names(checkpoints_dir)? {
         let path = checkpoints_dir.join(&name);
-        if let Some(step) = parse_step_name(&name).filter(|_| path.is_dir()) {
+        if let Some(step) = parse_step_name(&name).filter(|_| may_be_folder(&path)) {
             folders.insert(step, path);
         } else if let Some(step) = name.strip_prefix(".old-").and_then(parse_step_name) {
             set_aside.push((step, path));
@@ -328,6 +328,11 @@ pub fn refusal_to_write(path: &Path) -> Option<String> {
     })
 }
 
+/// What cannot be looked at counts: to pass over a checkpoint without a word would begin the run anew.
+fn may_be_folder(path: &Path) -> bool {
+    !fs::metadata(path).is_ok_and(|it| !it.is_dir())
+}
+
 fn names(folder: &Path) -> Result<Vec<String>, CheckpointError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -356,6 +361,8 @@ pub fn newest(checkpoints_dir: &Path) -> Result<Option<Newest>, CheckpointError>
         });
         match loaded {
             Ok((checkpoint, tensors)) => return Ok(Some(Newest { checkpoint, tensors, rejected })),
+            // This machine's trouble, and no reason to go back to an older one.
+            Err(error @ CheckpointError::OutOfMemory { .. }) => return Err(error),
             Err(reason) => rejected.push((path, reason)),
         }
     }

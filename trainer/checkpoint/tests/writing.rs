@@ -258,3 +258,15 @@ fn what_the_system_refuses_is_told_from_what_is_damaged() {
         "{error}"
     );
 }
+
+#[test]
+fn a_checkpoint_that_cannot_be_looked_at_is_not_passed_over() {
+    let run = TempDir::new().unwrap();
+    let own = run.path().join("step-00000001");
+    std::os::unix::fs::symlink("step-00000001", &own).unwrap();
+    let error = newest(run.path()).unwrap_err();
+    assert!(error.is_passing(), "a run would begin anew: {error:?}");
+    fs::remove_file(&own).unwrap();
+    fs::write(&own, "a file").unwrap();
+    assert!(newest(run.path()).unwrap().is_none());
+}

@@ -47,7 +47,7 @@ pub struct Stats {
 }
 
 /// What [`verify`] found in all parts.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Report {
     /// Images that were decoded, or tried to be.
     pub samples: u64,
@@ -57,6 +57,8 @@ pub struct Report {
     pub bytes: u64,
     /// Everything that is wrong: shards and containers first, then samples in order.
     pub problems: Vec<String>,
+    /// Of these, how many are the system's refusals: nothing is known of the data.
+    pub refused: usize,
     /// What is no problem but worth a look, a line each: files that are passed over.
     pub notes: Vec<String>,
 }
@@ -246,9 +248,10 @@ pub fn verify(
     threads: usize,
     progress: &(dyn Fn(u64, u64) + Sync),
 ) -> Result<Report, DataError> {
-    let mut report = Report { samples: 0, files: 0, bytes: 0, problems: Vec::new(), notes: Vec::new() };
+    let mut report = Report::default();
     for part in open::parts(path, format)? {
         let mut note = |error: DataError| {
+            report.refused += usize::from(error.is_passing());
             report.problems.push(error.to_string());
             Ok(())
         };
@@ -275,6 +278,7 @@ pub fn verify(
         });
         let mut bad = bad.into_inner().unwrap_or_else(PoisonError::into_inner);
         bad.sort_by_key(|(i, _)| *i);
+        report.refused += bad.iter().filter(|(_, error)| error.is_passing()).count();
         report.problems.extend(bad.into_iter().map(|(_, error)| error.brief()));
         report.notes.extend(source.passed_over());
         let (bytes, files) = source.stored();

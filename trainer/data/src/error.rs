@@ -1,7 +1,6 @@
 //! What can be wrong with data, each with the place and the remedy.
 
 use mentee_config::{counted, exit_code};
-use std::io::ErrorKind;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -39,8 +38,8 @@ pub enum DataError {
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// Of what kind.
-        kind: ErrorKind,
+        /// Whether another try may find all as it should be.
+        passing: bool,
         /// The system's words.
         reason: String,
     },
@@ -193,27 +192,9 @@ fn remedy(reason: &str) -> &'static str {
 }
 
 impl DataError {
-    /// Whether the system refused for a reason of its own: another try may find all as it should be.
-    fn is_passing(&self) -> bool {
-        use ErrorKind::{
-            InvalidData, InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound,
-            PermissionDenied, UnexpectedEof,
-        };
-        match self {
-            Self::Thread { .. } => true,
-            Self::Io { kind, .. } => !matches!(
-                kind,
-                InvalidData
-                    | InvalidFilename
-                    | InvalidInput
-                    | IsADirectory
-                    | NotADirectory
-                    | NotFound
-                    | PermissionDenied
-                    | UnexpectedEof
-            ),
-            _ => false,
-        }
+    /// Whether the system refused for a reason of its own: nothing is known of the data.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self, Self::Thread { .. } | Self::Io { passing: true, .. })
     }
 
     /// How a program ends that cannot go on.
@@ -244,7 +225,8 @@ impl DataError {
     }
 
     pub(crate) fn io(action: &'static str, path: &Path, error: &std::io::Error) -> Self {
-        Self::Io { action, path: path.to_owned(), kind: error.kind(), reason: error.to_string() }
+        let passing = mentee_config::is_passing(error);
+        Self::Io { action, path: path.to_owned(), passing, reason: error.to_string() }
     }
 
     pub(crate) fn bad_file(path: &Path, reason: impl Into<String>) -> Self {
@@ -266,12 +248,11 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_is_not_there_stays_away_and_a_server_that_does_not_answer_may_come_back() {
+    fn a_server_that_does_not_answer_is_no_damage() {
         let code = |errno| {
             DataError::io("read", Path::new("a.tar"), &std::io::Error::from_raw_os_error(errno)).exit_code()
         };
-        assert_eq!([libc::ENOENT, libc::EACCES, libc::EISDIR].map(code), [exit_code::DATA; 3]);
-        assert_eq!([libc::EIO, libc::ESTALE, libc::EMFILE].map(code), [exit_code::FAILED; 3]);
+        assert_eq!([libc::ENOENT, libc::ESTALE].map(code), [exit_code::DATA, exit_code::FAILED]);
     }
 
     #[test]

@@ -182,7 +182,11 @@ pub(crate) fn about(path: &Path) -> Result<Option<fs::Metadata>, DataError> {
         Ok(about) => return Ok(Some(about)),
         Err(error) => error,
     };
-    let Ok(target) = fs::read_link(path) else { return Err(DataError::io("read", path, &error)) };
+    let refused = DataError::io("read", path, &error);
+    if refused.is_passing() {
+        return Err(refused);
+    }
+    let Ok(target) = fs::read_link(path) else { return Err(refused) };
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if !extension(&name).is_empty() && !is_image(&name) {
         return Ok(None);

@@ -1,6 +1,7 @@
 //! Folders and the names in them.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use crate::error::DataError;
@@ -12,6 +13,16 @@ pub(crate) fn sorted_entries(dir: &Path) -> Result<Vec<fs::DirEntry>, DataError>
         .map_err(|e| DataError::io("list", dir, &e))?;
     entries.sort_by_key(fs::DirEntry::file_name);
     Ok(entries)
+}
+
+/// Whether there is a file at `path`. A link that leads nowhere is an error: without it the set would be another.
+pub(crate) fn is_file(path: &Path) -> Result<bool, DataError> {
+    match fs::metadata(path) {
+        Ok(about) => Ok(about.is_file()),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => Ok(false),
+        Err(error) if error.kind() == ErrorKind::NotFound && !path.is_symlink() => Ok(false),
+        Err(error) => Err(DataError::io("read", path, &error)),
+    }
 }
 
 /// Texts one after the other in one buffer: 8 bytes of overhead each.

@@ -74,8 +74,9 @@ pub struct Skipped {
     pub id: u64,
     /// The sample that stands there now.
     pub instead: u64,
-    /// What is wrong with it, naming shard or file and key.
-    pub reason: String,
+    /// It, and those that were to stand there and are damaged too: index in the source and what is wrong, naming shard or file and
+    /// key.
+    pub damaged: Vec<(u64, String)>,
 }
 
 /// The most samples that are tried for one place.
@@ -327,20 +328,20 @@ impl Shared {
     ) -> Result<Option<Skipped>, DataError> {
         let id = claim.ids[place];
         let mut now = id;
-        let mut reasons = Vec::new();
+        let mut damaged = Vec::new();
         loop {
             // A thread lost to a panic would leave its places missing, and the consumer waiting, for ever.
             let filled = catch_unwind(AssertUnwindSafe(|| self.fill(scratch, claim, place, now)))
                 .unwrap_or(Err(DataError::Panicked { epoch: claim.epoch, sample: now }));
             let error = match filled {
-                Ok(()) if reasons.is_empty() => return Ok(None),
+                Ok(()) if damaged.is_empty() => return Ok(None),
                 Ok(()) => {
-                    return Ok(Some(Skipped { place, id, instead: now, reason: reasons.join("; then ") }));
+                    return Ok(Some(Skipped { place, id, instead: now, damaged }));
                 }
                 Err(error) => error,
             };
-            let attempt = reasons.len() as u32;
-            reasons.push(error.brief());
+            let attempt = damaged.len() as u32;
+            damaged.push((now, error.brief()));
             if attempt >= MAX_ATTEMPTS {
                 return Err(error);
             }

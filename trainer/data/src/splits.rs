@@ -34,8 +34,9 @@ pub(crate) fn held_out(base: &Path) -> Result<Vec<PathBuf>, DataError> {
 /// first. A link that leads nowhere is an error: without it the set would be another.
 fn folders_named(base: &Path, names: &[&str]) -> Result<Vec<PathBuf>, DataError> {
     let listed = if base.as_os_str().is_empty() { Path::new(".") } else { base };
-    let there: Vec<String> = match fs::read_dir(listed) {
-        Ok(entries) => entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect(),
+    let there: Vec<String> = match fs::read_dir(listed).and_then(Iterator::collect::<Result<Vec<_>, _>>) {
+        Ok(entries) => entries.into_iter().filter_map(|entry| entry.file_name().into_string().ok()).collect(),
+        Err(error) if mentee_config::is_passing(&error) => return Err(DataError::io("list", base, &error)),
         // One may be allowed to enter a folder and not to list it.
         Err(_) => names.iter().map(|&name| name.to_owned()).filter(|name| base.join(name).is_dir()).collect(),
     };

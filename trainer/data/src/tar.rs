@@ -21,6 +21,7 @@ use crate::error::{DataError, shown};
 use crate::folder::is_foreign;
 use crate::index::{INDEX_FILE, Index, IndexShard};
 use crate::kept_open::KeptOpen;
+use crate::listing::is_file;
 use crate::listing::{Names, sorted_entries};
 use crate::partial::is_unfinished;
 use crate::passed_over::{PassedOver, image_patterns};
@@ -83,11 +84,13 @@ pub(crate) fn numbered_key(index: u64) -> String {
 }
 
 fn tar_files(dir: &Path) -> Result<Vec<PathBuf>, DataError> {
-    Ok(sorted_entries(dir)?
-        .into_iter()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|e| e == "tar") && path.is_file())
-        .collect())
+    let mut files = Vec::new();
+    for path in sorted_entries(dir)?.into_iter().map(|entry| entry.path()) {
+        if path.extension().is_some_and(|e| e == "tar") && is_file(&path)? {
+            files.push(path);
+        }
+    }
+    Ok(files)
 }
 
 /// Whether a folder holds tar shards.
@@ -150,7 +153,7 @@ impl TarShards {
             ));
         }
         let index = path.join(INDEX_FILE);
-        let mut shards = if index.is_file() {
+        let mut shards = if is_file(&index)? {
             Self::from_index(path, &Index::load(&index)?, problem)?
         } else {
             Self::from_headers(path, problem)?

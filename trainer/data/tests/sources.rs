@@ -918,3 +918,19 @@ fn stats_and_verify_look_at_both_parts_of_such_files() {
     fs::remove_file(idx.join("t10k-images-idx3-ubyte")).unwrap();
     assert!(check::stats(&idx, DataFormat::Idx, Reading::default(), 1).is_err());
 }
+
+#[test]
+fn a_shard_that_leads_nowhere_is_not_passed_over() {
+    let dir = TempDir::new().unwrap();
+    let mut tar = Vec::new();
+    member(&mut tar, "a.png", &rgb_png(4, 4, 1), b'0');
+    put(dir.path(), "a.tar", &tar);
+    assert_eq!(open(dir.path(), DataFormat::Auto).unwrap().len(), 1);
+    for target in ["nowhere", "b.tar"] {
+        std::os::unix::fs::symlink(target, dir.path().join("b.tar")).unwrap();
+        let error = open(dir.path(), DataFormat::Tar).err().unwrap();
+        assert_eq!(error.exit_code(), 3, "{error}");
+        assert!(error.to_string().contains("b.tar`: "), "{error}");
+        fs::remove_file(dir.path().join("b.tar")).unwrap();
+    }
+}

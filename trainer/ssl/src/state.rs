@@ -124,7 +124,8 @@ impl State {
             student.views_apart();
             teacher.iter_mut().for_each(Pass::views_apart);
         }
-        if let Some(side) = self.side.as_deref().filter(|_| over.reduce.is_none())
+        let sums = statistics == NormStatistics::Batch && over.reduce.is_some();
+        if let Some(side) = self.side.as_deref().filter(|_| !sums)
             && let Some(teacher) = &mut teacher
         {
             side.fork()?;

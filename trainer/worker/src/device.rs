@@ -129,7 +129,7 @@ impl DeviceGroup {
         // Each step together: a rank that fails alone would meet the others at another exchange.
         let statistics = Communicator::start(library, host.clone(), options).map_err(failed);
         let statistics = Arc::new(agree::together(&**host, statistics)?);
-        // Both are given work by the thread that runs forward and backward, in one order on all ranks, and a kernel of one fits beside
+        // Both are given work in one order on all ranks, forward's and then backward's, and a kernel of one fits beside
         // one of the other: NCCL takes 32 blocks at most. (For devices too small for that, NCCL has NCCL_LAUNCH_ORDER_IMPLICIT=1.)
         let gradients = agree::together(&**host, statistics.lane("gradients").map_err(failed))?;
         let mark = Box::new(move || -> Result<Arc<dyn Event>, _> {

@@ -144,7 +144,6 @@ impl WorkerError {
     pub fn exit_code(&self) -> i32 {
         match self {
             Self::Usage(_)
-            | Self::Config(_)
             | Self::Identity(_)
             | Self::OtherRecipe { .. }
             | Self::OtherRecipesCheckpoint { .. }
@@ -153,6 +152,7 @@ impl WorkerError {
             // What MPI says while it starts may be that another rank is gone.
             Self::Start(StartError::Mpi { .. }) => exit_code::FAILED,
             Self::Start(_) => exit_code::USAGE,
+            Self::Config(error) => error.exit_code(),
             Self::Data(error) => error.exit_code(),
             Self::OtherData(_) => exit_code::DATA,
             Self::Checkpoint(error) if error.is_passing() => exit_code::FAILED,

@@ -20,7 +20,10 @@ pub fn of_recipe(state: &mut State, recipe: &Recipe) -> Result<(), WorkerError> 
 /// must be there, in its shape; of what else is there only a classifier (`fc.…`) and counts of batches are passed over.
 fn backbone(state: &mut State, path: &Path) -> Result<(), WorkerError> {
     let failed = |problem: String| WorkerError::Import { path: path.to_owned(), problem };
-    let bytes = std::fs::read(path).map_err(|error| failed(format!("cannot be read: {error}")))?;
+    let bytes = std::fs::read(path).map_err(|error| match mentee_config::is_passing(&error) {
+        true => WorkerError::io("read", path)(error),
+        false => failed(format!("cannot be read: {error}")),
+    })?;
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|error| failed(format!("is no safetensors file: {error}")))?;
     let mut tensors: BTreeMap<String, Tensor> =

@@ -28,10 +28,14 @@ impl SkippedImages {
 
     /// Names those of a batch.
     pub fn note(&mut self, batch: &Batch) {
-        for Skipped { id, instead, reason, .. } in &batch.skipped {
+        for Skipped { id, instead, damaged, .. } in &batch.skipped {
+            let reasons: Vec<&str> = damaged.iter().map(|(_, reason)| reason.as_str()).collect();
+            let reason = reasons.join("; then ");
             tracing::warn!(step = batch.step, sample = id, instead, reason, "skipped a damaged image");
-            if self.all.insert(*id, reason.clone()).is_none() {
-                self.news.push((*id, reason.clone()));
+            for (id, reason) in damaged {
+                if self.all.insert(*id, reason.clone()).is_none() {
+                    self.news.push((*id, reason.clone()));
+                }
             }
         }
     }
@@ -68,17 +72,15 @@ mod tests {
     use super::*;
 
     fn batch(step: u64, ids: &[u64]) -> Batch {
-        let skipped = |(place, &id): (usize, &u64)| Skipped {
-            place,
-            id,
-            instead: 0,
-            reason: format!("set:{id}: torn"),
-        };
+        // The last is what was to replace the one before it, and torn as well.
+        let damaged: Vec<_> = ids.iter().map(|&id| (id, format!("set:{id}: torn"))).collect();
+        let skipped =
+            damaged.first().map(|&(id, _)| Skipped { place: 0, id, instead: 0, damaged: damaged.clone() });
         Batch {
             step,
             epoch: 0,
             ids: ids.to_vec(),
-            skipped: ids.iter().enumerate().map(skipped).collect(),
+            skipped: skipped.into_iter().collect(),
             views: mentee_data::Memory::default(),
             wait: Duration::ZERO,
         }
