@@ -11,6 +11,7 @@ use crate::failure::Failure;
 use crate::metrics::Metrics;
 use crate::progress::Counter;
 use crate::rundir::RunDir;
+use crate::supervise::STOP_GRACE;
 use crate::{report, run};
 
 /// `mentee demo`.
@@ -46,6 +47,7 @@ pub fn command(args: &DemoArgs) -> Result<i32, Failure> {
         engine: Engine::Auto,
         run_dir: Some(args.out.clone()),
         max_restarts: 3,
+        stop_grace: STOP_GRACE.as_secs(),
         sets,
         engine_args: Vec::new(),
         interface: None,

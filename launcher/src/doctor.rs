@@ -170,7 +170,7 @@ pub fn command(args: &DoctorArgs) -> Result<i32, Failure> {
     }
     let probe = files::probe(run_dir.path());
     say(files::judge(&probe));
-    say(vec![port(engine == Engine::Srun)]);
+    say(vec![port(engine::reaches_other_nodes(engine, allocation.as_ref()))]);
 
     let alone = facts(args, Engine::Direct, 1, &Layout { nodes: 1, left_out: Vec::new() });
     if let Ok(facts) = &alone {

@@ -105,6 +105,13 @@ impl Layout {
     }
 }
 
+/// Whether an engine starts workers on other machines too, which reach this process by the network: srun does, and mpirun within a job
+/// of several nodes.
+pub fn reaches_other_nodes(engine: Engine, allocation: Option<&Allocation>) -> bool {
+    let several = allocation.is_some_and(|allocation| allocation.nodes.len() > 1);
+    engine == Engine::Srun || engine == Engine::Mpirun && several
+}
+
 /// The engine that `auto` means here, and whether `workers` of it can be had.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ use std::time::Duration;
 use mentee_checkpoint::{self as checkpoint, Entry};
 use mentee_cluster::server;
 use mentee_config::replace::write_atomically;
-use mentee_config::{Plan, Recipe, counted, exit_code, say};
+use mentee_config::{Plan, Recipe, complain, counted, exit_code, say};
 use mentee_data::open_training;
 
 use crate::engine::{self, Engine, Layout};
@@ -23,6 +23,7 @@ use crate::rundir::RunDir;
 use crate::shell::{Job, supervise};
 use crate::slurm::{self, Record};
 use crate::status::{State, Status};
+use crate::supervise::STOP_GRACE;
 
 /// How long a job that was put back into the queue waits for its directory.
 const LOCK_PATIENCE: Duration = Duration::from_secs(300);
@@ -49,6 +50,10 @@ pub struct RunArgs {
     /// How often crashes are answered with another start from the last checkpoint, in all
     #[arg(long, default_value_t = 3, value_name = "K")]
     pub max_restarts: u32,
+    /// What a stop may take at least, from the first signal to the last checkpoint, before the workers are ended; three steps, where
+    /// they take longer
+    #[arg(long, default_value_t = STOP_GRACE.as_secs(), value_name = "SECONDS")]
+    pub stop_grace: u64,
     /// Replaces a value of the recipe; may be given several times
     #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
     pub sets: Vec<String>,
@@ -87,7 +92,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     let engine = engine::choose(args.engine, args.workers, allocation.as_ref())?;
     let interface = match &args.interface {
         Some(interface) => Some(interface::address("--interface", interface)?),
-        None if engine == Engine::Srun => None,
+        None if engine::reaches_other_nodes(engine, allocation.as_ref()) => None,
         None => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
     };
     let metrics_address = args.metrics_address.as_deref().map(prometheus::address).transpose()?;
@@ -136,13 +141,18 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         ready::held_out(&plan.recipe)?;
     }
     let text = plan.recipe.to_toml();
-    write_atomically(&dir.plan(), text.as_bytes())
-        .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
+    // A disk without room is no reason not to go on: the run waits for room itself.
+    if !std::fs::read_to_string(dir.plan()).is_ok_and(|there| there == text) {
+        write_atomically(&dir.plan(), text.as_bytes())
+            .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
+    }
     logs::write_here(&dir);
     if let Some(allocation) = allocation.as_ref().filter(|_| dir.script().is_file() || dir.slurm().is_file())
     {
         // The script may have been submitted again, by hand.
-        Record::of_job(&dir, allocation).write(&dir)?;
+        if let Err(failure) = Record::of_job(&dir, allocation).write(&dir) {
+            complain!("warning: {}: `mentee status` may name another job", failure.line);
+        }
     }
 
     // One thread: the parent-death signal of the workers is tied to the thread that started them.
@@ -163,6 +173,7 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
         allocation: allocation.as_ref(),
         workers: args.workers,
         layout,
+        stop_grace: Duration::from_secs(args.stop_grace),
     };
     let (exit_code, stopped_by) = runtime.block_on(supervise(job, args.max_restarts, metrics_listener))?;
     if let Some(allocation) = allocation.filter(|_| args.requeue)

@@ -59,6 +59,8 @@ pub struct Job<'a> {
     pub allocation: Option<&'a Allocation>,
     pub workers: u32,
     pub layout: Layout,
+    /// What a stop may take at least.
+    pub stop_grace: Duration,
 }
 
 impl Job<'_> {
@@ -169,6 +171,7 @@ pub async fn supervise(
     };
     let started = Instant::now();
     let (mut supervisor, first) = Supervisor::new(max_restarts, direct, nodes, newest_step > 0);
+    supervisor.least_stop_grace = shell.job.stop_grace;
     let mut stopped_by = Vec::new();
     let mut actions = first;
     let mut status_due = tokio::time::interval(STATUS_EVERY);
@@ -179,8 +182,13 @@ pub async fn supervise(
             if shell.job.lock.is_lost(&shell.job.dir.plan()) {
                 return Err(shell.abandon().await);
             }
-            if let Some(outcome) = shell.perform(action).await? {
-                return Ok((shell.end(outcome)?, stopped_by));
+            match shell.perform(action).await {
+                Ok(Some(outcome)) => return Ok((shell.end(outcome)?, stopped_by)),
+                Ok(None) => {}
+                Err(failure) => {
+                    shell.write_end(failure.exit_code, Some(failure.line.clone()));
+                    return Err(failure);
+                }
             }
         }
         let due = shell.timer.map(|(_, at)| at);

@@ -128,8 +128,19 @@ impl Job {
 
     /// Whether it waits or runs: a second job in its run directory would spoil both.
     pub fn is_active(&self) -> bool {
-        let active = ["PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "RESIZING", "REQUEUED"];
-        active.contains(&self.state.as_str()) || self.state.starts_with("REQUEUE") || self.state == "STOPPED"
+        const OVER: [&str; 10] = [
+            "BOOT_FAIL",
+            "CANCELLED",
+            "COMPLETED",
+            "DEADLINE",
+            "FAILED",
+            "NODE_FAIL",
+            "OUT_OF_MEMORY",
+            "PREEMPTED",
+            "REVOKED",
+            "TIMEOUT",
+        ];
+        !OVER.iter().any(|over| self.state.starts_with(over))
     }
 }
 
@@ -441,6 +452,16 @@ mod tests {
         let over = job("FAILED", "Reason=NonZeroExitCode Restarts=0 RunTime=00:01:00 NodeList=n[1-2]");
         assert_eq!(over.to_string(), "failed on n[1-2] (NonZeroExitCode)");
         assert!(!over.is_active());
+        for (state, active) in [
+            ("SIGNALING", true),
+            ("STAGE_OUT", true),
+            ("REQUEUE_HOLD", true),
+            ("NODE_FAIL", false),
+            ("REVOKED", false),
+        ] {
+            let job = Job { state: state.into(), ..over.clone() };
+            assert_eq!(job.is_active(), active, "{state}");
+        }
         assert_eq!(Job::parse("slurm_load_jobs error: Invalid job id specified"), None);
     }
 

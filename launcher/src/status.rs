@@ -188,9 +188,11 @@ impl Status {
     /// Reads it, and corrects the state when the supervisor is gone without a word.
     pub fn read(run: &RunDir) -> Option<Status> {
         let mut status: Status = serde_json::from_slice(&std::fs::read(run.status()).ok()?).ok()?;
-        // The lock is not always visible from another machine; a fresh status is.
+        // The lock is not always visible from another machine, and some file systems have none; a fresh status is, and a process.
         let here = status.host == mentee_cluster::server::hostname();
-        if status.state.is_alive() && !run.is_locked() && (here || unix_time() - status.updated > FRESH_S) {
+        let is_gone = here && !Path::new(&format!("/proc/{}", status.pid)).exists();
+        let is_old = unix_time() - status.updated > FRESH_S;
+        if status.state.is_alive() && !run.is_locked() && (is_gone || is_old) {
             status.state = State::Interrupted;
         }
         Some(status)

@@ -15,9 +15,12 @@ use crate::ready;
 use crate::rundir::RunDir;
 use crate::site::Site;
 use crate::slurm::{self, Record};
+use crate::supervise::STOP_GRACE;
 
 /// Seconds before the time limit at which the run is to stop, unless told otherwise.
 const STOP_LEAD: u32 = 120;
+/// Of these, what is left when the workers have had their time.
+const LAST_SECONDS: u32 = 20;
 /// Variants of one array.
 const MAX_VARIANTS: usize = 1000;
 
@@ -198,6 +201,11 @@ impl Script {
             nodes * workers_per_node,
             self.max_restarts
         );
+        // What the lead leaves to the end of the job itself.
+        let stop_grace = u64::from(self.stop_lead.saturating_sub(LAST_SECONDS));
+        if stop_grace > STOP_GRACE.as_secs() {
+            let _ = write!(text, " --stop-grace {stop_grace}");
+        }
         if self.requeue {
             text.push_str(" --requeue");
         }
@@ -218,7 +226,9 @@ impl Script {
     /// sbatch's variables that would win over what the script says.
     fn overridden(&self) -> Vec<&'static str> {
         let always =
-            ["REQUEUE", "NO_REQUEUE", "SIGNAL", "OUTPUT", "OPEN_MODE", "JOB_NAME", "ARRAY_INX"].into_iter();
+            ["REQUEUE", "NO_REQUEUE", "SIGNAL", "OUTPUT", "OPEN_MODE", "JOB_NAME", "ARRAY_INX", "WAIT"]
+                .into_iter();
+        let gpus = self.site.gpus_per_node.map(|_| "GPUS_PER_NODE");
         let site = &self.site;
         let given = [
             ("TIMELIMIT", &site.time),
@@ -226,7 +236,8 @@ impl Script {
             ("ACCOUNT", &site.account),
             ("QOS", &site.qos),
         ];
-        always.chain(given.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name)).collect()
+        let given = given.into_iter().filter(|(_, value)| value.is_some()).map(|(name, _)| name);
+        always.chain(given).chain(gpus).collect()
     }
 }
 
@@ -530,17 +541,27 @@ fn submit(script: &Script, dir: &RunDir, runs: &[(RunDir, Recipe)], new: &[PathB
         ))
     })?;
     let status = format!("mentee status {}", dir.path().display());
+    // A second submission would find no trace of it.
+    let noted = |written: Result<(), Failure>| {
+        written.map_err(|failure| Failure {
+            line: format!(
+                "job {job} was submitted, and its number could not be kept ({}): make room, `scancel {job}`, and submit again",
+                failure.line
+            ),
+            ..failure
+        })
+    };
     if script.variants.is_empty() {
-        Record::new(job.clone(), path).write(dir)?;
+        noted(Record::new(job.clone(), path).write(dir))?;
         say!("job {job}: {} on {} nodes; `{status}` follows it", script.name, script.nodes);
         return Ok(());
     }
     let sweep = Sweep { job: job.clone(), variants: script.variants.clone() };
     let text = serde_json::to_vec_pretty(&sweep).expect("a sweep is JSON");
     let file = Sweep::file(dir.path());
-    write_atomically(&file, &text).map_err(|error| Failure::io("write", &file, &error))?;
+    noted(write_atomically(&file, &text).map_err(|error| Failure::io("write", &file, &error)))?;
     for (index, (run, _)) in runs.iter().enumerate() {
-        Record::new(format!("{job}_{index}"), path.clone()).write(run)?;
+        noted(Record::new(format!("{job}_{index}"), path.clone()).write(run))?;
     }
     say!(
         "job {job}: {} runs of {} on {} nodes each; `{status}` follows them",
@@ -612,7 +633,7 @@ module load gcc
 run='/data/my runs/one%'
 # In place of this shell, so that Slurm's signals reach it.
 exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
-    --engine srun --workers 8 --max-restarts 3 --requeue --interface ib0 \\
+    --engine srun --workers 8 --max-restarts 3 --stop-grace 100 --requeue --interface ib0 \\
     --engine-arg=--cpus-per-task=8 \\
     --engine-arg=--cpu-bind=cores
 ";
@@ -634,7 +655,7 @@ exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
         ] {
             assert!(text.contains(part), "{part} is not in\n{text}");
         }
-        assert!(text.ends_with("--engine srun --workers 8 --max-restarts 3\n"), "{text}");
+        assert!(text.ends_with("--engine srun --workers 8 --max-restarts 3 --stop-grace 100\n"), "{text}");
     }
 
     #[test]

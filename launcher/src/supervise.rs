@@ -27,8 +27,8 @@ use culprit::FINAL;
 pub use culprit::{Culprit, Failing};
 pub use event::{Action, Event, Exit, LaunchFailure, Outcome, StopSignal, Timer};
 
-/// After the first signal: time to reach a step boundary and write a checkpoint.
-const STOP_GRACE: Duration = Duration::from_secs(60);
+/// After the first signal: time to reach a step boundary and write a checkpoint, at least and unless told otherwise.
+pub const STOP_GRACE: Duration = Duration::from_secs(60);
 /// After one rank failed: the others usually end by themselves, with the more useful messages.
 const END_GRACE: Duration = Duration::from_secs(5);
 /// After one rank vanished: the others wait for it in a collective and have little to say.
@@ -91,6 +91,8 @@ pub struct Supervisor {
     step_time: Duration,
     /// How long the ranks were given to stop.
     stop_grace: Duration,
+    /// What a stop may take at least.
+    pub least_stop_grace: Duration,
     /// The workers have been told to end.
     ending: bool,
     /// The coordinator speaks of this start of the gang, no more of the last.
@@ -127,6 +129,7 @@ impl Supervisor {
             stop: None,
             step_time: Duration::ZERO,
             stop_grace: STOP_GRACE,
+            least_stop_grace: STOP_GRACE,
             ending: false,
             hears_this_generation: true,
             culprit: None,
@@ -299,7 +302,7 @@ impl Supervisor {
         match self.stop {
             None => {
                 self.stop = Some((now, signal));
-                self.stop_grace = STOP_GRACE.max(self.step_time.saturating_mul(STOP_STEPS));
+                self.stop_grace = self.least_stop_grace.max(self.step_time.saturating_mul(STOP_STEPS));
                 match self.state {
                     State::Waiting => self.finish(PREEMPTED, None),
                     State::Running if self.ending || self.culprit.is_some() => {

@@ -396,19 +396,25 @@ fn a_restart_says_whether_there_is_something_to_go_on_from() {
 
 #[test]
 fn a_stop_waits_for_steps_that_take_long() {
-    let grace = |step_ms: f64| {
+    let grace_of = |least: Duration, step_ms: f64| {
         let progress = Progress { step: 7, step_ms: Some(step_ms), ..Progress::default() };
         let events = vec![
             go(),
             Event::Coordinator(Output::Progress { rank: 0, progress }),
             Event::Signal(StopSignal::Warning),
         ];
-        let arms = run(3, events).into_iter().find_map(|action| match action {
+        let (mut supervisor, _) = Supervisor::new(3, false, 1, false);
+        supervisor.least_stop_grace = least;
+        let actions = events.into_iter().flat_map(|event| supervisor.handle_event(Duration::ZERO, event));
+        let mut arms = actions.filter_map(|action| match action {
             Action::Arm(Timer::End, grace) => Some(grace),
             _ => None,
         });
-        arms.expect("a time limit")
+        arms.next().expect("a time limit")
     };
+    let grace = |step_ms| grace_of(STOP_GRACE, step_ms);
+    let long = Duration::from_secs(580);
+    assert_eq!([2_000.0, 300_000.0].map(|step_ms| grace_of(long, step_ms)), [long, Duration::from_secs(900)]);
     assert_eq!(grace(2_000.0), STOP_GRACE);
     assert_eq!(grace(100_000.0), Duration::from_secs(300));
     assert_eq!(grace(f64::INFINITY), STOP_GRACE);

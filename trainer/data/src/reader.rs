@@ -47,7 +47,15 @@ impl Reader {
 
     /// The values of the sample that was read last, if it is a file of more than 8 bits a channel.
     pub(crate) fn deep_values(&mut self) -> Option<Values> {
-        is_deep(&self.bytes).then(|| self.decoder.values_of(&self.bytes).ok()).flatten()
+        if !is_deep(&self.bytes) {
+            return None;
+        }
+        let (decoder, bytes) = (&mut self.decoder, &self.bytes);
+        let values = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| decoder.values_of(bytes)));
+        if values.is_err() {
+            self.decoder = Decoder::new(self.decoder.reading); // whatever state it was left in
+        }
+        values.ok()?.ok()
     }
 
     /// Reads sample `index` and leaves it encoded.

@@ -356,7 +356,8 @@ fn a_tiff_that_is_not_read_says_why() {
     // Without a length of the strip, and with one that is beyond the file, as some programs write what is not packed.
     assert_eq!(pixels(&with(&[(273, 4, &[8])])), [7, 7, 7, 9, 9, 9]);
     assert_eq!(pixels(&with(&[(273, 4, &[8]), (279, 4, &[9999])])), [7, 7, 7, 9, 9, 9]);
-    let cases: [(Tags<'_>, &str); 34] = [
+    let cases: [(Tags<'_>, &str); 35] = [
+        (&[(277, 4, &[70_000])], "damaged TIFF: more than 65535 samples a pixel (tag 277)"),
         (
             &[(258, 3, &[32]), (339, 3, &[3])],
             "TIFF with floating-point numbers of 32 bits is not read: tell `mentee shard` the values that count (--range LOW:HIGH)",
@@ -465,4 +466,17 @@ fn other_files_cut_anywhere_are_errors() {
             }
         }
     }
+}
+
+/// What holds for a component is the table at its first scan.
+#[test]
+fn a_quantisation_table_that_comes_later_changes_nothing() {
+    let photo = jpeg(40, 30, true, Jpeg::Rgb);
+    let scans = photo.windows(2).filter(|pair| *pair == [0xFF, 0xDA]).count();
+    assert!(scans > 3, "{scans} scans");
+    let last = photo.windows(2).rposition(|pair| pair == [0xFF, 0xDA]).unwrap();
+    let tables = [[0xFF, 0xDB, 0, 67, 0].as_slice(), &[77; 64], &[0xFF, 0xDB, 0, 67, 1], &[99; 64]].concat();
+    let mut later = photo.clone();
+    later.splice(last..last, tables);
+    assert_eq!(pixels(&later), pixels(&photo));
 }

@@ -93,8 +93,8 @@ pub(super) fn decode(
         return straight(header, tables, &scan, segments, &mut emit, &mut out.data);
     }
     let coefficients = &mut work.coefficients;
-    buffered(file, header, tables, scan, segments, coefficients)?;
-    transform(header, tables, coefficients, &mut emit, &mut out.data)
+    let steps = buffered(file, header, tables, scan, segments, coefficients)?;
+    transform(header, &steps, coefficients, &mut emit, &mut out.data)
 }
 
 /// Turns samples into RGB as soon as all that a row looks at is there.
@@ -422,7 +422,11 @@ fn kept(header: &Header, component: &Component) -> (usize, usize) {
     (header.mcus_across() * component.h, header.mcus_down() * component.v)
 }
 
-/// Reads all scans into `coefficients`: natural order, not multiplied.
+/// A table of 64 steps.
+type Quantisation = [u16; 64];
+
+/// Reads all scans into `coefficients`: natural order, not multiplied. Returns each component's table, which is the one that held at
+/// its first scan (libjpeg's `latch_quant_tables`).
 fn buffered(
     file: &[u8],
     header: &Header,
@@ -430,7 +434,7 @@ fn buffered(
     mut scan: Scan,
     segments: &mut Segments,
     coefficients: &mut Vec<i16>,
-) -> Result<(), JpegError> {
+) -> Result<Vec<Quantisation>, JpegError> {
     let mut starts = Vec::with_capacity(4);
     let mut total = 0;
     for component in &header.components {
@@ -441,7 +445,13 @@ fn buffered(
     coefficients.clear();
     coefficients.resize(total, 0);
     let mut seen = 0u32;
+    let mut latched = vec![None; header.components.len()];
     for _ in 0..MAX_SCANS {
+        for &(c, ..) in &scan.parts {
+            if latched[c].is_none() {
+                latched[c] = Some(*tables.quantisation(header.components[c].quantisation)?);
+            }
+        }
         let stop = segments.unstuff(file, scan.data)?;
         if tables.restart_interval == 0 && segments.len() > 1 {
             return Err(JpegError::Damaged("a restart marker that was not announced"));
@@ -452,7 +462,9 @@ fn buffered(
         }
         match next_scan(file, stop, tables)? {
             Some(at) => scan = read_scan(file, at, header)?,
-            None if seen.count_ones() as usize == header.components.len() => return Ok(()),
+            None if seen.count_ones() as usize == header.components.len() => {
+                return Ok(latched.into_iter().flatten().collect());
+            }
             None => return Err(JpegError::Truncated),
         }
     }
@@ -657,7 +669,7 @@ fn refine_one(reader: &mut BitReader<'_>, coefficient: &mut i16, bit: i16) {
 /// Coefficients to samples, for the MCUs of the layout.
 fn transform(
     header: &Header,
-    tables: &Tables,
+    steps: &[Quantisation],
     coefficients: &[i16],
     emit: &mut Emit<'_>,
     data: &mut [u8],
@@ -671,16 +683,12 @@ fn transform(
         }
         idct::pair_portable(blocks, data, places);
     };
-    let steps = header
-        .components
-        .iter()
-        .map(|c| {
-            let table = tables.quantisation(c.quantisation)?;
-            let mut natural = [0u16; 64];
-            (0..64).for_each(|k| natural[usize::from(ZIGZAG[k])] = table[k]);
-            Ok(natural)
-        })
-        .collect::<Result<Vec<_>, JpegError>>()?;
+    let natural = |table: &Quantisation| {
+        let mut natural = [0u16; 64];
+        (0..64).for_each(|k| natural[usize::from(ZIGZAG[k])] = table[k]);
+        natural
+    };
+    let steps: Vec<Quantisation> = steps.iter().map(natural).collect();
     for y in layout.down.0..layout.down.1 {
         let mut start = 0;
         for (c, component) in header.components.iter().enumerate() {

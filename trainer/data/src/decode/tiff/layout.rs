@@ -88,7 +88,11 @@ impl<'a> Layout<'a> {
         let (width, height) = (tags.required(256, "width")?, tags.required(257, "height")?);
         check_size(width, height)?;
         let (width, height) = (width as usize, height as usize);
-        let samples = tags.one(277, 1)?.max(1) as usize;
+        let samples = tags.one(277, 1)?.max(1);
+        if samples > u64::from(u16::MAX) {
+            return Err(damaged("more than 65535 samples a pixel (tag 277)"));
+        }
+        let samples = samples as usize;
         let (bits, kind) = depth(tags, reading)?;
         if tags.one(266, 1)? == 2 {
             return Err(not_read("bits from the right (FillOrder 2)", "write it anew"));
