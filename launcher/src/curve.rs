@@ -35,6 +35,19 @@ pub fn range(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
     })
 }
 
+/// `margin` below a finite value and above it, or more where so little does not tell such numbers apart: never the same twice.
+pub fn around(value: f64, margin: f64) -> (f64, f64) {
+    let margin = margin.max(f64::EPSILON * value.abs());
+    (value - margin, value + margin)
+}
+
+/// The whole multiples of `step` from `first` to `last`, also where a step is too little to tell such numbers apart.
+pub fn ticks(first: f64, last: f64, step: f64) -> impl Iterator<Item = f64> {
+    let start = (first / step).ceil() * step;
+    let ticks = 0..=((last - first) / step) as u32;
+    ticks.map(move |tick| start + f64::from(tick) * step).take_while(move |value| *value <= last)
+}
+
 /// Widened to whole multiples of a round step, of which about `parts` fit: the axis and the step between its ticks.
 pub fn axis(low: f64, high: f64, parts: f64) -> (f64, f64, f64) {
     let (mut low, mut high) = (low, high);
@@ -94,6 +107,18 @@ mod tests {
         );
         assert_eq!(number(5e22, 0), "5.0e22", "of a run that diverges");
         assert_eq!(number(-0.0, 1), "0.0");
+    }
+
+    #[test]
+    fn ticks_lie_between_the_ends_and_end() {
+        let all = |first, last, step| ticks(first, last, step).collect::<Vec<f64>>();
+        assert_eq!(all(3.0, 10.0, 2.0), [4.0, 6.0, 8.0, 10.0]);
+        assert_eq!(all(0.0, 4.0, 2.0), [0.0, 2.0, 4.0]);
+        assert!(all(4.5, 4.9, 1.0).is_empty());
+        assert_eq!(all(1e17, 1e17 + 16.0, 5.0).len(), 4, "a step that adds nothing");
+        let (low, high) = around(u64::MAX as f64, 0.5);
+        assert!(low < high);
+        assert_eq!(around(3.0, 0.5), (2.5, 3.5));
     }
 
     #[test]

@@ -410,7 +410,7 @@ fn draw_curve(
     let (low, high) = (low - margin, high + margin);
     let middle = (low + high) / 2.0;
     let digits = curve::decimals((high - low) / 20.0);
-    let last = if first == last { last + 1.0 } else { last };
+    let last = if first == last { curve::around(last, 1.0).1 } else { last };
     let restarts: Vec<[(f64, f64); 2]> =
         metrics.restarts().iter().map(|line| [(line.step as f64, low), (line.step as f64, high)]).collect();
     let mut sets: Vec<Dataset<'_>> = restarts

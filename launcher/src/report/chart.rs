@@ -103,7 +103,7 @@ impl Chart {
         else {
             return;
         };
-        let (first, last) = if first == last { (first - 0.5, last + 0.5) } else { (first, last) };
+        let (first, last) = if first == last { curve::around(first, 0.5) } else { (first, last) };
         // Axes end on a tick, so that the scale can be read at both ends.
         let (low, high, step) = curve::axis(low, high, 4.0);
         let x = |value: f64| LEFT + (value - first) / (last - first) * (WIDTH - LEFT - RIGHT);
@@ -128,9 +128,7 @@ impl Chart {
                 at + 3.5,
             );
         }
-        let step = nice_step(last - first, 4.0).max(1.0);
-        let mut value = (first / step).ceil() * step;
-        while value <= last {
+        for value in curve::ticks(first, last, nice_step(last - first, 4.0).max(1.0)) {
             let _ = writeln!(
                 page,
                 "<text class=\"tick\" x=\"{:.1}\" y=\"{}\" text-anchor=\"middle\">{}</text>",
@@ -138,7 +136,6 @@ impl Chart {
                 HEIGHT - BOTTOM + 16.0,
                 number(value, 0)
             );
-            value += step;
         }
         // What happened before the first logged step, as a restart from step 0, lies on the left edge.
         for mark in marks.iter().filter(|mark| mark.at <= last) {
@@ -261,6 +258,22 @@ mod tests {
         assert!(page.contains("mark restart\" x1=\"58.0\"") && page.contains("mark world"), "{page}");
         assert!(!page.contains("mark saved"), "{page}");
         assert!(page.contains("&lt;t&gt;"));
+    }
+
+    #[test]
+    fn steps_beyond_all_bounds_have_their_ticks_too() {
+        let ticks = |steps: &[f64]| {
+            let points = steps.iter().map(|&step| (step, 1.0)).collect();
+            let mut page = String::new();
+            Chart::new("x", vec![Series::new("x", points)]).draw(&mut page, &[]);
+            assert!(!page.contains("NaN") && !page.contains("inf"), "{page}");
+            page.matches("text-anchor=\"middle\"").count()
+        };
+        assert_eq!(ticks(&[5.0]), 1);
+        assert_eq!(ticks(&[0.0, 100.0]), 3);
+        for steps in [&[1e17][..], &[1e17, 1e17 + 16.0], &[0.0, 1e17], &[u64::MAX as f64]] {
+            assert!((1..20).contains(&ticks(steps)), "{steps:?}");
+        }
     }
 
     #[test]
