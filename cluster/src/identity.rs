@@ -244,12 +244,16 @@ fn agree(first: &Identity, second: &Identity) -> Result<(), IdentityError> {
 }
 
 fn read_row(row: &Row, env: &Env, slurm: Option<&Identity>) -> Result<Option<Identity>, IdentityError> {
+    // Before they are read: alone they may be somebody else's, and no numbers.
+    let is_set = |names: &[&str]| names.iter().any(|name| get(env, name).is_some());
+    if row.generic && !(is_set(row.rank) && is_set(row.world_size)) {
+        return Ok(None);
+    }
     let rank = number(env, row.rank)?;
     let world_size = number(env, row.world_size)?;
     let (rank, world_size) = match (rank, world_size) {
         (Some((_, rank)), Some((_, size))) => (rank, size),
         (None, None) => return Ok(None),
-        _ if row.generic => return Ok(None),
         (Some((present, _)), None) => return Err(incomplete(row, present, row.world_size[0])),
         (None, Some((present, _))) => return Err(incomplete(row, present, row.rank[0])),
     };

@@ -257,6 +257,9 @@ fn every_launcher_is_understood() {
             ),
             (0, 1, 0, 1, "mentee"),
         ),
+        ("a rank of another kind", vec!["RANK=captain"], (0, 1, 0, 1, "none")),
+        ("a lone size of another kind", vec!["WORLD_SIZE=large", "RANK="], (0, 1, 0, 1, "none")),
+        ("a rank of another kind, in a launcher's", with(HYDRA_1_OF_2, &["RANK=captain"]), (1, 2, 1, 2, pmi)),
         ("variables set to nothing", vec!["PMI_RANK=", "PMI_SIZE=", "SLURM_STEP_ID="], (0, 1, 0, 1, "none")),
     ];
     assert!(table.len() >= 25);
@@ -299,6 +302,11 @@ fn contradictions_and_halves_are_refused_with_both_sides_named() {
         ("no local size", vec!["RANK=1", "WORLD_SIZE=2", "LOCAL_RANK=1"], "but not LOCAL_WORLD_SIZE"),
         ("a step without a task id", vec!["SLURM_STEP_ID=0"], "set SLURM_STEP_ID but not SLURM_PROCID"),
         ("not a number", with(HYDRA_1_OF_2, &["PMI_SIZE=two"]), "PMI_SIZE = \"two\" is no whole number"),
+        (
+            "torchrun's, and not a number",
+            vec!["RANK=captain", "WORLD_SIZE=2"],
+            "RANK = \"captain\" is no whole number",
+        ),
         ("negative", with(HYDRA_1_OF_2, &["PMI_RANK=-1"]), "PMI_RANK = \"-1\" is no whole number"),
         ("rank beyond the world", with(HYDRA_1_OF_2, &["PMI_RANK=2"]), "says rank 2 of 2"),
         ("local rank beyond", with(HYDRA_1_OF_2, &["MPI_LOCALRANKID=2"]), "says local rank 2 of 2"),
