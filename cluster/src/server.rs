@@ -165,6 +165,15 @@ pub fn start_thread(
     Ok(CoordinatorHandle { address, events: Events(events), commands, thread: Some(thread) })
 }
 
+/// A port opened as a coordinator opens its own, for those who ask whether it can be reached.
+///
+/// # Errors
+/// When no port can be bound there.
+pub fn open_port(interface: Option<IpAddr>) -> io::Result<std::net::TcpListener> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(async { listen(interface).await?.into_std() })
+}
+
 async fn listen(interface: Option<IpAddr>) -> io::Result<TcpListener> {
     match interface {
         Some(interface) => TcpListener::bind((interface, 0)).await,

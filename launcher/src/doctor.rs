@@ -12,12 +12,12 @@
 mod files;
 
 use std::ffi::OsString;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use mentee_cluster::server::hostname;
+use mentee_cluster::server::{hostname, open_port};
 use mentee_config::recipe::Device;
 use mentee_config::{Plan, Recipe, exit_code, show};
 use mentee_data::open_training;
@@ -282,17 +282,25 @@ fn run(dir: &RunDir, recipe: Option<&Recipe>) -> Finding {
 
 /// Whether workers can reach a port that this process opens, as they would: over the loopback, or by this machine's name.
 fn port(by_name: bool) -> Finding {
-    let interface = if by_name { Ipv4Addr::UNSPECIFIED } else { Ipv4Addr::LOCALHOST };
-    let listener = match TcpListener::bind((interface, 0)) {
+    if by_name {
+        return port_of(&hostname(), None);
+    }
+    let loopback = Ipv4Addr::LOCALHOST;
+    port_of(&loopback.to_string(), Some(loopback.into()))
+}
+
+/// Whether a port that this process opens on `interface`, or on every one, can be reached at `host`.
+fn port_of(host: &str, interface: Option<IpAddr>) -> Finding {
+    let listener = match open_port(interface) {
         Ok(listener) => listener,
         Err(error) => {
-            return Finding::fault("port", format!("cannot listen on {interface}: {error}"), "allow it");
+            let on = interface.map_or_else(|| "any address".to_owned(), |interface| interface.to_string());
+            return Finding::fault("port", format!("cannot listen on {on}: {error}"), "allow it");
         }
     };
     let number = listener.local_addr().map_or(0, |address| address.port());
-    let host = if by_name { hostname() } else { interface.to_string() };
     let remedy = "give the address that workers can reach with --interface";
-    let addresses: Vec<SocketAddr> = match (host.as_str(), number).to_socket_addrs() {
+    let addresses: Vec<SocketAddr> = match (host, number).to_socket_addrs() {
         Ok(addresses) => addresses.collect(),
         Err(error) => return Finding::fault("port", format!("{host} has no address: {error}"), remedy),
     };
@@ -687,5 +695,10 @@ mod tests {
     #[test]
     fn a_port_of_this_machine_can_be_reached() {
         assert_eq!(port(false).line(), "ok    port        workers reach this process at 127.0.0.1");
+        let has_v6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+        for host in ["127.0.0.1", if has_v6 { "::1" } else { "127.0.0.1" }] {
+            let line = format!("ok    port        workers reach this process at {host}");
+            assert_eq!(port_of(host, None).line(), line, "whatever the machine's name means");
+        }
     }
 }
