@@ -253,7 +253,7 @@ fn one_line(text: &str) -> String {
 
 /// As one word of a shell, and of an `#SBATCH` line.
 fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.,:=@%+[]".contains(c);
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/-_.,:=@%+".contains(c);
     if !word.is_empty() && word.chars().all(plain) {
         return word.to_owned();
     }
@@ -743,6 +743,7 @@ exec /opt/mentee/bin/mentee run \"$run/plan.toml\" --run-dir \"$run\" \\
     fn words_survive_a_shell() {
         assert_eq!(quoted("/a/b-c_d.e=1"), "/a/b-c_d.e=1");
         assert_eq!(quoted("it's $HOME"), r"'it'\''s $HOME'");
+        assert_eq!(quoted("runs/[ab]"), "'runs/[ab]'", "a shell would take the name of a file for it");
         assert_eq!(quoted(""), "''");
         assert_eq!(one_line("a\nb"), "a b");
         assert_eq!(job_name("a b/JobState=X"), "a-b-JobState-X");
