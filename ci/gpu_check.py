@@ -170,10 +170,12 @@ def compare(found, expected):
     worst, where, total = 0.0, "", 0.0
     for name, value in expected.items():
         difference = (found[name] - value).norm().item()
+        if not math.isfinite(difference):
+            raise Failed(f"{name} is not finite")
         total += difference**2
         scale = max(norms[name], floor * math.sqrt(size[name]))
         relative = difference / scale if scale > 0 else difference
-        if not relative <= worst:
+        if relative > worst:
             worst, where = relative, name
     whole = math.sqrt(sum(norm**2 for norm in norms.values()))
     return {"worst": worst, "tensor": where, "flat": math.sqrt(total) / whole if whole > 0 else math.sqrt(total)}

@@ -192,14 +192,16 @@ def update(recipe, rates, student, momentum):
 
 
 def compare(found, expected):
-    """The largest relative difference of any tensor, and which has it."""
+    """The largest relative difference of any tensor, and which has it; one that is not finite is larger than all."""
     worst, where = 0.0, ""
     floor = 1e-3 * max((value.abs().max().item() for value in expected.values()), default=0.0)
     for name, value in expected.items():
         scale = max(value.abs().max().item(), floor)
         difference = (found[name].to(value.dtype) - value).abs().max().item()
         relative = difference / scale if scale > 0 else difference
-        if not relative <= worst:
+        if not math.isfinite(relative):
+            return relative, name
+        if relative > worst:
             worst, where = relative, name
     return worst, where
 
@@ -270,6 +272,9 @@ def main():
         result = {name: value[0] if isinstance(value, tuple) else value for name, value in result.items()}
         if not a.json:
             print(f"step {step['step']}: " + "  ".join(f"{name} {value:.1e}" for name, value in result.items()) + f"  ({where})")
+        lost = [name for name, value in result.items() if not math.isfinite(value)]
+        if lost:
+            raise SystemExit(f"error: step {step['step']}: not finite: {', '.join(lost)} ({where})")
         worst = {name: max(value, worst.get(name, 0.0)) for name, value in result.items()}
     if a.json:
         print(json.dumps(worst))
