@@ -7,15 +7,14 @@ use crate::error::ConfigError;
 use crate::recipe::Recipe;
 use crate::schema::{Decides, KEYS, Key};
 
-/// What every machine may have its own of: where things lie, and how many threads it gives them.
-const PER_MACHINE: [&str; 5] =
-    ["data.path", "model.init", "parallel.threads", "parallel.decode_threads", "eval.path"];
+/// What every machine may have its own of: where its images lie, and how many threads it gives them. Not `model.init`:
+/// it decides by its path, so that ranks must have the same.
+const PER_MACHINE: [&str; 4] = ["data.path", "parallel.threads", "parallel.decode_threads", "eval.path"];
 
 impl Recipe {
-    /// 16 hexadecimal digits over everything that decides the loss curve: `run.seed`, `data.order`, `[views]`, `[model]`,
-    /// `[method]`, `[optimizer]`, `[schedule]` without `max_steps`, `parallel.precision` and
-    /// `parallel.sync_batch_norm`. Not the data (its own digest says what it is), not names, paths, threads,
-    /// logging, checkpoints or evaluation; nor `views.preset`, as the values that it stands for are in there.
+    /// 16 hexadecimal digits over everything that decides the loss curve: every key marked • in docs/recipes.md. Not the data
+    /// (its own digest says what it is), not names, threads, logging, checkpoints or evaluation; nor `views.preset`, as the
+    /// values that it stands for are in there. Of `model.init` it is the path.
     ///
     /// # Panics
     /// As [`Recipe::to_toml`].

@@ -456,7 +456,7 @@ fn ranks_share_every_key_but_those_of_a_machine() {
     own.sort();
     assert_eq!(
         own,
-        ["data.path", "eval.path", "model.init", "parallel.decode_threads", "parallel.threads"],
+        ["data.path", "eval.path", "parallel.decode_threads", "parallel.threads"],
         "what each machine may have its own of"
     );
 }
