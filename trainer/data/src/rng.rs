@@ -36,8 +36,6 @@ pub mod purpose {
     pub const SYNTHETIC: u8 = 0xFE;
     /// What takes the place of a damaged sample.
     pub const REPLACEMENT: u8 = 0xFC;
-    /// Held-out choices of an evaluation.
-    pub const EVAL: u8 = 0xFD;
 }
 
 /// All the randomness of one subject: an array of uniform draws, addressed by slot.
