@@ -18,6 +18,16 @@ const IDLE: f64 = 10.0;
 /// See [`IDLE`]; seconds.
 const IDLE_S: f64 = 30.0;
 
+/// The accuracies that every evaluation may have, trained ones beside their floors: keys of its line, and what people are told.
+pub const ACCURACIES: [(&str, &str); 6] = [
+    ("knn_top1", "kNN top-1, trained"),
+    ("knn_random_init", "kNN top-1, random init"),
+    ("knn_raw_pixels", "kNN top-1, raw pixels"),
+    ("linear_top1", "linear top-1, trained"),
+    ("linear_random_init", "linear, random init"),
+    ("linear_raw_pixels", "linear, raw pixels"),
+];
+
 /// Read at a time.
 const BUFFER_BYTES: usize = 256 << 10;
 
@@ -60,17 +70,9 @@ impl Line {
 
     /// An eval line as a table for people: the number, its floors, its protocol.
     pub fn table(&self) -> Vec<String> {
-        let rows = [
-            ("kNN top-1, trained", "knn_top1"),
-            ("kNN top-1, random init", "knn_random_init"),
-            ("kNN top-1, raw pixels", "knn_raw_pixels"),
-            ("linear top-1, trained", "linear_top1"),
-            ("linear, random init", "linear_random_init"),
-            ("linear, raw pixels", "linear_raw_pixels"),
-        ];
-        let mut lines: Vec<String> = rows
+        let mut lines: Vec<String> = ACCURACIES
             .iter()
-            .filter_map(|(name, key)| Some(format!("{name:<24}{:>6.1} %", self.number(key)?)))
+            .filter_map(|(key, name)| Some(format!("{name:<24}{:>6.1} %", self.number(key)?)))
             .collect();
         if let Some(protocol) = self.text("protocol") {
             lines.push(format!("protocol: {}", printable(protocol)));

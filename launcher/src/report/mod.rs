@@ -18,7 +18,7 @@ use mentee_config::{counted, show};
 use self::chart::{COLOURS, Chart, Mark, MarkKind, Series};
 use crate::curve::Points;
 use crate::failure::Failure;
-use crate::metrics::{Line, Metrics, Step};
+use crate::metrics::{ACCURACIES, Line, Metrics, Step};
 use crate::rundir::RunDir;
 use crate::snapshot::{self, Part};
 use crate::status::{State, Status};
@@ -274,18 +274,15 @@ fn elapsed(metrics: &Metrics) -> Option<Duration> {
     Duration::try_from_secs_f64(metrics.training_s()?).ok()
 }
 
+/// An accuracy's name where its place says that it is one: `kNN, random init`.
+fn short(name: &str) -> String {
+    name.replace(" top-1", "")
+}
+
 /// Columns of the table of evaluations that a run has: those every run knows, then whatever else is an accuracy.
 fn accuracies(metrics: &Metrics) -> Vec<(String, String)> {
-    let known = [
-        ("knn_top1", "kNN, trained"),
-        ("knn_random_init", "kNN, random init"),
-        ("knn_raw_pixels", "kNN, raw pixels"),
-        ("linear_top1", "linear, trained"),
-        ("linear_random_init", "linear, random init"),
-        ("linear_raw_pixels", "linear, raw pixels"),
-    ];
     let mut columns: Vec<(String, String)> =
-        known.iter().map(|(key, name)| ((*key).to_owned(), (*name).to_owned())).collect();
+        ACCURACIES.iter().map(|(key, name)| ((*key).to_owned(), short(name))).collect();
     let lines = metrics.eval_anywhere();
     for line in &lines {
         for (key, value) in &line.object {
@@ -434,20 +431,18 @@ fn curves(page: &mut String, runs: &[Run]) {
         |number: fn(&Step) -> Option<f64>| runs.iter().map(|run| run.series(number)).collect::<Vec<_>>();
     let accuracies: Vec<Series> = match runs {
         [run] => {
-            let own = [
-                Series::new("kNN", run.evals("knn_top1")),
-                Series::new("kNN, random init", run.evals("knn_random_init")).coloured(1).dashed(),
-                Series::new("kNN, raw pixels", run.evals("knn_raw_pixels")).coloured(2).dashed(),
-                Series::new("linear", run.evals("linear_top1")).coloured(3),
-                Series::new("linear, random init", run.evals("linear_random_init")).coloured(4).dashed(),
-                Series::new("linear, raw pixels", run.evals("linear_raw_pixels")).coloured(5).dashed(),
-            ];
+            let own = ACCURACIES.iter().enumerate().map(|(colour, (key, name))| {
+                let name = short(name);
+                let trained = name.strip_suffix(", trained");
+                let series = Series::new(trained.unwrap_or(&name), run.evals(key)).coloured(colour);
+                if trained.is_some() { series } else { series.dashed() }
+            });
             let elsewhere = [("kNN", "knn_top1", 6), ("linear", "linear_top1", 7)];
             let elsewhere = elsewhere.into_iter().flat_map(|(name, key, colour)| {
                 let curves = run.evals_elsewhere(key).into_iter();
                 curves.map(move |(on, points)| Series::new(&format!("{name}{on}"), points).coloured(colour))
             });
-            own.into_iter().chain(elsewhere).collect()
+            own.chain(elsewhere).collect()
         }
         _ => runs.iter().map(|run| run.line(run.evals("knn_top1"))).collect(),
     };
