@@ -180,7 +180,7 @@ pub fn kind_of(path: &Path) -> String {
 
 fn free_bytes(folder: &Path) -> Option<u64> {
     let status = status(folder)?;
-    Some(status.f_bavail.saturating_mul(u64::try_from(status.f_bsize).ok()?))
+    Some(status.f_bavail.saturating_mul(u64::try_from(status.f_frsize).ok()?))
 }
 
 fn status(path: &Path) -> Option<libc::statfs> {
