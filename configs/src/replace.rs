@@ -23,6 +23,14 @@ pub fn write_often(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write(path, bytes, false)
 }
 
+/// [`write_atomically`], unless these bytes are there already: a disk without room is then no matter.
+///
+/// # Errors
+/// The system's.
+pub fn write_if_other(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    if fs::read(path).is_ok_and(|there| there == bytes) { Ok(()) } else { write_atomically(path, bytes) }
+}
+
 /// Whether `name` is that of a file on its way to `of`, of a process that was killed when it wrote it.
 pub fn is_left_of(name: &str, of: &str) -> bool {
     let process = name.strip_prefix(of).and_then(|rest| rest.strip_prefix('.')?.strip_suffix(".tmp"));
@@ -91,6 +99,19 @@ fn aside(path: &Path) -> io::Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_there_already_is_not_written() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("plan.toml");
+        let place = || fs::metadata(&path).expect("there").ino();
+        write_if_other(&path, b"old").expect("written");
+        let first = place();
+        write_if_other(&path, b"old").expect("nothing to do");
+        assert_eq!(place(), first);
+        write_if_other(&path, b"new").expect("written");
+        assert_eq!((fs::read(&path).expect("read"), place() == first), (b"new".to_vec(), false));
+    }
 
     #[test]
     fn a_file_is_written_beside_whatever_else_lies_there() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mentee_checkpoint::{self as checkpoint, Entry};
 use mentee_cluster::server;
-use mentee_config::replace::write_atomically;
+use mentee_config::replace::write_if_other;
 use mentee_config::{Plan, Recipe, complain, counted, exit_code, say};
 use mentee_data::open_training;
 
@@ -140,12 +140,9 @@ pub fn command(args: &RunArgs) -> Result<Ended, Failure> {
     if !is_new {
         ready::held_out(&plan.recipe)?;
     }
-    let text = plan.recipe.to_toml();
     // A disk without room is no reason not to go on: the run waits for room itself.
-    if !std::fs::read_to_string(dir.plan()).is_ok_and(|there| there == text) {
-        write_atomically(&dir.plan(), text.as_bytes())
-            .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
-    }
+    write_if_other(&dir.plan(), plan.recipe.to_toml().as_bytes())
+        .map_err(|error| Failure::io("write", &dir.plan(), &error))?;
     logs::write_here(&dir);
     if let Some(allocation) = allocation.as_ref().filter(|_| dir.script().is_file() || dir.slurm().is_file())
     {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use mentee_cluster::{Lock, LockError};
-use mentee_config::replace::write_atomically;
+use mentee_config::replace::write_if_other;
 use mentee_config::{Recipe, complain};
 
 use crate::error::WorkerError;
@@ -31,11 +31,7 @@ pub fn check(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
 pub fn create(run_dir: &Path, recipe: &Recipe) -> Result<(), WorkerError> {
     std::fs::create_dir_all(run_dir).map_err(WorkerError::io("create", run_dir))?;
     let path = run_dir.join("plan.toml");
-    let text = recipe.to_toml();
-    if std::fs::read_to_string(&path).is_ok_and(|there| there == text) {
-        return Ok(());
-    }
-    write_atomically(&path, text.as_bytes()).map_err(WorkerError::io("write", &path))
+    write_if_other(&path, recipe.to_toml().as_bytes()).map_err(WorkerError::io("write", &path))
 }
 
 /// How long a process that was killed may take to be gone.
